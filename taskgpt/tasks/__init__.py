@@ -1,0 +1,43 @@
+"""Room 1: kernels, accesses, tiles and graphs. It has heard of neither transformers nor threads.
+
+    kernel.py      @kernel with In / Out / InOut / Commutative; NumPy body and compiled twin
+    tensor.py      tensors cut into grids, tiles, arenas (also shared between processes)
+    graph.py       spawn: calls become tasks with dependencies
+    coarsen.py     fewer, larger tasks
+    check.py       the declaration, enforced
+    blas.py        matrix products inside compiled kernels
+    dask_graph.py  the graph as a Dask graph
+"""
+
+from taskgpt.tasks.check import check
+from taskgpt.tasks.coarsen import coarsen
+from taskgpt.tasks.graph import Call, Graph, Section, Task, TaskError, run_now
+from taskgpt.tasks.kernel import AccessError, Commutative, In, InOut, Kernel, Out, ShapeError, compile_kernels, dense, dims, kernel
+from taskgpt.tasks.tensor import Arena, GridError, Tensor, TensorSpec, Tile
+
+__all__ = [
+    "AccessError",
+    "Arena",
+    "Call",
+    "Commutative",
+    "Graph",
+    "GridError",
+    "In",
+    "InOut",
+    "Kernel",
+    "Out",
+    "Section",
+    "ShapeError",
+    "Task",
+    "TaskError",
+    "Tensor",
+    "TensorSpec",
+    "Tile",
+    "check",
+    "coarsen",
+    "compile_kernels",
+    "dense",
+    "dims",
+    "kernel",
+    "run_now",
+]

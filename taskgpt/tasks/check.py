@@ -1,0 +1,98 @@
+"""The declaration, enforced: run every call on copies of its tiles that show what it did.
+
+Each tile is copied into the middle of a block whose border holds a pattern. An Out tile starts as NaN, an In tile is read-only. After the
+call, an In tile that changed, a border that changed and an Out element that is still NaN are reported with kernel and parameter:
+
+    gelu_forward wrote 'inp', declared In
+
+A kernel that reads outside its tile, or an Out tile before writing it, meets NaN, which then shows in the results.
+Costs a few copies of each tile.
+"""
+
+import numpy as np
+
+from taskgpt.tasks.graph import Call, Graph, Task
+from taskgpt.tasks.kernel import AccessError, Kernel
+from taskgpt.tasks.tensor import Tile
+
+_BORDER = 8  # elements on every side
+
+
+def check(graph: Graph) -> Graph:
+    """Return a graph that runs the same calls checked. Runs under every scheduler, as the checks touch private copies alone.
+
+    Its tasks raise TaskError from AccessError.
+    """
+    checked = Graph(f"{graph.name}, checked", graph.allow_commutative)
+    for task in graph.tasks:
+        calls = tuple(CheckedCall(call.kernel, call.args) for call in task.calls)
+        twin = Task(task.number, calls, task.section, task.predecessors, task.name)
+        twin.flops, twin.bytes, twin.locks = task.flops, task.bytes, task.locks
+        checked.append(twin)
+    return checked
+
+
+class CheckedCall(Call):
+    """A call whose accesses are compared with its kernel's declaration. Raises AccessError from `run`."""
+
+    __slots__ = ()
+
+    def run(self) -> None:
+        boxes = {name: _Box(self.kernel.accesses[name].kind, tile) for name, tile in self.tiles()}
+        try:
+            self._run_on(boxes, is_read_only=True)
+        except ValueError as error:
+            if "read-only" not in str(error):
+                raise
+            # NumPy does not say which array it refused to write: let the kernel write, and look.
+            self._run_on(boxes, is_read_only=False)
+        for name, box in boxes.items():
+            box.verify(self.kernel, name)
+        for box in boxes.values():
+            box.copy_back()
+
+    def _run_on(self, boxes: dict[str, "_Box"], is_read_only: bool) -> None:
+        given = [boxes[name].view(is_read_only) if name in boxes else a for name, a in zip(self.kernel.parameters, self.args, strict=True)]
+        self.kernel(*given)
+
+    def __reduce__(self):
+        return CheckedCall, (self.kernel, self.args)
+
+
+class _Box:
+    """A private copy of a tile with a border around it."""
+
+    def __init__(self, kind: str, tile: Tile):
+        self.kind = kind
+        self.tile = tile
+        array = tile.array
+        self.nothing = np.nan if array.dtype.kind == "f" else np.iinfo(array.dtype).min
+        self.block = np.full([n + 2 * _BORDER for n in array.shape], self.nothing, array.dtype)
+        self.inner = self.block[(slice(_BORDER, -_BORDER),) * array.ndim]
+        if kind != "out":
+            self.inner[...] = array
+        self.before = self.block.copy()
+
+    def view(self, is_read_only: bool) -> np.ndarray:
+        view = self.inner.view()
+        view.flags.writeable = not (self.kind == "in" and is_read_only)
+        return view
+
+    def verify(self, kernel: Kernel, name: str) -> None:
+        if self.kind == "in" and _bytes_of(self.inner) != _bytes_of(self.tile.array):
+            raise AccessError(f"{kernel.name} wrote '{name}', declared In")
+        if self.kind == "out" and np.isnan(self.inner).any() if self.inner.dtype.kind == "f" else False:
+            missing = int(np.isnan(self.inner).sum())
+            raise AccessError(f"{kernel.name} left {missing} of {self.inner.size} elements of '{name}' unwritten or NaN, declared Out")
+        self.before[(slice(_BORDER, -_BORDER),) * self.inner.ndim] = self.inner
+        if _bytes_of(self.before) != _bytes_of(self.block):
+            raise AccessError(f"{kernel.name} wrote outside its tile '{name}', {self.tile!r}")
+
+    def copy_back(self) -> None:
+        if self.kind != "in":
+            self.tile.array[...] = self.inner
+
+
+def _bytes_of(array: np.ndarray) -> bytes:
+    """Bytes, not values: NaN compares unequal to itself, and -0 equal to 0."""
+    return array.tobytes()

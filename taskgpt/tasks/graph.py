@@ -1,0 +1,279 @@
+"""Graphs: tasks in program order, and the dependencies that follow from what they declare.
+
+    graph = Graph()
+    graph.spawn(matmul_forward, a.fch[l, r, c], a.ln2[l, r], p.fcw[l, c], p.fcb[l, c])
+    graph.spawn(gelu_forward, a.fch_gelu[l, r], a.fch[l, r])           # reads what the first task writes: waits for it
+
+Spawned into a graph, a call is recorded; the same program given `run_now` as its spawn runs at once, without any graph. A task waits for
+the last writer of every cell that it touches (RAW, WAW) and, if it writes, for the readers since (WAR). Program order is therefore one
+valid order, and every other valid order gives the same bits. Edges that others imply are left out.
+"""
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+
+from taskgpt.tasks.kernel import AccessError, Kernel, ShapeError
+from taskgpt.tasks.tensor import GridError, Tensor, Tile
+
+Section = tuple[str, int]  # phase and layer, ("forward", 3); layer -1 = none
+
+
+class TaskError(RuntimeError):
+    """A task failed. The message names it; `__cause__` is what it raised."""
+
+
+class Call:
+    """A kernel and its arguments: tiles and constants, in the order of its parameters."""
+
+    __slots__ = ("args", "arrays", "kernel")
+
+    def __init__(self, kernel: Kernel, args: tuple):
+        self.kernel = kernel
+        # NumPy's scalars become Python's, which do not widen float32 expressions: bodies and twins see one type.
+        self.args = args = tuple(a.item() if isinstance(a, np.generic) else a for a in args)
+        self.arrays = [a.array if isinstance(a, Tile) else a for a in args]
+
+    def run(self) -> None:
+        self.kernel.function(*self.arrays)
+
+    def cost(self) -> tuple[int, int]:
+        """Return (FLOPs, bytes moved): each tile counts once for reading and once for writing."""
+        sizes = self.kernel.sizes({name: tile.shape for name, tile in self.tiles()})
+        constants = {name: a for name, a in zip(self.kernel.parameters, self.args, strict=True) if not isinstance(a, Tile)}
+        accesses = self.kernel.accesses
+        moved = sum(tile.array.nbytes * (accesses[name].is_read + accesses[name].is_written) for name, tile in self.tiles())
+        return self.kernel.flops(sizes, constants), moved
+
+    def __reduce__(self):
+        return Call, (self.kernel, self.args)
+
+    def tiles(self) -> Iterator[tuple[str, "Tile"]]:
+        """Yield (parameter, tile)."""
+        for name, argument in zip(self.kernel.parameters, self.args, strict=True):
+            if isinstance(argument, Tile):
+                yield name, argument
+
+    def __str__(self) -> str:
+        given = dict(zip(self.kernel.parameters, self.args, strict=True))
+        words = [f"{kind}({', '.join(found)})" for kind, found in self.kernel.by_access(lambda name: repr(given[name]))]
+        constants = [f"{name}={value}" for name, value in given.items() if not isinstance(value, Tile)]
+        return " ".join([self.kernel.name, *words, *constants])
+
+
+class Task:
+    """One or more calls run in order, without a pause. A recorded task has one; `coarsen` makes tasks of several.
+
+    `number` counts in program order; `name` is the kernel's (of several, the costliest's). `predecessors` and `successors` are numbers of
+    other tasks of the same graph, ascending. `section` is (phase, layer). `flops` counts operations, `bytes` what the declarations say is
+    moved.
+    """
+
+    __slots__ = ("bytes", "calls", "flops", "locks", "name", "number", "predecessors", "section", "successors")
+
+    def __init__(self, number: int, calls: tuple[Call, ...], section: Section, predecessors: tuple[int, ...] = (), name: str = ""):
+        self.number = number
+        self.calls = calls
+        self.section = section
+        self.predecessors = predecessors
+        self.name = name or calls[0].kernel.name
+        self.successors: list[int] = []
+        self.locks: tuple[tuple[int, threading.Lock], ...] = ()  # in the order in which every task takes them: no deadlock
+        self.flops = self.bytes = 0
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.name, self.number
+
+    def run(self) -> None:
+        """Run the calls. Raises TaskError, naming the call, from whatever a kernel raises."""
+        for _, lock in self.locks:
+            lock.acquire()
+        try:
+            for call in self.calls:
+                try:
+                    call.run()
+                except Exception as error:
+                    raise TaskError(f"task {self.number}, {call}: {type(error).__name__}: {error}") from error
+        finally:
+            for _, lock in self.locks:
+                lock.release()
+
+    def __str__(self) -> str:
+        return f"{self.number} " + "; ".join(map(str, self.calls))
+
+
+class Graph:
+    """Tasks in program order with their dependencies.
+
+    `allow_commutative=True` lets tasks that declare Commutative on a tile run in any order, one at a time: faster, and the rounding of sums
+    then depends on that order. Otherwise Commutative means InOut.
+    """
+
+    def __init__(self, name: str = "graph", allow_commutative: bool = False):
+        self.name = name
+        self.allow_commutative = allow_commutative
+        self.tasks: list[Task] = []
+        self._cells: dict[tuple, _Cell] = {}
+        self._tensors: dict[int, Tensor] = {}
+        self._ancestors: list[int] = []  # one bit per earlier task; only while recording
+
+    def spawn(self, kernel: Kernel, *args, section: Section = ("", -1)) -> Task:
+        """Record a call as the next task.
+
+        Raises ShapeError if a tile's shape or type is not as declared, GridError if its memory is also cut by another grid, AccessError if
+        a written tile overlaps another tile of the same call, TypeError for a wrong number or kind of arguments.
+        """
+        call = Call(kernel, args)
+        self._verify(call)
+        task = Task(len(self.tasks), (call,), section)
+        waits: set[int] = set()
+        locked: list[_Cell] = []
+        for name, tile in call.tiles():
+            kind = kernel.accesses[name].kind
+            if kind == "commutative" and not self.allow_commutative:
+                kind = "inout"
+            for position in tile.cells():
+                cell = self._cells.setdefault((id(tile.tensor), position), _Cell())
+                waits |= cell.access(kind, task.number)
+                if kind == "commutative":
+                    locked.append(cell)
+        waits.discard(task.number)  # a call with two tiles in one cell does not wait for itself
+        task.locks = tuple(sorted({(cell.serial, cell.lock) for cell in locked}))
+        task.predecessors = self._without_implied(waits)
+        task.flops, task.bytes = call.cost()
+        self.append(task)
+        return task
+
+    def append(self, task: Task) -> None:
+        """Add a task whose predecessors are known."""
+        for p in task.predecessors:
+            self.tasks[p].successors.append(task.number)
+        self.tasks.append(task)
+
+    def _verify(self, call: Call) -> None:
+        kernel = call.kernel
+        if len(call.args) != len(kernel.parameters):
+            names = ", ".join(kernel.parameters)
+            raise TypeError(f"{kernel.name} takes {len(kernel.parameters)} arguments ({names}), got {len(call.args)}")
+        for (name, declared), given in zip(kernel.parameters.items(), call.args, strict=True):
+            is_tile = name in kernel.accesses
+            if is_tile != isinstance(given, Tile) or (not is_tile and not isinstance(given, (int, declared))):
+                wanted = "a tile" if is_tile else f"a constant ({declared.__name__})"
+                raise TypeError(f"{kernel.name}: '{name}' wants {wanted}, got {given!r}")
+            if is_tile and given.array.dtype != declared.dtype:
+                raise ShapeError(f"{kernel.name}: '{name}' wants {declared.dtype}, got {given} of {given.array.dtype}")
+        kernel.sizes({name: tile.shape for name, tile in call.tiles()})
+        tiles = list(call.tiles())
+        for at, (name, tile) in enumerate(tiles):
+            self._know(tile.tensor)
+            for other_name, other in tiles[:at]:
+                written = kernel.accesses[name].is_written or kernel.accesses[other_name].is_written
+                if written and tile.overlaps(other):
+                    where = f"{kernel.name}: '{other_name}' and '{name}' overlap in {tile.tensor.name}"
+                    raise AccessError(f"{where}; declare one InOut instead")
+
+    def _know(self, tensor: Tensor) -> None:
+        """Refuse a second grid over memory that another tensor of this graph already cuts."""
+        if id(tensor) in self._tensors:
+            return
+        low, high = tensor.address_range()
+        for other in self._tensors.values():
+            other_low, other_high = other.address_range()
+            if low < other_high and other_low < high:
+                raise GridError(
+                    f"'{tensor.name}' ({tensor}) and '{other.name}' ({other}) share memory: two grids over one buffer would hide "
+                    "dependencies; index one tensor in both places"
+                )
+        self._tensors[id(tensor)] = tensor  # keeps it alive, so that its id stays its own
+
+    def _without_implied(self, waits: Iterable[int]) -> tuple[int, ...]:
+        """Drop the predecessors that another predecessor already waits for (transitive reduction, exact in program order)."""
+        kept, implied = [], 0
+        for p in sorted(waits, reverse=True):
+            if not implied >> p & 1:
+                kept.append(p)
+                implied |= self._ancestors[p] | 1 << p
+        self._ancestors.append(implied)
+        return tuple(reversed(kept))
+
+    @property
+    def kernels(self) -> list[Kernel]:
+        """The kernels used, in order of first use."""
+        return list(dict.fromkeys(call.kernel for task in self.tasks for call in task.calls))
+
+    @property
+    def flops(self) -> int:
+        return sum(task.flops for task in self.tasks)
+
+    @property
+    def is_commutative(self) -> bool:
+        return any(task.locks for task in self.tasks)
+
+    def listing(self) -> str:
+        """Return the graph as text, a task a line, `<-` its predecessors: what the golden files hold."""
+        lines = [f"{task}" + (f" <- {' '.join(map(str, task.predecessors))}" if task.predecessors else "") for task in self.tasks]
+        return "\n".join(lines) + "\n"
+
+    def to_dask(self, step: int = 0, call: Callable[[Task], tuple] | None = None):
+        """Return (HighLevelGraph, keys of the last tasks): a layer per section, keys `(kernel, step, number)`.
+
+        `call(task)` gives (function, *arguments) for the Dask task; by default it runs the task here.
+        """
+        from taskgpt.tasks.dask_graph import to_dask  # Dask loads slowly, and only those who ask need it
+
+        return to_dask(self, step, call)
+
+    def __repr__(self) -> str:
+        edges = sum(len(task.predecessors) for task in self.tasks)
+        return f"{self.name}: {len(self.tasks)} tasks of {len(self.kernels)} kernels, {edges} edges, {self.flops / 1e9:.3g} GFLOP"
+
+    def __getstate__(self) -> dict:
+        """Send what running needs: the tasks. A graph that was sent cannot record further."""
+        fields = [[getattr(task, slot) for slot in Task.__slots__ if slot != "locks"] for task in self.tasks]
+        return {"name": self.name, "allow_commutative": False, "tasks": fields, "_cells": {}, "_tensors": {}, "_ancestors": []}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state, tasks=[])
+        for fields in state["tasks"]:
+            task = Task.__new__(Task)
+            task.locks = ()
+            for slot, value in zip((slot for slot in Task.__slots__ if slot != "locks"), fields, strict=True):
+                setattr(task, slot, value)
+            self.tasks.append(task)
+
+
+class _Cell:
+    """The tasks that the next access of a cell must wait for."""
+
+    __slots__ = ("group", "lock", "readers", "serial", "writers")
+    _count = 0
+
+    def __init__(self):
+        self.writers: set[int] = set()  # the last writer, or all tasks of a commutative group
+        self.readers: set[int] = set()  # since then
+        self.group: set[int] | None = None  # what every member of the open commutative group waits for
+        self.lock = threading.Lock()
+        self.serial = _Cell._count = _Cell._count + 1
+
+    def access(self, kind: str, number: int) -> set[int]:
+        """Note the access of a task; return the tasks it waits for."""
+        if kind == "commutative":
+            if self.group is None:
+                self.group = self.writers | self.readers
+                self.writers, self.readers = set(), set()
+            self.writers.add(number)
+            return self.group
+        self.group = None
+        if kind == "in":
+            self.readers.add(number)
+            return set(self.writers)
+        waits = self.writers | self.readers
+        self.writers, self.readers = {number}, set()
+        return waits
+
+
+def run_now(kernel: Kernel, *args, section: Section = ("", -1)) -> None:
+    """The spawn of a program that runs without a graph: calls the kernel."""
+    Call(kernel, args).run()

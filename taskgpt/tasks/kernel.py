@@ -1,0 +1,311 @@
+"""Kernels: functions on tiles that declare what they read and write.
+
+    @kernel(flops=lambda R, OC, C: 2 * R * OC * C)
+    def matmul_forward(out: Out[R, OC], inp: In[R, C], weight: In[OC, C]):
+        np.matmul(inp, weight.T, out=out)            # the NumPy body: the specification, and the oracle of the tests
+
+    @matmul_forward.compiled
+    def _(out, inp, weight): ...                     # the compiled twin (numba, nogil, cached on disk): what runs
+
+The declaration is the only one: shapes are checked against it when a task is recorded, dependencies follow from it, and the twin is
+compiled for exactly its types. There an In tile has the type *read-only array*, so a twin that writes one does not compile.
+"""
+
+import inspect
+import linecache
+import os
+import pickle
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import numba
+import numpy as np
+from numba import types
+from numba.core.errors import NumbaError
+from numba.core.imputils import impl_ret_borrowed
+from numba.extending import intrinsic
+
+
+class ShapeError(ValueError):
+    """A tile does not have the shape or the type that its kernel declares."""
+
+
+class AccessError(RuntimeError):
+    """A kernel did something with a tile that it does not declare."""
+
+
+class Dim(str):
+    """The name of a dimension: within one call of a kernel it stands for one size."""
+
+
+def dims(names: str) -> list[Dim]:
+    """Return a Dim for each of the space-separated names: `R, C = dims("R C")`."""
+    return [Dim(name) for name in names.split()]
+
+
+@dataclass(frozen=True)
+class Access:
+    """How a kernel uses one tile: `kind` (in, out, inout, commutative), its dimensions and its element type."""
+
+    kind: str
+    dims: tuple[Dim | int, ...]
+    dtype: np.dtype
+
+    @property
+    def is_read(self) -> bool:
+        return self.kind != "out"
+
+    @property
+    def is_written(self) -> bool:
+        return self.kind != "in"
+
+    @property
+    def numba_type(self) -> types.Array:
+        """One type per declaration, so that one compiled version serves every tile: rows of any distance, elements side by side."""
+        layout = "C" if len(self.dims) == 1 else "A"
+        return types.Array(numba.from_dtype(self.dtype), len(self.dims), layout, readonly=not self.is_written)
+
+
+class _Declaration:
+    kind: str
+
+    def __class_getitem__(cls, items) -> Access:
+        """`In[R, C]`: a float32 tile of R x C; a NumPy type as last item names another type: `In[R, np.int32]`."""
+        *sizes, last = items if isinstance(items, tuple) and items else (items,)
+        has_type = isinstance(last, type) and issubclass(last, np.generic)
+        if not has_type:
+            sizes.append(last)
+        if not sizes or not all(isinstance(s, str) or (type(s) is int and s > 0) for s in sizes):
+            raise TypeError(f"{cls.__name__}[...] takes dimension names or sizes, then perhaps a NumPy type; got {items!r}")
+        return Access(cls.kind, tuple(sizes), np.dtype(last if has_type else np.float32))
+
+
+class In(_Declaration):
+    """Read, never written."""
+
+    kind = "in"
+
+
+class Out(_Declaration):
+    """Written whole, never read before that."""
+
+    kind = "out"
+
+
+class InOut(_Declaration):
+    """Read and written, in program order."""
+
+    kind = "inout"
+
+
+class Commutative(_Declaration):
+    """Read and written; tasks that declare it may run in any order, one at a time. In program order unless the graph allows otherwise."""
+
+    kind = "commutative"
+
+
+@intrinsic
+def dense(typing_context, row):
+    """In a compiled twin: the same 1-D array with its elements known to lie side by side, so that loops over it vectorise.
+
+    A row of a tile always does; its type cannot say so, because rows of a tile need not touch each other.
+    """
+    result = types.Array(row.dtype, row.ndim, "C", readonly=not row.mutable)
+
+    def codegen(context, builder, signature, args):
+        return impl_ret_borrowed(context, builder, result, args[0])
+
+    return result(row), codegen
+
+
+class Kernel:
+    """A declared function on tiles. Call it with arrays to run it; pass it to `spawn` with tiles to make it a task.
+
+    Attributes: `name`; `parameters`, name -> Access, or int / float for a constant; `body`, the NumPy function; `function`, what runs;
+    `tags`, free words that schedulers may ask for (the loops scheduler's coverage).
+    """
+
+    def __init__(self, body: Callable, flops: Callable | None = None, tags: Iterable[str] = ()):
+        self.name = body.__name__
+        self.body = self.function = body
+        self._twin = None  # numba's dispatcher
+        self.module = body.__module__
+        self.tags = frozenset(tags)
+        self.parameters: dict[str, Access | type] = {}
+        for parameter in inspect.signature(body, eval_str=True).parameters.values():
+            declared = parameter.annotation
+            if not (isinstance(declared, Access) or declared in (int, float)):
+                raise TypeError(f"{self.name}: parameter '{parameter.name}' needs In, Out, InOut, Commutative, int or float")
+            self.parameters[parameter.name] = declared
+        self.accesses = {name: access for name, access in self.parameters.items() if isinstance(access, Access)}
+        self._flops = flops
+        self._flops_names = tuple(inspect.signature(flops).parameters) if flops else ()
+        known = {str(d): None for access in self.accesses.values() for d in access.dims if isinstance(d, str)}
+        known |= {name: None for name in self.parameters if name not in self.accesses}
+        for name in self._flops_names:
+            if name not in known:
+                raise TypeError(f"{self.name}: flops asks for '{name}'; the kernel has {', '.join(known)}")
+        self.__doc__ = body.__doc__
+        self.__wrapped__ = body
+
+    def __call__(self, *args) -> None:
+        self.function(*args)
+
+    def __reduce__(self):
+        if getattr(sys.modules.get(self.module), self.name, None) is not self:
+            raise pickle.PicklingError(f"kernels are sent by name, and {self.module}.{self.name} is another object")
+        return _find_kernel, (self.module, self.name)
+
+    def __repr__(self) -> str:
+        words = [f"{name}({', '.join(found)})" for name, found in self.by_access(lambda parameter: parameter)]
+        return " ".join(["task", self.name, *words])
+
+    def by_access(self, show: Callable[[str], str]) -> Iterator[tuple[str, list[str]]]:
+        """Yield (kind, [show(parameter), ...]) for the kinds that occur, outputs first, as OmpSs-2 prints them."""
+        for kind in ("out", "inout", "commutative", "in"):
+            found = [show(name) for name, access in self.accesses.items() if access.kind == kind]
+            if found:
+                yield kind, found
+
+    def compiled(self, twin: Callable) -> "Kernel":
+        """Decorate the compiled twin: same parameters, must agree with the body. Compiled by `compile_kernels` or at the first call."""
+        if list(inspect.signature(twin).parameters) != list(self.parameters):
+            raise TypeError(f"{self.name}: the compiled twin must take {list(self.parameters)}")
+        # error_model="numpy": division by zero gives inf or nan, as in the body, and costs no branch.
+        options = {"nogil": True, "error_model": "numpy"}
+        try:
+            self._twin = numba.njit(cache=True, **options)(twin)
+        except RuntimeError:  # at the prompt there is no file to cache beside
+            self._twin = numba.njit(**options)(twin)
+        self.function = self._compile_and_run
+        return self
+
+    def _compile_and_run(self, *args) -> None:
+        """What `function` is until the twin is compiled: numba left alone would compile for the arguments, not for the declaration."""
+        self.compile()
+        self.function(*args)
+
+    @property
+    def is_compiled(self) -> bool:
+        return self._twin is None or self.function is self._twin
+
+    def compile(self) -> bool:
+        """Compile the twin, or load it from the cache; return True if it came from the cache.
+
+        Raises AccessError if the twin writes a tile that is declared In.
+        """
+        if self._twin is None:
+            return False
+        scalars = {int: types.int64, float: types.float64}
+        arguments = [scalars.get(p) or p.numba_type for p in self.parameters.values()]
+        _stamp_cache_with_helpers(self._twin)
+        try:
+            self._twin.compile(types.void(*arguments))
+        except NumbaError as error:
+            if "Cannot modify readonly array" not in str(error):
+                raise
+            declared = ", ".join(f"'{name}'" for name, access in self.accesses.items() if not access.is_written)
+            raise AccessError(f"{self.name}: the compiled twin writes to one of {declared}, declared In") from None
+        self._twin.disable_compile()
+        self.function = self._twin
+        return bool(self._twin.stats.cache_hits)
+
+    def sizes(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
+        """Return the size that each dimension name stands for, given the shape of each tile.
+
+        Raises ShapeError if a tile has another number of dimensions, or if one name would stand for two sizes.
+        """
+        sizes: dict[str, int] = {}
+        origin: dict[str, str] = {}
+        for name, access in self.accesses.items():
+            shape = shapes[name]
+            if len(shape) != len(access.dims):
+                wanted = ", ".join(map(str, access.dims))
+                raise ShapeError(f"{self.name}: '{name}' wants {len(access.dims)} dimensions ({wanted}), got shape {shape}")
+            for dim, size in zip(access.dims, shape, strict=True):
+                wanted = dim if isinstance(dim, int) else sizes.setdefault(dim, size)
+                first = origin.setdefault(str(dim), name)
+                if size != wanted:
+                    said = "" if isinstance(dim, int) else f" as in '{first}'"
+                    raise ShapeError(f"{self.name}: '{name}' wants {dim} = {wanted}{said}, got shape {shape}")
+        return sizes
+
+    def flops(self, sizes: dict[str, int], constants: dict[str, float]) -> int:
+        """Return the floating-point operations of one call; one per written element for a kernel that does not say."""
+        if self._flops:
+            known = {**sizes, **constants}
+            return int(self._flops(*(known[name] for name in self._flops_names)))
+        written = [access.dims for access in self.accesses.values() if access.is_written]
+        return sum(int(np.prod([d if isinstance(d, int) else sizes[d] for d in dims])) for dims in written)
+
+
+def kernel(body: Callable | None = None, *, flops: Callable | None = None, tags: Iterable[str] = ()):
+    """Decorate the NumPy body of a kernel. `flops` takes dimension names and constants and returns the operations of a call."""
+    if body is None:
+        return lambda body: Kernel(body, flops, tags)
+    return Kernel(body)
+
+
+def compile_kernels(kernels: Iterable[Kernel], report: Callable[[int, int, Kernel, float, bool], None] | None = None) -> None:
+    """Compile the kernels that are not compiled yet, calling `report(done, total, kernel, seconds, was_cached)` after each."""
+    pending = [k for k in kernels if not k.is_compiled]
+    for done, each in enumerate(pending, start=1):
+        start = time.perf_counter()
+        was_cached = each.compile()
+        if report:
+            report(done, len(pending), each, time.perf_counter() - start, was_cached)
+
+
+def _find_kernel(module: str, name: str) -> Kernel:
+    return getattr(__import__(module, fromlist=[name]), name)
+
+
+def _stamp_cache_with_helpers(dispatcher) -> None:
+    """Make numba's disk cache of a twin stale when anything that the twin is compiled from changes: a helper in any file, a global number.
+
+    Numba stamps a cached function with its own file's time and size alone (numba documents the limitation), so an edit of a helper in
+    another file would go on running the old machine code: wrong numbers without a word. The stamp is a private attribute of numba's.
+    """
+    cache_file = getattr(dispatcher._cache, "_cache_file", None)
+    if cache_file is None:  # not cached
+        return
+    stamp, seen, pending = [sys.version], set(), [dispatcher.py_func]
+    while pending:
+        function = pending.pop()
+        if function in seen:
+            continue
+        seen.add(function)
+        stamp.append(_version_of(function))
+        for name, value in _globals_of(function):
+            helper = getattr(value, "py_func", None) or getattr(value, "_defn", None)  # njit, intrinsic
+            if helper is not None:
+                pending.append(helper)
+            elif isinstance(value, (bool, int, float, complex, str, bytes, tuple, np.generic)):
+                stamp.append((name, repr(value)))
+    cache_file._source_stamp = tuple(stamp)
+
+
+def _version_of(function: Callable) -> tuple:
+    """Return (time, size) of the file that holds the function; the text of its cell if it comes from a notebook."""
+    code = function.__code__
+    try:
+        stat = os.stat(code.co_filename)
+    except OSError:
+        return code.co_code, *linecache.getlines(code.co_filename)
+    return stat.st_mtime_ns, stat.st_size
+
+
+def _globals_of(function: Callable) -> Iterator[tuple[str, object]]:
+    """Yield (name, value) of what a function finds outside itself: globals, attributes of modules among them, and its closure."""
+    codes = [function.__code__]
+    for code in codes:
+        codes += [constant for constant in code.co_consts if inspect.iscode(constant)]
+    names = list(dict.fromkeys(name for code in codes for name in code.co_names))
+    outside = {**function.__globals__, **inspect.getclosurevars(function).nonlocals}
+    modules = [outside[name] for name in names if inspect.ismodule(outside.get(name))]
+    for name in [*names, *function.__code__.co_freevars]:
+        for value in [outside.get(name), *(vars(module).get(name) for module in modules)]:
+            if value is not None:
+                yield name, value

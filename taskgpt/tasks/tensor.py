@@ -1,0 +1,319 @@
+"""Tensors: named arrays, each cut once into a grid of cells. Indexing a tensor gives a tile: any rectangle of it.
+
+    arena = Arena({"fch": TensorSpec((L, R, 4 * C), cuts=(1, 64, 256))})
+    tile = arena.fch[3, 0:128, 256:512]          # plain NumPy indices; touches the cells 3 x (0..1) x 1
+
+The grid is what dependencies are tracked by: two accesses conflict if they touch a common cell and one of them writes. Accesses need
+not follow the grid; one that covers part of a cell counts as touching all of it, which is safe, and merely less parallel.
+"""
+
+import contextlib
+import itertools
+import math
+import mmap
+import operator
+import os
+import tempfile
+import threading
+import uuid
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+_ALIGNMENT_BYTES = 64  # a cache line; the same offset in every process, so that BLAS takes the same path and gives the same bits
+
+
+class GridError(ValueError):
+    """A grid that cannot be, or two grids over one memory."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """The shape of a tensor, and where its grid is cut.
+
+    `cuts` has an entry for each axis: None (one cell), n (a cut after every n elements; the last cell may be smaller), or a tuple of such n
+    (a cut wherever one of them asks for it).
+    """
+
+    shape: tuple[int, ...]
+    cuts: tuple[int | tuple[int, ...] | None, ...] = ()
+    dtype: np.dtype = field(default=np.dtype(np.float32))
+
+    def bounds(self) -> tuple[np.ndarray, ...]:
+        """Return the cell boundaries of each axis, from 0 to the axis' length. Raises GridError for a cut below 1."""
+        cuts = self.cuts or (None,) * len(self.shape)
+        if not self.shape:
+            raise GridError("a tensor has at least one axis; a single number is a tensor of shape (1,)")
+        if len(cuts) != len(self.shape):
+            raise GridError(f"{len(cuts)} cuts for a tensor of {len(self.shape)} axes")
+        bounds = []
+        for length, cut in zip(self.shape, cuts, strict=True):
+            steps = cut if isinstance(cut, tuple) else (length if cut is None else cut,)
+            if not steps:
+                raise GridError("no cuts in an empty tuple; None leaves an axis whole")
+            if any(step < 1 for step in steps) and length > 0:
+                raise GridError(f"cannot cut an axis of {length} elements every {min(steps)}: a tile has at least 1 element")
+            points = set().union(*(range(0, length, step) for step in steps)) if length else {0}
+            bounds.append(np.array([*sorted(points), length]))
+        return tuple(bounds)
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+class Tensor:
+    """A named array with a grid. `array` is its memory; `tensor[index]` is a Tile."""
+
+    def __init__(self, name: str, array: np.ndarray, cuts: tuple = (), block: "_Block | None" = None):
+        self.name = name
+        self.array = array
+        self.bounds = TensorSpec(array.shape, tuple(cuts), array.dtype).bounds()
+        self.grid = tuple(len(b) - 1 for b in self.bounds)
+        self._block = block
+        if array.size and array.strides[-1] != array.itemsize:
+            raise GridError(f"tensor '{name}': elements of the last axis must lie side by side, got strides {array.strides}")
+
+    def __getitem__(self, index) -> "Tile":
+        return Tile(self, index)
+
+    def __repr__(self) -> str:
+        return f"{self.name}{list(self.array.shape)} cut {' x '.join(map(str, self.grid))}"
+
+    def __reduce__(self):
+        if self._block is None or not self._block.is_shared:
+            raise TypeError(f"tensor '{self.name}' lives in this process' own memory; a process can share only Arena(..., shared=True)")
+        return _Block.tensor, (self._block, self.name)
+
+    def address_range(self) -> tuple[int, int]:
+        """Return the first and the one-past-last byte address."""
+        first = self.array.__array_interface__["data"][0]
+        if not self.array.size:
+            return first, first
+        reach = [(n - 1) * stride for n, stride in zip(self.array.shape, self.array.strides, strict=True)]
+        return first + sum(r for r in reach if r < 0), first + sum(r for r in reach if r > 0) + self.array.itemsize
+
+
+class Tile:
+    """A rectangle of a tensor. `array` is the view (integer indices drop their axis, as in NumPy); `tile[index]` is a tile within it.
+
+    Raises IndexError for an index that leaves the tensor, is no integer or slice, has a step, or selects nothing, and for an integer on the
+    last axis: kernels may rely on elements of a row lying side by side.
+    """
+
+    __slots__ = ("array", "index", "ranges", "tensor")
+
+    def __init__(self, tensor: Tensor, index):
+        index = index if isinstance(index, tuple) else (index,)
+        shape = tensor.array.shape
+        if len(index) > len(shape):
+            raise IndexError(f"tensor '{tensor.name}' has {len(shape)} axes, got {len(index)} indices")
+        index += (slice(None),) * (len(shape) - len(index))
+        self.tensor = tensor
+        self.ranges = tuple(_span(f"tensor '{tensor.name}'", axis, shape[axis], i) for axis, i in enumerate(index))
+        if not isinstance(index[-1], slice):
+            start, stop = self.ranges[-1]
+            axis = f"axis {len(shape) - 1} is the last and takes a slice, so that elements lie side by side"
+            raise IndexError(f"tensor '{tensor.name}': {axis}: {start}:{stop}, got {index[-1]!r}")
+        self.index = tuple(slice(*span) if isinstance(i, slice) else span[0] for i, span in zip(index, self.ranges, strict=True))
+        self.array = tensor.array[self.index]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    def cells(self) -> Iterator[tuple[int, ...]]:
+        """Yield the grid position of every cell that this tile touches, wholly or in part."""
+        spans = []
+        for (start, stop), bounds in zip(self.ranges, self.tensor.bounds, strict=True):
+            first = int(np.searchsorted(bounds, start, side="right")) - 1
+            last = int(np.searchsorted(bounds, stop, side="left"))
+            spans.append(range(first, last))
+        return itertools.product(*spans)
+
+    def __getitem__(self, index) -> "Tile":
+        index = index if isinstance(index, tuple) else (index,)
+        if len(index) > self.array.ndim:
+            raise IndexError(f"tile {self!r} has {self.array.ndim} axes, got {len(index)} indices")
+        inner, whole = list(index) + [slice(None)] * (self.array.ndim - len(index)), []
+        for own, (start, stop) in zip(self.index, self.ranges, strict=True):
+            if isinstance(own, slice):
+                axis = self.array.ndim - len(inner)
+                each = inner.pop(0)
+                first, last = _span(f"tile {self!r}", axis, stop - start, each)
+                own = slice(start + first, start + last) if isinstance(each, slice) else start + first
+            whole.append(own)
+        return Tile(self.tensor, tuple(whole))
+
+    def overlaps(self, other: "Tile") -> bool:
+        """Return True if the two tiles have an element in common."""
+        return self.tensor is other.tensor and all(
+            a[0] < b[1] and b[0] < a[1] for a, b in zip(self.ranges, other.ranges, strict=True)
+        )
+
+    def __repr__(self) -> str:
+        words = []
+        for i, (start, stop), length in zip(self.index, self.ranges, self.tensor.array.shape, strict=True):
+            words.append(":" if (start, stop) == (0, length) else f"{start}:{stop}" if isinstance(i, slice) else str(i))
+        return f"{self.tensor.name}[{', '.join(words)}]"
+
+    def __reduce__(self):
+        return Tile, (self.tensor, self.index)
+
+
+def _span(where: str, axis: int, length: int, index) -> tuple[int, int]:
+    """Return (start, stop) of what an integer or a slice selects of an axis."""
+    try:
+        if not isinstance(index, slice):
+            start = operator.index(index)
+            stop = start + 1
+        elif index.step in (None, 1):
+            start = 0 if index.start is None else operator.index(index.start)
+            stop = length if index.stop is None else operator.index(index.stop)
+        else:
+            raise TypeError
+    except TypeError:
+        raise IndexError(f"{where}: axis {axis} takes an integer or a slice without step, got {index!r}") from None
+    if not 0 <= start < stop <= length:
+        raise IndexError(f"{where}: axis {axis} has {length} elements, got {index!r}")
+    return start, stop
+
+
+class Arena:
+    """One block of zeroed memory that holds tensors, each an attribute under its name.
+
+    `shared=True` puts it where other processes of this user on this machine can map it: pickling the arena, its tensors or its tiles
+    sends the address alone. Freed with the last reference to the arena or a tensor of it; nothing stays behind when the process dies (on
+    Linux; elsewhere the block is a temporary file, removed at exit). Raises MemoryError if there is not enough memory.
+    """
+
+    def __init__(self, specs: dict[str, TensorSpec], shared: bool = False):
+        self._hold(_Block(specs, shared))
+
+    def _hold(self, block: "_Block") -> "Arena":
+        self._block = block
+        self.tensors: dict[str, Tensor] = {name: block.tensor(name) for name in block.specs}
+        return self
+
+    def __getattr__(self, name: str) -> Tensor:
+        try:
+            return self.__dict__["tensors"][name]
+        except KeyError:
+            raise AttributeError(f"the arena has no tensor '{name}'") from None
+
+    @property
+    def specs(self) -> dict[str, TensorSpec]:
+        return self._block.specs
+
+    @property
+    def is_shared(self) -> bool:
+        return self._block.is_shared
+
+    @property
+    def nbytes(self) -> int:
+        return self._block.nbytes
+
+    def __reduce__(self):
+        if not self.is_shared:
+            raise TypeError("an arena in this process' own memory cannot be sent; make it with shared=True")
+        return _arena_of, (self._block,)
+
+
+def _arena_of(block: "_Block") -> Arena:
+    return Arena.__new__(Arena)._hold(block)
+
+
+class _Block:
+    """The memory of an arena. Tensors hold their block and not the reverse, so that it is freed without waiting for the garbage collector.
+
+    A shared block is known by `token` in every process: its path names a file descriptor, whose number is used again after it is closed.
+    """
+
+    def __init__(self, specs: dict[str, TensorSpec], shared: bool):
+        self.specs = dict(specs)
+        self.is_shared = shared
+        descriptor = None
+        if shared:
+            self.token = uuid.uuid4().hex
+            descriptor, self.path = _new_shared_block(self.nbytes)
+            weakref.finalize(self, os.close, descriptor)
+            _blocks[self.token] = self
+        self._map(descriptor)
+
+    @property
+    def nbytes(self) -> int:
+        return max(1, sum(_aligned(spec.nbytes) for spec in self.specs.values()))
+
+    def _map(self, descriptor: int | None) -> None:
+        # Private memory must be MAP_PRIVATE (mmap's default is shared with forked children): Linux gives huge pages to that alone.
+        private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if descriptor is None and hasattr(mmap, "MAP_PRIVATE") else {}
+        try:
+            self._memory = mmap.mmap(-1 if descriptor is None else descriptor, self.nbytes, **private)
+        except OSError as error:
+            raise MemoryError(f"no room for {self.nbytes / 2**20:.0f} MiB of memory: {error.strerror}") from None
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):  # kernels without huge pages
+                self._memory.madvise(mmap.MADV_HUGEPAGE)  # weights are streamed: fewer page-table walks
+        starts = itertools.accumulate((_aligned(spec.nbytes) for spec in self.specs.values()), initial=0)
+        self._starts = dict(zip(self.specs, starts, strict=False))
+        self._tensors: weakref.WeakValueDictionary[str, Tensor] = weakref.WeakValueDictionary()
+
+    def tensor(self, name: str) -> Tensor:
+        """Return the one Tensor of that name: dependencies and overlaps go by the identity of tensors."""
+        with _lock:
+            tensor = self._tensors.get(name)
+            if tensor is None:
+                spec = self.specs[name]
+                array = np.frombuffer(self._memory, spec.dtype, math.prod(spec.shape), self._starts[name]).reshape(spec.shape)
+                tensor = self._tensors[name] = Tensor(name, array, spec.cuts, self)
+            return tensor
+
+    def __reduce__(self):
+        return _attach, (self.token, self.path, self.specs)
+
+
+_blocks: "weakref.WeakValueDictionary[str, _Block]" = weakref.WeakValueDictionary()  # this process' shared blocks, by token
+_lock = threading.Lock()
+
+
+def _attach(token: str, path: str, specs: dict[str, TensorSpec]) -> _Block:
+    """Map the shared block at `path`, once per process."""
+    with _lock:
+        block = _blocks.get(token)
+        if block is None:
+            block = _Block.__new__(_Block)
+            block.token, block.path, block.specs, block.is_shared = token, path, specs, True
+            descriptor = os.open(path, os.O_RDWR)
+            try:
+                block._map(descriptor)
+            finally:
+                os.close(descriptor)
+            _blocks[token] = block
+        return block
+
+
+def _new_shared_block(size: int) -> tuple[int, str]:
+    """Return (file descriptor, path) of new shared memory of `size` bytes, its room reserved."""
+    if hasattr(os, "memfd_create"):
+        # Not multiprocessing.shared_memory: containers often allow /dev/shm 64 MB, a memfd has no such limit and cannot be left behind.
+        descriptor = os.memfd_create("taskgpt")
+        path = f"/proc/{os.getpid()}/fd/{descriptor}"
+    else:
+        import atexit
+
+        descriptor, path = tempfile.mkstemp(prefix="taskgpt-")
+        atexit.register(os.unlink, path)
+    try:
+        os.ftruncate(descriptor, size)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(descriptor, 0, size)  # without it, writing past the end of memory kills the process (SIGBUS)
+    except OSError as error:
+        os.close(descriptor)
+        raise MemoryError(f"no room for {size / 2**20:.0f} MiB of shared memory: {error.strerror}") from None
+    return descriptor, path
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
