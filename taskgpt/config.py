@@ -1,0 +1,168 @@
+"""What runs and how it runs: frozen dataclasses, filled from TOML files, then from `--set key=value`.
+
+A graph file (graphs/NAME.toml) fixes the numbers: model, batch, tiles. A scheduler file (scheduler_configs/NAME.toml) may change only the
+time. Every key of a file is a field of the dataclass that uses it. The file that carries a scheduler's own name holds its defaults; a
+variant names its scheduler and what it changes. Unknown keys, wrong types and values out of range are refused with file, key and choices.
+"""
+
+import dataclasses
+import importlib
+import tomllib
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from taskgpt.errors import UserError, did_you_mean
+from taskgpt.gpt2.model import Batch, Model, Options, Tiles
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class GraphConfig:
+    """A graph file: what is computed. `tiles` may change the rounding; nothing else of a run does."""
+
+    name: str
+    model: Model
+    batch: Batch
+    tiles: Tiles
+    options: Options
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """A scheduler file: `scheduler` is the module in taskgpt/schedulers, `settings` an instance of its Settings."""
+
+    name: str
+    scheduler: str
+    settings: Any
+
+
+def load_graph(name: str, overrides: dict[str, Any] | None = None) -> GraphConfig:
+    """Read graphs/NAME.toml, or the file that `name` is a path of. Overrides are {"tiles.rows": 64, ...}.
+
+    Raises UserError for an unknown name, key or value.
+    """
+    path = _find("graphs", name)
+    tables = _read(path)
+    for key, value in (overrides or {}).items():
+        table, _, field = key.partition(".")
+        tables.setdefault(table, {})[field] = value
+    sections = {field.name: field.type for field in dataclasses.fields(GraphConfig) if field.name != "name"}
+    for key in tables:
+        if key not in sections:
+            raise UserError(f"{path.name}: unknown table '{key}'{did_you_mean(key, sections)}")
+    filled = {section: fill(cls, tables.get(section, {}), f"{path.name}: {section}.") for section, cls in sections.items()}
+    return GraphConfig(path.stem, **filled)
+
+
+def load_scheduler(name: str, overrides: dict[str, Any] | None = None) -> SchedulerConfig:
+    """Read scheduler_configs/NAME.toml, or the file that `name` is a path of, over the defaults of the scheduler that it names.
+
+    Raises UserError for an unknown name, key or value.
+    """
+    path = _find("scheduler_configs", name)
+    table = _read(path)
+    scheduler = table.pop("scheduler", path.stem)
+    known = {p.stem for p in (_PACKAGE / "schedulers").glob("*.py") if not p.stem.startswith("_")}
+    module_name = scheduler.replace("-", "_")
+    if module_name not in known:
+        raise UserError(f"{path.name}: unknown scheduler '{scheduler}'{did_you_mean(scheduler, [k.replace('_', '-') for k in known])}")
+    defaults = _read(_find("scheduler_configs", scheduler))
+    defaults.pop("scheduler", None)
+    module = importlib.import_module(f"taskgpt.schedulers.{module_name}")
+    settings = fill(module.Settings, {**defaults, **table, **(overrides or {})}, f"{path.name}: ")
+    return SchedulerConfig(path.stem, scheduler, settings)
+
+
+def graph_keys() -> list[str]:
+    """Return every key of a graph file, with its table: `tiles.rows`."""
+    sections = [(field.name, field.type) for field in dataclasses.fields(GraphConfig) if field.name != "name"]
+    return [f"{section}.{field.name}" for section, cls in sections for field in dataclasses.fields(cls)]
+
+
+def parse_settings(words: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Parse `--set key=value` words into (overrides of the graph file, overrides of the scheduler file): the graph's keys have a dot."""
+    graph: dict[str, Any] = {}
+    scheduler: dict[str, Any] = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals or not key.strip():
+            raise UserError(f"--set {word}: wanted key=value, for example --set tiles.rows=128 or --set workers=2")
+        key = key.strip()
+        if "." in key and key not in graph_keys():
+            raise UserError(f"--set {word}: unknown key '{key}'{did_you_mean(key, graph_keys())}")
+        (graph if "." in key else scheduler)[key] = _parse_value(text.strip())
+    return graph, scheduler
+
+
+def available(kind: str) -> list[str]:
+    """Return the names in a data folder: `graphs` or `scheduler_configs`."""
+    return sorted(path.stem for path in _folder(kind).glob("*.toml"))
+
+
+def fill(cls: type, table: dict[str, Any], where: str) -> Any:
+    """Return `cls(**table)`; every field without a default must be there.
+
+    Fields may carry metadata: `choices`, a tuple, and `at_least`, a number. Raises UserError, its message beginning with `where`.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    for key, value in table.items():
+        if key not in fields:
+            raise UserError(f"{where}{key}: unknown key '{key}'{did_you_mean(key, fields)}")
+        wanted = hints[key]
+        allowed = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
+        if float in allowed and isinstance(value, int) and not isinstance(value, bool):
+            table = {**table, key: float(value)}
+        elif not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+            names = " or ".join(t.__name__ for t in allowed)
+            raise UserError(f"{where}{key}: wanted {names}, got {value!r}")
+        choices, at_least = fields[key].metadata.get("choices"), fields[key].metadata.get("at_least")
+        if choices and value not in choices:
+            raise UserError(f"{where}{key}: wanted one of {', '.join(map(repr, choices))}, got {value!r}")
+        if at_least is not None and value < at_least:
+            raise UserError(f"{where}{key}: wanted at least {at_least}, got {value!r}")
+    for key, field in fields.items():
+        if key not in table and field.default is dataclasses.MISSING:
+            raise UserError(f"{where}{key}: missing; add '{key} = ...'")
+    try:
+        return cls(**table)
+    except ValueError as error:
+        raise UserError(f"{where.rstrip('.: ')}: {error}") from None
+
+
+def _folder(kind: str) -> Path:
+    """Both data folders are installed inside the package; in a checkout they stand beside it."""
+    installed = _PACKAGE / kind
+    return installed if installed.is_dir() else _PACKAGE.parent / kind
+
+
+def _find(kind: str, name: str) -> Path:
+    path = Path(name)
+    if path.suffix == ".toml" or len(path.parts) > 1:
+        if not path.is_file():
+            raise UserError(f"{name}: no such file")
+        return path
+    path = _folder(kind) / f"{name}.toml"
+    if not path.is_file():
+        what = {"graphs": "graph", "scheduler_configs": "scheduler"}[kind]
+        raise UserError(f"unknown {what} '{name}'{did_you_mean(name, available(kind))}")
+    return path
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a TOML file: {error}") from None
+
+
+def _parse_value(text: str) -> Any:
+    """Parse a value as TOML does; a bare word is a string."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text

@@ -1,0 +1,136 @@
+"""Causal self-attention of one sequence and a few heads, forward and backward, without storing a T x T matrix.
+
+The forward pass keeps two numbers per row and head, the largest score and 1 / sum of exp(score - largest). The backward pass computes the
+probabilities again from them: T^2 work in both directions, and memory that grows with T. Queries go in blocks, and a block meets only the
+keys up to its last query, so the masked half of the products is skipped.
+
+Q, K and V are columns of one tensor: a tile of H columns holds N = H / head_size heads side by side. Queries may be the last T of S
+positions (sampling computes only the new rows).
+"""
+
+import math
+
+import numpy as np
+
+from taskgpt.gpt2.vector_math import LANES, exp32, row_max, row_sum
+from taskgpt.tasks import In, Out, dense, dims, kernel
+from taskgpt.tasks.blas import gemm
+
+T, S, H, N = dims("T S H N")
+_f = np.float32
+ZERO, ONE = _f(0), _f(1)
+BLOCK = 64  # queries at a time: the block's scores stay in L2 (64 x 1024 floats = 256 KiB)
+
+
+@kernel(flops=lambda T, S, H: 4 * H * (T * (S - T) + T * (T + 1) // 2), tags=["llmc"])
+def attention_forward(atty: Out[T, H], att_max: Out[T, N], att_rsum: Out[T, N], q: In[T, H], k: In[S, H], v: In[S, H], head_size: int):
+    """atty = softmax(q @ k.T / sqrt(head_size), over positions up to the query's own) @ v, head by head.
+
+    Source: Vaswani et al. 2017; same formula as llm.c. Keeps: att_max, att_rsum for attention_backward.
+    """
+    masked = _masked(len(q), len(k))
+    for n, at in enumerate(range(0, q.shape[1], head_size)):
+        head = slice(at, at + head_size)
+        scores = np.where(masked, _f(-np.inf), q[:, head] @ k[:, head].T * _f(1 / math.sqrt(head_size)))
+        att_max[:, n] = scores.max(axis=1)
+        probabilities = np.exp(scores - att_max[:, n, None])
+        att_rsum[:, n] = 1 / probabilities.sum(axis=1)
+        atty[:, head] = probabilities @ v[:, head] * att_rsum[:, n, None]
+
+
+@attention_forward.compiled
+def _(atty, att_max, att_rsum, q, k, v, head_size):
+    queries, past = q.shape[0], k.shape[0] - q.shape[0]
+    scores = np.empty((min(BLOCK, queries), k.shape[0]), np.float32)
+    lanes = np.empty(LANES, np.float32)
+    scale = _f(1 / math.sqrt(head_size))
+    for n in range(q.shape[1] // head_size):
+        first, last = n * head_size, (n + 1) * head_size
+        for start in range(0, queries, BLOCK):
+            stop = min(start + BLOCK, queries)
+            seen = past + stop
+            block = scores[: stop - start, :seen]
+            gemm(block, q[start:stop, first:last], k[:seen, first:last], 0, 1, scale, ZERO)
+            for r in range(stop - start):
+                row, valid = dense(block[r]), past + start + r + 1
+                largest = row_max(row, valid, lanes)
+                for t in range(valid):
+                    row[t] = exp32(row[t] - largest)
+                for t in range(valid, seen):
+                    row[t] = ZERO
+                factor = ONE / row_sum(row)
+                for t in range(valid):
+                    row[t] *= factor
+                att_max[start + r, n], att_rsum[start + r, n] = largest, factor
+            gemm(atty[start:stop, first:last], block, v[:seen, first:last], 0, 0, ONE, ZERO)
+
+
+@kernel(flops=lambda T, H: 10 * H * T * (T + 1) // 2)
+def attention_backward(
+    dq: Out[T, H],
+    dk: Out[T, H],
+    dv: Out[T, H],
+    datty: In[T, H],
+    atty: In[T, H],
+    q: In[T, H],
+    k: In[T, H],
+    v: In[T, H],
+    att_max: In[T, N],
+    att_rsum: In[T, N],
+    head_size: int,
+):
+    """The gradients of q, k and v, given that of atty.
+
+    With p the probabilities and dp = datty @ v.T: dv = p.T @ datty, ds = p * (dp - sum(datty * atty)), dq = ds @ k / sqrt(head_size) and
+    dk = ds.T @ q / sqrt(head_size). The sum over a row of p * dp equals that of datty * atty (Dao et al. 2022), at no T x T cost.
+    """
+    masked, scale = _masked(len(q), len(k)), _f(1 / math.sqrt(head_size))
+    for n, at in enumerate(range(0, q.shape[1], head_size)):
+        head = slice(at, at + head_size)
+        scores = np.where(masked, _f(-np.inf), q[:, head] @ k[:, head].T * scale)
+        p = np.exp(scores - att_max[:, n, None]) * att_rsum[:, n, None]
+        dv[:, head] = p.T @ datty[:, head]
+        ds = p * (datty[:, head] @ v[:, head].T - (datty[:, head] * atty[:, head]).sum(axis=1, keepdims=True)) * scale
+        dq[:, head] = ds @ k[:, head]
+        dk[:, head] = ds.T @ q[:, head]
+
+
+@attention_backward.compiled
+def _(dq, dk, dv, datty, atty, q, k, v, att_max, att_rsum, head_size):
+    length = q.shape[0]
+    probabilities = np.empty((min(BLOCK, length), length), np.float32)
+    gradients = np.empty((min(BLOCK, length), length), np.float32)
+    products = np.empty(head_size, np.float32)
+    scale = _f(1 / math.sqrt(head_size))
+    for n in range(q.shape[1] // head_size):
+        first, last = n * head_size, (n + 1) * head_size
+        for start in range(0, length, BLOCK):
+            stop = min(start + BLOCK, length)
+            p, ds = probabilities[: stop - start, :stop], gradients[: stop - start, :stop]
+            gemm(p, q[start:stop, first:last], k[:stop, first:last], 0, 1, scale, ZERO)
+            gemm(ds, datty[start:stop, first:last], v[:stop, first:last], 0, 1, ONE, ZERO)
+            for r in range(stop - start):
+                at, valid = start + r, start + r + 1
+                d_row, y_row = dense(datty[at, first:last]), dense(atty[at, first:last])
+                for c in range(head_size):
+                    products[c] = d_row[c] * y_row[c]
+                mean, largest, factor = row_sum(products), att_max[at, n], att_rsum[at, n]
+                p_row, ds_row = dense(p[r]), dense(ds[r])
+                for t in range(valid):
+                    p_row[t] = exp32(p_row[t] - largest) * factor
+                    ds_row[t] = p_row[t] * (ds_row[t] - mean) * scale
+                for t in range(valid, stop):
+                    p_row[t] = ZERO
+                    ds_row[t] = ZERO
+            gemm(dq[start:stop, first:last], ds, k[:stop, first:last], 0, 0, ONE, ZERO)
+            # Keys before this block have a sum already; those of the block itself get their first contribution.
+            if start > 0:
+                gemm(dk[:start, first:last], ds[:, :start], q[start:stop, first:last], 1, 0, ONE, ONE)
+                gemm(dv[:start, first:last], p[:, :start], datty[start:stop, first:last], 1, 0, ONE, ONE)
+            gemm(dk[start:stop, first:last], ds[:, start:], q[start:stop, first:last], 1, 0, ONE, ZERO)
+            gemm(dv[start:stop, first:last], p[:, start:], datty[start:stop, first:last], 1, 0, ONE, ZERO)
+
+
+def _masked(queries: int, keys: int) -> np.ndarray:
+    """Return a (queries, keys) mask of the keys after each query, the queries being the last positions."""
+    return np.arange(keys)[None, :] > np.arange(keys - queries, keys)[:, None]
