@@ -1,0 +1,229 @@
+"""llm.c's token files, and the loader that cuts them into batches in llm.c's order.
+
+A token file is a header of 256 int32 {20240520, 1, number of tokens, 0...} and then the ids as uint16, all little-endian.
+`TokenWriter` and `write_tokens` write one whole or not at all; `read_tokens` maps one into memory after checking it; `Loader` serves
+batches from one or more of them, a *shard* each. Source: llm.c, `dev/data/data_common.py`, `llmc/dataloader.h` and `llmc/rand.h`.
+"""
+
+import errno
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from taskgpt.errors import UserError
+
+HEADER_WORDS = 256
+HEADER_BYTES = 4 * HEADER_WORDS
+TOKENS_MAGIC, TOKENS_VERSION = 20240520, 1
+MOST_TOKENS = 2**31 - 1  # the header counts them in an int32
+OTHER_MAGICS = {
+    20240801: "a token file of llm.c's llama-3 variant (uint32); tokenize the text for GPT-2 instead",
+    20240522: "an llm.c evaluation file (HellaSwag, MMLU), which holds no running text",
+    20240326: "an llm.c model checkpoint",
+    20240327: "an llm.c debug state",
+    20240328: "an llm.c tokenizer",
+}
+SHUFFLE_SEED = 42
+CHECK_TOKENS = 1 << 20  # ids are checked in chunks of this many: 2 MB fit the cache
+
+
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
+    """Open a file for writing that appears under its name, complete and on the disk, when the block ends, and not at all if it raises.
+
+    Raises: UserError if the folder cannot be written or the disk is full.
+    """
+    path = Path(path)
+    unfinished = path.with_name(f".{path.name}.tmp{os.getpid()}")  # same folder: a rename never copies
+    try:
+        with unfinished.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    finally:
+        with suppress(OSError):
+            unfinished.unlink()
+
+
+def cannot_write(path: str | Path, error: OSError) -> UserError:
+    """Return the UserError that says why a file could not be written."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UserError(f"{path}: the disk is full; free some space, or choose another folder")
+    return UserError(f"{path}: cannot write: {error.strerror or error}; choose a folder that you may write to")
+
+
+class TokenWriter:
+    """Write a token file piece by piece, holding none of it: `append` ids inside `with TokenWriter.open(path) as writer`."""
+
+    def __init__(self, file: BinaryIO):
+        self.file = file
+        self.num_tokens = 0
+
+    @classmethod
+    @contextmanager
+    def open(cls, path: str | Path) -> Iterator["TokenWriter"]:
+        """Begin a token file; it appears under its name when the block ends. Raises: UserError as `atomic_file`, or if no token came."""
+        with atomic_file(path) as file:
+            file.write(bytes(HEADER_BYTES))
+            writer = cls(file)
+            yield writer
+            if not 1 <= writer.num_tokens <= MOST_TOKENS:
+                raise UserError(f"{path}: a token file holds 1 to {MOST_TOKENS:,} tokens, not {writer.num_tokens:,}")
+            file.seek(0)
+            file.write(np.array([TOKENS_MAGIC, TOKENS_VERSION, writer.num_tokens], "<i4").tobytes())
+
+    def append(self, ids: Sequence[int] | np.ndarray):
+        """Add token ids (n,). Raises: ValueError if one is negative or above 65,535."""
+        ids = np.asarray(ids)
+        if ids.size and not 0 <= ids.min() <= ids.max() < 2**16:
+            raise ValueError(f"token ids from {ids.min()} to {ids.max()} do not fit uint16")
+        self.file.write(np.ascontiguousarray(ids, "<u2").data)
+        self.num_tokens += ids.size
+
+
+def write_tokens(path: str | Path, ids: Sequence[int] | np.ndarray):
+    """Write token ids (n,) as an llm.c token file, whole or not at all. Raises: UserError as `TokenWriter.open`, ValueError as `append`."""
+    with TokenWriter.open(path) as writer:
+        writer.append(ids)
+
+
+def read_tokens(path: str | Path) -> np.ndarray:
+    """Return the ids of an llm.c token file, uint16 (n,), mapped from the disk and read-only.
+
+    Raises: UserError if it cannot be read, is another kind of file, holds no token, or is longer or shorter than its header says.
+    """
+    try:
+        size = os.stat(path).st_size
+        header = np.fromfile(path, "<i4", min(HEADER_WORDS, size // 4))
+    except OSError as error:
+        raise UserError(f"{path}: cannot read tokens: {error.strerror}") from error
+    if size < HEADER_BYTES:
+        raise UserError(f"{path}: {size} bytes are too few for a token file's header of {HEADER_BYTES}; copy or prepare the file again")
+    magic, version, num_tokens = (int(word) for word in header[:3])
+    if magic != TOKENS_MAGIC:
+        kind = OTHER_MAGICS.get(magic, f"no llm.c token file, which begins with {TOKENS_MAGIC}; nanoGPT's files have no header")
+        raise UserError(f"{path}: magic number {magic}: this is {kind}")
+    if version != TOKENS_VERSION:
+        raise UserError(f"{path}: token file version {version}, wanted {TOKENS_VERSION} (uint16, GPT-2); tokenize the text again")
+    if num_tokens < 1:
+        raise UserError(f"{path}: the header counts {num_tokens} tokens; tokenize the text again")
+    if size != (wanted := HEADER_BYTES + 2 * num_tokens):
+        raise UserError(f"{path}: {num_tokens:,} tokens need {wanted:,} bytes, but the file has {size:,}; copy or prepare the file again")
+    return np.memmap(path, "<u2", "r", offset=HEADER_BYTES)
+
+
+class Loader:
+    """Batches of inputs and targets from shards of tokens, in the order of llm.c's DataLoader (one process).
+
+    Sample i of a shard is its B*T+1 tokens from i*B*T on: the inputs, and one further on the targets. A tail too short for a sample is
+    dropped. Without `shuffle`, shards and samples come in the order given. With it, a Mersenne Twister of seed 42, the same as torch's,
+    draws at each epoch's start an order of the shards, and at each shard's start an order of its samples; epochs continue one stream.
+    """
+
+    def __init__(
+        self, shards: Sequence[str | Path | np.ndarray], B: int, T: int, vocab_size: int, *, shuffle: bool = False, name: str = "tokens"
+    ):
+        """Open all shards and check that each holds a sample; token ids are checked when a shard's turn comes.
+
+        Args: shards: token files, or uint16 arrays (n,), which errors call `name`. B, T: sequences per batch, tokens per sequence.
+        Raises: UserError if a file is no good (`read_tokens`), if a shard is too short, or, here or later, if an id is >= vocab_size.
+        """
+        self.B, self.T, self.vocab_size, self.shuffle = B, T, vocab_size, shuffle
+        self._names = [name if isinstance(shard, np.ndarray) else str(shard) for shard in shards]
+        self._tokens = [shard if isinstance(shard, np.ndarray) else read_tokens(shard) for shard in shards]
+        for shard_name, tokens in zip(self._names, self._tokens, strict=True):
+            _check_length(shard_name, len(tokens), B, T)
+        self._ids_checked = [False] * len(shards)
+        self._random = np.random.RandomState(SHUFFLE_SEED)
+        self._shard_order = np.arange(len(shards))
+        self.reset()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all shards. llm.c prints num_tokens // (B*T) as its number of batches, which can be one more than it serves."""
+        return sum(map(len, self._tokens))
+
+    @property
+    def num_batches(self) -> int:
+        """Batches per epoch."""
+        return sum(self._num_samples(tokens) for tokens in self._tokens)
+
+    def reset(self):
+        """Begin an epoch. A shuffled loader draws a new order; it does not return to the first one."""
+        if self.shuffle:
+            self._permute(self._shard_order)
+        self._begin_shard(0)
+
+    def next_batch(self, inputs: np.ndarray, targets: np.ndarray):
+        """Fill inputs and targets, int32 (B, T) each, with the next batch; after the last one of an epoch the next epoch begins."""
+        start = self._next_sample() * self.B * self.T
+        sample = self._current[start : start + self.B * self.T + 1]
+        inputs[:] = sample[:-1].reshape(self.B, self.T)
+        targets[:] = sample[1:].reshape(self.B, self.T)
+
+    def skip(self, batches: int):
+        """Pass over batches without reading them: where a run that stopped after this many goes on."""
+        for _ in range(batches):
+            self._next_sample()
+
+    def _next_sample(self) -> int:
+        if self._place == len(self._samples):
+            if self._turn == len(self._tokens) - 1:
+                self.reset()
+            else:
+                self._begin_shard(self._turn + 1)
+        self._place += 1
+        return int(self._samples[self._place - 1])
+
+    def _begin_shard(self, turn: int):
+        shard = self._shard_order[turn]
+        self._turn, self._place = turn, 0
+        self._current = self._tokens[shard]
+        if not self._ids_checked[shard]:
+            _check_ids(self._names[shard], self._current, self.vocab_size)
+            self._ids_checked[shard] = True
+        self._samples = np.arange(self._num_samples(self._current))
+        if self.shuffle:
+            self._permute(self._samples)
+
+    def _num_samples(self, tokens: np.ndarray) -> int:
+        return (len(tokens) - 1) // (self.B * self.T)
+
+    def _permute(self, order: np.ndarray):
+        # Written out because NumPy's own shuffle draws its numbers in another way than llm.c's `random_permutation`.
+        draws = self._random.randint(0, 2**32, size=len(order) - 1, dtype=np.uint32).tolist()
+        values = order.tolist()
+        for i, draw in zip(range(len(values) - 1, 0, -1), draws, strict=True):
+            j = draw % (i + 1)
+            values[i], values[j] = values[j], values[i]
+        order[:] = values
+
+
+def _check_length(name: str, num_tokens: int, B: int, T: int):
+    if num_tokens >= B * T + 1:
+        return
+    if num_tokens > T:
+        fits = f"batch size {(num_tokens - 1) // T} would fit"
+    elif num_tokens > 1:
+        fits = f"batch size 1 with sequence length {num_tokens - 1} would fit"
+    else:
+        fits = "take a longer text"
+    raise UserError(f"{name}: {num_tokens:,} tokens, but batch size {B} and sequence length {T} need at least {B * T + 1:,}; {fits}")
+
+
+def _check_ids(name: str, tokens: np.ndarray, vocab_size: int):
+    for start in range(0, len(tokens), CHECK_TOKENS):
+        chunk = tokens[start : start + CHECK_TOKENS]
+        if chunk.max() >= vocab_size:
+            at = int(np.argmax(chunk >= vocab_size))
+            raise UserError(
+                f"{name}: token {int(chunk[at])} at position {start + at:,} is outside the model's vocabulary of {vocab_size}; "
+                "choose a graph with the vocabulary that these tokens were made for (GPT-2's is 50257)"
+            )

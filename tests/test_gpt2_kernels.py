@@ -1,0 +1,265 @@
+"""Kernels compute what they say: compiled twins agree with their NumPy bodies, and backward bodies with finite differences."""
+
+import numba
+import numpy as np
+import pytest
+
+from taskgpt.gpt2 import attention, kernels
+from taskgpt.gpt2.vector_math import LANES, exp32, row_max, row_sum, row_sum_exp
+from taskgpt.tasks import Kernel
+
+ALL = {k.name: k for module in (kernels, attention) for k in vars(module).values() if isinstance(k, Kernel)}
+HEAD = 8
+# Sizes that no vector width divides, one of everything, and more than one attention block.
+SIZES = [
+    {"R": 13, "C": 19, "OC": 23, "T": 5, "S": 9, "V": 37, "NB": 3, "H": 2 * HEAD, "N": 2},
+    {"R": 1, "C": 1, "OC": 1, "T": 1, "S": 1, "V": 1, "NB": 1, "H": HEAD, "N": 1},
+    {"R": 130, "C": 64, "OC": 48, "T": 65, "S": 130, "V": 160, "NB": 2, "H": 3 * HEAD, "N": 3},
+]
+
+
+def arguments(kernel: Kernel, sizes: dict, seed: int, dtype=np.float32) -> dict:
+    """Return arguments that a training step could pass: tiles inside larger arrays, ids within the vocabulary, statistics of real rows."""
+    rng = np.random.default_rng(seed)
+    constants = {
+        "first_row": 2,
+        "first_token": 0,
+        "valid": max(1, sizes["V"] - 5),
+        "scale": 0.25,
+        "is_decayed": 1,
+        "head_size": HEAD,
+    }
+    given = {}
+    for name, declared in kernel.parameters.items():
+        if name not in kernel.accesses:
+            given[name] = constants[name]
+            continue
+        shape = [d if isinstance(d, int) else sizes[d] for d in declared.dims]
+        whole = rng.normal(size=[n + 3 for n in shape]).astype(dtype) if len(shape) > 1 else rng.normal(size=shape).astype(dtype)
+        given[name] = whole[tuple(slice(1, 1 + n) for n in shape)] if len(shape) > 1 else whole
+        if declared.dtype == np.int32:
+            given[name] = rng.integers(0, constants["valid"], shape).astype(np.int32)
+    if "hyper" in given:
+        given["hyper"][:] = [1e-3, 0.9, 0.999, 1e-8, 0.1, 0.1, 0.001]
+        given["v"][:] = given["v"] ** 2
+    if "block_sum" in given:
+        given["block_sum"][:] = 1 + given["block_sum"] ** 2
+    if "inp" in given and "mean" in given and kernel.accesses["mean"].kind == "in":
+        given["mean"][:] = given["inp"].mean(axis=1)
+        given["rstd"][:] = 1 / np.sqrt(given["inp"].var(axis=1) + 1e-5)
+    if kernel.name == "attention_backward":
+        names = ("atty", "att_max", "att_rsum", "q", "k", "v")
+        attention.attention_forward.body(*(given[n] for n in names), HEAD)
+    return given
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=["ragged", "ones", "blocks"])
+@pytest.mark.parametrize("name", sorted(ALL))
+def test_the_twin_agrees_with_the_body(name, sizes):
+    """Every element that the compiled twin writes is within float32 rounding of what the NumPy body computes in float64."""
+    kernel = ALL[name]
+    if name == "attention_backward":
+        sizes = {**sizes, "S": sizes["T"]}
+    if name == "encoder_backward_wpe":
+        sizes = {**sizes, "R": 3 * sizes["T"]}
+    given = arguments(kernel, sizes, seed=1)
+    wanted = {n: a.astype(np.float64) if isinstance(a, np.ndarray) and a.dtype == np.float32 else a for n, a in given.items()}
+    kernel.body(*wanted.values())
+    kernel(*given.values())
+    for parameter, access in kernel.accesses.items():
+        if access.is_written:
+            got, want = given[parameter], wanted[parameter]
+            assert np.linalg.norm(got - want) <= 2e-6 * np.linalg.norm(want) + 1e-6, parameter
+
+
+def test_every_kernel_has_a_twin():
+    """No kernel runs as Python: each has a compiled twin."""
+    assert len(ALL) == 23
+    assert all(kernel.function is not kernel.body for kernel in ALL.values())
+
+
+# Finite differences -------------------------------------------------------------------------------------------------------------------
+
+RAGGED = SIZES[0]
+
+
+def numeric_gradient(forward, x: np.ndarray, dout: np.ndarray, h: float = 1e-6) -> np.ndarray:
+    """Return d sum(forward() * dout) / dx by central differences in float64; forward reads x."""
+    gradient = np.empty_like(x)
+    for at in np.ndindex(x.shape):
+        before = x[at]
+        x[at] = before + h
+        high = (forward() * dout).sum()
+        x[at] = before - h
+        low = (forward() * dout).sum()
+        x[at] = before
+        gradient[at] = (high - low) / (2 * h)
+    return gradient
+
+
+def random(*shape) -> np.ndarray:
+    return np.random.default_rng(sum(shape)).normal(size=shape)
+
+
+def close(got: np.ndarray, want: np.ndarray) -> bool:
+    return np.linalg.norm(got - want) <= 1e-6 * (1 + np.linalg.norm(want))
+
+
+def test_matmul_backward_is_the_gradient_of_matmul_forward():
+    """Input, weight and bias."""
+    inp, weight, bias, dout, out = random(5, 7), random(3, 7), random(3), random(5, 3), np.empty((5, 3))
+
+    def forward():
+        kernels.matmul_forward.body(out, inp, weight, bias)
+        return out
+
+    dinp, dweight, dbias = np.empty_like(inp), np.empty_like(weight), np.empty_like(bias)
+    kernels.matmul_backward_input.body(dinp, dout, weight)
+    kernels.matmul_backward_weight.body(dweight, dout, inp)
+    kernels.matmul_backward_bias.body(dbias, dout)
+    for got, x in ((dinp, inp), (dweight, weight), (dbias, bias)):
+        assert close(got, numeric_gradient(forward, x, dout))
+
+
+def test_layernorm_backward_is_the_gradient_of_layernorm_forward():
+    """Input, weight and bias; with a residual gradient, that is added."""
+    inp, weight, bias, dout, out, mean, rstd = random(4, 9), random(9), random(9), random(4, 9), np.empty((4, 9)), np.empty(4), np.empty(4)
+
+    def forward():
+        kernels.layernorm_forward.body(out, mean, rstd, inp, weight, bias)
+        return out
+
+    wanted = [numeric_gradient(forward, x, dout) for x in (inp, weight, bias)]
+    forward()
+    dinp, both, dweight, dbias = np.empty_like(inp), np.empty_like(inp), np.empty_like(weight), np.empty_like(bias)
+    kernels.layernorm_backward.body(dinp, dout, inp, weight, mean, rstd)
+    kernels.layernorm_backward_weight.body(dweight, dbias, dout, inp, mean, rstd)
+    kernels.layernorm_residual_backward.body(both, dout, dout, inp, weight, mean, rstd)
+    for got, want in zip((dinp, dweight, dbias), wanted, strict=True):
+        assert close(got, want)
+    assert close(both, wanted[0] + dout)
+
+
+def test_gelu_backward_is_the_gradient_of_gelu_forward():
+    """In place: the gradient of the output becomes that of the input."""
+    inp, dout, out = 3 * random(4, 9), random(4, 9), np.empty((4, 9))
+
+    def forward():
+        kernels.gelu_forward.body(out, inp)
+        return out
+
+    wanted = numeric_gradient(forward, inp, dout)
+    dinp = dout.copy()
+    kernels.gelu_backward.body(dinp, inp)
+    assert close(dinp, wanted)
+
+
+def test_attention_backward_is_the_gradient_of_attention_forward():
+    """Query, key and value, several heads at once."""
+    q, k, v, dout = random(6, 16), random(6, 16) / 2, random(6, 16) / 3, random(6, 16) / 4
+    atty, largest, rsum = np.empty_like(q), np.empty((6, 2)), np.empty((6, 2))
+
+    def forward():
+        attention.attention_forward.body(atty, largest, rsum, q, k, v, HEAD)
+        return atty
+
+    wanted = [numeric_gradient(forward, x, dout) for x in (q, k, v)]
+    forward()
+    got = [np.empty_like(q) for _ in range(3)]
+    attention.attention_backward.body(*got, dout, atty, q, k, v, largest, rsum, HEAD)
+    for g, w in zip(got, wanted, strict=True):
+        assert close(g, w)
+
+
+def test_crossentropy_backward_is_the_gradient_of_the_mean_loss():
+    """Two blocks of the vocabulary, the second with padding, whose gradient is zero."""
+    R, V, valid, block = 4, 12, 9, 6
+    logits, targets = random(R, V), np.array([0, 5, 6, 8])
+    losses, largest, rsum, block_max, block_sum = np.empty(R), np.empty(R), np.empty(R), np.empty((R, 2)), np.empty((R, 2))
+
+    def forward():
+        for b in range(2):
+            part = slice(b, b + 1)
+            real = min(valid - b * block, block)
+            kernels.softmax_forward_block.body(block_max[:, part], block_sum[:, part], logits[:, b * block : (b + 1) * block], real)
+        kernels.crossentropy_forward.body(losses, largest, rsum, block_max, block_sum, logits, targets)
+        return losses
+
+    wanted = numeric_gradient(forward, logits, np.full(R, 1 / R))
+    forward()
+    for b in range(2):
+        real = min(valid - b * block, block)
+        tile = logits[:, b * block : (b + 1) * block]
+        kernels.crossentropy_backward.body(tile, largest, rsum, targets, b * block, real, 1 / R)
+    assert close(logits, wanted)
+    assert not logits[:, valid:].any()
+
+
+def test_encoder_backward_is_the_gradient_of_encoder_forward():
+    """Token and position embedding; a token that occurs twice gets both rows, in blocks of the vocabulary."""
+    tokens, wte, wpe, dout, out = np.array([3, 1, 3, 0, 5, 3]), random(7, 4), random(3, 4), random(6, 4), np.empty((6, 4))
+
+    def forward():
+        kernels.encoder_forward.body(out, tokens, wte, wpe, 0)
+        return out
+
+    dwte, dwpe = np.zeros_like(wte), np.empty_like(wpe)
+    for first in (0, 4):
+        kernels.encoder_backward_wte.body(dwte[first : first + 4], dout, tokens, first)
+    kernels.encoder_backward_wpe.body(dwpe, dout)
+    assert close(dwte, numeric_gradient(forward, wte, dout))
+    assert close(dwpe, numeric_gradient(forward, wpe, dout))
+
+
+# Vector math --------------------------------------------------------------------------------------------------------------------------
+
+
+@numba.njit
+def exp_of_all(out, x):
+    for i in range(x.shape[0]):
+        out[i] = exp32(x[i])
+
+
+def test_exp32_is_within_2e_7_of_exp_over_its_whole_range():
+    """Against float64, from the smallest normal result to the largest."""
+    x = np.linspace(-87.33, 88.37, 1_000_001).astype(np.float32)
+    out = np.empty_like(x)
+    exp_of_all(out, x)
+    assert np.abs(out / np.exp(x.astype(np.float64)) - 1).max() < 2e-7
+
+
+def test_exp32_keeps_nan_and_the_limits():
+    """NaN stays NaN, overflow is inf, underflow is 0, exp(0) is exactly 1."""
+    x = np.array([np.nan, np.inf, -np.inf, 1000, -1000, 0, -0.0, 1e-30], np.float32)
+    out = np.empty_like(x)
+    exp_of_all(out, x)
+    np.testing.assert_array_equal(out, np.array([np.nan, np.inf, 0, np.inf, 0, 1, 1, 1], np.float32))
+
+
+@pytest.mark.parametrize("length", [0, 1, 15, 16, 17, 100])
+def test_row_reductions_agree_with_numpy(length):
+    """Sum, maximum and sum of exponentials, whatever is left over after whole lanes."""
+    row, lanes = np.random.default_rng(length).normal(size=length).astype(np.float32), np.empty(LANES, np.float32)
+    assert row_sum(row) == pytest.approx(row.sum(dtype=np.float64), rel=1e-5, abs=1e-5)
+    largest = np.float32(row_max(row, length, lanes))
+    assert largest == row.max(initial=-np.inf)
+    if length:
+        assert row_sum_exp(row, length, largest, lanes) == pytest.approx(np.exp(row.astype(np.float64) - largest).sum(), rel=1e-6)
+
+
+def test_a_nan_logit_makes_the_loss_nan():
+    """A diverged model is noticed, not averaged away."""
+    logits = np.zeros((1, 40), np.float32)
+    logits[0, 7] = np.nan
+    block_max, block_sum = np.zeros((1, 1), np.float32), np.zeros((1, 1), np.float32)
+    kernels.softmax_forward_block(block_max, block_sum, logits, 40)
+    assert np.isnan(block_sum[0, 0])
+
+
+def test_adamw_leaves_zero_parameters_without_gradient_at_zero():
+    """So the padding rows of wte stay zero for ever, decay or not."""
+    given = arguments(kernels.adamw_update, RAGGED, seed=2)
+    for name in ("param", "m", "v", "grad"):
+        given[name][:] = 0
+    kernels.adamw_update(*given.values())
+    assert not given["param"].any()
