@@ -98,9 +98,15 @@ def parse_settings(words: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     return graph, scheduler
 
 
+def folder(kind: str) -> Path:
+    """Return the folder `graphs` or `scheduler_configs`: installed, it is inside the package, in a checkout beside it."""
+    installed = _PACKAGE / kind
+    return installed if installed.is_dir() else _PACKAGE.parent / kind
+
+
 def available(kind: str) -> list[str]:
     """Return the names in a data folder: `graphs` or `scheduler_configs`."""
-    return sorted(path.stem for path in _folder(kind).glob("*.toml"))
+    return sorted(path.stem for path in folder(kind).glob("*.toml"))
 
 
 def fill(cls: type, table: dict[str, Any], where: str) -> Any:
@@ -112,7 +118,7 @@ def fill(cls: type, table: dict[str, Any], where: str) -> Any:
     hints = typing.get_type_hints(cls)
     for key, value in table.items():
         if key not in fields:
-            raise UserError(f"{where}{key}: unknown key '{key}'{did_you_mean(key, fields)}")
+            raise UserError(f"{where}{key}: unknown key{did_you_mean(key, fields)}")
         wanted = hints[key]
         allowed = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
         if float in allowed and isinstance(value, int) and not isinstance(value, bool):
@@ -134,19 +140,13 @@ def fill(cls: type, table: dict[str, Any], where: str) -> Any:
         raise UserError(f"{where.rstrip('.: ')}: {error}") from None
 
 
-def _folder(kind: str) -> Path:
-    """Both data folders are installed inside the package; in a checkout they stand beside it."""
-    installed = _PACKAGE / kind
-    return installed if installed.is_dir() else _PACKAGE.parent / kind
-
-
 def _find(kind: str, name: str) -> Path:
     path = Path(name)
     if path.suffix == ".toml" or len(path.parts) > 1:
         if not path.is_file():
             raise UserError(f"{name}: no such file")
         return path
-    path = _folder(kind) / f"{name}.toml"
+    path = folder(kind) / f"{name}.toml"
     if not path.is_file():
         what = {"graphs": "graph", "scheduler_configs": "scheduler"}[kind]
         raise UserError(f"unknown {what} '{name}'{did_you_mean(name, available(kind))}")

@@ -1,0 +1,43 @@
+"""Room 2: ways to run a graph. One file per value of `--scheduler`; a new scheduler is a new file here and its TOML in scheduler_configs/.
+
+    sequential.py      program order, in the calling thread
+    loops.py           fork-join: parallel loops with a barrier after each, what OpenMP does to llm.c
+    threads.py         dask.threaded, on threads of this process
+    local_cluster.py   dask.distributed on this machine, with its dashboard: worker threads or worker processes
+    _prepare.py        what they share: the number of workers, and plans that are made once per graph
+
+A scheduler may change the time that a graph takes, and nothing else. Each is a module with a frozen dataclass `Settings`, whose fields are
+the keys of its TOML file, and a class `Scheduler(settings)` that keeps the contract below; tests/test_schedulers.py checks it.
+"""
+
+import importlib
+from typing import Any, Protocol, Self
+
+from taskgpt.tasks import Graph
+
+
+class Scheduler(Protocol):
+    """The contract. A scheduler works inside its `with` block, which starts the workers and limits BLAS to one thread, and undoes both."""
+
+    workers: int  # how many tasks can run at a time
+    needs_shared_memory: bool  # True: the tensors must live in Arena(shared=True)
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *exception: object) -> None: ...
+
+    def describe(self) -> str:
+        """Return a line for people: what runs the tasks, on how many workers."""
+
+    def run(self, graph: Graph) -> None:
+        """Run every task of the graph once, each after its predecessors; return when all are done.
+
+        Called again for every step: what can be prepared once per graph, is. The first exception ends the run: no further task starts,
+        those that run are waited for, then it is raised: TaskError, which names the task, or KeyboardInterrupt. The next run starts afresh.
+        """
+
+
+def open_scheduler(scheduler: str, settings: Any) -> Scheduler:
+    """Return the scheduler of that name (`local-cluster` is in local_cluster.py), to be used in a `with` block."""
+    module = importlib.import_module(f"taskgpt.schedulers.{scheduler.replace('-', '_')}")
+    return module.Scheduler(settings)

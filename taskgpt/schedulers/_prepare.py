@@ -1,0 +1,31 @@
+"""What schedulers share: the number of workers, and plans that are made once per graph."""
+
+import os
+import weakref
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from taskgpt.tasks import Graph
+
+Plan = TypeVar("Plan")
+
+
+def worker_count(setting: int) -> int:
+    """Return the setting, or for 0 the number of cores that this process may use: under taskset or SLURM not all of the machine's."""
+    if setting:
+        return setting
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class OncePerGraph(Generic[Plan]):
+    """Calls `prepare(graph)` for a graph that is new, or that grew since, and keeps what it returns while the graph lives."""
+
+    def __init__(self, prepare: Callable[[Graph], Plan]):
+        self._prepare = prepare
+        self._kept: weakref.WeakKeyDictionary[Graph, tuple[int, Plan]] = weakref.WeakKeyDictionary()
+
+    def __call__(self, graph: Graph) -> Plan:
+        known = self._kept.get(graph)
+        if known is None or known[0] != len(graph.tasks):
+            known = self._kept[graph] = len(graph.tasks), self._prepare(graph)
+        return known[1]

@@ -1,0 +1,195 @@
+"""dask.distributed on this machine: its scheduler and its dashboard, with worker threads or worker processes.
+
+Distributed takes tasks for pure functions with precious results; ours work in place and return None. So every worker gets a graph once,
+and tasks are integers that point into it; keys carry the number of the run, for a key that Distributed knows it does not run again; and a
+worker that is lost ends the run, as what it was writing is half written. A task costs 0.75 ms: it wants few, large tasks.
+"""
+
+import asyncio
+import itertools
+import logging
+import pickle
+import signal
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Self
+
+import dask
+from distributed import Client, LocalCluster, SchedulerPlugin, WorkerPlugin
+from distributed import Scheduler as DaskScheduler
+from threadpoolctl import threadpool_limits
+
+from taskgpt.errors import UserError
+from taskgpt.schedulers._prepare import OncePerGraph, worker_count
+from taskgpt.tasks import Graph, coarsen, compile_kernels
+
+_CONFIG = {
+    "distributed.scheduler.allowed-failures": 0,  # a task must not run again on another worker
+    "distributed.scheduler.work-stealing": False,
+    "distributed.scheduler.worker-ttl": None,  # a kernel that holds the GIL silences its worker; a dead process is noticed by its socket
+    "distributed.scheduler.active-memory-manager.start": False,
+    "distributed.worker.profile.enabled": False,  # samples every thread every 10 ms
+    "distributed.admin.system-monitor.gil.enabled": False,
+    "distributed.nanny.pre-spawn-environ": {},  # would also change this process' environment; the plugin below limits BLAS
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The keys of scheduler_configs/local-cluster.toml."""
+
+    workers: int = field(metadata={"at_least": 0})
+    processes: bool
+    coarsen: int = field(metadata={"at_least": 0})
+    dashboard: int = field(metadata={"at_least": -1})
+
+
+class Scheduler:
+    """A cluster on 127.0.0.1, for as long as the `with` block lasts."""
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        self.workers = worker_count(settings.workers)
+        self.needs_shared_memory = settings.processes
+        self._sent = OncePerGraph(self._send)
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            stack.enter_context(threadpool_limits(1))
+            self._watch = _Watch()
+            with dask.config.set(_CONFIG):
+                cluster = LocalCluster(
+                    n_workers=self.workers if self.settings.processes else 1,
+                    threads_per_worker=1 if self.settings.processes else self.workers,
+                    processes=self.settings.processes,
+                    memory_limit=0,
+                    dashboard_address=f"127.0.0.1:{max(self.settings.dashboard, 0)}",
+                    worker_dashboard_address="127.0.0.1:0",
+                    scheduler_kwargs={"dashboard": self.settings.dashboard >= 0, "plugins": [self._watch]},
+                    silence_logs=logging.CRITICAL,  # what goes wrong is raised
+                )
+            self._cluster = stack.enter_context(cluster)
+            self._client = self._watch.client = stack.enter_context(Client(cluster, set_as_default=False))
+            if self.settings.processes:
+                self._client.register_plugin(_LeaveInterruptsToMain())
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    def describe(self) -> str:
+        kind = "worker processes" if self.settings.processes else "worker threads"
+        size = f"at most {self.settings.coarsen} tasks a step" if self.settings.coarsen else "tasks as recorded"
+        port = self._cluster.scheduler.http_server.port
+        dashboard = f", dashboard http://127.0.0.1:{port}/status" if self.settings.dashboard >= 0 else ""
+        return f"local-cluster: dask.distributed on {self.workers} {kind}, {size}{dashboard}"
+
+    def run(self, graph: Graph) -> None:
+        graph_id, coarse = self._sent(graph)
+        run_id = next(_ids)
+        tasks, last = coarse.to_dask(run_id, lambda task: (_run_task, run_id, graph_id, task.number))
+        self._watch.lost_worker = ""
+        try:
+            self._watch.futures = self._client.get(tasks, last, sync=False)
+            # Not gather() itself: Ctrl-C would leave its coroutines behind, which then complain.
+            results = self._client.gather(self._watch.futures, asynchronous=True)
+            asyncio.run_coroutine_threadsafe(results, self._client.loop.asyncio_loop).result()
+        except BaseException as error:
+            self._client.cancel(self._watch.futures)
+            self._client.run(_stop, run_id, on_error="ignore")
+            if isinstance(error, KeyboardInterrupt) or not self._watch.lost_worker:
+                raise
+        finally:
+            self._watch.futures = []
+        if self._watch.lost_worker:
+            raise RuntimeError(
+                f"{self._watch.lost_worker} died in the middle of a step, killed or out of memory, and left tensors half written; "
+                "go on from the last checkpoint"
+            )
+
+    def _send(self, graph: Graph) -> tuple[int, Graph]:
+        """Make the graph known to every worker, also to one that starts later; return its number and the graph that will run."""
+        if graph.is_commutative and self.settings.processes:
+            raise UserError(
+                f"{graph.name}: commutative tasks lock their tiles, and a lock does not reach another process; "
+                "set options.commutative=false, or processes=false"
+            )
+        coarse = coarsen(graph, self.settings.coarsen, self.workers) if self.settings.coarsen else graph
+        graph_id = next(_ids)
+        if self.settings.processes:
+            self._client.register_plugin(_Prepare(graph_id, pickle.dumps(coarse)))
+        else:
+            _graphs[graph_id] = coarse
+            self._stack.callback(_graphs.pop, graph_id)
+        return graph_id, coarse
+
+
+# In the workers -------------------------------------------------------------------------------------------------------------------------
+
+_ids = itertools.count(1)  # of graphs and of runs
+_graphs: dict[int, Graph] = {}
+_running: set[tuple[int, int]] = set()
+_stopped: set[int] = set()
+
+
+def _run_task(run_id: int, graph_id: int, number: int, *_predecessors: None) -> None:
+    _running.add((run_id, number))
+    try:
+        if run_id not in _stopped:
+            _graphs[graph_id].tasks[number].run()
+    finally:
+        _running.discard((run_id, number))
+
+
+async def _stop(run_id: int) -> None:
+    """Start no further task of that run in this process; return when the last one is through."""
+    _stopped.add(run_id)
+    while _running:
+        await asyncio.sleep(0.001)
+
+
+class _Prepare(WorkerPlugin):
+    """Prepares a worker process for a graph."""
+
+    def __init__(self, graph_id: int, pickled: bytes):
+        self.name = f"taskgpt-graph-{graph_id}"
+        self.graph_id, self.pickled = graph_id, pickled
+
+    def setup(self, worker: object) -> None:
+        graph = pickle.loads(self.pickled)
+        compile_kernels(graph.kernels)
+        threadpool_limits(1)  # after the kernels have loaded their BLAS
+        _graphs[self.graph_id] = graph
+
+
+class _LeaveInterruptsToMain(WorkerPlugin):
+    """Ctrl-C in a terminal interrupts every process that it runs; here the main one alone stops the run, and then the workers."""
+
+    name = "taskgpt-interrupts"
+
+    def setup(self, worker: object) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+# In the cluster's scheduler -------------------------------------------------------------------------------------------------------------
+
+
+class _Watch(SchedulerPlugin):
+    """Ends the run when a worker is lost. Distributed alone would run tasks again elsewhere, on tensors that have moved on since."""
+
+    name = "taskgpt-watch"
+
+    def __init__(self):
+        self.client: Client
+        self.futures: list = []  # of the run that is under way
+        self.lost_worker = ""
+        self._pids: dict[str, int] = {}
+
+    def add_worker(self, scheduler: DaskScheduler, worker: str) -> None:
+        self._pids[worker] = scheduler.workers[worker].pid
+
+    async def remove_worker(self, scheduler: DaskScheduler, worker: str, **_: object) -> None:
+        self.lost_worker = f"worker process {self._pids.pop(worker)}"
+        if self.futures:
+            await self.client.cancel(self.futures, asynchronous=True)

@@ -1,0 +1,37 @@
+"""Program order, in the calling thread: what every other scheduler must agree with to the bit, and where a debugger works."""
+
+from dataclasses import dataclass
+from typing import Self
+
+from threadpoolctl import threadpool_limits
+
+from taskgpt.tasks import Graph
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Nothing to set."""
+
+
+class Scheduler:
+    """Runs the tasks one after another, as they were recorded."""
+
+    workers = 1
+    needs_shared_memory = False
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+
+    def __enter__(self) -> Self:
+        self._blas = threadpool_limits(1)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._blas.restore_original_limits()
+
+    def describe(self) -> str:
+        return "sequential: program order, in the calling thread"
+
+    def run(self, graph: Graph) -> None:
+        for task in graph.tasks:
+            task.run()

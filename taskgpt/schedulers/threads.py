@@ -1,0 +1,64 @@
+"""dask.threaded on threads of this process: Dask's local scheduler as it is, with its callbacks and its order.
+
+Dask orders the graph anew in every step and wakes its main thread between any two tasks, 90 us a task and more: it wants few, large tasks.
+"""
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Self
+
+import dask.threaded
+from threadpoolctl import threadpool_limits
+
+from taskgpt.schedulers._prepare import OncePerGraph, worker_count
+from taskgpt.tasks import Graph, coarsen
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The keys of scheduler_configs/threads.toml."""
+
+    workers: int = field(metadata={"at_least": 0})
+    coarsen: int = field(metadata={"at_least": 0})
+
+
+class Scheduler:
+    """Hands the graph, coarsened, to dask.threaded.get."""
+
+    needs_shared_memory = False
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        self.workers = worker_count(settings.workers)
+        self._dask_graph = OncePerGraph(self._translate)
+        self._pool = ThreadPoolExecutor(self.workers, "taskgpt-threads")
+
+    def __enter__(self) -> Self:
+        self._blas = threadpool_limits(1)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._pool.shutdown()
+        self._blas.restore_original_limits()
+
+    def describe(self) -> str:
+        size = f"at most {self.settings.coarsen} tasks a step" if self.settings.coarsen else "tasks as recorded"
+        return f"threads: dask.threaded on {self.workers} workers, {size}"
+
+    def run(self, graph: Graph) -> None:
+        tasks, last = self._dask_graph(graph)
+        try:
+            dask.threaded.get(tasks, last, pool=self._pool)
+        except BaseException:
+            # Dask raises at once, its other tasks still running on our tensors: wait for them, then start with a fresh pool.
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = ThreadPoolExecutor(self.workers, "taskgpt-threads")
+            raise
+
+    def _translate(self, graph: Graph) -> tuple[Mapping, list[tuple]]:
+        """Return the Dask graph and its last keys. Dask's local schedulers remember nothing, so that every step can use the same keys."""
+        if self.settings.coarsen:
+            graph = coarsen(graph, self.settings.coarsen, self.workers)
+        layers, last = graph.to_dask()
+        return layers.to_dict(), last

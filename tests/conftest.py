@@ -1,0 +1,32 @@
+"""What several test files share: the parity case that llm.c made, and models small enough to train in a test."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from taskgpt.config import load_graph
+from taskgpt.gpt2 import checkpoint
+from taskgpt.gpt2.model import GPT2, Batch
+
+PARITY = Path(__file__).parent / "parity"
+
+
+@pytest.fixture(scope="session")
+def parity_folder() -> Path:
+    return PARITY
+
+
+@pytest.fixture(scope="session")
+def expected() -> dict:
+    """What llm.c printed."""
+    return json.loads((PARITY / "expected.json").read_text())
+
+
+@pytest.fixture
+def parity_model() -> GPT2:
+    """The parity case's model with its parameters, B = 4, T = 64."""
+    config = load_graph("tiny")
+    m = GPT2(checkpoint.read_shape(PARITY / "model.bin"), Batch(4, 64), config.tiles, config.options)
+    checkpoint.load(PARITY / "model.bin", m)
+    return m

@@ -1,0 +1,110 @@
+"""Checkpoints are llm.c's: read, written byte for byte, and refused with a reason."""
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+
+from taskgpt.errors import UserError
+from taskgpt.gpt2 import checkpoint
+from taskgpt.gpt2.model import GPT2
+
+
+@pytest.fixture
+def damaged(parity_folder, tmp_path):
+    """Return a function that writes the parity checkpoint with some header words changed, cut to `size` bytes, and returns its path."""
+
+    def write(size: int | None = None, **words: int):
+        data = bytearray((parity_folder / "model.bin").read_bytes())
+        for word, value in words.items():
+            at = 4 * int(word.removeprefix("w"))
+            data[at : at + 4] = np.int32(value).tobytes()
+        path = tmp_path / "model.bin"
+        path.write_bytes(data[:size])
+        return path
+
+    return write
+
+
+def test_shape_comes_from_the_header(parity_folder):
+    """All six numbers, the padded vocabulary included."""
+    model = checkpoint.read_shape(parity_folder / "model.bin")
+    assert (model.layers, model.heads, model.channels, model.vocabulary, model.max_seq_len, model.padded_vocabulary) == (2, 2, 32, 200, 64, 256)
+
+
+def test_saving_what_was_loaded_gives_the_same_file(parity_folder, parity_model, tmp_path):
+    """Byte for byte, and nothing else is left in the folder."""
+    checkpoint.save(tmp_path / "copy.bin", parity_model)
+    assert (tmp_path / "copy.bin").read_bytes() == (parity_folder / "model.bin").read_bytes()
+    assert os.listdir(tmp_path) == ["copy.bin"]
+
+
+def test_bfloat16_checkpoints_are_converted(parity_folder, parity_model, tmp_path):
+    """Version 5: each value is a float32's upper half."""
+    words = np.fromfile(parity_folder / "model.bin", "<u4")
+    header = words[:256].copy()
+    header[1] = 5
+    path = tmp_path / "half.bin"
+    path.write_bytes(header.tobytes() + (words[256:] >> 16).astype("<u2").tobytes())
+    half = GPT2(checkpoint.read_shape(path), parity_model.batch, parity_model.tiles, parity_model.options)
+    checkpoint.load(path, half)
+    for name, tensor in parity_model.p.tensors.items():
+        want = (np.ascontiguousarray(tensor.array).view(np.uint32) >> 16 << 16).view(np.float32)
+        np.testing.assert_array_equal(half.p.tensors[name].array, want)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"w0": 1}, "not an llm.c checkpoint: wanted magic number 20240326, got 1"),
+        ({"w1": 1}, "version 1; wanted 3"),
+        ({"w1": 2}, "train_gpt2.py"),
+        ({"size": 100}, "truncated: a checkpoint begins with 1024 bytes, got 100"),
+        ({"size": 5000}, "truncated: a checkpoint of this shape has 143,872 bytes, got 5,000"),
+        ({"w4": 1}, "too long"),
+        ({"w4": 0}, "damaged header: layers = 0"),
+        ({"w5": 5}, "damaged header: channels = 32 is not a multiple of heads = 5"),
+        ({"w7": 100}, "damaged header: padded_vocabulary = 100 is smaller"),
+    ],
+)
+def test_a_bad_checkpoint_is_refused_with_the_reason(damaged, change, message):
+    """One message that names the file, what was wanted and what was found."""
+    path = damaged(**change)
+    with pytest.raises(UserError, match="model.bin") as error:
+        checkpoint.read_shape(path)
+    assert message in str(error.value)
+
+
+def test_a_missing_checkpoint_is_a_users_mistake(tmp_path):
+    """No traceback: the system's reason."""
+    with pytest.raises(UserError, match="No such file"):
+        checkpoint.read_shape(tmp_path / "none.bin")
+
+
+def test_where_saving_cannot_succeed_it_is_refused_beforehand(parity_model, tmp_path, monkeypatch):
+    """A folder in place of a file, a folder that does not exist, a disk without room."""
+    with pytest.raises(UserError, match="is a folder"):
+        checkpoint.verify_can_save(tmp_path, parity_model)
+    with pytest.raises(UserError, match="there is no folder"):
+        checkpoint.verify_can_save(tmp_path / "none" / "model.bin", parity_model)
+    checkpoint.verify_can_save(tmp_path / "model.bin", parity_model)
+    assert not os.listdir(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 90, 10))
+    with pytest.raises(UserError, match="the disk has 10 left"):
+        checkpoint.verify_can_save(tmp_path / "model.bin", parity_model)
+
+
+def test_a_disk_that_fills_up_leaves_no_half_file_and_keeps_the_old_one(parity_model, tmp_path, monkeypatch):
+    """The write is atomic: the old checkpoint survives."""
+    path = tmp_path / "model.bin"
+    path.write_text("old")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="disk is full"):
+        checkpoint.save(path, parity_model)
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["model.bin"]

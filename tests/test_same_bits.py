@@ -1,0 +1,69 @@
+"""Same bits: one graph gives one parameters hash under every scheduler, number of workers, policy and coarsening."""
+
+import json
+
+import pytest
+
+from taskgpt.train import main
+
+CASES = [
+    ("sequential", None, ()),
+    *[("loops", n, ()) for n in (1, 2, 3)],
+    ("loops-dynamic", 3, ()),
+    ("loops-llmc", 2, ()),
+    *[("threads", n, ()) for n in (1, 2, 3)],
+    ("threads", 2, ("coarsen=0",)),
+    ("threads", 3, ("coarsen=7",)),
+    *[("local-cluster", n, ()) for n in (1, 2, 3)],
+    ("local-cluster", 2, ("coarsen=0",)),
+    *[("local-cluster-processes", n, ()) for n in (1, 2, 3)],
+]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "text.txt"
+    path.write_text("\n\n".join(f"A line of text, number {n}, and then some." for n in range(400)))
+    return path
+
+
+def train(text, tmp_path, scheduler="sequential", workers=None, settings=(), flags=()) -> tuple[str, list[float]]:
+    """Train tiny for 6 steps; return the parameters hash and the losses."""
+    log = tmp_path / "log.jsonl"
+    words = ["--graph", "tiny", "--data", str(text), "--steps", "6", "--val-every", "3", "--sample-every", "4", "--lr", "1e-3", "--log", str(log)]
+    words += ["--scheduler", scheduler, *(["--workers", str(workers)] if workers else [])]
+    for setting in settings:
+        words += ["--set", setting]
+    assert main([*words, *flags]) == 0
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    losses = [r[key] for r in records for key in ("train_loss", "val_loss") if key in r]
+    return records[-1]["summary"]["parameters_sha256"], losses
+
+
+@pytest.fixture(scope="module")
+def reference(text, tmp_path_factory):
+    return train(text, tmp_path_factory.mktemp("reference"))
+
+
+@pytest.mark.parametrize(("scheduler", "workers", "settings"), CASES)
+def test_the_scheduler_changes_no_bit(scheduler, workers, settings, text, tmp_path, reference):
+    """Parameters hash and all losses equal those of program order."""
+    assert train(text, tmp_path, scheduler, workers, settings) == reference
+
+
+def test_a_second_run_gives_the_same_bits(text, tmp_path, reference):
+    """Nothing depends on the time, the process or the memory's address."""
+    assert train(text, tmp_path) == reference
+
+
+def test_check_changes_no_bit_and_finds_nothing(text, tmp_path, reference):
+    """The declarations of all GPT-2 kernels are true: --check passes, with the same numbers."""
+    assert train(text, tmp_path, "threads", 2, flags=["--check"]) == reference
+
+
+def test_seed_and_tiles_do_change_the_bits(text, tmp_path, reference):
+    """The hash is no constant: another seed gives other parameters, other tiles another rounding."""
+    assert train(text, tmp_path, flags=["--seed", "1"])[0] != reference[0]
+    tiled = train(text, tmp_path, settings=["tiles.rows=32", "tiles.vocabulary=64"])
+    assert tiled[0] != reference[0]
+    assert tiled[1] == pytest.approx(reference[1], abs=1e-4)

@@ -1,0 +1,177 @@
+"""The program: what it prints and logs, what it refuses, and what Ctrl-C leaves behind."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from taskgpt.__main__ import main as taskgpt
+from taskgpt.gpt2.tokens import write_tokens
+from taskgpt.train import main
+
+TINY = ["--graph", "tiny", "--scheduler", "sequential", "--val-every", "0", "--sample-every", "0"]
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("\n\n".join(f"To be {n} or not to be {n}, that is the question." for n in range(300)))
+    return str(path)
+
+
+def records(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_lines_log_and_summary(text, tmp_path, capsys):
+    """Validation before the update of steps 0, 2, 4; a sample at step 3; the summary last, with the full configuration."""
+    log = tmp_path / "log.jsonl"
+    flags = ["--graph", "tiny", "--scheduler", "sequential", "--data", text, "--steps", "5", "--val-every", "2", "--val-batches", "1"]
+    assert main([*flags, "--sample-every", "3", "--log", str(log)]) == 0
+    out = capsys.readouterr().out
+    events = re.findall(r"^(val loss|generating|step \d+|parameters sha256)", out, re.MULTILINE)
+    assert events == ["val loss", "step 0", "step 1", "val loss", "step 2", "generating", "step 3", "val loss", "step 4", "parameters sha256"]
+    assert re.search(r"^step 0: train loss \d+\.\d{6} \(took \d+\.\d ms, \d+ tok/s\)$", out, re.MULTILINE)
+    assert re.search(r"first step .* mean .* median .* min .* ms a step", out)
+    assert re.search(r"tok/s, .* GFLOP/s = \d+% of this machine's sgemm on 1 thread", out)
+    logged = records(log)
+    assert set(logged[1]) == {"step", "train_loss", "ms", "tokens_per_s"}
+    sample = next(r for r in logged if "ids" in r)
+    assert sample["step"] == 3
+    assert len(sample["ids"]) == 63
+    summary = logged[-1]["summary"]
+    assert re.fullmatch(r"[0-9a-f]{64}", summary["parameters_sha256"])
+    assert summary["graph"]["tiles"]["rows"] == 128
+    assert summary["flags"]["lr"] == 1e-4
+    assert summary["scheduler"]["scheduler"] == "sequential"
+
+
+def test_the_loss_falls(text, tmp_path):
+    """Training learns."""
+    log = tmp_path / "log.jsonl"
+    assert main([*TINY, "--data", text, "--steps", "60", "--lr", "3e-3", "--log", str(log)]) == 0
+    losses = [r["train_loss"] for r in records(log) if "train_loss" in r]
+    assert losses[0] == pytest.approx(np.log(257), abs=0.1)
+    assert losses[-1] < 2.5
+
+
+def test_a_saved_model_goes_on_where_it_stopped(text, tmp_path):
+    """--init of what --save wrote: the same validation loss, and the shape from the checkpoint instead of the graph file."""
+    first, second, model = tmp_path / "1.jsonl", tmp_path / "2.jsonl", str(tmp_path / "model.bin")
+    base = ["--scheduler", "sequential", "--sample-every", "0", "--data", text]
+    assert main([*base, "--graph", "tiny", "--set", "model.layers=1", "--steps", "3", "--val-every", "0", "--save", model, "--log", str(first)]) == 0
+    assert main([*base, "--graph", "gpt2-124m", "--init", model, "--seq-len", "32", "--steps", "1", "--log", str(second)]) == 0
+    summaries = [records(path)[-1]["summary"] for path in (first, second)]
+    assert summaries[1]["graph"]["model"] == {**summaries[0]["graph"]["model"], "padded_vocabulary": 384}
+    assert summaries[1]["graph"]["model"]["layers"] == 1
+    assert main([*base, "--graph", "tiny", "--init", model, "--steps", "0", "--log", str(second)]) == 0
+    assert records(second)[-1]["summary"]["parameters_sha256"] == summaries[0]["parameters_sha256"]
+
+
+def refused(capsys, argv: list[str]) -> str:
+    """Run the program, which must leave with exit code 2 and one line on standard error; return the line."""
+    try:
+        code = main(argv)
+    except SystemExit as error:  # argparse
+        code = error.code
+    err = capsys.readouterr().err
+    assert code == 2
+    assert "Traceback" not in err
+    return err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--graph", "gpt2-124"], "unknown graph 'gpt2-124'; did you mean 'gpt2-124m'?"),
+        (["--graph", "none.toml"], "none.toml: no such file"),
+        (["--scheduler", "thread"], "unknown scheduler 'thread'; did you mean 'threads'?"),
+        (["--set", "tiles.row=3"], "unknown key 'tiles.row'; did you mean 'tiles.rows'?"),
+        (["--scheduler", "loops", "--set", "worker=3"], "loops.toml: worker: unknown key; did you mean 'workers'?"),
+        (["--scheduler", "loops", "--set", "chunks=even"], "chunks: wanted one of 'static', 'dynamic', got 'even'"),
+        (["--set", "tiles.rows=0"], "tiles.rows: wanted at least 1, got 0"),
+        (["--set", "tiles.rows=many"], "tiles.rows: wanted int, got 'many'"),
+        (["--set", "tiles.rows"], "wanted key=value"),
+        (["--set", "model.heads=3"], "channels = 64 is not a multiple of heads = 3"),
+        (["--seq-len", "65"], "the model has 64 positions, got sequences of 65 tokens"),
+        (["--init", "none.bin"], "none.bin: cannot read the checkpoint"),
+        (["--data", "none"], "none"),
+        (["--lr", "nan"], "wanted a number of 0 or more"),
+        (["--steps", "-1"], "wanted 0 or more"),
+        (["--workers", "0"], "wanted 1 or more"),
+        (["--save", "none/model.bin"], "there is no folder none"),
+        (["--log", "none/log.jsonl"], "cannot write"),
+    ],
+)
+def test_a_mistake_is_answered_in_one_line(flags, message, text, capsys):
+    """Exit code 2, what was wanted, what was found, what to do."""
+    assert message in refused(capsys, [*TINY, "--data", text, "--steps", "1", *flags])
+
+
+def test_bad_data_is_answered_in_one_line(parity_folder, tmp_path, capsys):
+    """An empty text, a folder without token files, ids beyond the vocabulary, too few tokens, a folder that cannot be written."""
+    (tmp_path / "empty.txt").write_text("")
+    assert "empty.txt" in refused(capsys, [*TINY, "--data", str(tmp_path / "empty.txt")])
+    (tmp_path / "folder").mkdir()
+    assert "folder" in refused(capsys, [*TINY, "--data", str(tmp_path / "folder")])
+    for part in ("train", "val"):
+        write_tokens(tmp_path / "folder" / f"{part}.bin", [*range(250)] * 20)
+    assert "200" in refused(capsys, [*TINY, "--data", str(tmp_path / "folder"), "--init", str(parity_folder / "model.bin")])
+    assert "257" in refused(capsys, [*TINY, "--data", str(tmp_path / "folder"), "--batch-size", "400"])
+
+
+def test_too_large_a_model_is_refused_before_memory_is_taken(text, capsys):
+    """Better a line than a killed process."""
+    message = refused(capsys, [*TINY, "--graph", "gpt2-xl", "--batch-size", "4096", "--data", text])
+    assert "GiB" in message
+
+
+def test_no_room_for_the_checkpoint_is_noticed_before_training(text, tmp_path, capsys, monkeypatch):
+    """Not after hours of it."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 90, 10))
+    assert "the disk has 10 left" in refused(capsys, [*TINY, "--data", text, "--save", str(tmp_path / "model.bin")])
+
+
+def test_a_diverged_loss_stops_the_run(text, capsys):
+    """The line names the step and what to try; nothing is saved."""
+    assert "a smaller --lr may help" in refused(capsys, [*TINY, "--data", text, "--lr", "1e30", "--steps", "20"])
+
+
+def test_ctrl_c_ends_after_the_step_with_summary_and_checkpoint(text, tmp_path):
+    """The first Ctrl-C: exit code 130, the log whole, the model saved."""
+    log, model = tmp_path / "log.jsonl", tmp_path / "model.bin"
+    argv = [sys.executable, "-m", "taskgpt.train", *TINY, "--data", text, "--steps", "1000000", "--log", str(log), "--save", str(model)]
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (log.exists() and log.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "stopping after this step" in out
+    assert "Traceback" not in err
+    assert "summary" in records(log)[-1]
+    assert model.stat().st_size > 0
+    assert sorted(os.listdir(tmp_path)) == ["log.jsonl", "model.bin", "text.txt"]
+
+
+def test_sizes_prints_parameter_counts(capsys):
+    """Of every graph file, and of one with other layers, heads and channels."""
+    assert taskgpt(["sizes"]) == 0
+    out = capsys.readouterr().out
+    assert all(count in out for count in ("124,439,808", "354,823,168", "774,030,080", "1,557,611,200"))
+    assert taskgpt(["sizes", "gpt2-124m", "--set", "model.layers=6", "--set", "model.heads=6", "--set", "model.channels=384"]) == 0
+    assert "30,339,456" in capsys.readouterr().out  # 50257 x 384 + 1024 x 384 + 6 x (12 x 384^2 + 13 x 384) + 2 x 384
+
+
+def test_an_unknown_verb_is_refused(capsys):
+    """With a suggestion."""
+    assert taskgpt(["trian"]) == 2
+    assert "did you mean 'train'?" in capsys.readouterr().err
