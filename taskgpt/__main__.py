@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from taskgpt.errors import UserError, did_you_mean
 
-PROGRAMS = ("train", "data", "bench")
+PROGRAMS = ("train", "data", "bench", "show")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

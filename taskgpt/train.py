@@ -73,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; return its exit code: 0, 1 for a failed task, 2 for a user's mistake, 130 after Ctrl-C."""
     flags = parser().parse_args(argv)
     try:
-        return train(flags)
+        with Report(flags) as report:
+            return train(flags, report)
     except (UserError, MemoryError) as error:
         print(f"taskgpt.train: error: {error}", file=sys.stderr)
         return 2
@@ -85,16 +86,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def train(flags: argparse.Namespace) -> int:
+def train(flags: argparse.Namespace, report: "Report") -> int:
     """Train as the flags say. Raises UserError, TaskError, MemoryError or KeyboardInterrupt."""
-    report = Report(flags)
     graph_config, scheduler_config = configure(flags)
     model, batch = graph_config.model, graph_config.batch
     if batch.seq_len > model.max_seq_len:
         raise UserError(f"--seq-len: the model has {model.max_seq_len} positions, got sequences of {batch.seq_len} tokens")
+    verify_memory(graph_config)
     data = open_data(flags.data, batch.batch_size, batch.seq_len, model.vocabulary, report.say)
     scheduler = open_scheduler(scheduler_config.scheduler, scheduler_config.settings)
-    verify_memory(graph_config)
     m = GPT2(model, batch, graph_config.tiles, graph_config.options, shared=scheduler.needs_shared_memory)
     if flags.save:
         checkpoint.verify_can_save(flags.save, m)
@@ -225,6 +225,13 @@ class Report:
                 self._log = open(flags.log, "w", encoding="utf-8")  # noqa: SIM115 - open until the program ends
             except OSError as error:
                 raise UserError(f"--log {flags.log}: cannot write: {error.strerror}") from None
+
+    def __enter__(self) -> "Report":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._log:
+            self._log.close()
 
     def say(self, line: str) -> None:
         self.console.print(line)

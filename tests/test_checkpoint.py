@@ -30,7 +30,14 @@ def damaged(parity_folder, tmp_path):
 def test_shape_comes_from_the_header(parity_folder):
     """All six numbers, the padded vocabulary included."""
     model = checkpoint.read_shape(parity_folder / "model.bin")
-    assert (model.layers, model.heads, model.channels, model.vocabulary, model.max_seq_len, model.padded_vocabulary) == (2, 2, 32, 200, 64, 256)
+    assert (model.layers, model.heads, model.channels, model.vocabulary, model.max_seq_len, model.padded_vocabulary) == (
+        2,
+        2,
+        32,
+        200,
+        64,
+        256,
+    )
 
 
 def test_saving_what_was_loaded_gives_the_same_file(parity_folder, parity_model, tmp_path):

@@ -11,7 +11,15 @@ from taskgpt.gpt2.sampling import Random
 from taskgpt.tasks import run_now
 from taskgpt.train import main
 
-SCHEDULERS = ["sequential", "loops", "loops-dynamic", "loops-llmc", "threads", "local-cluster", "local-cluster-processes"]
+SCHEDULERS = {
+    "sequential": [],
+    "loops": [],
+    "loops-dynamic": [],
+    "loops-llmc": [],
+    "threads": [],
+    "local-cluster": ["--set", "coarsen=40"],  # few tasks: each costs it a millisecond, and sampling runs 126 graphs
+    "local-cluster-processes": ["--set", "coarsen=40"],
+}
 ROWS = 4 * 64
 
 
@@ -72,7 +80,7 @@ def test_training_prints_what_llmc_printed(scheduler, parity_folder, expected, t
     """41 train losses and 5 validation losses within 5e-5, both sampled sequences id for id."""
     log = tmp_path / "log.jsonl"
     flags = ["--graph", "tiny", "--init", str(parity_folder / "model.bin"), "--data", str(parity_folder), "--lr", "3e-3", "--steps", "41"]
-    assert main([*flags, "--scheduler", scheduler, "--log", str(log)]) == 0
+    assert main([*flags, "--scheduler", scheduler, *SCHEDULERS[scheduler], "--log", str(log)]) == 0
     records = [json.loads(line) for line in log.read_text().splitlines()]
     train = [r["train_loss"] for r in records if "train_loss" in r]
     val = [r["val_loss"] for r in records if "val_loss" in r]

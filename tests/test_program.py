@@ -70,7 +70,14 @@ def test_weight_decay_is_on_matrices_unless_on_all():
     for m in (some, every):
         for call in (call for task in training_graph(m).tasks for call in task.calls if call.kernel.name == "adamw_update"):
             decayed[m.options.weight_decay_on, call.args[0].tensor.name] = call.args[-1]
-    assert {name for (on, name), flag in decayed.items() if on == "matrices" and flag} == {"wte", "wpe", "qkvw", "attprojw", "fcw", "fcprojw"}
+    assert {name for (on, name), flag in decayed.items() if on == "matrices" and flag} == {
+        "wte",
+        "wpe",
+        "qkvw",
+        "attprojw",
+        "fcw",
+        "fcprojw",
+    }
     assert all(flag for (on, _), flag in decayed.items() if on == "all")
 
 

@@ -14,9 +14,10 @@ CASES = [
     *[("threads", n, ()) for n in (1, 2, 3)],
     ("threads", 2, ("coarsen=0",)),
     ("threads", 3, ("coarsen=7",)),
-    *[("local-cluster", n, ()) for n in (1, 2, 3)],
+    *[("local-cluster", n, ("coarsen=60",)) for n in (1, 3)],
     ("local-cluster", 2, ("coarsen=0",)),
-    *[("local-cluster-processes", n, ()) for n in (1, 2, 3)],
+    *[("local-cluster-processes", n, ("coarsen=60",)) for n in (1, 3)],
+    ("local-cluster-processes", 2, ("coarsen=0",)),
 ]
 
 
@@ -30,7 +31,22 @@ def text(tmp_path_factory):
 def train(text, tmp_path, scheduler="sequential", workers=None, settings=(), flags=()) -> tuple[str, list[float]]:
     """Train tiny for 6 steps; return the parameters hash and the losses."""
     log = tmp_path / "log.jsonl"
-    words = ["--graph", "tiny", "--data", str(text), "--steps", "6", "--val-every", "3", "--sample-every", "4", "--lr", "1e-3", "--log", str(log)]
+    words = [
+        "--graph",
+        "tiny",
+        "--data",
+        str(text),
+        "--steps",
+        "6",
+        "--val-every",
+        "3",
+        "--sample-every",
+        "0",
+        "--lr",
+        "1e-3",
+        "--log",
+        str(log),
+    ]
     words += ["--scheduler", scheduler, *(["--workers", str(workers)] if workers else [])]
     for setting in settings:
         words += ["--set", setting]

@@ -1,7 +1,7 @@
 """The kernels of GPT-2: matrix products, LayerNorm, GELU, residual, embeddings, loss, AdamW. Attention has its own file.
 
 Each NumPy body is the formula; the twin below it is what runs. Outputs come first, then inputs, then constants. A tag "llmc" marks the
-loops that carry an OpenMP pragma in llm.c (`train_gpt2.c`), for the loops scheduler's coverage. Everything is float32, as in llm.c.
+loops that carry an OpenMP pragma in llm.c (`train_gpt2.c`), for the loops scheduler's coverage; "gemm" marks what sgemm's speed bounds. Everything is float32, as in llm.c.
 """
 
 import math
@@ -24,7 +24,7 @@ GELU_CUBE = _f(0.044715)
 # Matrix products ------------------------------------------------------------------------------------------------------------------------
 
 
-@kernel(flops=lambda R, OC, C: 2 * R * OC * C, tags=["llmc"])
+@kernel(flops=lambda R, OC, C: 2 * R * OC * C, tags=["llmc", "gemm"])
 def matmul_forward(out: Out[R, OC], inp: In[R, C], weight: In[OC, C], bias: In[OC]):
     """out = inp @ weight.T + bias."""
     np.matmul(inp, weight.T, out=out)
@@ -41,7 +41,7 @@ def _(out, inp, weight, bias):
     gemm(out, inp, weight, 0, 1, ONE, ONE)
 
 
-@kernel(flops=lambda R, V, C: 2 * R * V * C, tags=["llmc"])
+@kernel(flops=lambda R, V, C: 2 * R * V * C, tags=["llmc", "gemm"])
 def lmhead_forward(logits: Out[R, V], inp: In[R, C], wte: In[V, C]):
     """logits = inp @ wte.T, for a block of the vocabulary."""
     np.matmul(inp, wte.T, out=logits)
@@ -52,7 +52,7 @@ def _(logits, inp, wte):
     gemm(logits, inp, wte, 0, 1, ONE, ZERO)
 
 
-@kernel(flops=lambda R, OC, C: 2 * R * OC * C, tags=["llmc"])
+@kernel(flops=lambda R, OC, C: 2 * R * OC * C, tags=["llmc", "gemm"])
 def matmul_backward_input(dinp: Out[R, C], dout: In[R, OC], weight: In[OC, C]):
     """dinp = dout @ weight."""
     np.matmul(dout, weight, out=dinp)
@@ -63,7 +63,7 @@ def _(dinp, dout, weight):
     gemm(dinp, dout, weight, 0, 0, ONE, ZERO)
 
 
-@kernel(flops=lambda R, OC, C: 2 * R * OC * C, tags=["llmc"])
+@kernel(flops=lambda R, OC, C: 2 * R * OC * C, tags=["llmc", "gemm"])
 def matmul_backward_input_add(dinp: Commutative[R, C], dout: In[R, OC], weight: In[OC, C]):
     """dinp += dout @ weight: one block more of a sum over output columns."""
     dinp += dout @ weight
@@ -74,7 +74,7 @@ def _(dinp, dout, weight):
     gemm(dinp, dout, weight, 0, 0, ONE, ONE)
 
 
-@kernel(flops=lambda R, OC, C: 2 * R * OC * C, tags=["llmc"])
+@kernel(flops=lambda R, OC, C: 2 * R * OC * C, tags=["llmc", "gemm"])
 def matmul_backward_weight(dweight: Out[OC, C], dout: In[R, OC], inp: In[R, C]):
     """dweight = dout.T @ inp, over all rows at once: no sum that could depend on an order."""
     np.matmul(dout.T, inp, out=dweight)
@@ -329,7 +329,7 @@ def _(block_max, block_sum, logits, valid):
         block_sum[r, 0] = row_sum_exp(row, valid, largest, lanes) if valid else ZERO
 
 
-@kernel(tags=["llmc"])
+@kernel
 def crossentropy_forward(
     losses: Out[R],
     logits_max: Out[R],

@@ -1,7 +1,8 @@
 """The declaration, enforced: run every call on copies of its tiles that show what it did.
 
-Each tile is copied into the middle of a block whose border holds a pattern. An Out tile starts as NaN, an In tile is read-only. After the
-call, an In tile that changed, a border that changed and an Out element that is still NaN are reported with kernel and parameter:
+Each tile is copied into the middle of a block whose border holds a pattern. An Out tile starts as NaN (or as the smallest integer), an In
+tile is read-only. After the call, an In tile that changed, a border that changed and an Out element that is still NaN are reported with
+kernel and parameter:
 
     gelu_forward wrote 'inp', declared In
 
@@ -38,22 +39,25 @@ class CheckedCall(Call):
     __slots__ = ()
 
     def run(self) -> None:
-        boxes = {name: _Box(self.kernel.accesses[name].kind, tile) for name, tile in self.tiles()}
         try:
-            self._run_on(boxes, is_read_only=True)
+            boxes = self._run_on_copies(is_read_only=True)
         except ValueError as error:
             if "read-only" not in str(error):
                 raise
             # NumPy does not say which array it refused to write: let the kernel write, and look.
-            self._run_on(boxes, is_read_only=False)
-        for name, box in boxes.items():
-            box.verify(self.kernel, name)
-        for box in boxes.values():
+            self._run_on_copies(is_read_only=False)
+            inputs = ", ".join(f"'{name}'" for name, access in self.kernel.accesses.items() if not access.is_written)
+            raise AccessError(f"{self.kernel.name} wrote one of {inputs}, declared In, with the values that it had") from None
+        for box in boxes:
             box.copy_back()
 
-    def _run_on(self, boxes: dict[str, "_Box"], is_read_only: bool) -> None:
+    def _run_on_copies(self, is_read_only: bool) -> list["_Box"]:
+        boxes = {name: _Box(self.kernel.accesses[name].kind, tile) for name, tile in self.tiles()}
         given = [boxes[name].view(is_read_only) if name in boxes else a for name, a in zip(self.kernel.parameters, self.args, strict=True)]
         self.kernel(*given)
+        for name, box in boxes.items():
+            box.verify(self.kernel, name)
+        return list(boxes.values())
 
     def __reduce__(self):
         return CheckedCall, (self.kernel, self.args)
@@ -66,8 +70,7 @@ class _Box:
         self.kind = kind
         self.tile = tile
         array = tile.array
-        self.nothing = np.nan if array.dtype.kind == "f" else np.iinfo(array.dtype).min
-        self.block = np.full([n + 2 * _BORDER for n in array.shape], self.nothing, array.dtype)
+        self.block = np.full([n + 2 * _BORDER for n in array.shape], _pattern(array.dtype), array.dtype)
         self.inner = self.block[(slice(_BORDER, -_BORDER),) * array.ndim]
         if kind != "out":
             self.inner[...] = array
@@ -81,16 +84,35 @@ class _Box:
     def verify(self, kernel: Kernel, name: str) -> None:
         if self.kind == "in" and _bytes_of(self.inner) != _bytes_of(self.tile.array):
             raise AccessError(f"{kernel.name} wrote '{name}', declared In")
-        if self.kind == "out" and np.isnan(self.inner).any() if self.inner.dtype.kind == "f" else False:
-            missing = int(np.isnan(self.inner).sum())
-            raise AccessError(f"{kernel.name} left {missing} of {self.inner.size} elements of '{name}' unwritten or NaN, declared Out")
+        if self.kind == "out":
+            self._verify_written(kernel, name)
         self.before[(slice(_BORDER, -_BORDER),) * self.inner.ndim] = self.inner
         if _bytes_of(self.before) != _bytes_of(self.block):
             raise AccessError(f"{kernel.name} wrote outside its tile '{name}', {self.tile!r}")
 
+    def _verify_written(self, kernel: Kernel, name: str) -> None:
+        letter = self.inner.dtype.kind
+        if letter in "fc":
+            missing, what = np.isnan(self.inner), "unwritten or NaN"
+        elif letter == "i":
+            missing, what = self.inner == _pattern(self.inner.dtype), "unwritten"
+        else:  # in the other types every value is a likely one
+            return
+        if missing.any():
+            raise AccessError(f"{kernel.name} left {missing.sum()} of {missing.size} elements of '{name}' {what}, declared Out")
+
     def copy_back(self) -> None:
         if self.kind != "in":
             self.tile.array[...] = self.inner
+
+
+def _pattern(dtype: np.dtype) -> float | int:
+    """Return what stands where nothing was written: NaN, the smallest of signed and the largest of unsigned integers, True."""
+    if dtype.kind in "fc":
+        return np.nan
+    if dtype.kind == "b":
+        return True
+    return np.iinfo(dtype).min if dtype.kind == "i" else np.iinfo(dtype).max
 
 
 def _bytes_of(array: np.ndarray) -> bytes:

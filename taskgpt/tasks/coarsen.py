@@ -12,7 +12,8 @@ Every edge leads into the same merged task or into a later band, so no cycle can
 """
 
 import heapq
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 
 from taskgpt.tasks.graph import Graph, Task
 
@@ -23,27 +24,29 @@ _FLOPS_PER_S, _BYTES_PER_S = 1e11, 1e10
 def coarsen(graph: Graph, max_tasks: int, width: int = 8) -> Graph:
     """Return a graph of at most `max_tasks` tasks that run the calls of `graph`, with the same bits.
 
-    Bands grow only as far as the limit asks for, and up to `width` merged tasks of a band stay apart, to keep that many workers busy.
-    A graph that is small enough already is returned as it is. Raises ValueError for a limit below 1.
+    Up to `width` merged tasks of a band stay apart, to keep that many workers busy. Low bands leave many tasks, high ones few components:
+    of the heights that respect the limit the one is taken whose costliest merged tasks, one a band, cost least together.
+    A graph that is small enough already is returned as it is. Raises ValueError for a limit or a width below 1.
     """
-    if max_tasks < 1:
-        raise ValueError(f"max_tasks must be at least 1, got {max_tasks}")
+    for name, value in {"max_tasks": max_tasks, "width": width}.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
     if len(graph.tasks) <= max_tasks:
         return graph
     depths: list[int] = []
     for task in graph.tasks:
         depths.append(1 + max((depths[p] for p in task.predecessors), default=-1))
-    height = 1
-    while True:
-        band_of = [depth // height for depth in depths]
-        bands = _components(graph, band_of)
-        if len(bands) <= max_tasks:
-            break
-        height += 1
-    # Share what the limit allows between the bands: each gets `width`, fewer only if there are too many bands.
-    room = min(width, max_tasks // len(bands))
-    merged = [group for band in bands for group in _balance(graph, band, room)]
-    return _merge(graph, merged)
+    height = -(-(max(depths) + 1) // max_tasks)
+    best, least = [], math.inf
+    while height <= max(depths) + 1:
+        bands = _components(graph, [depth // height for depth in depths])
+        room = next(r for r in range(width, 0, -1) if sum(min(r, len(band)) for band in bands) <= max_tasks)
+        merged = [_balance(graph, band, room) for band in bands]
+        seconds = sum(max(_seconds(graph, group) for group in groups) for groups in merged)
+        if seconds < least * (1 - 1e-9):  # sums of the same numbers in another order are not a gain
+            best, least = merged, seconds
+        height += max(1, height // 8)
+    return _merge(graph, [group for groups in best for group in groups])
 
 
 def _components(graph: Graph, band_of: Sequence[int]) -> list[list[list[int]]]:
@@ -68,12 +71,16 @@ def _components(graph: Graph, band_of: Sequence[int]) -> list[list[list[int]]]:
 
 def _balance(graph: Graph, components: list[list[int]], room: int) -> list[list[int]]:
     """Put components into at most `room` groups of about equal cost: the costliest first, each into the lightest group so far."""
-    cost = {id(c): sum(graph.tasks[n].flops / _FLOPS_PER_S + graph.tasks[n].bytes / _BYTES_PER_S for n in c) for c in components}
-    groups = [(0.0, at, []) for at in range(min(room, len(components)))]
-    for component in sorted(components, key=lambda c: (-cost[id(c)], c[0])):
+    groups: list[tuple[float, int, list[int]]] = [(0.0, at, []) for at in range(min(room, len(components)))]
+    for cost, component in sorted(((_seconds(graph, c), c) for c in components), key=lambda pair: (-pair[0], pair[1])):
         total, at, members = heapq.heappop(groups)
-        heapq.heappush(groups, (total + cost[id(component)], at, members + component))
+        heapq.heappush(groups, (total + cost, at, members + component))
     return [sorted(members) for _, _, members in groups]
+
+
+def _seconds(graph: Graph, numbers: Iterable[int]) -> float:
+    tasks = [graph.tasks[n] for n in numbers]
+    return sum(task.flops for task in tasks) / _FLOPS_PER_S + sum(task.bytes for task in tasks) / _BYTES_PER_S
 
 
 def _merge(graph: Graph, groups: list[list[int]]) -> Graph:
@@ -83,7 +90,7 @@ def _merge(graph: Graph, groups: list[list[int]]) -> Graph:
     for at, group in enumerate(groups):
         parts = [graph.tasks[n] for n in group]
         predecessors = tuple(sorted({group_of[p] for part in parts for p in part.predecessors} - {at}))
-        costliest = max(parts, key=lambda part: part.flops / _FLOPS_PER_S + part.bytes / _BYTES_PER_S)
+        costliest = max(parts, key=lambda part: _seconds(graph, [part.number]))
         task = Task(at, tuple(call for part in parts for call in part.calls), costliest.section, predecessors, costliest.name)
         task.flops, task.bytes = sum(part.flops for part in parts), sum(part.bytes for part in parts)
         task.locks = tuple(sorted({lock for part in parts for lock in part.locks}))

@@ -10,6 +10,7 @@ valid order, and every other valid order gives the same bits. Edges that others 
 """
 
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
@@ -123,8 +124,11 @@ class Graph:
         """Record a call as the next task.
 
         Raises ShapeError if a tile's shape or type is not as declared, GridError if its memory is also cut by another grid, AccessError if
-        a written tile overlaps another tile of the same call, TypeError for a wrong number or kind of arguments.
+        a written tile overlaps another tile of the same call, TypeError for a wrong number or kind of arguments, RuntimeError for a graph
+        that was derived or sent: it knows its edges, but not what its tasks access.
         """
+        if len(self._ancestors) != len(self.tasks):
+            raise RuntimeError(f"graph '{self.name}' was not recorded here, and cannot go on recording; record a new one")
         call = Call(kernel, args)
         self._verify(call)
         task = Task(len(self.tasks), (call,), section)
@@ -230,16 +234,18 @@ class Graph:
         return f"{self.name}: {len(self.tasks)} tasks of {len(self.kernels)} kernels, {edges} edges, {self.flops / 1e9:.3g} GFLOP"
 
     def __getstate__(self) -> dict:
-        """Send what running needs: the tasks. A graph that was sent cannot record further."""
-        fields = [[getattr(task, slot) for slot in Task.__slots__ if slot != "locks"] for task in self.tasks]
-        return {"name": self.name, "allow_commutative": False, "tasks": fields, "_cells": {}, "_tensors": {}, "_ancestors": []}
+        """Send what running needs: the tasks, and for each lock its number. Tasks that share a lock here will share one there."""
+        tasks = [{slot: getattr(task, slot) for slot in Task.__slots__ if slot != "locks"} for task in self.tasks]
+        locks = [[serial for serial, _ in task.locks] for task in self.tasks]
+        return {"name": self.name, "allow_commutative": self.allow_commutative, "tasks": tasks, "locks": locks}
 
     def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state, tasks=[])
-        for fields in state["tasks"]:
+        self.__init__(state["name"], state["allow_commutative"])
+        locks: defaultdict[int, threading.Lock] = defaultdict(threading.Lock)
+        for fields, serials in zip(state["tasks"], state["locks"], strict=True):
             task = Task.__new__(Task)
-            task.locks = ()
-            for slot, value in zip((slot for slot in Task.__slots__ if slot != "locks"), fields, strict=True):
+            task.locks = tuple((serial, locks[serial]) for serial in serials)
+            for slot, value in fields.items():
                 setattr(task, slot, value)
             self.tasks.append(task)
 

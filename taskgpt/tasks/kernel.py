@@ -250,7 +250,7 @@ def kernel(body: Callable | None = None, *, flops: Callable | None = None, tags:
 
 def compile_kernels(kernels: Iterable[Kernel], report: Callable[[int, int, Kernel, float, bool], None] | None = None) -> None:
     """Compile the kernels that are not compiled yet, calling `report(done, total, kernel, seconds, was_cached)` after each."""
-    pending = [k for k in kernels if not k.is_compiled]
+    pending = [k for k in dict.fromkeys(kernels) if not k.is_compiled]
     for done, each in enumerate(pending, start=1):
         start = time.perf_counter()
         was_cached = each.compile()

@@ -1,0 +1,98 @@
+"""A graph as a picture: self-contained SVG, tasks from left to right by depth, colours by what they compute.
+
+A task stands one column to the right of the last task that it waits for, so that a column is what could run at once, and the number of
+columns is the length of the longest chain.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from html import escape
+
+from taskgpt.tasks import Graph, Task
+
+_COLUMN, _ROW, _WIDTH, _HEIGHT = 22, 15, 15, 10  # distance of columns and rows, size of a task, in pixels
+_MARGIN, _HEADER = 16, 46
+# Told apart in any order, also by people who do not see red and green apart (Okabe and Ito 2008), then lighter ones.
+_COLOURS = (
+    *("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"),
+    *("#B8A400", "#666666", "#9FC7E8", "#F3C97A", "#8FD3BE", "#E3B9D0"),
+)
+
+
+def depths(graph: Graph) -> list[int]:
+    """Return the length of the longest path to each task."""
+    found: list[int] = []
+    for task in graph.tasks:
+        found.append(1 + max((found[p] for p in task.predecessors), default=-1))
+    return found
+
+
+def family(task: Task) -> str:
+    """Return what a task belongs to: the first word of its kernel's name, `matmul` for matmul_backward_weight."""
+    return task.name.partition("_")[0]
+
+
+def to_svg(graph: Graph, title: str = "") -> str:
+    """Return the graph as SVG text. Pointing at a task shows its call."""
+    columns = _arrange(graph)
+    place = {number: (x, y) for x, column in enumerate(columns) for y, number in enumerate(column)}
+    tallest = max(map(len, columns), default=1)
+    width = 2 * _MARGIN + _COLUMN * max(len(columns), 40)
+    height = _HEADER + _ROW * tallest + 2 * _MARGIN
+
+    def position(number: int) -> tuple[float, float]:
+        x, y = place[number]
+        return _MARGIN + _COLUMN * x, _HEADER + _MARGIN + _ROW * (y + (tallest - len(columns[x])) / 2)
+
+    families = [name for name, _ in Counter(family(task) for task in graph.tasks).most_common()]
+    colour = {name: _COLOURS[at % len(_COLOURS)] for at, name in enumerate(families)}
+    edges, nodes = [], []
+    for task in graph.tasks:
+        x, y = position(task.number)
+        for p in task.predecessors:
+            px, py = position(p)
+            start, middle, end = px + _WIDTH, (px + _WIDTH + x) / 2, x
+            edges.append(f"M{start:g},{py + 5:g}C{middle:g},{py + 5:g} {middle:g},{y + 5:g} {end:g},{y + 5:g}")
+        nodes.append(
+            f'<rect x="{x:g}" y="{y:g}" width="{_WIDTH}" height="{_HEIGHT}" rx="2.5" fill="{colour[family(task)]}">'
+            f"<title>{escape(str(task))}</title></rect>"
+        )
+    summary = f"{title or graph.name}: {len(graph.tasks)} tasks, longest chain {len(columns)}"
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" font-family="sans-serif" font-size="12">',
+        f'<rect width="{width}" height="{height}" rx="8" fill="#ffffff"/>',
+        f'<text x="{_MARGIN}" y="22" font-size="14" font-weight="bold" fill="#222222">{escape(summary)}</text>',
+        *_legend(families, colour),
+        f'<path d="{"".join(edges)}" fill="none" stroke="#555555" stroke-opacity="0.28" stroke-width="0.8"/>',
+        *nodes,
+        "</svg>",
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _arrange(graph: Graph) -> list[list[int]]:
+    """Return the columns of task numbers, each ordered so that edges run level where they can (barycentre of the predecessors)."""
+    depth_of = depths(graph)
+    columns: list[list[int]] = [[] for _ in range(max(depth_of, default=-1) + 1)]
+    for number, depth in enumerate(depth_of):
+        columns[depth].append(number)
+    height: dict[int, float] = {}
+    for column in columns:
+
+        def level(number: int) -> float:
+            above = [height[p] for p in graph.tasks[number].predecessors]
+            return sum(above) / len(above) if above else 0.0
+
+        column.sort(key=lambda number: (level(number), number))
+        for at, number in enumerate(column):
+            height[number] = at - (len(column) - 1) / 2
+    return columns
+
+
+def _legend(families: Sequence[str], colour: dict[str, str]) -> list[str]:
+    parts, x = [], _MARGIN
+    for name in families:
+        parts.append(f'<rect x="{x}" y="33" width="{_WIDTH}" height="{_HEIGHT}" rx="2.5" fill="{colour[name]}"/>')
+        parts.append(f'<text x="{x + 20}" y="42" fill="#222222">{escape(name)}</text>')
+        x += 36 + 8 * len(name)
+    return parts
