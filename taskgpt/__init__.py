@@ -1,0 +1,15 @@
+"""taskgpt: a task-based dataflow runtime in Python, after nOS-V and OmpSs-2, and GPT-2 training on CPUs to prove it.
+
+The map of the house; imports point one way, from the programs down to the tasks.
+
+    train.py data.py bench.py show.py   the programs: `python -m taskgpt.train`, or `taskgpt train`
+    config.py errors.py                 TOML files and flags to frozen dataclasses; the user's mistakes
+    tasks/        room 1: kernels, accesses, tiles, graphs. Has heard of neither transformers nor threads
+    schedulers/   room 2: ways to run a graph, one file per value of --scheduler
+    gpt2/         room 3: GPT-2's kernels, tensors and program of tasks; data, checkpoints, sampling. Has never heard of schedulers
+    lab/          room 4: looks at runs, graphs and the machine
+    graphs/             what runs: a TOML file per model, batch and tiling
+    scheduler_configs/  how it runs: a TOML file per scheduler set-up
+
+To write a program of your own, start with `taskgpt.tasks`; notebooks/cholesky.ipynb shows how.
+"""

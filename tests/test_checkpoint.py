@@ -78,7 +78,7 @@ def test_bfloat16_checkpoints_are_converted(parity_folder, parity_model, tmp_pat
 def test_a_bad_checkpoint_is_refused_with_the_reason(damaged, change, message):
     """One message that names the file, what was wanted and what was found."""
     path = damaged(**change)
-    with pytest.raises(UserError, match="model.bin") as error:
+    with pytest.raises(UserError, match=r"model\.bin") as error:
         checkpoint.read_shape(path)
     assert message in str(error.value)
 

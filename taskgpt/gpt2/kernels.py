@@ -1,7 +1,8 @@
 """The kernels of GPT-2: matrix products, LayerNorm, GELU, residual, embeddings, loss, AdamW. Attention has its own file.
 
 Each NumPy body is the formula; the twin below it is what runs. Outputs come first, then inputs, then constants. A tag "llmc" marks the
-loops that carry an OpenMP pragma in llm.c (`train_gpt2.c`), for the loops scheduler's coverage; "gemm" marks what sgemm's speed bounds. Everything is float32, as in llm.c.
+loops that carry an OpenMP pragma in llm.c (`train_gpt2.c`), for the loops scheduler's coverage; "gemm" marks what sgemm's speed bounds.
+Everything is float32, as in llm.c.
 """
 
 import math
