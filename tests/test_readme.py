@@ -1,0 +1,63 @@
+"""README says what is true: its commands run, its picture is the graph's, CI runs its test command, and the notebooks run through."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from taskgpt.show import main as show
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+COMMANDS = [
+    line.partition("  #")[0].strip()
+    for block in BLOCKS
+    for line in block.splitlines()
+    if line.startswith(("python -m taskgpt", "taskgpt "))
+]
+
+
+def test_ci_runs_the_readmes_test_command():
+    """Word for word."""
+    commands = [line for block in BLOCKS for line in block.splitlines() if "pytest" in line]
+    assert len(commands) == 1
+    assert commands[0] in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_of_the_readme_runs(command, tmp_path):
+    """With the graph tiny in place of a larger one, one step and one round."""
+    words = [sys.executable, "-m", "taskgpt", *shlex.split(command)[1:]] if command.startswith("taskgpt") else shlex.split(command)
+    words[0] = sys.executable
+    words = [re.sub(r"^gpt2-\w+", "tiny", word) for word in words]
+    if "train" in command:
+        words += [] if "--graph" in words else ["--graph", "tiny"]
+        words += ["--steps", "1", "--data", str(ROOT / "README.md"), "--val-batches", "1"]
+    if "bench" in command:
+        words += ["--rounds", "1"] + ([] if "--graphs" in words else ["--graphs", "tiny"])
+    result = subprocess.run(words, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+def test_the_picture_is_that_of_the_graph(tmp_path):
+    """graphs/tiny.svg is what `taskgpt show graph` draws today."""
+    assert show(["graph", "--graph", "tiny", "--format", "svg", "--output", str(tmp_path / "tiny.svg")]) == 0
+    assert (tmp_path / "tiny.svg").read_text() == (ROOT / "graphs" / "tiny.svg").read_text()
+
+
+@pytest.mark.parametrize("notebook", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_a_notebook_runs_through(notebook):
+    """Every cell, in order, in a fresh kernel."""
+    nbformat = pytest.importorskip("nbformat", reason="pip install 'taskgpt[notebooks]'")
+    nbclient = pytest.importorskip("nbclient", reason="pip install 'taskgpt[notebooks]'")
+    pytest.importorskip("matplotlib", reason="pip install 'taskgpt[notebooks]'")
+    nbclient.NotebookClient(nbformat.read(notebook, as_version=4), timeout=300, resources={"metadata": {"path": str(ROOT)}}).execute()
