@@ -1,9 +1,12 @@
-"""What schedulers share: the number of workers, and plans that are made once per graph."""
+"""What schedulers share: the number of workers, BLAS on one thread, and plans that are made once per graph."""
 
 import os
 import weakref
 from collections.abc import Callable
 from typing import Generic, TypeVar
+
+import scipy.linalg  # noqa: F401  brings SciPy's BLAS, so that it is there to be limited; numba or a kernel would load it later
+from threadpoolctl import threadpool_limits
 
 from taskgpt.tasks import Graph
 
@@ -15,6 +18,11 @@ def worker_count(setting: int) -> int:
     if setting:
         return setting
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def one_blas_thread() -> threadpool_limits:
+    """Let BLAS use one thread, as the tasks are what runs in parallel; return the context manager that undoes it."""
+    return threadpool_limits(1)
 
 
 class OncePerGraph(Generic[Plan]):

@@ -10,17 +10,19 @@ import itertools
 import logging
 import pickle
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
 from typing import Self
 
 import dask
 from distributed import Client, LocalCluster, SchedulerPlugin, WorkerPlugin
 from distributed import Scheduler as DaskScheduler
-from threadpoolctl import threadpool_limits
+from distributed.gc import disable_gc_diagnosis
 
 from taskgpt.errors import UserError
-from taskgpt.schedulers._prepare import OncePerGraph, worker_count
+from taskgpt.schedulers._prepare import OncePerGraph, one_blas_thread, worker_count
 from taskgpt.tasks import Graph, coarsen, compile_kernels
 
 _CONFIG = {
@@ -55,10 +57,23 @@ class Scheduler:
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
-            stack.enter_context(threadpool_limits(1))
-            self._watch = _Watch()
-            with dask.config.set(_CONFIG):
-                cluster = LocalCluster(
+            stack.enter_context(one_blas_thread())
+            # In a thread of its own: Ctrl-C in the middle of a start waits for its end, and then finds a cluster that can be closed.
+            with ThreadPoolExecutor(1) as starter:
+                starter.submit(self._start, stack).result()
+            self._stack = stack.pop_all()
+        return self
+
+    def _start(self, stack: ExitStack) -> None:
+        if hasattr(signal, "pthread_sigmask"):
+            # A terminal sends Ctrl-C to every process. What is started from here, and by that, inherits the mask and leaves it to the main
+            # process; the resource tracker, were it not there yet, would lift the mask.
+            resource_tracker.ensure_running()
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        self._watch = _Watch()
+        with dask.config.set(_CONFIG):
+            self._cluster = stack.enter_context(
+                LocalCluster(
                     n_workers=self.workers if self.settings.processes else 1,
                     threads_per_worker=1 if self.settings.processes else self.workers,
                     processes=self.settings.processes,
@@ -68,12 +83,9 @@ class Scheduler:
                     scheduler_kwargs={"dashboard": self.settings.dashboard >= 0, "plugins": [self._watch]},
                     silence_logs=logging.CRITICAL,  # what goes wrong is raised
                 )
-            self._cluster = stack.enter_context(cluster)
-            self._client = self._watch.client = stack.enter_context(Client(cluster, set_as_default=False))
-            if self.settings.processes:
-                self._client.register_plugin(_LeaveInterruptsToMain())
-            self._stack = stack.pop_all()
-        return self
+            )
+        disable_gc_diagnosis(force=True)  # calls Python from the garbage collector, where a Ctrl-C is lost
+        self._client = self._watch.client = stack.enter_context(Client(self._cluster, set_as_default=False))
 
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
@@ -115,6 +127,9 @@ class Scheduler:
                 f"{graph.name}: commutative tasks lock their tiles, and a lock does not reach another process; "
                 "set options.commutative=false, or processes=false"
             )
+        for kernel in graph.kernels:
+            if self.settings.processes and kernel.module == "__main__":
+                raise UserError(f"{kernel.name}: worker processes import kernels, and cannot import __main__; move it to a module")
         coarse = coarsen(graph, self.settings.coarsen, self.workers) if self.settings.coarsen else graph
         graph_id = next(_ids)
         if self.settings.processes:
@@ -159,17 +174,8 @@ class _Prepare(WorkerPlugin):
     def setup(self, worker: object) -> None:
         graph = pickle.loads(self.pickled)
         compile_kernels(graph.kernels)
-        threadpool_limits(1)  # after the kernels have loaded their BLAS
+        one_blas_thread()
         _graphs[self.graph_id] = graph
-
-
-class _LeaveInterruptsToMain(WorkerPlugin):
-    """Ctrl-C in a terminal interrupts every process that it runs; here the main one alone stops the run, and then the workers."""
-
-    name = "taskgpt-interrupts"
-
-    def setup(self, worker: object) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 # In the cluster's scheduler -------------------------------------------------------------------------------------------------------------

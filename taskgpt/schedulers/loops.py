@@ -18,9 +18,7 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Self
 
-from threadpoolctl import threadpool_limits
-
-from taskgpt.schedulers._prepare import OncePerGraph, worker_count
+from taskgpt.schedulers._prepare import OncePerGraph, one_blas_thread, worker_count
 from taskgpt.tasks import Graph, Task
 
 
@@ -52,7 +50,7 @@ class Scheduler:
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
-            stack.enter_context(threadpool_limits(1))
+            stack.enter_context(one_blas_thread())
             self._helpers = [stack.enter_context(_Helper(self._work)) for _ in range(self.workers - 1)]
             self._close = stack.pop_all().close
         return self
@@ -65,7 +63,7 @@ class Scheduler:
         return f"loops: {self.workers} workers, {self.settings.chunks} chunks, {covered} in parallel"
 
     def run(self, graph: Graph) -> None:
-        self._failures.clear()
+        self._failures = []
         try:
             for parts in self._loops(graph):
                 self._fork_and_join(parts)
@@ -108,13 +106,14 @@ class Scheduler:
         return [_take(queue) for _ in range(min(self.workers, len(parts)))]
 
     def _work(self, tasks: Iterable[Task]) -> None:
+        failures = self._failures
         try:
             for task in tasks:
-                if self._failures:
+                if failures:
                     return
                 task.run()
         except BaseException as error:
-            self._failures.append(error)
+            failures.append(error)
 
 
 def cut(graph: Graph) -> Iterator[list[Task]]:

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import Self
 
-from threadpoolctl import threadpool_limits
-
+from taskgpt.schedulers._prepare import one_blas_thread
 from taskgpt.tasks import Graph
 
 
@@ -23,7 +22,7 @@ class Scheduler:
         self.settings = settings
 
     def __enter__(self) -> Self:
-        self._blas = threadpool_limits(1)
+        self._blas = one_blas_thread()
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -1,0 +1,437 @@
+"""One contract for every scheduler, then what is particular to each."""
+
+import asyncio
+import gc
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+import weakref
+from collections.abc import Iterator
+
+import kernels_for_tests as k
+import numpy as np
+import psutil
+import pytest
+from dask.callbacks import Callback
+from threadpoolctl import threadpool_info
+
+from taskgpt import config
+from taskgpt.errors import UserError
+from taskgpt.schedulers import Scheduler, local_cluster, open_scheduler
+from taskgpt.schedulers.loops import cut
+from taskgpt.tasks import Graph, TaskError, compile_kernels, run_now
+
+# Scheduler file and overrides. A scheduler joins the contract by joining this list.
+VARIANTS = {
+    "sequential": ("sequential", {}),
+    "loops, 1 worker": ("loops", {"workers": 1}),
+    "loops, 2 workers": ("loops", {"workers": 2}),
+    "loops, 3 workers": ("loops", {"workers": 3}),
+    "loops, dynamic chunks": ("loops-dynamic", {"workers": 3, "chunk_size": 2}),
+    "loops, some kernels": ("loops", {"workers": 2, "coverage": "covered"}),
+    "threads, 1 worker": ("threads", {"workers": 1, "coarsen": 0}),
+    "threads, 2 workers": ("threads", {"workers": 2, "coarsen": 0}),
+    "threads, 3 workers": ("threads", {"workers": 3, "coarsen": 0}),
+    "threads, coarsened": ("threads", {"workers": 2, "coarsen": 12}),
+    "local-cluster, threads": ("local-cluster", {"workers": 2, "coarsen": 0, "dashboard": -1}),
+    "local-cluster, 1 process": ("local-cluster-processes", {"workers": 1, "coarsen": 12, "dashboard": -1}),
+    "local-cluster, 2 processes": ("local-cluster-processes", {"workers": 2, "coarsen": 0, "dashboard": -1}),
+}
+NAMES = ["sequential", "loops", "threads", "local-cluster", "local-cluster-processes"]
+
+
+def opened(name: str, **overrides: object) -> Scheduler:
+    chosen = config.load_scheduler(name, overrides)
+    return open_scheduler(chosen.scheduler, chosen.settings)
+
+
+@pytest.fixture(scope="class", params=VARIANTS)
+def scheduler(request) -> Iterator[Scheduler]:
+    name, overrides = VARIANTS[request.param]
+    with opened(name, **overrides) as scheduler:
+        yield scheduler
+
+
+class TestContract:
+    @pytest.mark.parametrize("seed", range(4))
+    def test_order(self, scheduler, seed):
+        """Every task runs once, each after its predecessors."""
+        a = k.arena(scheduler.needs_shared_memory)
+        graph = k.random_graph(a, seed)
+        scheduler.run(graph)
+        log = a.log.array
+        assert (log[: len(graph.tasks), k.RUNS] == 1).all()
+        for task in graph.tasks:
+            for p in task.predecessors:
+                assert log[p, k.STOP] <= log[task.number, k.START], f"{task} started before {graph.tasks[p]} was done"
+
+    @pytest.mark.parametrize("seed", range(4))
+    def test_same_bits(self, scheduler, seed):
+        """The results are those of program order, to the bit, in every run."""
+        a, expected = k.arena(scheduler.needs_shared_memory), k.arena(is_shared=False)
+        graph = k.random_graph(a, seed)
+        for _ in range(3):
+            scheduler.run(graph)
+            k.random_program(run_now, expected, seed)
+            assert a.x.array.tobytes() == expected.x.array.tobytes()
+
+    def test_every_run_runs(self, scheduler):
+        """A graph that ran runs again: Distributed, for one, skips keys that it knows."""
+        a = k.arena(scheduler.needs_shared_memory)
+        graph = k.random_graph(a, seed=5, length=10)
+        for runs in range(1, 9):
+            scheduler.run(graph)
+            assert (a.log.array[:10, k.RUNS] == runs).all()
+
+    def test_graphs_alternate(self, scheduler):
+        """Training, validation and sampling take turns on one scheduler and on the same tensors."""
+        a, expected = k.arena(scheduler.needs_shared_memory), k.arena(is_shared=False)
+        graphs = [k.random_graph(a, seed, length=10 + seed) for seed in range(3)]
+        for seed in (0, 1, 0, 2, 2, 1):
+            scheduler.run(graphs[seed])
+            k.random_program(run_now, expected, seed, length=10 + seed)
+        assert a.x.array.tobytes() == expected.x.array.tobytes()
+
+    def test_growing_graph(self, scheduler):
+        """A graph that was recorded further after it ran is run whole."""
+        a = k.arena(scheduler.needs_shared_memory)
+        graph = Graph()
+        scheduler.run(graph)
+        graph.spawn(k.nap, a.x[0], a.log[0], 0)
+        scheduler.run(graph)
+        graph.spawn(k.nap, a.x[0], a.log[1], 0)
+        scheduler.run(graph)
+        assert list(a.log.array[:3, k.RUNS]) == [2, 1, 0]
+
+    def test_compiled_kernel(self, scheduler):
+        """Kernels run as their compiled twins, in worker processes too."""
+        a = k.arena(scheduler.needs_shared_memory)
+        graph = Graph()
+        for cell in range(k.CELLS):
+            graph.spawn(k.double, a.x[cell])
+        compile_kernels(graph.kernels)
+        scheduler.run(graph)
+        assert (a.x.array == 2 * k.arena(is_shared=False).x.array).all()
+
+    def test_failure(self, scheduler):
+        """The first exception names its task; no task starts after it, none still runs when it is raised, and the next run is fresh."""
+        a = k.arena(scheduler.needs_shared_memory)
+        graph = Graph()
+        graph.spawn(k.fail, a.x[0], a.log[0])
+        for number in range(1, 100):
+            graph.spawn(k.nap, a.x[number % k.CELLS], a.log[number], 10)
+        with pytest.raises(TaskError, match=r"^task 0, fail .*x\[0, :\].*: ZeroDivisionError: this kernel always fails$"):
+            scheduler.run(graph)
+        assert_stopped(a, most=50)
+        self.test_order(scheduler, seed=6)
+
+    def test_interrupt(self, scheduler):
+        """Ctrl-C stops a run as an exception does."""
+        a = k.arena(scheduler.needs_shared_memory)
+        graph = k.naps(a, milliseconds=30, length=k.TASKS // 2)
+        timer = threading.Timer(0.25, os.kill, (os.getpid(), signal.SIGINT))
+        timer.start()
+        start = time.perf_counter()
+        with pytest.raises(KeyboardInterrupt):
+            scheduler.run(graph)
+        assert time.perf_counter() - start < 1.5
+        assert_stopped(a, most=100)
+        timer.join()
+        self.test_order(scheduler, seed=7)
+
+    def test_commutative(self, scheduler):
+        """Commutative tasks run one at a time; between processes, where their locks do not reach, the graph is refused."""
+        a = k.arena(scheduler.needs_shared_memory)
+        graph = Graph(allow_commutative=True)
+        for _ in range(20):
+            graph.spawn(k.add_one, a.x[0])
+        if scheduler.needs_shared_memory:
+            with pytest.raises(UserError, match="commutative=false"):
+                scheduler.run(graph)
+        else:
+            scheduler.run(graph)
+            assert (a.x.array[0] == [20, 21, 22, 23]).all()
+
+    def test_blas_threads(self, scheduler):
+        """Where the tasks run, BLAS has one thread."""
+        a = k.arena(scheduler.needs_shared_memory)
+        graph = Graph()
+        for cell in range(k.CELLS):
+            graph.spawn(k.count_blas_threads, a.x[cell])
+        scheduler.run(graph)
+        assert (a.x.array == 1).all()
+
+    def test_describe(self, scheduler):
+        """A scheduler says in a line what runs the tasks, and how many at a time."""
+        assert "\n" not in scheduler.describe()
+        assert scheduler.workers == 1 or f"{scheduler.workers} work" in scheduler.describe()
+
+
+def assert_stopped(a, most: int) -> None:
+    """At most `most` tasks ran, and no more will: the log does not change for longer than a nap."""
+    before = a.log.array.copy()
+    time.sleep(0.1)
+    assert (a.log.array == before).all()
+    assert 0 < before[:, k.START].astype(bool).sum() <= most
+
+
+class TestLife:
+    @pytest.mark.parametrize("name", NAMES)
+    def test_nothing_stays(self, name):
+        """After the `with` block, no thread and no process is left, BLAS has its threads back, and the environment is as it was."""
+        blas, environment, threads = blas_threads(), dict(os.environ), set(threading.enumerate())
+        with opened(name) as scheduler:
+            assert set(blas_threads()) == {1}
+            scheduler.run(k.random_graph(k.arena(scheduler.needs_shared_memory), seed=0))
+        assert blas_threads() == blas
+        assert dict(os.environ) == environment
+
+        def left():  # Distributed keeps one thread for the life of the process, to serialize large messages
+            return {thread for thread in set(threading.enumerate()) - threads if not thread.name.startswith("Dask-Offload")}
+
+        deadline = time.monotonic() + 2  # a thread that has just waited for a process may need a moment
+        while left() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert left() == set()
+        assert worker_processes(os.getpid()) == []
+
+    @pytest.mark.parametrize("moment", ["opening", "running"])
+    @pytest.mark.parametrize("name", NAMES)
+    def test_interrupted_program(self, name, moment):
+        """Ctrl-C in a terminal ends a program soon, with one traceback and an exit code that is not 0, and leaves no process behind."""
+        program = [sys.executable, k.__file__, name]
+        with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+            while process.stdout.readline() != f"{moment}\n":
+                pass
+            time.sleep(0.3)
+            workers = worker_processes(process.pid)
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the group
+            start = time.perf_counter()
+            _, errors = process.communicate(timeout=20)
+        assert time.perf_counter() - start < 4  # it would have gone on for 10 s
+        assert process.returncode not in (0, None)
+        assert errors.count("Traceback (most recent call last)") == 1, errors
+        assert errors.endswith("KeyboardInterrupt\n")
+        assert not any(psutil.pid_exists(worker) for worker in workers)
+
+    @pytest.mark.parametrize("name", ["sequential", "loops", "threads"])
+    def test_graphs_are_not_kept(self, name):
+        """A plan does not keep its graph, and so its tensors, alive."""
+        with opened(name) as scheduler:
+            graph = k.random_graph(k.arena(is_shared=False), seed=0)
+            scheduler.run(graph)
+            trace = weakref.ref(graph)
+            del graph
+            gc.collect()
+            assert trace() is None
+
+    @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="not on this system")
+    def test_workers_default(self):
+        """workers = 0 means the cores that this process may use."""
+        for name in ("loops", "threads", "local-cluster"):
+            assert opened(name).workers == len(os.sched_getaffinity(0))
+
+    def test_imports(self):
+        """Importing the package, its schedulers and its configuration does not load Dask's cluster."""
+        code = "import sys, taskgpt, taskgpt.config, taskgpt.schedulers; sys.exit('distributed' in sys.modules)"
+        assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def blas_threads() -> list[int]:
+    return [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"]
+
+
+def worker_processes(pid: int) -> list[int]:
+    """Return the children of a process; not Python's resource tracker, which multiprocessing starts once and keeps."""
+    children = psutil.Process(pid).children(recursive=True)
+    return [c.pid for c in children if not any("resource_tracker" in word for word in c.cmdline())]
+
+
+class TestLoops:
+    def test_cut(self):
+        """A loop ends where the kernel changes, and where a task depends on one of the loop.
+
+            swirl 1<-0   swirl 2<-0   swirl 3<-0 | swirl 0<-3   swirl 4<-5 | mix 5<-6,7 | swirl 5<-6
+                                          reads 3, which was just written '     another kernel
+        """
+        a = k.arena(is_shared=False)
+        graph = Graph()
+        for number, (out, inp) in enumerate([(1, 0), (2, 0), (3, 0), (0, 3), (4, 5)]):
+            graph.spawn(k.swirl, a.x[out], a.x[inp], a.log[number])
+        graph.spawn(k.mix, a.x[5], a.x[6], a.x[7], a.log[5], 0)
+        graph.spawn(k.swirl, a.x[5], a.x[6], a.log[6])
+        assert [[task.number for task in loop] for loop in cut(graph)] == [[0, 1, 2], [3, 4], [5], [6]]
+
+    def test_static_chunks(self):
+        """A static loop is cut into equal parts in order; the calling thread has the first, whatever the others do."""
+        log = run_naps([1] * 5, workers=2, chunks="static")
+        main = threading.get_native_id()
+        assert list(log[:, k.THREAD] == main) == [True, True, False, False, False]
+        assert len(set(log[2:, k.THREAD])) == 1
+
+    def test_dynamic_chunks(self):
+        """In a dynamic loop a worker that is free takes the next chunk."""
+        log = run_naps([200, 10, 10, 10, 10, 10], workers=2, chunks="dynamic", chunk_size=1)
+        assert len(set(log[1:, k.THREAD])) == 1
+        assert log[0, k.THREAD] != log[1, k.THREAD]
+
+    def test_chunk_size(self):
+        """A dynamic chunk has chunk_size tasks, the last what is left."""
+        log = run_naps([20] * 5, workers=3, chunks="dynamic", chunk_size=2)
+        threads = list(log[:, k.THREAD])
+        assert threads[0] == threads[1] != threads[2] == threads[3] != threads[4] != threads[0]
+
+    def test_barrier(self):
+        """No task of a loop starts before the last of the loop before it is done, even if it does not depend on it."""
+        a = k.arena(is_shared=False)
+        graph = Graph()
+        for number, milliseconds in enumerate([1, 60]):
+            graph.spawn(k.nap, a.x[number], a.log[number], milliseconds)
+        graph.spawn(k.swirl, a.x[2], a.x[3], a.log[2])
+        with opened("loops", workers=2) as scheduler:
+            scheduler.run(graph)
+        assert a.log.array[2, k.START] >= a.log.array[1, k.STOP]
+
+    def test_failure_in_a_loop(self):
+        """A task that fails stops every part of its loop."""
+        a = k.arena(is_shared=False)
+        graph = Graph()
+        for number, milliseconds in enumerate([-1, 50, 50, 50, 50, 50, 50, 50]):
+            graph.spawn(k.nap, a.x[number], a.log[number], milliseconds)
+        with opened("loops", workers=2) as scheduler, pytest.raises(TaskError, match=r"^task 0, nap .*sleep length must be non-negative"):
+            scheduler.run(graph)
+        assert a.log.array[:, k.RUNS].sum() <= 1
+
+    def test_interrupt_at_barrier(self):
+        """Ctrl-C while the calling thread waits at a barrier waits for the tasks of the others."""
+        a = k.arena(is_shared=False)
+        graph = Graph()
+        for number, milliseconds in enumerate([1, 300]):
+            graph.spawn(k.nap, a.x[number], a.log[number], milliseconds)
+        with opened("loops", workers=2) as scheduler:
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+            with pytest.raises(KeyboardInterrupt):
+                scheduler.run(graph)
+            assert a.log.array[1, k.RUNS] == 1
+
+    def test_coverage(self):
+        """Kernels without the tag that is asked for run in the calling thread alone."""
+        a = k.arena(is_shared=False)
+        graph = Graph()
+        for number in range(4):
+            graph.spawn(k.swirl, a.x[number], a.x[7], a.log[number])
+        for number in range(4, 8):
+            graph.spawn(k.nap, a.x[number - 4], a.log[number], 1)
+        with opened("loops", workers=2, coverage="covered") as scheduler:
+            scheduler.run(graph)
+        log = a.log.array
+        assert len(set(log[:4, k.THREAD])) == 2
+        assert set(log[4:8, k.THREAD]) == {threading.get_native_id()}
+
+
+def run_naps(milliseconds: list[int], **overrides: object) -> np.ndarray:
+    """Run a loop of naps; return their lines of the log."""
+    a = k.arena(is_shared=False)
+    graph = Graph()
+    for number, duration in enumerate(milliseconds):
+        graph.spawn(k.nap, a.x[number], a.log[number], duration)
+    with opened("loops", **overrides) as scheduler:
+        scheduler.run(graph)
+    return a.log.array[: len(milliseconds)]
+
+
+class TestThreads:
+    @pytest.mark.parametrize(("limit", "fewest", "most"), [(0, 60, 60), (20, 2, 20)])
+    def test_coarsening_and_callbacks(self, limit, fewest, most):
+        """Dask's callbacks see every task of the graph; `coarsen` limits how many there are, 0 does not."""
+        seen = []
+        graph = k.random_graph(k.arena(is_shared=False), seed=1)
+        with opened("threads", workers=2, coarsen=limit) as scheduler, Callback(pretask=lambda key, *_: seen.append(key)):
+            scheduler.run(graph)
+        assert fewest <= len(seen) <= most
+        assert {kernel for kernel, _step, _number in seen} <= {"mix", "swirl"}
+
+
+class TestLocalCluster:
+    def test_dashboard(self):
+        """describe() gives the address of the dashboard, which answers."""
+        with opened("local-cluster", dashboard=0) as scheduler:
+            address = scheduler.describe().split()[-1]
+            with urllib.request.urlopen(address, timeout=10) as response:
+                assert response.status == 200
+        with opened("local-cluster", dashboard=-1) as scheduler:
+            assert "dashboard" not in scheduler.describe()
+
+    @pytest.mark.parametrize("name", ["local-cluster", "local-cluster-processes"])
+    def test_only_this_machine(self, name):
+        """Every port is bound to 127.0.0.1: who reaches one can run code as this user."""
+        with opened(name, workers=2):
+            pids = [os.getpid(), *worker_processes(os.getpid())]
+            sockets = [c for pid in pids for c in psutil.Process(pid).net_connections("inet") if c.status == psutil.CONN_LISTEN]
+            assert sockets
+            assert {c.laddr.ip for c in sockets} == {"127.0.0.1"}
+
+    def test_processes_share_memory(self):
+        """Worker processes, two of them and none this one, write what this process reads, and read what it writes."""
+        a = k.arena(is_shared=True)
+        with opened("local-cluster-processes", workers=2) as scheduler:
+            graph = k.naps(a, milliseconds=20, chains=4, length=5)
+            scheduler.run(graph)
+            assert (a.x.array[:4] == k.arena(is_shared=False).x.array[:4] + 5).all()
+            a.x.array[:] = 100
+            scheduler.run(graph)
+        assert (a.x.array[:4] == 105).all()
+        pids = set(a.log.array[:20, k.PROCESS])
+        assert len(pids) == 2
+        assert os.getpid() not in pids
+
+    def test_kernels_of_main_are_refused(self, monkeypatch):
+        """A kernel of the main program cannot be imported by worker processes, and the error says so."""
+        monkeypatch.setattr(k.nap, "module", "__main__")
+        with opened("local-cluster-processes", workers=1) as scheduler, pytest.raises(UserError, match="move it to a module"):
+            scheduler.run(k.naps(k.arena(is_shared=True), milliseconds=0, length=1))
+
+    def test_private_memory_is_refused(self):
+        """Tensors in this process' own memory cannot be sent to worker processes, and the error says how to make them."""
+        with opened("local-cluster-processes", workers=1) as scheduler, pytest.raises(TypeError, match="shared=True"):
+            scheduler.run(k.random_graph(k.arena(is_shared=False), seed=0))
+
+    def test_stopped_run(self):
+        """A task that reaches a worker after its run was stopped does not start: messages may overtake each other."""
+        asyncio.run(local_cluster._stop(-1))
+        local_cluster._run_task(-1, graph_id=-1, number=0)  # would not find its graph
+
+    def test_worker_dies_at_work(self):
+        """A worker process that is killed in a task ends the run with an error; the next run has a new worker."""
+        a = k.arena(is_shared=True)
+        with opened("local-cluster-processes", workers=2) as scheduler:
+            graph = Graph()
+            for number in range(10):
+                graph.spawn(k.die if number == 4 else k.nap, a.x[number % 2], a.log[number], *([] if number == 4 else [20]))
+            start = time.perf_counter()
+            with pytest.raises(RuntimeError) as caught:
+                scheduler.run(graph)
+            assert time.perf_counter() - start < 5
+            assert str(caught.value).startswith(f"worker process {a.log.array[4, k.PROCESS]} died")
+            assert a.log.array[4, k.RUNS] == 1  # Distributed would try it on another worker
+            TestContract().test_order(scheduler, seed=8)
+
+    def test_worker_dies_idle(self):
+        """A worker process that dies while another works ends the run too, though nothing that it ran was unfinished."""
+        a = k.arena(is_shared=True)
+        with opened("local-cluster-processes", workers=2) as scheduler:
+            graph = k.naps(a, milliseconds=20, chains=1, length=60)
+
+            def kill_idle():
+                idle = set(worker_processes(os.getpid())) - {a.log.array[0, k.PROCESS]}
+                os.kill(idle.pop(), signal.SIGKILL)
+
+            scheduler.run(graph)  # everybody knows the graph, and the chain stays with the worker that has it
+            threading.Timer(0.5, kill_idle).start()
+            with pytest.raises(RuntimeError, match=r"^worker process \d+ died"):
+                scheduler.run(graph)
+            assert a.log.array[59, k.RUNS] == 1  # the second run did not get that far
