@@ -19,14 +19,6 @@ _COLOURS = (
 )
 
 
-def depths(graph: Graph) -> list[int]:
-    """Return the length of the longest path to each task."""
-    found: list[int] = []
-    for task in graph.tasks:
-        found.append(1 + max((found[p] for p in task.predecessors), default=-1))
-    return found
-
-
 def family(task: Task) -> str:
     """Return what a task belongs to: the first word of its kernel's name, `matmul` for matmul_backward_weight."""
     return task.name.partition("_")[0]
@@ -72,7 +64,7 @@ def to_svg(graph: Graph, title: str = "") -> str:
 
 def _arrange(graph: Graph) -> list[list[int]]:
     """Return the columns of task numbers, each ordered so that edges run level where they can (barycentre of the predecessors)."""
-    depth_of = depths(graph)
+    depth_of = graph.depths()
     columns: list[list[int]] = [[] for _ in range(max(depth_of, default=-1) + 1)]
     for number, depth in enumerate(depth_of):
         columns[depth].append(number)

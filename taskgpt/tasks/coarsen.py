@@ -15,7 +15,7 @@ import heapq
 import math
 from collections.abc import Iterable, Sequence
 
-from taskgpt.tasks.graph import Graph, Task
+from taskgpt.tasks.graph import Graph, Task, without_implied
 
 # What a call costs, for balancing only: a core's order of magnitude, in operations and bytes per second.
 _FLOPS_PER_S, _BYTES_PER_S = 1e11, 1e10
@@ -33,9 +33,7 @@ def coarsen(graph: Graph, max_tasks: int, width: int = 8) -> Graph:
             raise ValueError(f"{name} must be at least 1, got {value}")
     if len(graph.tasks) <= max_tasks:
         return graph
-    depths: list[int] = []
-    for task in graph.tasks:
-        depths.append(1 + max((depths[p] for p in task.predecessors), default=-1))
+    depths = graph.depths()
     height = -(-(max(depths) + 1) // max_tasks)
     best, least = [], math.inf
     while height <= max(depths) + 1:
@@ -87,9 +85,10 @@ def _merge(graph: Graph, groups: list[list[int]]) -> Graph:
     """Return the graph of the groups, each a list of task numbers, in the order of their bands."""
     group_of = {number: at for at, group in enumerate(groups) for number in group}
     merged = Graph(f"{graph.name}, coarsened", graph.allow_commutative)
+    ancestors: list[int] = []
     for at, group in enumerate(groups):
         parts = [graph.tasks[n] for n in group]
-        predecessors = tuple(sorted({group_of[p] for part in parts for p in part.predecessors} - {at}))
+        predecessors = without_implied({group_of[p] for part in parts for p in part.predecessors} - {at}, ancestors)
         costliest = max(parts, key=lambda part: _seconds(graph, [part.number]))
         task = Task(at, tuple(call for part in parts for call in part.calls), costliest.section, predecessors, costliest.name)
         task.flops, task.bytes = sum(part.flops for part in parts), sum(part.bytes for part in parts)

@@ -139,13 +139,15 @@ class Graph:
             if kind == "commutative" and not self.allow_commutative:
                 kind = "inout"
             for position in tile.cells():
-                cell = self._cells.setdefault((id(tile.tensor), position), _Cell())
+                cell = self._cells.get((id(tile.tensor), position))
+                if cell is None:
+                    cell = self._cells[id(tile.tensor), position] = _Cell()
                 waits |= cell.access(kind, task.number)
                 if kind == "commutative":
                     locked.append(cell)
         waits.discard(task.number)  # a call with two tiles in one cell does not wait for itself
         task.locks = tuple(sorted({(cell.serial, cell.lock) for cell in locked}))
-        task.predecessors = self._without_implied(waits)
+        task.predecessors = without_implied(waits, self._ancestors)
         task.flops, task.bytes = call.cost()
         self.append(task)
         return task
@@ -164,8 +166,9 @@ class Graph:
         for (name, declared), given in zip(kernel.parameters.items(), call.args, strict=True):
             is_tile = name in kernel.accesses
             if is_tile != isinstance(given, Tile) or (not is_tile and not isinstance(given, (int, declared))):
-                wanted = "a tile" if is_tile else f"a constant ({declared.__name__})"
-                raise TypeError(f"{kernel.name}: '{name}' wants {wanted}, got {given!r}")
+                wanted = "a tile, tensor[index]," if is_tile else f"a constant ({declared.__name__})"
+                got = repr(given) if isinstance(given, (int, float, Tile)) else f"a {type(given).__name__}"
+                raise TypeError(f"{kernel.name}: '{name}' wants {wanted} got {got}")
             if is_tile and given.array.dtype != declared.dtype:
                 raise ShapeError(f"{kernel.name}: '{name}' wants {declared.dtype}, got {given} of {given.array.dtype}")
         kernel.sizes({name: tile.shape for name, tile in call.tiles()})
@@ -192,15 +195,12 @@ class Graph:
                 )
         self._tensors[id(tensor)] = tensor  # keeps it alive, so that its id stays its own
 
-    def _without_implied(self, waits: Iterable[int]) -> tuple[int, ...]:
-        """Drop the predecessors that another predecessor already waits for (transitive reduction, exact in program order)."""
-        kept, implied = [], 0
-        for p in sorted(waits, reverse=True):
-            if not implied >> p & 1:
-                kept.append(p)
-                implied |= self._ancestors[p] | 1 << p
-        self._ancestors.append(implied)
-        return tuple(reversed(kept))
+    def depths(self) -> list[int]:
+        """Return the length of the longest path to each task; tasks of one depth do not depend on each other."""
+        depths: list[int] = []
+        for task in self.tasks:
+            depths.append(1 + max((depths[p] for p in task.predecessors), default=-1))
+        return depths
 
     @property
     def kernels(self) -> list[Kernel]:
@@ -278,6 +278,20 @@ class _Cell:
         waits = self.writers | self.readers
         self.writers, self.readers = {number}, set()
         return waits
+
+
+def without_implied(waits: Iterable[int], ancestors: list[int]) -> tuple[int, ...]:
+    """Return the next task's predecessors, less those that others of them already wait for: the transitive reduction, task by task.
+
+    `ancestors` has one integer per earlier task, a bit for each task that it waits for; the next task's is appended.
+    """
+    kept, implied = [], 0
+    for p in sorted(waits, reverse=True):
+        if not implied >> p & 1:
+            kept.append(p)
+            implied |= ancestors[p] | 1 << p
+    ancestors.append(implied)
+    return tuple(reversed(kept))
 
 
 def run_now(kernel: Kernel, *args, section: Section = ("", -1)) -> None:
