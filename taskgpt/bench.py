@@ -25,7 +25,7 @@ from taskgpt.errors import UserError
 from taskgpt.gpt2.model import GPT2
 from taskgpt.gpt2.program import training_graph
 from taskgpt.lab import machine
-from taskgpt.schedulers import Scheduler, open_scheduler
+from taskgpt.schedulers import Scheduler, WorkerError, open_scheduler
 from taskgpt.tasks import Graph, TaskError, compile_kernels
 
 GEMM_SECONDS = 0.3  # of sgemm in each round
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = p.parse_args(argv)
     try:
         return bench_steps(flags)
-    except (UserError, MemoryError, TaskError) as error:
+    except (UserError, MemoryError, TaskError, WorkerError) as error:
         print(f"taskgpt.bench: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -34,7 +34,7 @@ from taskgpt.gpt2.model import GPT2
 from taskgpt.gpt2.program import loss_graph, training_graph
 from taskgpt.gpt2.sampling import Sampler
 from taskgpt.lab import machine
-from taskgpt.schedulers import open_scheduler
+from taskgpt.schedulers import WorkerError, open_scheduler
 from taskgpt.tasks import Graph, Kernel, TaskError, check, compile_kernels
 
 
@@ -70,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; return its exit code: 0, 1 for a failed task, 2 for a user's mistake, 130 after Ctrl-C."""
+    """Run the program; return its exit code: 0, 1 for a failed task or a lost worker, 2 for a user's mistake, 130 after Ctrl-C."""
     flags = parser().parse_args(argv)
     try:
         with Report(flags) as report:
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, MemoryError) as error:
         print(f"taskgpt.train: error: {error}", file=sys.stderr)
         return 2
-    except TaskError as error:
+    except (TaskError, WorkerError) as error:
         print(f"taskgpt.train: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -16,6 +16,10 @@ from typing import Any, Protocol, Self
 from taskgpt.tasks import Graph
 
 
+class WorkerError(RuntimeError):
+    """A worker was lost in the middle of a run, and with it what the tensors held. The message says which one, and what to do."""
+
+
 class Scheduler(Protocol):
     """The contract. A scheduler works inside its `with` block, which starts the workers and limits BLAS to one thread, and undoes both."""
 
@@ -33,7 +37,8 @@ class Scheduler(Protocol):
         """Run every task of the graph once, each after its predecessors; return when all are done.
 
         Called again for every step: what can be prepared once per graph, is. The first exception ends the run: no further task starts,
-        those that run are waited for, then it is raised: TaskError, which names the task, or KeyboardInterrupt. The next run starts afresh.
+        those that run are waited for, then it is raised: TaskError, which names the task, WorkerError, or KeyboardInterrupt. The next
+        run starts afresh.
         """
 
 

@@ -6,6 +6,7 @@ worker that is lost ends the run, as what it was writing is half written. A task
 """
 
 import asyncio
+import importlib.util
 import itertools
 import logging
 import pickle
@@ -22,6 +23,7 @@ from distributed import Scheduler as DaskScheduler
 from distributed.gc import disable_gc_diagnosis
 
 from taskgpt.errors import UserError
+from taskgpt.schedulers import WorkerError
 from taskgpt.schedulers._prepare import OncePerGraph, one_blas_thread, worker_count
 from taskgpt.tasks import Graph, coarsen, compile_kernels
 
@@ -93,9 +95,14 @@ class Scheduler:
     def describe(self) -> str:
         kind = "worker processes" if self.settings.processes else "worker threads"
         size = f"at most {self.settings.coarsen} tasks a step" if self.settings.coarsen else "tasks as recorded"
-        port = self._cluster.scheduler.http_server.port
-        dashboard = f", dashboard http://127.0.0.1:{port}/status" if self.settings.dashboard >= 0 else ""
-        return f"local-cluster: dask.distributed on {self.workers} {kind}, {size}{dashboard}"
+        return f"local-cluster: dask.distributed on {self.workers} {kind}, {size}{self._describe_dashboard()}"
+
+    def _describe_dashboard(self) -> str:
+        if self.settings.dashboard < 0:
+            return ""
+        if importlib.util.find_spec("bokeh") is None:
+            return "; its dashboard needs bokeh: pip install 'taskgpt[dashboard]'"
+        return f", dashboard http://127.0.0.1:{self._cluster.scheduler.http_server.port}/status"
 
     def run(self, graph: Graph) -> None:
         graph_id, coarse = self._sent(graph)
@@ -115,7 +122,7 @@ class Scheduler:
         finally:
             self._watch.futures = []
         if self._watch.lost_worker:
-            raise RuntimeError(
+            raise WorkerError(
                 f"{self._watch.lost_worker} died in the middle of a step, killed or out of memory, and left tensors half written; "
                 "go on from the last checkpoint"
             )

@@ -1,12 +1,12 @@
 """Room 1: kernels, accesses, tiles and graphs. It has heard of neither transformers nor threads.
 
-    kernel.py      @kernel with In / Out / InOut / Commutative; NumPy body and compiled twin
-    tensor.py      tensors cut into grids, tiles, arenas (also shared between processes)
-    graph.py       spawn: calls become tasks with dependencies
-    coarsen.py     fewer, larger tasks
-    check.py       the declaration, enforced
-    blas.py        matrix products inside compiled kernels
-    dask_graph.py  the graph as a Dask graph
+kernel.py      @kernel with In / Out / InOut / Commutative; NumPy body and compiled twin
+tensor.py      tensors cut into grids, tiles, arenas (also shared between processes)
+graph.py       spawn: calls become tasks with dependencies
+coarsen.py     fewer, larger tasks
+check.py       the declaration, enforced
+blas.py        matrix products inside compiled kernels
+dask_graph.py  the graph as a Dask graph
 """
 
 from taskgpt.tasks.check import check

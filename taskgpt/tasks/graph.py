@@ -12,6 +12,7 @@ valid order, and every other valid order gives the same bits. Edges that others 
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, nullcontext
 
 import numpy as np
 
@@ -89,17 +90,14 @@ class Task:
 
     def run(self) -> None:
         """Run the calls. Raises TaskError, naming the call, from whatever a kernel raises."""
-        for _, lock in self.locks:
-            lock.acquire()
-        try:
+        with ExitStack() if self.locks else nullcontext() as held:
+            for _, lock in self.locks:
+                held.enter_context(lock)
             for call in self.calls:
                 try:
                     call.run()
                 except Exception as error:
                     raise TaskError(f"task {self.number}, {call}: {type(error).__name__}: {error}") from error
-        finally:
-            for _, lock in self.locks:
-                lock.release()
 
     def __str__(self) -> str:
         return f"{self.number} " + "; ".join(map(str, self.calls))

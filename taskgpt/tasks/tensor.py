@@ -149,9 +149,7 @@ class Tile:
 
     def overlaps(self, other: "Tile") -> bool:
         """Return True if the two tiles have an element in common."""
-        return self.tensor is other.tensor and all(
-            a[0] < b[1] and b[0] < a[1] for a, b in zip(self.ranges, other.ranges, strict=True)
-        )
+        return self.tensor is other.tensor and all(a[0] < b[1] and b[0] < a[1] for a, b in zip(self.ranges, other.ranges, strict=True))
 
     def __repr__(self) -> str:
         words = []
