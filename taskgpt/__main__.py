@@ -12,7 +12,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from taskgpt.errors import UserError, did_you_mean
+from taskgpt.errors import did_you_mean, run_program
 
 PROGRAMS = ("train", "data", "bench", "show")
 
@@ -33,19 +33,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def sizes(argv: Sequence[str]) -> int:
     """Print shape, parameters and training memory of graph files."""
-    from taskgpt.config import available, load_graph, parse_settings
-    from taskgpt.gpt2.model import GPT2
-
     p = argparse.ArgumentParser("taskgpt sizes", description="Print shape, parameters and training memory of graph files.")
     p.add_argument("graphs", nargs="*", metavar="NAME", help="graph files (default: all)")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key, for example model.layers=6")
     flags = p.parse_args(argv)
-    try:
-        overrides, _ = parse_settings(flags.set)
-        configs = [load_graph(name, overrides) for name in flags.graphs or available("graphs")]
-    except UserError as error:
-        print(f"taskgpt sizes: error: {error}", file=sys.stderr)
-        return 2
+    return run_program("taskgpt sizes", lambda: print_sizes(flags))
+
+
+def print_sizes(flags: argparse.Namespace) -> int:
+    from taskgpt.config import available, load_graph, parse_graph_settings
+    from taskgpt.gpt2.model import GPT2
+
+    overrides = parse_graph_settings(flags.set)
+    configs = [load_graph(name, overrides) for name in flags.graphs or available("graphs")]
     print(f"{'graph':14} {'L':>3} {'NH':>3} {'C':>5} {'V':>6} {'parameters':>14} {'B':>4} {'T':>5} {'memory':>10}")
     for config in sorted(configs, key=lambda config: config.model.parameter_count()):
         model, batch = config.model, config.batch

@@ -20,13 +20,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from taskgpt.config import GraphConfig, load_graph, load_scheduler, parse_settings
-from taskgpt.errors import UserError
+from taskgpt.config import GraphConfig, load_graph, load_scheduler, parse_graph_settings, parse_settings
+from taskgpt.errors import UserError, run_program
 from taskgpt.gpt2.model import GPT2
 from taskgpt.gpt2.program import training_graph
 from taskgpt.lab import machine
 from taskgpt.schedulers import Scheduler, WorkerError, open_scheduler
-from taskgpt.tasks import Graph, TaskError, compile_kernels
+from taskgpt.tasks import AccessError, Graph, TaskError, compile_kernels
 
 GEMM_SECONDS = 0.3  # of sgemm in each round
 
@@ -56,24 +56,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     step = verbs.add_parser("step", help="time training steps", formatter_class=argparse.RawDescriptionHelpFormatter, epilog=examples)
     step.add_argument("--graphs", nargs="+", default=["gpt2-124m"], metavar="NAME[:KEY=VALUE,...]", help="graph files, with changes")
     step.add_argument("--schedulers", nargs="+", default=["sequential", "loops", "threads"], metavar="NAME[:KEY=VALUE,...]")
-    step.add_argument("--workers", type=int, metavar="N", help="workers of every scheduler that has them (default: each one's own)")
+    step.add_argument("--workers", type=int, metavar="N", help="workers of every scheduler but those set to one (default: each one's own)")
     step.add_argument("--rounds", type=int, default=7, metavar="N", help="rounds after one to warm up (default 7)")
     step.add_argument("--json", metavar="FILE", help="write every time measured")
     flags = p.parse_args(argv)
-    try:
-        return bench_steps(flags)
-    except (UserError, MemoryError, TaskError, WorkerError) as error:
-        print(f"taskgpt.bench: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("taskgpt.bench: interrupted", file=sys.stderr)
-        return 130
+    return run_program("taskgpt.bench", lambda: bench_steps(flags), (TaskError, AccessError, WorkerError))
 
 
 def bench_steps(flags: argparse.Namespace) -> int:
     """Time a training step of every graph under every scheduler, in turns."""
     if flags.rounds < 1:
         raise UserError(f"--rounds: wanted at least 1, got {flags.rounds}")
+    if flags.json is not None:
+        open(flags.json, "ab").close()  # now rather than after all rounds
     with ExitStack() as stack:
         contestants = [enter(stack, flags, *pair) for pair in itertools.product(prepare_graphs(flags), flags.schedulers)]
         threads = sorted({1, *(c.scheduler.workers for c in contestants)})
@@ -89,7 +84,7 @@ def bench_steps(flags: argparse.Namespace) -> int:
             print(f"round {round_number} of {flags.rounds}", file=sys.stderr)
     sgemm = {n: statistics.median(values) for n, values in gflops.items()}
     print_table(contestants, sgemm)
-    if flags.json:
+    if flags.json is not None:
         write_json(flags, contestants, gflops)
     return 0
 
@@ -100,7 +95,7 @@ def prepare_graphs(flags: argparse.Namespace) -> list[tuple[str, GPT2, Graph]]:
     prepared = []
     for word in flags.graphs:
         name, changes = split_changes(word)
-        config: GraphConfig = load_graph(name, parse_settings(changes)[0])
+        config: GraphConfig = load_graph(name, parse_graph_settings(changes))
         m = GPT2(config.model, config.batch, config.tiles, config.options, shared=needs_shared)
         m.initialize(seed=42)
         m.set_hyper(0, lr=1e-4, weight_decay=0.0)
@@ -119,11 +114,11 @@ def enter(stack: ExitStack, flags: argparse.Namespace, prepared: tuple[str, GPT2
 
 
 def open_scheduler_named(word: str, workers: int | None) -> Scheduler:
-    """Open `NAME[:KEY=VALUE,...]`, with `workers` if it has such a setting."""
+    """Open `NAME[:KEY=VALUE,...]`, with so many workers unless it has one by its configuration."""
     name, changes = split_changes(word)
     overrides = parse_settings(changes)[1]
     config = load_scheduler(name, overrides)
-    if workers is not None and hasattr(config.settings, "workers"):
+    if workers is not None and config.settings.workers != 1:
         config = load_scheduler(name, {"workers": workers, **overrides})
     return open_scheduler(config.scheduler, config.settings)
 
@@ -175,11 +170,8 @@ def write_json(flags: argparse.Namespace, contestants: list[Contestant], gflops:
             for c in contestants
         ],
     }
-    try:
-        with open(flags.json, "w", encoding="utf-8") as file:
-            json.dump(record, file, indent=1)
-    except OSError as error:
-        raise UserError(f"--json {flags.json}: cannot write: {error.strerror}") from None
+    with open(flags.json, "w", encoding="utf-8") as file:
+        json.dump(record, file, indent=1)
 
 
 if __name__ == "__main__":

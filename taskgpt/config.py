@@ -10,6 +10,7 @@ import importlib
 import tomllib
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,22 +41,36 @@ class SchedulerConfig:
     settings: Any
 
 
-def load_graph(name: str, overrides: dict[str, Any] | None = None) -> GraphConfig:
+def load_graph(name: str, overrides: dict[str, Any] | None = None, model: Model | None = None) -> GraphConfig:
     """Read graphs/NAME.toml, or the file that `name` is a path of. Overrides are {"tiles.rows": 64, ...}.
 
-    Raises UserError for an unknown name, key or value.
+    `model`, a checkpoint's, takes the place of the file's. Raises UserError for an unknown name, key or value, for overrides of a given
+    model, and for sequences longer than the model's maximum.
     """
     path = _find("graphs", name)
     tables = _read(path)
-    for key, value in (overrides or {}).items():
-        table, _, field = key.partition(".")
-        tables.setdefault(table, {})[field] = value
     sections = {field.name: field.type for field in dataclasses.fields(GraphConfig) if field.name != "name"}
-    for key in tables:
+    changes = [(*key.partition("."), value) for key, value in (overrides or {}).items()]
+    for key, table in ({table: {} for table, *_ in changes} | tables).items():
         if key not in sections:
             raise UserError(f"{path.name}: unknown table '{key}'{did_you_mean(key, sections)}")
+        if not isinstance(table, dict):
+            raise UserError(f"{path.name}: {key}: wanted a table, got {table!r}; begin it with a line [{key}]")
+    for table, _, field, value in changes:
+        tables.setdefault(table, {})[field] = value
     filled = {section: fill(cls, tables.get(section, {}), f"{path.name}: {section}.") for section, cls in sections.items()}
-    return GraphConfig(path.stem, **filled)
+    if model is not None:
+        for table, _, field, _ in changes:
+            if table == "model":
+                raise UserError(f"--set model.{field}: the checkpoint gives the model's shape; leave one of the two out")
+        filled["model"] = model
+    config = GraphConfig(path.stem, **filled)
+    longest, T = config.model.max_seq_len, config.batch.seq_len
+    if longest < T:
+        raise UserError(
+            f"batch.seq_len: the model has {longest} positions, got sequences of {T} tokens; choose --seq-len {longest} or less"
+        )
+    return config
 
 
 def load_scheduler(name: str, overrides: dict[str, Any] | None = None) -> SchedulerConfig:
@@ -66,6 +81,8 @@ def load_scheduler(name: str, overrides: dict[str, Any] | None = None) -> Schedu
     path = _find("scheduler_configs", name)
     table = _read(path)
     scheduler = table.pop("scheduler", path.stem)
+    if not isinstance(scheduler, str):
+        raise UserError(f"{path.name}: scheduler: wanted the name of a scheduler, got {scheduler!r}; write it in quotes")
     known = {p.stem for p in (_PACKAGE / "schedulers").glob("*.py") if not p.stem.startswith("_")}
     module_name = scheduler.replace("-", "_")
     if module_name not in known:
@@ -73,7 +90,7 @@ def load_scheduler(name: str, overrides: dict[str, Any] | None = None) -> Schedu
     defaults = _read(_find("scheduler_configs", scheduler))
     defaults.pop("scheduler", None)
     module = importlib.import_module(f"taskgpt.schedulers.{module_name}")
-    settings = fill(module.Settings, {**defaults, **table, **(overrides or {})}, f"{path.name}: ")
+    settings = fill(module.Settings, {**defaults, **table, **(overrides or {})}, f"{path.name}: ", elsewhere=graph_keys())
     return SchedulerConfig(path.stem, scheduler, settings)
 
 
@@ -98,6 +115,14 @@ def parse_settings(words: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     return graph, scheduler
 
 
+def parse_graph_settings(words: list[str]) -> dict[str, Any]:
+    """Parse `--set` words of a program that has no scheduler. Raises UserError for what is no key of a graph file."""
+    graph, others = parse_settings(words)
+    for key in others:
+        raise UserError(f"--set {key}: no key of a graph file{did_you_mean(key, graph_keys())}")
+    return graph
+
+
 def folder(kind: str) -> Path:
     """Return the folder `graphs` or `scheduler_configs`: installed, it is inside the package, in a checkout beside it."""
     installed = _PACKAGE / kind
@@ -109,16 +134,17 @@ def available(kind: str) -> list[str]:
     return sorted(path.stem for path in folder(kind).glob("*.toml"))
 
 
-def fill(cls: type, table: dict[str, Any], where: str) -> Any:
+def fill(cls: type, table: dict[str, Any], where: str, elsewhere: Sequence[str] = ()) -> Any:
     """Return `cls(**table)`; every field without a default must be there.
 
-    Fields may carry metadata: `choices`, a tuple, and `at_least`, a number. Raises UserError, its message beginning with `where`.
+    Fields may carry metadata: `choices`, a tuple, and `at_least`, a number. Raises UserError, its message beginning with `where`; instead
+    of an unknown key it suggests a field, or one of the keys that belong `elsewhere`.
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
     for key, value in table.items():
         if key not in fields:
-            raise UserError(f"{where}{key}: unknown key{did_you_mean(key, fields)}")
+            raise UserError(f"{where}{key}: unknown key{did_you_mean(key, [*fields, *elsewhere])}")
         wanted = hints[key]
         allowed = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
         if float in allowed and isinstance(value, int) and not isinstance(value, bool):
@@ -143,14 +169,11 @@ def fill(cls: type, table: dict[str, Any], where: str) -> Any:
 def _find(kind: str, name: str) -> Path:
     path = Path(name)
     if path.suffix == ".toml" or len(path.parts) > 1:
-        if not path.is_file():
-            raise UserError(f"{name}: no such file")
         return path
-    path = folder(kind) / f"{name}.toml"
-    if not path.is_file():
+    if name not in available(kind):
         what = {"graphs": "graph", "scheduler_configs": "scheduler"}[kind]
         raise UserError(f"unknown {what} '{name}'{did_you_mean(name, available(kind))}")
-    return path
+    return folder(kind) / f"{name}.toml"
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -158,11 +181,16 @@ def _read(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a TOML file: {error}") from None
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot read: {error.strerror or error}; choose a file that you may read") from None
 
 
 def _parse_value(text: str) -> Any:
-    """Parse a value as TOML does; a bare word is a string."""
+    """Parse a value as TOML does; a bare word, or whatever else is not one value, is a string."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        table = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
         return text
+    return table["value"] if len(table) == 1 else text

@@ -10,6 +10,7 @@ Training opens data by one word: a name above, a text file, or a folder or patte
 
 import argparse
 import glob
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -56,17 +57,22 @@ def open_data(spec: str, batch_size: int, seq_len: int, vocab_size: int, say: Ca
 
     Text is in GPT-2's encoding if vocab_size has room for its 50,257 ids, else in bytes (257 ids); token files are taken as they are.
 
-    Raises: UserError if nothing of that name exists, the text is empty or not UTF-8, a file is no good or too short for one batch, or the
-    vocabulary is too small.
+    Raises: UserError if nothing of that name exists or it may not be read, the text is empty or not UTF-8, a file is no good or too short
+    for one batch, or the vocabulary is too small.
     """
-    path, sizes = Path(spec).expanduser(), Sizes(batch_size, seq_len, vocab_size)
+    sizes = Sizes(batch_size, seq_len, vocab_size)
     if spec in DATASETS:
         return _open_dataset(DATASETS[spec], sizes, say)
-    if path.is_dir():
+    path = Path(os.path.expanduser(spec))  # Path.expanduser would raise RuntimeError for an unknown user
+    try:
+        is_folder, exists = path.is_dir(), path.exists()
+    except OSError as error:
+        raise _cannot_read(spec, error) from error
+    if is_folder:
         return _open_files(spec, sorted(path.glob("*.bin")), sizes)
-    if path.exists() and path.suffix == ".bin":
+    if exists and path.suffix == ".bin":
         raise UserError(f"{spec}: one token file is not enough; give its folder, or a pattern that matches a train and a val file")
-    if path.exists():
+    if exists:
         return _open_text(spec, _read_text(path), sizes)
     if any(c in spec for c in "*?["):
         return _open_files(spec, [Path(file) for file in sorted(glob.glob(str(path)))], sizes)
@@ -166,7 +172,11 @@ def _read_text(path: Path) -> str:
         found = f"byte {error.object[error.start]:#04x} at position {error.start:,}"
         raise UserError(f"{path}: not a text in UTF-8: {found}; convert it, for instance with iconv") from error
     except OSError as error:
-        raise UserError(f"{path}: cannot read: {error.strerror}") from error
+        raise _cannot_read(path, error) from error
+
+
+def _cannot_read(name: str | Path, error: OSError) -> UserError:
+    return UserError(f"{name}: cannot read: {error.strerror or error}; choose a file or folder that you may read")
 
 
 def _python_reference() -> str:

@@ -10,8 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from taskgpt.config import available, load_graph, parse_settings
-from taskgpt.errors import UserError
+from taskgpt.config import available, load_graph, parse_graph_settings
+from taskgpt.errors import UserError, run_program
 from taskgpt.gpt2.model import GPT2
 from taskgpt.gpt2.program import training_graph
 from taskgpt.lab.picture import to_svg
@@ -31,28 +31,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     graph.add_argument("--format", choices=("text", "svg"), default="text", help="default text")
     graph.add_argument("--output", metavar="FILE", help="default: standard output")
     flags = p.parse_args(argv)
-    try:
-        show_graph(flags)
-    except (UserError, ValueError) as error:
-        print(f"taskgpt.show: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_program("taskgpt.show", lambda: show_graph(flags))
 
 
-def show_graph(flags: argparse.Namespace) -> None:
-    """Write the graph in the format asked for. Raises UserError, or ValueError for a limit below 1."""
-    config = load_graph(flags.graph, parse_settings(flags.set)[0])
+def show_graph(flags: argparse.Namespace) -> int:
+    """Write the graph in the format asked for. Raises UserError or OSError."""
+    config = load_graph(flags.graph, parse_graph_settings(flags.set))
     graph = training_graph(GPT2(config.model, config.batch, config.tiles, config.options))
+    if flags.coarsen is not None and flags.coarsen < 1:
+        raise UserError(f"--coarsen: wanted at least 1 task, got {flags.coarsen}")
     if flags.coarsen is not None:
         graph = coarsen(graph, flags.coarsen)
     text = graph.listing() if flags.format == "text" else to_svg(graph, f"one training step of {config.name}")
     if flags.output is None:
         sys.stdout.write(text)
-        return
-    try:
+    else:
         Path(flags.output).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--output {flags.output}: cannot write: {error.strerror}") from None
+    return 0
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import resource
 import signal
 import statistics
@@ -27,15 +28,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from taskgpt.config import GraphConfig, SchedulerConfig, available, load_graph, load_scheduler, parse_settings
-from taskgpt.data import open_data
-from taskgpt.errors import UserError
+from taskgpt.data import Data, open_data
+from taskgpt.errors import UserError, run_program
 from taskgpt.gpt2 import checkpoint
 from taskgpt.gpt2.model import GPT2
 from taskgpt.gpt2.program import loss_graph, training_graph
 from taskgpt.gpt2.sampling import Sampler
 from taskgpt.lab import machine
 from taskgpt.schedulers import WorkerError, open_scheduler
-from taskgpt.tasks import Graph, Kernel, TaskError, check, compile_kernels
+from taskgpt.tasks import AccessError, Graph, Kernel, TaskError, check, compile_kernels
+
+FLOAT32_MAX = 3.4e38  # a learning rate beyond it would be infinite
 
 
 def parser() -> argparse.ArgumentParser:
@@ -70,74 +73,98 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; return its exit code: 0, 1 for a failed task or a lost worker, 2 for a user's mistake, 130 after Ctrl-C."""
+    """Run the program; return its exit code: 0, 1 for a failed task, 2 for a user's mistake or a diverged loss, 130 after Ctrl-C."""
     flags = parser().parse_args(argv)
-    try:
-        with Report(flags) as report:
-            return train(flags, report)
-    except (UserError, MemoryError) as error:
-        print(f"taskgpt.train: error: {error}", file=sys.stderr)
-        return 2
-    except (TaskError, WorkerError) as error:
-        print(f"taskgpt.train: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("taskgpt.train: interrupted in the middle of a step; nothing was saved", file=sys.stderr)
-        return 130
+
+    def run() -> int:
+        with Report() as report, StopRequest(report.say) as stop:
+            return train(flags, report, stop)
+
+    return run_program("taskgpt.train", run, (TaskError, AccessError, WorkerError))
 
 
-def train(flags: argparse.Namespace, report: "Report") -> int:
-    """Train as the flags say. Raises UserError, TaskError, MemoryError or KeyboardInterrupt."""
+def train(flags: argparse.Namespace, report: "Report", stop: "StopRequest") -> int:
+    """Train as the flags say; return the exit code. Raises what `main` answers."""
     graph_config, scheduler_config = configure(flags)
     model, batch = graph_config.model, graph_config.batch
-    if batch.seq_len > model.max_seq_len:
-        raise UserError(f"--seq-len: the model has {model.max_seq_len} positions, got sequences of {batch.seq_len} tokens")
     verify_memory(graph_config)
     data = open_data(flags.data, batch.batch_size, batch.seq_len, model.vocabulary, report.say)
     scheduler = open_scheduler(scheduler_config.scheduler, scheduler_config.settings)
     m = GPT2(model, batch, graph_config.tiles, graph_config.options, shared=scheduler.needs_shared_memory)
-    if flags.save:
+    if flags.save is not None:
         checkpoint.verify_can_save(flags.save, m)
-    if flags.init:
+    if flags.init is not None:
         checkpoint.load(flags.init, m)
     else:
         m.initialize(flags.seed)
+    if flags.log is not None:
+        report.open_log(flags.log)
 
     prepare = check if flags.check else lambda graph: graph
     step_graph, val_graph = prepare(training_graph(m)), prepare(loss_graph(m))
     sampler = Sampler(m, prepare)
     compile_with_progress([step_graph, val_graph, *sampler.graphs], report)
-    inputs, targets = (tensor.array.reshape(batch.batch_size, batch.seq_len) for tensor in (m.s.tokens, m.s.targets))
-    seconds: list[float] = []
 
-    with scheduler, report.progress(flags.steps), StopRequest(report.say) as stop:
+    with scheduler:
         report.begin(graph_config, scheduler.describe(), data.description, m, step_graph)
-        for step in range(flags.steps):
-            if flags.val_every and step % flags.val_every == 0:
-                data.val.reset()
-                losses = []
-                for _ in range(flags.val_batches):
-                    data.val.next_batch(inputs, targets)
-                    scheduler.run(val_graph)
-                    losses.append(float(m.s.loss.array[0]))
-                report.validation(step, statistics.fmean(losses))
-            if flags.sample_every and step and step % flags.sample_every == 0:
-                ids = sampler.sample(scheduler.run, data.tokenizer.end_of_text)
-                report.sample(step, ids, data.tokenizer.decode(ids), data.tokenizer.printable(ids))
-            start = time.perf_counter()
-            data.train.next_batch(inputs, targets)
-            m.set_hyper(step, flags.lr, flags.weight_decay)
-            scheduler.run(step_graph)
-            seconds.append(time.perf_counter() - start)
-            report.step(step, float(m.s.loss.array[0]), seconds[-1])
-            if stop.is_requested:
-                break
+        with report.progress(flags.steps):
+            seconds, loss = run_steps(flags, scheduler.run, m, data, step_graph, val_graph, sampler, report, stop)
+        if flags.save is not None and math.isfinite(loss):
+            checkpoint.save(flags.save, m)
+            report.say(f"saved {flags.save}")
+            stop.consequence = f"{flags.save} was saved"
+        memory = memory_in_use(m)
 
-    if flags.save:
-        checkpoint.save(flags.save, m)
-        report.say(f"saved {flags.save}")
-    report.summary(summarize(flags, graph_config, scheduler_config, scheduler.workers, data.description, m, step_graph, seconds))
-    return 130 if stop.is_requested else 0
+    report.summary(summarize(flags, graph_config, scheduler_config, scheduler.workers, data.description, m, step_graph, seconds, memory))
+    if not math.isfinite(loss):
+        raise UserError(f"after {len(seconds)} steps the loss is {loss}, and nothing was saved; try a smaller --lr, or another --init")
+    return 130 if stop.is_requested else 2 if report.has_lost_log else 0
+
+
+def run_steps(
+    flags: argparse.Namespace,
+    run: Callable[[Graph], None],
+    m: GPT2,
+    data: Data,
+    step_graph: Graph,
+    val_graph: Graph,
+    sampler: Sampler,
+    report: "Report",
+    stop: "StopRequest",
+) -> tuple[list[float], float]:
+    """Validate, sample and train, step by step, as llm.c's main does; return the seconds of each step and the last loss.
+
+    `run` runs a graph. Ends early if a stop is requested, or if a loss is not finite.
+    """
+    inputs, targets = (tensor.array.reshape(m.batch.batch_size, m.batch.seq_len) for tensor in (m.s.tokens, m.s.targets))
+    seconds: list[float] = []
+    loss = 0.0
+    for step in range(flags.steps):
+        if flags.val_every and step % flags.val_every == 0:
+            data.val.reset()
+            losses = []
+            while len(losses) < flags.val_batches and not stop.is_requested:
+                data.val.next_batch(inputs, targets)
+                run(val_graph)
+                losses.append(float(m.s.loss.array[0]))
+            if len(losses) == flags.val_batches:
+                loss = statistics.fmean(losses)
+                report.validation(step, loss)
+        if flags.sample_every and step and step % flags.sample_every == 0 and not stop.is_requested:
+            ids = sampler.sample(run, data.tokenizer.end_of_text)
+            report.sample(step, ids, data.tokenizer.decode(ids), data.tokenizer.printable(ids))
+        if stop.is_requested or not math.isfinite(loss):
+            break
+        start = time.perf_counter()
+        data.train.next_batch(inputs, targets)
+        m.set_hyper(step, flags.lr, flags.weight_decay)
+        run(step_graph)
+        seconds.append(time.perf_counter() - start)
+        loss = float(m.s.loss.array[0])
+        report.step(step, loss, seconds[-1])
+        if not math.isfinite(loss):
+            break
+    return seconds, loss
 
 
 def configure(flags: argparse.Namespace) -> tuple[GraphConfig, SchedulerConfig]:
@@ -148,9 +175,8 @@ def configure(flags: argparse.Namespace) -> tuple[GraphConfig, SchedulerConfig]:
             graph_overrides[key] = value
     if flags.workers is not None:
         scheduler_overrides["workers"] = flags.workers
-    graph = load_graph(flags.graph, graph_overrides)
-    if flags.init:
-        graph = dataclasses.replace(graph, model=checkpoint.read_shape(flags.init))
+    model = checkpoint.read_shape(flags.init) if flags.init is not None else None
+    graph = load_graph(flags.graph, graph_overrides, model)
     return graph, load_scheduler(flags.scheduler, scheduler_overrides)
 
 
@@ -174,7 +200,15 @@ def compile_with_progress(graphs: Sequence[Graph], report: "Report") -> None:
     compile_kernels([kernel for graph in graphs for kernel in graph.kernels], tell)
 
 
-def summarize(flags, graph_config, scheduler_config, workers, description, m, graph, seconds) -> dict[str, Any]:
+def memory_in_use(m: GPT2) -> int:
+    """Return bytes: the peak of this process; with worker processes, what each holds for itself at the end, and the shared tensors once."""
+    children = psutil.Process().children(recursive=True)
+    if not children:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return m.nbytes + sum(process.memory_full_info().uss for process in (psutil.Process(), *children))
+
+
+def summarize(flags, graph_config, scheduler_config, workers, description, m, graph, seconds, memory) -> dict[str, Any]:
     """Return what is worth knowing about a run; times leave out the first step, which touches all memory for the first time."""
     steady = seconds[1:] or seconds
     summary: dict[str, Any] = {"steps": len(seconds), "parameters_sha256": m.parameters_sha256()}
@@ -191,9 +225,8 @@ def summarize(flags, graph_config, scheduler_config, workers, description, m, gr
             "sgemm_gflops": sgemm,
             "share_of_sgemm": graph.flops / median / 1e9 / sgemm,
         }
-    scale = 1 if sys.platform == "darwin" else 1024
     return summary | {
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale,
+        "peak_memory_bytes": memory,
         "workers": workers,
         "tasks_per_step": len(graph.tasks),
         "gflop_per_step": graph.flops / 1e9,
@@ -210,21 +243,14 @@ def summarize(flags, graph_config, scheduler_config, workers, description, m, gr
 
 
 class Report:
-    """Everything the program says: lines on standard output, a progress bar on a terminal, JSON lines in the log.
+    """Everything the program says: lines on standard output, a progress bar on a terminal, JSON lines in the log."""
 
-    Raises UserError if the log cannot be written.
-    """
-
-    def __init__(self, flags: argparse.Namespace):
-        self.console = Console(highlight=False, soft_wrap=True, markup=False)
+    def __init__(self):
+        self.console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
         self.rows = 0
+        self.has_lost_log = False
         self._bar: Progress | None = None
         self._log = None
-        if flags.log:
-            try:
-                self._log = open(flags.log, "w", encoding="utf-8")  # noqa: SIM115 - open until the program ends
-            except OSError as error:
-                raise UserError(f"--log {flags.log}: cannot write: {error.strerror}") from None
 
     def __enter__(self) -> "Report":
         return self
@@ -232,6 +258,17 @@ class Report:
     def __exit__(self, *_) -> None:
         if self._log:
             self._log.close()
+
+    def open_log(self, path: str) -> None:
+        """Begin the log. Raises UserError if it cannot be written, or if something else than an earlier log is there."""
+        try:
+            if os.path.isfile(path) and os.path.getsize(path):
+                with open(path, "rb") as file:
+                    if file.read(1) != b"{":
+                        raise UserError(f"--log {path}: is there already and is no log; name another file")
+            self._log = open(path, "wb", buffering=0)  # noqa: SIM115 - open until the program ends
+        except OSError as error:
+            raise UserError(f"--log {path}: cannot write: {error.strerror}") from None
 
     def say(self, line: str) -> None:
         self.console.print(line)
@@ -256,7 +293,9 @@ class Report:
         self.say(f"model      {config.name}: {shape.parameter_count():,} parameters, {sizes}")
         self.say(f"batch      B {m.batch.batch_size}, T {m.batch.seq_len}")
         self.say(f"data       {data}")
+        tiles = ", ".join(f"{name} {size}" for name, size in dataclasses.asdict(config.tiles).items())
         self.say(f"graph      {work}, {m.nbytes / 2**30:.2f} GiB of tensors")
+        self.say(f"tiles      {tiles}")
         self.say(f"scheduler  {scheduler}")
 
     def validation(self, step: int, loss: float) -> None:
@@ -268,8 +307,6 @@ class Report:
         self.say(f"step {step}: train loss {loss:.6f} (took {seconds * 1e3:.1f} ms, {speed:.0f} tok/s)")
         if self._bar:
             self._bar.update(self._bar.task_ids[0], advance=1, description=f"loss {loss:.3f}  {speed:.0f} tok/s")
-        if not math.isfinite(loss):
-            raise UserError(f"step {step}: the train loss is {loss}; a smaller --lr may help, or another --init")
         self._write({"step": step, "train_loss": loss, "ms": seconds * 1e3, "tokens_per_s": speed})
 
     def sample(self, step: int, ids: list[int], text: str, printable: str) -> None:
@@ -290,53 +327,64 @@ class Report:
         self._write({"summary": summary})
 
     def _write(self, record: dict[str, Any]) -> None:
-        if self._log:
-            try:
-                print(json.dumps(record), file=self._log, flush=True)
-            except OSError as error:
-                raise UserError(f"--log {self._log.name}: cannot write: {error.strerror}") from None
+        if not self._log:
+            return
+        # JSON has no NaN: a diverged loss is null.
+        record = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()}
+        try:
+            self._log.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+        except OSError as error:
+            # The training is worth more than its log.
+            self.say(f"--log {self._log.name}: cannot write: {error.strerror}; going on without it")
+            self._log.close()
+            self._log, self.has_lost_log = None, True
 
 
 class StopRequest:
-    """The first Ctrl-C ends the run after the step in progress, with summary and checkpoint; the second ends it at once."""
+    """The first Ctrl-C (or SIGTERM) ends the run after the step in progress, with checkpoint and summary; the second ends it at once."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self, say: Callable[[str], None]):
         self.is_requested = False
+        self.consequence = "nothing was saved"
         self._say = say
 
     def __enter__(self) -> "StopRequest":
-        self._before = signal.signal(signal.SIGINT, self._request)
+        self._before = [signal.signal(number, self._request) for number in self.SIGNALS]
         return self
 
     def __exit__(self, *_) -> None:
-        signal.signal(signal.SIGINT, self._before)
+        for number, handler in zip(self.SIGNALS, self._before, strict=True):
+            signal.signal(number, handler)
 
     def _request(self, *_) -> None:
         if self.is_requested:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(f"interrupted at once; {self.consequence}")
         self.is_requested = True
-        self._say("stopping after this step; press Ctrl-C again to stop at once")
+        self._say("stopping as soon as the step is done; press Ctrl-C again to stop at once")
 
 
 def _count(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"wanted 0 or more, got {text}")
-    return number
+    return int(_number(text, int, 0))
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"wanted 1 or more, got {text}")
-    return number
+    return int(_number(text, int, 1))
 
 
 def _rate(text: str) -> float:
-    number = float(text)
-    if not (math.isfinite(number) and number >= 0):
-        raise argparse.ArgumentTypeError(f"wanted a number of 0 or more, got {text}")
-    return number
+    return _number(text, float, 0)
+
+
+def _number(text: str, kind: type, least: int) -> float:
+    try:
+        number = kind(text)
+        if least <= number <= FLOAT32_MAX:
+            return number
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"wanted {'an integer' if kind is int else 'a number'} of {least} or more, got {text}")
 
 
 if __name__ == "__main__":

@@ -157,6 +157,21 @@ def test_a_body_that_writes_an_in_tile():
     assert checked_error(gelu_forward, tensor(2, 3)[:], tensor(2, 3, name="y")[:]) == "gelu_forward wrote 'inp', declared In"
 
 
+def test_a_twin_that_writes_an_in_tile():
+    """Numba refuses to compile it, and the message is that of a body."""
+
+    @kernel
+    def gelu_forward(out: Out[R, C], inp: In[R, C], weight: In[C]):
+        out[...] = inp * weight
+
+    @gelu_forward.compiled
+    def gelu_forward(out, inp, weight):
+        inp[0, 0] = weight[0]
+
+    message = checked_error(gelu_forward, tensor(2, 3)[:], tensor(2, 3, name="y")[:], tensor(3, name="w")[:])
+    assert message == "gelu_forward wrote 'inp', declared In"
+
+
 def test_a_body_that_writes_the_same_values():
     """Also a write that changes nothing is a write, and the task does not run twice on its InOut tile as if it had been right."""
     message = checked_error(scale_by_itself, tensor(2, 3)[:], tensor(2, 3, name="y")[:])

@@ -1,7 +1,9 @@
 """Checkpoints are llm.c's: read, written byte for byte, and refused with a reason."""
 
+import errno
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -83,18 +85,44 @@ def test_a_bad_checkpoint_is_refused_with_the_reason(damaged, change, message):
     assert message in str(error.value)
 
 
-def test_a_missing_checkpoint_is_a_users_mistake(tmp_path):
-    """No traceback: the system's reason."""
-    with pytest.raises(UserError, match="No such file"):
-        checkpoint.read_shape(tmp_path / "none.bin")
+def test_what_cannot_be_read_is_a_users_mistake(parity_folder, parity_model, tmp_path, monkeypatch):
+    """No traceback: the system's reason. Missing, a folder, empty, a device, without permission, shortened after its header was read."""
+    (tmp_path / "empty.bin").touch()
+    for path, reason in {
+        tmp_path / "none.bin": "cannot read the checkpoint: No such file",
+        tmp_path: "cannot read the checkpoint: Is a directory",
+        tmp_path / "empty.bin": "truncated: a checkpoint begins with 1024 bytes, got 0",
+        os.devnull: "cannot read the checkpoint: Not a regular file",
+    }.items():
+        for read in (checkpoint.read_shape, lambda path: checkpoint.load(path, parity_model)):
+            with pytest.raises(UserError, match=f"{path}: {reason}"):
+                read(path)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="Permission denied; name a checkpoint file"):
+        patch.setattr(os, "stat", refuse)
+        checkpoint.read_shape(parity_folder / "model.bin")
+    (tmp_path / "short.bin").write_bytes((parity_folder / "model.bin").read_bytes()[:5000])
+    with pytest.raises(UserError, match=r"short\.bin: cannot read the checkpoint: mmap length"):
+        checkpoint.load(tmp_path / "short.bin", parity_model)
+
+
+def refuse(*_, **__):
+    raise PermissionError(errno.EACCES, "Permission denied")
 
 
 def test_where_saving_cannot_succeed_it_is_refused_beforehand(parity_model, tmp_path, monkeypatch):
-    """A folder in place of a file, a folder that does not exist, a disk without room."""
+    """A folder or a device in place of a file, a folder that does not exist or may not be searched, a disk without room."""
     with pytest.raises(UserError, match="is a folder"):
         checkpoint.verify_can_save(tmp_path, parity_model)
     with pytest.raises(UserError, match="there is no folder"):
         checkpoint.verify_can_save(tmp_path / "none" / "model.bin", parity_model)
+    with pytest.raises(UserError, match="null: cannot write: Not a regular file"):
+        checkpoint.verify_can_save(os.devnull, parity_model)
+    with pytest.raises(UserError, match="null: cannot write: Not a regular file"):
+        checkpoint.save(os.devnull, parity_model)
+    for module, function in ((Path, "is_dir"), (os, "stat")):
+        with monkeypatch.context() as patch, pytest.raises(UserError, match=r"model\.bin: cannot write: Permission denied"):
+            patch.setattr(module, function, refuse)
+            checkpoint.verify_can_save(tmp_path / "model.bin", parity_model)
     checkpoint.verify_can_save(tmp_path / "model.bin", parity_model)
     assert not os.listdir(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 90, 10))

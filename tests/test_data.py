@@ -1,6 +1,7 @@
 """Data: datasets are llm.c's to the byte, downloads survive a break, and whatever a person names is opened or its mistake told."""
 
 import dataclasses
+import errno
 import hashlib
 import http.server
 import io
@@ -27,7 +28,10 @@ from taskgpt.gpt2.datasets import DATASETS, UNPACKED, download, prepare, write_t
 from taskgpt.gpt2.tokenizer import GPT2_VOCAB_SIZE, byte_tokenizer, gpt2_tokenizer
 from taskgpt.gpt2.tokens import TokenWriter, read_tokens, write_tokens
 
-SHARED = Path(__file__).parents[2] / "shared"
+TINYSHAKESPEARE = (
+    Path(__file__).parents[2] / "shared" / "data" / "tinyshakespeare.txt",
+    DATASETS["tinyshakespeare"].folder / "input.txt",
+)
 V = GPT2_VOCAB_SIZE
 TEXT = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n\n" * 3000
 
@@ -45,11 +49,10 @@ def cache(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def shakespeare() -> Path:
     """The real text, where this machine has it."""
-    real = os.environ.get("TASKGPT_TINYSHAKESPEARE"), SHARED / "data" / "tinyshakespeare.txt"
-    for path in real:
-        if path and Path(path).is_file():
-            return Path(path)
-    pytest.skip("no tinyshakespeare text: name it in the environment variable TASKGPT_TINYSHAKESPEARE")
+    for path in TINYSHAKESPEARE:
+        if path.is_file():
+            return path
+    pytest.skip(f"no tinyshakespeare text; put it into {' or '.join(map(str, TINYSHAKESPEARE))}")
 
 
 @pytest.fixture
@@ -391,9 +394,37 @@ def test_data_that_is_not_there_is_told(tmp_path, cache):
         f"{tmp_path}/val*.bin": "found 0 and 0 of them among 0 files",
         f"{tmp_path}/train.bin": "one token file is not enough",
         f"{tmp_path}/both": "both/train_val.bin: is it for training or for validation",
+        "~nosuchuser/x.txt": "no such file or folder",
+        "x" * 300: "File name too long",
     }.items():
         with pytest.raises(UserError, match=message):
             open_data(spec, 1, 8, V)
+
+
+def test_data_that_may_not_be_read_is_told(tmp_path, cache, monkeypatch):
+    """No permission for a file or for the folder that it is in; a dataset in such a folder counts as not prepared."""
+
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    (tmp_path / "x.txt").write_text("x")
+    for method in ("read_text", "is_dir"):
+        with monkeypatch.context() as patch, pytest.raises(UserError, match=r"x\.txt: cannot read: Permission denied; choose"):
+            patch.setattr(Path, method, refuse)
+            open_data(str(tmp_path / "x.txt"), 1, 8, V)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="tinystories is not in"):
+        patch.setattr(os, "stat", refuse)
+        open_data("tinystories", 1, 8, V)
+
+
+@pytest.mark.parametrize("name", ["x.txt", "train.bin", "tokenizer.bin"])
+def test_garbage_is_a_users_mistake(tmp_path, name):
+    """Random bytes in place of a text, of tokens or of a tokenizer are refused."""
+    for part in ("train", "val"):
+        write_tokens(tmp_path / f"{part}.bin", [1] * 9)
+    (tmp_path / name).write_bytes(random.Random(1).randbytes(5000))
+    with pytest.raises(UserError, match=name):
+        open_data(str(tmp_path / name if name == "x.txt" else tmp_path), 1, 8, V)
 
 
 # The program

@@ -1,5 +1,6 @@
 """A kernel is declared once: its text, its types, its shapes, its costs and its compiled twin all follow from the signature."""
 
+import errno
 import importlib
 import inspect
 import linecache
@@ -10,8 +11,10 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numba
 import numpy as np
 import pytest
+from numba.core.caching import IndexDataCacheFile, _CacheLocator
 from numba.core.errors import NumbaError
 
 from taskgpt.tasks import (
@@ -30,6 +33,7 @@ from taskgpt.tasks import (
     run_now,
 )
 from taskgpt.tasks.blas import gemm
+from taskgpt.tasks.kernel import _warned
 
 R, C, OC, M, N, K, S, D = dims("R C OC M N K S D")
 
@@ -187,9 +191,9 @@ def test_a_task_takes_tiles_and_all_of_its_arguments():
     out, inp = tensor(2, 5)[:], tensor(2, 3)[:]
     with pytest.raises(TypeError, match=r"matmul_forward takes 4 arguments \(out, inp, weight, bias\), got 2"):
         Graph().spawn(matmul_forward, out, inp)
-    with pytest.raises(TypeError, match="matmul_forward: 'weight' wants a tile, got"):
+    with pytest.raises(TypeError, match=r"matmul_forward: 'weight' wants a tile, tensor\[index\], got"):
         Graph().spawn(matmul_forward, out, inp, tensor(5, 3), tensor(5)[:])
-    with pytest.raises(TypeError, match="matmul_forward: 'bias' wants a tile, got"):
+    with pytest.raises(TypeError, match=r"matmul_forward: 'bias' wants a tile, tensor\[index\], got"):
         Graph().spawn(matmul_forward, out, inp, tensor(5, 3)[:], np.zeros(5, np.float32))
 
 
@@ -215,11 +219,23 @@ def test_a_kernel_that_gives_no_formula_counts_what_it_writes():
     assert task.flops == 6
 
 
-def test_a_formula_uses_the_names_of_the_declaration():
-    """A name in `flops` that the kernel does not have is refused at once, not when the first task is recorded."""
-    with pytest.raises(TypeError, match="fill: flops asks for 'X'; the kernel has R, value"):
+def test_a_kernel_that_touches_some_elements_says_how_many_bytes():
+    """A gather reads some rows of a table: `bytes` takes the place of the sum over whole tiles, by the rules of `flops`."""
 
-        @kernel(flops=lambda R, X: R * X)
+    @kernel(bytes=lambda R, C, repeats: 4 * R * (2 * C + 1) * repeats)
+    def gather(out: Out[R, C], rows: In[R, np.int32], table: In[N, C], repeats: int):
+        out[:] = table[rows]
+
+    task = Graph().spawn(gather, tensor(2, 3)[:], tensor(2, dtype=np.int32)[:], tensor(1000, 3)[:], 5)
+    assert (task.flops, task.bytes) == (2 * 3, 4 * 2 * 7 * 5)
+
+
+@pytest.mark.parametrize("what", ["flops", "bytes"])
+def test_a_formula_uses_the_names_of_the_declaration(what):
+    """A name in a formula that the kernel does not have is refused at once, not when the first task is recorded."""
+    with pytest.raises(TypeError, match=f"fill: {what} asks for 'X'; the kernel has R, value"):
+
+        @kernel(**{what: lambda R, X: R * X})
         def fill(out: Out[R], value: float):
             out[:] = value
 
@@ -271,12 +287,30 @@ def cheat_by_gemm(out, inp):
     gemm(inp, out, out, 0, 0, 1.0, 0.0)
 
 
-@pytest.mark.parametrize("cheat", [cheat_by_index, cheat_by_row, cheat_by_gemm], ids=lambda k: k.name)
-def test_a_twin_that_writes_an_in_tile_does_not_compile(cheat):
-    """In a twin an In tile is a read-only array, also through `dense` and `gemm`: writing one is an error before anything runs."""
-    inputs = ", ".join(f"'{name}'" for name, access in cheat.accesses.items() if access.kind == "in")
-    with pytest.raises(AccessError, match=f"{cheat.name}: the compiled twin writes to one of {inputs}, declared In"):
+@kernel
+def cheat_twice(out: Out[R, C], inp: In[R, C], weight: In[C], bias: In[C]):
+    out[...] = inp
+
+
+@cheat_twice.compiled
+def cheat_twice(out, inp, weight, bias):
+    out[0, 0] = bias[0]
+    dense(inp[0])[0] = weight[0] = 1
+
+
+@pytest.mark.parametrize(
+    "cheat, names",
+    [(cheat_by_index, "'weight'"), (cheat_by_row, "'inp'"), (cheat_by_gemm, "'inp'"), (cheat_twice, "'inp', 'weight'")],
+    ids=lambda given: getattr(given, "name", ""),
+)
+def test_a_twin_that_writes_an_in_tile_does_not_compile(cheat, names):
+    """In a twin an In tile is a read-only array, also through `dense` and `gemm`: writing one is an error before anything runs.
+
+    Every tile written is named, in the words that --check has for a body.
+    """
+    with pytest.raises(AccessError) as error:
         cheat.compile()
+    assert str(error.value) == f"{cheat.name} wrote {names}, declared In"
 
 
 def test_the_first_call_compiles_for_the_declaration():
@@ -290,7 +324,7 @@ def test_the_first_call_compiles_for_the_declaration():
     def cheat(out, inp):
         inp[0] = 1
 
-    with pytest.raises(AccessError, match="cheat: the compiled twin writes to one of 'inp', declared In"):
+    with pytest.raises(AccessError, match="cheat wrote 'inp', declared In"):
         cheat(np.zeros(3, np.float32), np.zeros(3, np.float32))
 
 
@@ -375,6 +409,7 @@ HELPER_FILE = """
 def write(tmp_path, monkeypatch):
     """Write and import the two files of KERNEL_FILE and HELPER_FILE as if in a new process; return the kernel."""
     monkeypatch.syspath_prepend(tmp_path)
+    _warned.clear()
     names = "kernel_module", "helper_module"
 
     def write(expression: str, factor: str, do_import: bool = True):
@@ -449,6 +484,101 @@ def test_cache_of_a_notebook_is_stale_when_a_cell_changes(tmp_path, monkeypatch)
         return scaled(namespace["scale"])
 
     assert [run(2, 0), run(2, 0), run(300, 0), run(300, 1)] == [(2, False), (2, True), (300, False), (301, False)]
+
+
+def files_of_cache(scale, ending: str) -> list[Path]:
+    return list(Path(scale._twin.stats.cache_path).glob(f"kernel_module.scale-*.{ending}"))
+
+
+@pytest.mark.parametrize("ending", ["nbi", "nbc"])
+@pytest.mark.parametrize("kept", [0, 20, 400])
+def test_damaged_files_of_the_cache_are_replaced(write, ending, kept):
+    """A file cut short, by a crash or a full disk, costs the time of compiling and a line; the next start finds a good one."""
+    scale = write("local(x[r])", "2")
+    assert scaled(scale) == (2, False)
+    [file] = files_of_cache(scale, ending)
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.warns(RuntimeWarning, match="damaged compiled kernels in numba's cache; compiling anew and replacing them") as seen:
+        assert scaled(write("local(x[r])", "2")) == (2, False)
+    assert len(seen) == 1
+    assert scaled(write("local(x[r])", "2")) == (2, True)
+
+
+@pytest.mark.parametrize("method", ["_save_index", "_save_data"])
+def test_a_full_disk_costs_the_cache_and_not_the_run(write, monkeypatch, method):
+    """The twin is compiled and runs; a line says why it was not kept. What was kept before the helper changed is not taken for it."""
+
+    def fail(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    assert scaled(write("local(x[r])", "2")) == (2, False)
+    with monkeypatch.context() as patch:
+        patch.setattr(IndexDataCacheFile, method, fail)
+        with pytest.warns(RuntimeWarning, match=r"\(No space left on device\), .* set NUMBA_CACHE_DIR to another folder") as seen:
+            assert scaled(write("local(x[r])", "300")) == (300, False)
+        assert len(seen) == 1
+    assert scaled(write("local(x[r])", "300")) == (300, False)
+    assert scaled(write("local(x[r])", "300")) == (300, True)
+
+
+def test_runs_where_no_folder_can_be_written(write, monkeypatch):
+    """Package and home on a read-only disk: importing is silent, and compiling says once what to do, not once a kernel."""
+
+    def fail(*args):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(_CacheLocator, "ensure_cache_path", fail)
+    scale = write("local(x[r])", "2")
+    with pytest.warns(RuntimeWarning, match="numba's cache cannot keep compiled kernels, .* set NUMBA_CACHE_DIR") as seen:
+        assert scaled(scale) == (2, False)
+        assert scaled(write("local(x[r])", "300")) == (300, False)
+    assert len(seen) == 1
+
+
+# --- without numba's compiler: NUMBA_DISABLE_JIT=1
+
+
+def test_without_the_compiler_a_twin_is_plain_python(write, monkeypatch):
+    """That is how to debug a twin: breakpoints and print work, in its helpers as well."""
+    monkeypatch.setattr(numba.config, "DISABLE_JIT", True)
+    scale = write("local(x[r])", "300")
+    assert not scale.is_compiled
+    assert scaled(scale) == (300, False)
+    assert scale.is_compiled and inspect.isfunction(scale.function) and scale.function is not scale.body
+
+
+def test_without_the_compiler_a_twin_with_an_intrinsic_gives_way_to_its_body(monkeypatch):
+    """dense, gemm and exp32 are made of machine code, also in a helper: the NumPy body runs."""
+    monkeypatch.setattr(numba.config, "DISABLE_JIT", True)
+
+    @numba.njit
+    def first(row):
+        return dense(row)[0]
+
+    @kernel
+    def take(out: Out[R], inp: In[R]):
+        out[:] = inp[0]
+
+    @take.compiled
+    def take(out, inp):
+        out[:] = first(inp) + 1
+
+    out = np.zeros(2, np.float32)
+    take(out, np.array([3, 4], np.float32))
+    assert (out.tolist(), take.function) == ([3, 3], take.body)
+
+
+def test_gpt2_runs_without_the_compiler():
+    """From the first import on, in a process of its own, as a user would start it."""
+    program = (
+        "import numpy as np; from taskgpt.gpt2 import kernels as k; from taskgpt.tasks import Kernel, compile_kernels\n"
+        "compile_kernels(v for v in vars(k).values() if isinstance(v, Kernel))\n"
+        "loss, losses = np.zeros(1, np.float32), np.ones(4, np.float32); k.loss_forward(loss, losses)\n"
+        "print(loss[0], k.loss_forward.function is k.loss_forward.body, k.gelu_forward.function is k.gelu_forward.body)"
+    )
+    environment = {**os.environ, "NUMBA_DISABLE_JIT": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert (result.stdout.strip(), result.stderr) == ("1.0 False True", "")
 
 
 # --- matrix products

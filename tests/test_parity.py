@@ -59,7 +59,7 @@ def test_all_gradients_agree_with_the_debug_state(parity_model, debug_state):
         at += tensor.array.size
         assert norm_relative(tensor.array, want) < 1e-5, name
     assert at == len(gradients)
-    assert not parity_model.g.wte.array[parity_model.model.vocabulary :].any()
+    assert not parity_model.g.dwte.array[parity_model.model.vocabulary :].any()
 
 
 def test_without_a_graph_the_program_gives_the_same_bits(parity_model, debug_state):

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from taskgpt.config import folder, load_graph
 from taskgpt.gpt2.model import GPT2, Batch, Model, Options, Tiles
 from taskgpt.gpt2.program import loss_graph, sampling_graph, training_graph
+from taskgpt.gpt2.sampling import Random, Sampler, draw
 from taskgpt.tasks import check
 
 WHOLE = Tiles(rows=10**6, columns=10**6, pointwise_rows=10**6, heads=10**6, vocabulary=10**6)
@@ -102,6 +103,19 @@ def test_flops_are_those_of_the_formula():
     assert {task.section[0] for task in graph.tasks} == {"forward", "loss", "backward", "update"}
 
 
+def test_kernels_that_gather_count_the_rows_that_they_touch():
+    """Not all of wte, not all logits: what a look-up moves does not grow with the vocabulary."""
+    config = load_graph("gpt2-124m")
+    m = GPT2(config.model, config.batch, config.tiles, config.options)
+    moved = {}
+    for task in training_graph(m).tasks:
+        moved.setdefault(task.name, []).append(task.bytes)
+    rows, C = config.batch.rows, config.model.channels
+    assert sum(moved["encoder_forward"]) == 4 * rows * (3 * C + 1)
+    assert sum(moved["crossentropy_forward"]) < 4 * rows * 100
+    assert max(moved["encoder_backward_wte"]) <= 4 * rows * (3 * C + 1)
+
+
 def test_the_golden_graph():
     """graphs/tiny.tasks is the graph of tiny's training step as text: a change of the program shows in the diff.
 
@@ -153,3 +167,18 @@ def test_sampling_by_row_blocks_gives_the_logits_of_the_whole_sequence():
         for task in sampling_graph(m, start, min(start + 12, 32)).tasks:
             task.run()
     np.testing.assert_allclose(m.a.logits.array[:32], wanted, atol=2e-5)
+
+
+@pytest.mark.parametrize(("B", "T"), [(4, 16), (3, 48), (2, 64), (1, 20), (70, 1)])
+def test_samples_are_those_of_full_forward_passes(B, T):
+    """llm.c draws 63 ids from full forward passes over the flat batch, also where T < 64 and a new sequence begins with no context."""
+    m = trained(Model(1, 2, 16, 90, 64), Batch(B, T), Tiles(16, 16, 8, 1, 64))
+    got = Sampler(m).sample(lambda graph: [task.run() for task in graph.tasks], end_of_text=89)
+    length = min(64, B * T)
+    tokens, random, full = np.full(B * T, 89, np.int32), Random(), loss_graph(m)
+    for t in range(1, length):
+        m.s.tokens.array[:] = tokens
+        for task in full.tasks:
+            task.run()
+        tokens[t] = draw(m.a.logits.array[t - 1, :90], random.uniform())
+    assert got == tokens[1:length].tolist()

@@ -18,7 +18,6 @@ from taskgpt.errors import UserError
 from taskgpt.gpt2.tokenizer import GPT2_VOCAB_SIZE, byte_tokenizer, gpt2_tokenizer, read_tokenizer
 from taskgpt.gpt2.tokens import Loader, TokenWriter, read_tokens, write_tokens
 
-SHARED = Path(__file__).parents[2] / "shared"
 V = GPT2_VOCAB_SIZE
 
 
@@ -78,7 +77,9 @@ def test_another_file_is_refused_by_its_kind(tmp_path, content, message):
 
 
 def test_unreadable_token_files_are_told(tmp_path):
-    """A path that is missing or a folder gives a UserError with the reason."""
+    """A path that is missing, a folder or a device gives a UserError with the reason."""
+    with pytest.raises(UserError, match="Not a regular file"):
+        read_tokens(os.devnull)
     with pytest.raises(UserError, match="No such file"):
         read_tokens(tmp_path / "x.bin")
     with pytest.raises(UserError, match="Is a directory"):
@@ -112,6 +113,33 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
         write_tokens(tmp_path / "none" / "x.bin", [5])
     assert read_tokens(path).tolist() == [1, 2, 3]
     assert os.listdir(tmp_path) == ["x.bin"]
+
+
+def test_a_link_stays_and_its_file_is_written(tmp_path):
+    """A symbolic link, to a file or to none yet, in another folder, is written through, and stays a link."""
+    (tmp_path / "disk").mkdir()
+    link, file = tmp_path / "x.bin", tmp_path / "disk" / "y.bin"
+    link.symlink_to(file)
+    for ids in ([1], [2, 3]):
+        write_tokens(link, ids)
+        assert link.is_symlink()
+        assert read_tokens(file).tolist() == ids
+    assert os.listdir(tmp_path / "disk") == ["y.bin"]
+
+
+def test_what_is_no_regular_file_is_never_replaced(tmp_path):
+    """A pipe, a link to it, and a folder are refused, and stay what they are; so would /dev/null."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    for path, reason in (
+        (tmp_path / "pipe", "Not a regular file"),
+        (tmp_path / "link", "Not a regular file"),
+        (tmp_path, "Is a directory"),
+    ):
+        with pytest.raises(UserError, match=f"cannot write: {reason}; choose another place"):
+            write_tokens(path, [1])
+    assert (tmp_path / "pipe").is_fifo()
+    assert sorted(os.listdir(tmp_path)) == ["link", "pipe"]
 
 
 # The loader
@@ -199,24 +227,12 @@ def test_without_shuffling_batches_are_in_order():
     np.testing.assert_array_equal(batches(loader, 1)[0], served[0])
 
 
-def test_skipping_is_serving_without_reading():
-    """After skip(n) the loader goes on as after n batches, across shards and epochs."""
-    shards = [np.arange(n, dtype=np.uint16) for n in (40, 61)]
-    one, other = (Loader(shards, B=1, T=4, vocab_size=100, shuffle=True) for _ in range(2))
-    batches(one, 33)
-    other.skip(33)
-    np.testing.assert_array_equal(batches(one, 20), batches(other, 20))
-
-
-def test_first_batches_of_the_parity_case():
+def test_first_batches_of_the_parity_case(parity_folder):
     """From the folder of a run made with llm.c: the validation batch is the one in its debug state, the training batches llm.c's."""
-    folder = SHARED / "llmc-parity"
-    if not folder.is_dir():
-        pytest.skip("the parity case is not on this machine")
-    opened = open_data(str(folder), 4, 64, 200)
-    debug = np.fromfile(folder / "debug_state.bin", "<i4", 512, offset=1024)
+    opened = open_data(str(parity_folder), 4, 64, 200)
+    debug = np.fromfile(parity_folder / "debug_state.bin", "<i4", 512, offset=1024)
     np.testing.assert_array_equal(batches(opened.val, 1).ravel(), debug)
-    expected = llmc_samples([read_tokens(folder / "tokens_train.bin")], 4, 64, epochs=1)
+    expected = llmc_samples([read_tokens(parity_folder / "tokens_train.bin")], 4, 64, epochs=1)
     for sample, (inputs, _) in zip(expected, batches(opened.train, 78), strict=True):
         np.testing.assert_array_equal(inputs.ravel(), sample[:-1])
     assert (opened.tokenizer.end_of_text, opened.tokenizer.decode([45, 38, 199, 200])) == (0, "<45><38><199><|200|>")
@@ -233,14 +249,15 @@ def test_too_few_tokens_say_what_would_fit(num_tokens, fits):
 
 
 def test_an_id_outside_the_vocabulary_is_pointed_out(tmp_path):
-    """The error names file, position and id, also far into a file; the largest id of the vocabulary is fine."""
+    """The error names file, position and id, far into a file and in a later shard, too; the largest id of the vocabulary is fine."""
     ids = np.full(3_000_000, 199, np.uint16)
     write_tokens(tmp_path / "x.bin", ids)
     Loader([tmp_path / "x.bin"], B=1, T=8, vocab_size=200)
     ids[2_500_000:] = 200
     write_tokens(tmp_path / "x.bin", ids)
-    with pytest.raises(UserError, match=r"x.bin: token 200 at position 2,500,000 is outside the model's vocabulary of 200"):
-        Loader([tmp_path / "x.bin"], B=1, T=8, vocab_size=200)
+    for shards in ([tmp_path / "x.bin"], [np.zeros(9, np.uint16), tmp_path / "x.bin"]):
+        with pytest.raises(UserError, match=r"x.bin: token 200 at position 2,500,000 is outside the model's vocabulary of 200"):
+            Loader(shards, B=1, T=8, vocab_size=200)
 
 
 # Tokenizers

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from taskgpt.__main__ import main as taskgpt
 from taskgpt.gpt2.tokens import write_tokens
 from taskgpt.train import main
 
+PARITY = Path(__file__).parent / "parity"
 TINY = ["--graph", "tiny", "--scheduler", "sequential", "--val-every", "0", "--sample-every", "0"]
 
 
@@ -116,13 +118,19 @@ def refused(capsys, argv: list[str]) -> str:
         (["--set", "tiles.rows=many"], "tiles.rows: wanted int, got 'many'"),
         (["--set", "tiles.rows"], "wanted key=value"),
         (["--set", "model.heads=3"], "channels = 64 is not a multiple of heads = 3"),
-        (["--seq-len", "65"], "the model has 64 positions, got sequences of 65 tokens"),
+        (["--seq-len", "65"], "the model has 64 positions, got sequences of 65 tokens; choose --seq-len 64 or less"),
         (["--init", "none.bin"], "none.bin: cannot read the checkpoint"),
         (["--data", "none"], "none"),
-        (["--lr", "nan"], "wanted a number of 0 or more"),
-        (["--steps", "-1"], "wanted 0 or more"),
-        (["--workers", "0"], "wanted 1 or more"),
-        (["--save", "none/model.bin"], "there is no folder none"),
+        (["--lr", "nan"], "wanted a number of 0 or more, got nan"),
+        (["--lr", "1e39"], "wanted a number of 0 or more, got 1e39"),
+        (["--steps", "-1"], "wanted an integer of 0 or more, got -1"),
+        (["--steps", "many"], "wanted an integer of 0 or more, got many"),
+        (["--workers", "0"], "wanted an integer of 1 or more, got 0"),
+        (["--log", str(PARITY / "model.bin")], "is there already and is no log"),
+        (["--init", str(PARITY / "model.bin"), "--set", "model.layers=3"], "--set model.layers: the checkpoint gives the model's shape"),
+        (["--save", ""], "folder"),
+        (["--init", ""], "cannot read"),
+        (["--save", "none/model.bin"], "there is no folder"),
         (["--log", "none/log.jsonl"], "cannot write"),
     ],
 )
@@ -155,9 +163,14 @@ def test_no_room_for_the_checkpoint_is_noticed_before_training(text, tmp_path, c
     assert "the disk has 10 left" in refused(capsys, [*TINY, "--data", text, "--save", str(tmp_path / "model.bin")])
 
 
-def test_a_diverged_loss_stops_the_run(text, capsys):
-    """The line names the step and what to try; nothing is saved."""
-    assert "a smaller --lr may help" in refused(capsys, [*TINY, "--data", text, "--lr", "1e30", "--steps", "20"])
+def test_a_diverged_loss_stops_the_run(text, tmp_path, capsys):
+    """Exit code 2 and what to try; the log is JSON to its end, with null for the loss and a summary; nothing is saved."""
+    log, model = tmp_path / "log.jsonl", tmp_path / "model.bin"
+    flags = ["--data", text, "--lr", "1e30", "--steps", "20", "--log", str(log), "--save", str(model)]
+    assert "try a smaller --lr" in refused(capsys, [*TINY, *flags])
+    assert [r["train_loss"] for r in records(log) if "train_loss" in r][-1] is None
+    assert "summary" in records(log)[-1]
+    assert not model.exists()
 
 
 def test_ctrl_c_ends_after_the_step_with_summary_and_checkpoint(text, tmp_path):
@@ -171,11 +184,51 @@ def test_ctrl_c_ends_after_the_step_with_summary_and_checkpoint(text, tmp_path):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert "stopping after this step" in out
+    assert "stopping as soon as the step is done" in out
     assert "Traceback" not in err
     assert "summary" in records(log)[-1]
     assert model.stat().st_size > 0
     assert sorted(os.listdir(tmp_path)) == ["log.jsonl", "model.bin", "text.txt"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("after", ["val loss", "step 0"])
+def test_a_stop_is_orderly_at_any_time(number, after, text, tmp_path):
+    """In a long validation or in training, Ctrl-C or SIGTERM: the run ends soon, with the checkpoint, the summary and exit code 130."""
+    model = tmp_path / "model.bin"
+    flags = ["--graph", "tiny", "--scheduler", "threads", "--data", text, "--steps", "1000000", "--val-every", "1", "--val-batches", "1"]
+    if after == "val loss":
+        flags[-1] = "1000000"
+    argv = [sys.executable, "-u", "-m", "taskgpt.train", *flags, "--save", str(model)]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while not (line := process.stdout.readline()).startswith("scheduler" if after == "val loss" else after):
+            assert line, process.stderr.read()
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "parameters sha256" in out
+    assert err == ""
+    assert model.exists()
+
+
+def test_a_log_that_cannot_be_written_does_not_cost_the_model(text, tmp_path, capsys):
+    """A full disk under --log: said at once, training goes on, the model is saved, exit code 2."""
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full on this system")
+    model = tmp_path / "model.bin"
+    assert main([*TINY, "--data", text, "--steps", "2", "--log", "/dev/full", "--save", str(model)]) == 2
+    assert "going on without it" in capsys.readouterr().out
+    assert model.exists()
+
+
+def test_a_reader_that_leaves_ends_the_program_quietly(text):
+    """As `taskgpt train | head -1`: no traceback."""
+    argv = [sys.executable, "-u", "-m", "taskgpt.train", *TINY, "--data", text, "--steps", "100000"]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait(60) == 1
 
 
 def test_sizes_prints_parameter_counts(capsys):

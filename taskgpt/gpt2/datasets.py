@@ -8,6 +8,7 @@ other, so that only one of them does the work.
 import hashlib
 import http.client
 import json
+import os
 import queue
 import random
 import shutil
@@ -65,7 +66,7 @@ class Dataset:
 
     def is_in(self, folder: Path) -> bool:
         """Whether both token files are there."""
-        return (folder / self.train).is_file() and (folder / self.val).is_file()
+        return all(os.path.isfile(folder / name) for name in (self.train, self.val))  # False, too, where one may not look
 
 
 def split_sections(text: str) -> list[str]:

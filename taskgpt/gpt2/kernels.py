@@ -16,7 +16,7 @@ from taskgpt.tasks.blas import gemm
 
 R, C, OC, T, V, NB, N = dims("R C OC T V NB N")
 _f = np.float32
-ZERO, HALF, ONE, TWO, THREE = _f(0), _f(0.5), _f(1), _f(2), _f(3)
+ZERO, ONE, TWO, THREE = _f(0), _f(1), _f(2), _f(3)
 EPS = _f(1e-5)  # LayerNorm
 GELU_SCALE = _f(math.sqrt(2 / math.pi))
 GELU_CUBE = _f(0.044715)
@@ -259,7 +259,7 @@ def _(out, inp1, inp2):
 # Embeddings -----------------------------------------------------------------------------------------------------------------------------
 
 
-@kernel
+@kernel(bytes=lambda R, C: 4 * (3 * R * C + R))  # the rows of wte and wpe that the tokens name
 def encoder_forward(out: Out[R, C], tokens: In[R, np.int32], wte: In[V, C], wpe: In[T, C], first_row: int):
     """out[r] = wte[tokens[r]] + wpe[t]; `first_row` counts from the start of the batch, so t = (first_row + r) % T."""
     positions = (first_row + np.arange(len(tokens))) % len(wpe)
@@ -274,7 +274,7 @@ def _(out, tokens, wte, wpe, first_row):
             o[c] = token[c] + position[c]
 
 
-@kernel(flops=lambda R, C: R * C)
+@kernel(flops=lambda R, C: R * C, bytes=lambda R, C, V: 4 * (R * C + 2 * min(R, V) * C + R))  # at most: every token in this block
 def encoder_backward_wte(dwte: InOut[V, C], dout: In[R, C], tokens: In[R, np.int32], first_token: int):
     """dwte[tokens[r] - first_token] += dout[r] for the tokens of this block of the vocabulary, rows in their order."""
     for r in range(len(tokens)):
@@ -330,7 +330,7 @@ def _(block_max, block_sum, logits, valid):
         block_sum[r, 0] = row_sum_exp(row, valid, largest, lanes) if valid else ZERO
 
 
-@kernel
+@kernel(bytes=lambda R, NB: 4 * (5 * R + 2 * R * NB))  # of the logits, one a row
 def crossentropy_forward(
     losses: Out[R],
     logits_max: Out[R],

@@ -112,7 +112,9 @@ class GPT2:
             raise ValueError(f"seq_len = {batch.seq_len} is longer than the model's max_seq_len = {model.max_seq_len}")
         self.model, self.batch, self.tiles, self.options = model, batch, tiles, options
         parameters = self._parameter_specs()
-        self.p, self.g, self.m, self.v = (Arena(parameters, shared) for _ in range(4))
+        self.p, self.g, self.m, self.v = (
+            Arena({prefix + name: spec for name, spec in parameters.items()}, shared) for prefix in ("", "d", "m_", "v_")
+        )
         self.a = Arena(self._activation_specs(), shared)
         self.d = Arena(self._activation_gradient_specs(), shared)
         self.s = Arena(self._step_specs(), shared)
@@ -193,8 +195,12 @@ class GPT2:
         return self.tiles.rows, self.tiles.pointwise_rows, self.batch.seq_len
 
     def _head_cuts(self) -> tuple[int, ...]:
-        """Columns are cut where a matrix product begins, and where a group of heads begins; groups start anew in each of Q, K and V."""
-        return self.tiles.columns, self.tiles.heads * self.model.head_size, self.model.channels
+        """Columns are cut where a matrix product begins, and where a group of heads begins, in each of Q, K and V.
+
+        Groups that do not divide the heads begin at different places in the three: then every head is a cell.
+        """
+        group = self.tiles.heads if self.model.heads % self.tiles.heads == 0 else 1
+        return self.tiles.columns, group * self.model.head_size, self.model.channels
 
     @property
     def nbytes(self) -> int:

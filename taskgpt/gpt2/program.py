@@ -57,7 +57,7 @@ def loss_graph(m: GPT2) -> Graph:
 
 
 def sampling_graph(m: GPT2, start: int, stop: int) -> Graph:
-    """Record the forward pass of the rows [start, stop) of the first sequence; the rows before must have been computed.
+    """Record the forward pass of the rows [start, stop) of one sequence, whose earlier rows must have been computed.
 
     What later rows need of earlier ones, their keys and values, still lies in the activations.
     """
@@ -75,7 +75,7 @@ def blocks(start: int, stop: int, size: int) -> list[slice]:
 
 
 def forward(spawn: Spawn, m: GPT2, start: int = 0, stop: int | None = None) -> None:
-    """Compute the logits of the rows [start, stop): all, or rows of the first sequence."""
+    """Compute the logits of the rows [start, stop): all, or some of one sequence."""
     stop = m.batch.rows if stop is None else stop
     encode(partial(spawn, section=("forward", -1)), m, start, stop)
     for l in range(m.model.layers):
@@ -198,11 +198,11 @@ def head_backward(spawn: Spawn, m: GPT2) -> None:
             for c in blocks(0, C, m.tiles.columns):
                 spawn(backward_kernel, d.dlnf[r, c], a.logits[r, words], p.wte[words, c])
     for words in words_of:
-        spawn(matmul_backward_weight, g.wte[words], a.logits[:, words], a.lnf[:])
+        spawn(matmul_backward_weight, g.dwte[words], a.logits[:, words], a.lnf[:])
     last, dlast = stream(m, L), d.dresidual3[(L - 1) % 2]
     for r in pointwise:
         spawn(layernorm_backward, dlast[r], d.dlnf[r], last[r], p.lnfw[0], a.lnf_mean[r], a.lnf_rstd[r])
-    spawn(layernorm_backward_weight, g.lnfw[0], g.lnfb[0], d.dlnf[:], last[:], a.lnf_mean[:], a.lnf_rstd[:])
+    spawn(layernorm_backward_weight, g.dlnfw[0], g.dlnfb[0], d.dlnf[:], last[:], a.lnf_mean[:], a.lnf_rstd[:])
     update(spawn, m, "lnfw")
     update(spawn, m, "lnfb")
 
@@ -227,7 +227,7 @@ def block_backward(spawn: Spawn, m: GPT2, l: int) -> None:
 def linear_backward(spawn: Spawn, m: GPT2, l: int, layer: str, dinp: Tile, dout: Tile, inp: Tile) -> None:
     """Backward of a linear layer, then the update of its weight and bias. dinp comes first: it still needs the old weight."""
     weight = m.p.tensors[layer + "w"][l]
-    dweight, dbias = m.g.tensors[layer + "w"][l], m.g.tensors[layer + "b"][l]
+    dweight, dbias = m.g.tensors[f"d{layer}w"][l], m.g.tensors[f"d{layer}b"][l]
     outputs = blocks(0, weight.shape[0], m.tiles.columns)
     for r in blocks(0, m.batch.rows, m.tiles.rows):
         for c in blocks(0, weight.shape[1], m.tiles.columns):
@@ -246,7 +246,8 @@ def norm_backward(spawn: Spawn, m: GPT2, l: int, layer: str, dinp: Tile, dresidu
     mean, rstd = m.a.tensors[layer + "_mean"][l], m.a.tensors[layer + "_rstd"][l]
     for r in blocks(0, m.batch.rows, m.tiles.pointwise_rows):
         spawn(layernorm_residual_backward, dinp[r], dresidual[r], dout[r], inp[r], weight, mean[r], rstd[r])
-    spawn(layernorm_backward_weight, m.g.tensors[layer + "w"][l], m.g.tensors[layer + "b"][l], dout, inp, mean, rstd)
+    dweight, dbias = m.g.tensors[f"d{layer}w"][l], m.g.tensors[f"d{layer}b"][l]
+    spawn(layernorm_backward_weight, dweight, dbias, dout, inp, mean, rstd)
     update(spawn, m, layer + "w", l)
     update(spawn, m, layer + "b", l)
 
@@ -265,8 +266,8 @@ def attend_backward(spawn: Spawn, m: GPT2, l: int, dqkv: Tile, datty: Tile) -> N
 def encoder_backward(spawn: Spawn, m: GPT2) -> None:
     dencoded = m.d.dresidual3[(0 - 1) % 2]
     for words in vocabulary_blocks(m):
-        spawn(encoder_backward_wte, m.g.wte[words], dencoded, m.s.tokens[:], words.start)
-    spawn(encoder_backward_wpe, m.g.wpe[: m.batch.seq_len], dencoded)
+        spawn(encoder_backward_wte, m.g.dwte[words], dencoded, m.s.tokens[:], words.start)
+    spawn(encoder_backward_wpe, m.g.dwpe[: m.batch.seq_len], dencoded)
     update(spawn, m, "wte")
     update(spawn, m, "wpe")
 
@@ -275,7 +276,8 @@ def update(spawn: Spawn, m: GPT2, name: str, l: int = -1) -> None:
     """AdamW on a parameter tensor, or on layer l of it: a task per weight tile."""
     is_decayed = int(m.options.weight_decay_on == "all" or name in MATRICES)
     for index in weight_tiles(m, name, l):
-        param, first, second, grad = (arena.tensors[name][index] for arena in (m.p, m.m, m.v, m.g))
+        param, grad = m.p.tensors[name][index], m.g.tensors[f"d{name}"][index]
+        first, second = m.m.tensors[f"m_{name}"][index], m.v.tensors[f"v_{name}"][index]
         spawn(adamw_update, param, first, second, grad, m.s.hyper[:], is_decayed, section=("update", l))
 
 

@@ -12,7 +12,7 @@ from taskgpt.gpt2.model import GPT2
 from taskgpt.gpt2.program import blocks, sampling_graph
 from taskgpt.tasks import Graph
 
-LENGTH = 64  # tokens, the first of them end-of-text
+LENGTH = 64  # tokens, the first of them end-of-text; shorter sequences go on in the next one of the batch, with nothing before them
 BLOCK = 16  # rows: few enough that reading the weights, not arithmetic, sets the time
 
 
@@ -40,8 +40,9 @@ class Sampler:
 
     def __init__(self, m: GPT2, prepare: Callable[[Graph], Graph] = lambda graph: graph):
         self.m = m
-        self.length = min(LENGTH, m.batch.seq_len)
-        self.rows = blocks(0, self.length - 1, BLOCK)
+        self.length = min(LENGTH, m.batch.rows)
+        sequences = blocks(0, self.length - 1, m.batch.seq_len)
+        self.rows = [rows for sequence in sequences for rows in blocks(sequence.start, sequence.stop, BLOCK)]
         self.graphs = [prepare(sampling_graph(m, rows.start, rows.stop)) for rows in self.rows]
         self.random = Random()
 

@@ -7,6 +7,7 @@ batches from one or more of them, a *shard* each. Source: llm.c, `dev/data/data_
 
 import errno
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -35,28 +36,50 @@ CHECK_TOKENS = 1 << 20  # ids are checked in chunks of this many: 2 MB fit the c
 def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
     """Open a file for writing that appears under its name, complete and on the disk, when the block ends, and not at all if it raises.
 
-    Raises: UserError if the folder cannot be written or the disk is full.
+    Raises: UserError if the folder cannot be written, the disk is full, or something that is no regular file has the name.
     """
-    path = Path(path)
-    unfinished = path.with_name(f".{path.name}.tmp{os.getpid()}")  # same folder: a rename never copies
     try:
-        with unfinished.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
+        target = write_target(path)
+        unfinished = target.with_name(f".{target.name}.tmp{os.getpid()}")  # same folder: a rename never copies
+        try:
+            with unfinished.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(unfinished, target)
+        finally:
+            with suppress(OSError):
+                unfinished.unlink()
     except OSError as error:
         raise cannot_write(path, error) from error
-    finally:
-        with suppress(OSError):
-            unfinished.unlink()
+
+
+def write_target(path: str | Path) -> Path:
+    """Return the file that a write to `path` makes or replaces: symbolic links stay, and what they name is written.
+
+    Raises: OSError if it exists and is no regular file, such as /dev/null, or cannot be looked at.
+    """
+    target = Path(os.path.realpath(path))
+    with suppress(FileNotFoundError):
+        file_size(target)
+    return target
+
+
+def file_size(path: str | Path) -> int:
+    """Return the size of a regular file. Raises: OSError if it is anything else: a pipe, say, could be read for ever."""
+    status = os.stat(path)
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "Not a regular file")
+    return status.st_size
 
 
 def cannot_write(path: str | Path, error: OSError) -> UserError:
     """Return the UserError that says why a file could not be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(f"{path}: the disk is full; free some space, or choose another folder")
-    return UserError(f"{path}: cannot write: {error.strerror or error}; choose a folder that you may write to")
+    return UserError(f"{path}: cannot write: {error.strerror or error}; choose another place, where you may write")
 
 
 class TokenWriter:
@@ -100,10 +123,10 @@ def read_tokens(path: str | Path) -> np.ndarray:
     Raises: UserError if it cannot be read, is another kind of file, holds no token, or is longer or shorter than its header says.
     """
     try:
-        size = os.stat(path).st_size
+        size = file_size(path)
         header = np.fromfile(path, "<i4", min(HEADER_WORDS, size // 4))
     except OSError as error:
-        raise UserError(f"{path}: cannot read tokens: {error.strerror}") from error
+        raise UserError(f"{path}: cannot read tokens: {error.strerror or error}; choose a token file that you may read") from error
     if size < HEADER_BYTES:
         raise UserError(f"{path}: {size} bytes are too few for a token file's header of {HEADER_BYTES}; copy or prepare the file again")
     magic, version, num_tokens = (int(word) for word in header[:3])
@@ -130,17 +153,17 @@ class Loader:
     def __init__(
         self, shards: Sequence[str | Path | np.ndarray], B: int, T: int, vocab_size: int, *, shuffle: bool = False, name: str = "tokens"
     ):
-        """Open all shards and check that each holds a sample; token ids are checked when a shard's turn comes.
+        """Open all shards and check that each holds a sample and no strange id: better now than half way through a run.
 
         Args: shards: token files, or uint16 arrays (n,), which errors call `name`. B, T: sequences per batch, tokens per sequence.
-        Raises: UserError if a file is no good (`read_tokens`), if a shard is too short, or, here or later, if an id is >= vocab_size.
+        Raises: UserError if a file is no good (`read_tokens`), if a shard is too short, or if an id is >= vocab_size.
         """
-        self.B, self.T, self.vocab_size, self.shuffle = B, T, vocab_size, shuffle
-        self._names = [name if isinstance(shard, np.ndarray) else str(shard) for shard in shards]
+        self.B, self.T, self.shuffle = B, T, shuffle
         self._tokens = [shard if isinstance(shard, np.ndarray) else read_tokens(shard) for shard in shards]
-        for shard_name, tokens in zip(self._names, self._tokens, strict=True):
+        for shard, tokens in zip(shards, self._tokens, strict=True):
+            shard_name = name if isinstance(shard, np.ndarray) else str(shard)
             _check_length(shard_name, len(tokens), B, T)
-        self._ids_checked = [False] * len(shards)
+            _check_ids(shard_name, tokens, vocab_size)
         self._random = np.random.RandomState(SHUFFLE_SEED)
         self._shard_order = np.arange(len(shards))
         self.reset()
@@ -168,11 +191,6 @@ class Loader:
         inputs[:] = sample[:-1].reshape(self.B, self.T)
         targets[:] = sample[1:].reshape(self.B, self.T)
 
-    def skip(self, batches: int):
-        """Pass over batches without reading them: where a run that stopped after this many goes on."""
-        for _ in range(batches):
-            self._next_sample()
-
     def _next_sample(self) -> int:
         if self._place == len(self._samples):
             if self._turn == len(self._tokens) - 1:
@@ -183,12 +201,8 @@ class Loader:
         return int(self._samples[self._place - 1])
 
     def _begin_shard(self, turn: int):
-        shard = self._shard_order[turn]
         self._turn, self._place = turn, 0
-        self._current = self._tokens[shard]
-        if not self._ids_checked[shard]:
-            _check_ids(self._names[shard], self._current, self.vocab_size)
-            self._ids_checked[shard] = True
+        self._current = self._tokens[self._shard_order[turn]]
         self._samples = np.arange(self._num_samples(self._current))
         if self.shuffle:
             self._permute(self._samples)

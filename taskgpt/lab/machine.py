@@ -12,32 +12,38 @@ import numpy as np
 import psutil
 import threadpoolctl
 
+from taskgpt.tasks import In, Out, dims, kernel
 from taskgpt.tasks.blas import gemm
 
-
-@numba.njit(nogil=True, cache=True)
-def _product(c, a, b):
-    gemm(c, a, b, 0, 1, np.float32(1), np.float32(0))
+R, C, OC = dims("R C OC")
 
 
-@numba.njit(nogil=True, cache=True)
-def _scale(x, factor):
-    for i in range(x.shape[0]):
-        x[i] *= factor
+@kernel
+def product(out: Out[R, OC], inp: In[R, C], weight: In[OC, C]):
+    """out = inp @ weight.T."""
+    np.matmul(inp, weight.T, out=out)
+
+
+@product.compiled
+def _(out, inp, weight):
+    gemm(out, inp, weight, 0, 1, np.float32(1), np.float32(0))
 
 
 def sgemm_gflops(threads: int, M: int = 256, N: int = 768, K: int = 3072, seconds: float = 0.3) -> float:
-    """Return GFLOP/s of (M, K) @ (K, N) float32 products running on `threads` threads at once, one BLAS thread each: the median round."""
+    """Return GFLOP/s of (M, K) @ (K, N) float32 products running on `threads` threads at once, one BLAS thread each: the median round.
+
+    That is this machine's limit for so many workers. More threads than cores that this process may use cannot give more, so beyond that
+    the result is that of all these cores.
+    """
+    threads = min(threads, usable_cores())
     operands = [[np.ones(shape, np.float32) for shape in ((M, N), (M, K), (N, K))] for _ in range(threads)]
-    rounds = _timed_together([lambda own=own: _product(*own) for own in operands], seconds)
+    rounds = _timed_together([lambda own=own: product(*own) for own in operands], seconds)
     return threads * 2 * M * N * K / statistics.median(rounds) / 1e9
 
 
-def memory_gbytes_per_s(threads: int, nbytes: int = 1 << 28, seconds: float = 0.3) -> float:
-    """Return GB/s of reading and writing back arrays far larger than the caches, on `threads` threads at once: the median round."""
-    arrays = [np.ones(nbytes // 4 // threads, np.float32) for _ in range(threads)]
-    rounds = _timed_together([lambda own=own: _scale(own, np.float32(1.0001)) for own in arrays], seconds)
-    return 2 * sum(array.nbytes for array in arrays) / statistics.median(rounds) / 1e9
+def usable_cores() -> int:
+    """Return the number of cores that this process may use: under taskset or SLURM not all of the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _timed_together(calls: list[Callable[[], None]], seconds: float) -> list[float]:
@@ -69,7 +75,7 @@ def describe() -> dict[str, str]:
     blas = [lib for lib in threadpoolctl.threadpool_info() if lib["user_api"] == "blas" and "scipy.libs" in lib["filepath"]]
     return {
         "processor": _processor(),
-        "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
+        "cores": str(usable_cores()),
         "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),

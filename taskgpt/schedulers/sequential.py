@@ -9,7 +9,13 @@ from taskgpt.tasks import Graph
 
 @dataclass(frozen=True)
 class Settings:
-    """Nothing to set."""
+    """The key of scheduler_configs/sequential.toml."""
+
+    workers: int
+
+    def __post_init__(self):
+        if self.workers != 1:
+            raise ValueError(f"sequential has one worker, got --workers {self.workers}; choose another scheduler for more, loops say")
 
 
 class Scheduler:

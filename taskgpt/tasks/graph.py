@@ -41,12 +41,10 @@ class Call:
         self.kernel.function(*self.arrays)
 
     def cost(self) -> tuple[int, int]:
-        """Return (FLOPs, bytes moved): each tile counts once for reading and once for writing."""
+        """Return (FLOPs, bytes moved), as the kernel says."""
         sizes = self.kernel.sizes({name: tile.shape for name, tile in self.tiles()})
         constants = {name: a for name, a in zip(self.kernel.parameters, self.args, strict=True) if not isinstance(a, Tile)}
-        accesses = self.kernel.accesses
-        moved = sum(tile.array.nbytes * (accesses[name].is_read + accesses[name].is_written) for name, tile in self.tiles())
-        return self.kernel.flops(sizes, constants), moved
+        return self.kernel.flops(sizes, constants), self.kernel.bytes(sizes, constants)
 
     def __reduce__(self):
         return Call, (self.kernel, self.args)
@@ -164,7 +162,7 @@ class Graph:
         for (name, declared), given in zip(kernel.parameters.items(), call.args, strict=True):
             is_tile = name in kernel.accesses
             if is_tile != isinstance(given, Tile) or (not is_tile and not isinstance(given, (int, declared))):
-                wanted = "a tile, tensor[index]," if is_tile else f"a constant ({declared.__name__})"
+                wanted = "a tile, tensor[index]," if is_tile else f"a constant ({declared.__name__}),"
                 got = repr(given) if isinstance(given, (int, float, Tile)) else f"a {type(given).__name__}"
                 raise TypeError(f"{kernel.name}: '{name}' wants {wanted} got {got}")
             if is_tile and given.array.dtype != declared.dtype:

@@ -9,23 +9,33 @@
 
 The declaration is the only one: shapes are checked against it when a task is recorded, dependencies follow from it, and the twin is
 compiled for exactly its types. There an In tile has the type *read-only array*, so a twin that writes one does not compile.
+
+With NUMBA_DISABLE_JIT=1, numba's switch for debugging, a twin runs as plain Python, where a debugger steps through it and `print` works;
+a twin that uses an intrinsic (dense, gemm, exp32), itself or in a helper, cannot, and its NumPy body runs instead.
 """
 
+import contextlib
 import inspect
 import linecache
+import math
 import os
 import pickle
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numba
 import numpy as np
 from numba import types
+from numba.core.caching import FunctionCache, NullCache
 from numba.core.errors import NumbaError
 from numba.core.imputils import impl_ret_borrowed
 from numba.extending import intrinsic
+
+# error_model="numpy": division by zero gives inf or nan, as in the body, and costs no branch.
+_njit = numba.njit(nogil=True, error_model="numpy")
 
 
 class ShapeError(ValueError):
@@ -127,10 +137,10 @@ class Kernel:
     `tags`, free words that schedulers may ask for (the loops scheduler's coverage).
     """
 
-    def __init__(self, body: Callable, flops: Callable | None = None, tags: Iterable[str] = ()):
+    def __init__(self, body: Callable, flops: Callable | None = None, bytes: Callable | None = None, tags: Iterable[str] = ()):
         self.name = body.__name__
         self.body = self.function = body
-        self._twin = None  # numba's dispatcher
+        self._twin = None  # numba's dispatcher; with NUMBA_DISABLE_JIT the function itself
         self.module = body.__module__
         self.tags = frozenset(tags)
         self.parameters: dict[str, Access | type] = {}
@@ -140,13 +150,7 @@ class Kernel:
                 raise TypeError(f"{self.name}: parameter '{parameter.name}' needs In, Out, InOut, Commutative, int or float")
             self.parameters[parameter.name] = declared
         self.accesses = {name: access for name, access in self.parameters.items() if isinstance(access, Access)}
-        self._flops = flops
-        self._flops_names = tuple(inspect.signature(flops).parameters) if flops else ()
-        known = {str(d): None for access in self.accesses.values() for d in access.dims if isinstance(d, str)}
-        known |= {name: None for name in self.parameters if name not in self.accesses}
-        for name in self._flops_names:
-            if name not in known:
-                raise TypeError(f"{self.name}: flops asks for '{name}'; the kernel has {', '.join(known)}")
+        self._flops, self._bytes = self._formula("flops", flops), self._formula("bytes", bytes)
         self.__doc__ = body.__doc__
         self.__wrapped__ = body
 
@@ -173,12 +177,7 @@ class Kernel:
         """Decorate the compiled twin: same parameters, must agree with the body. Compiled by `compile_kernels` or at the first call."""
         if list(inspect.signature(twin).parameters) != list(self.parameters):
             raise TypeError(f"{self.name}: the compiled twin must take {list(self.parameters)}")
-        # error_model="numpy": division by zero gives inf or nan, as in the body, and costs no branch.
-        options = {"nogil": True, "error_model": "numpy"}
-        try:
-            self._twin = numba.njit(cache=True, **options)(twin)
-        except RuntimeError:  # at the prompt there is no file to cache beside
-            self._twin = numba.njit(**options)(twin)
+        self._twin = _njit(twin)
         self.function = self._compile_and_run
         return self
 
@@ -189,7 +188,7 @@ class Kernel:
 
     @property
     def is_compiled(self) -> bool:
-        return self._twin is None or self.function is self._twin
+        return self.function != self._compile_and_run
 
     def compile(self) -> bool:
         """Compile the twin, or load it from the cache; return True if it came from the cache.
@@ -198,19 +197,33 @@ class Kernel:
         """
         if self._twin is None:
             return False
-        scalars = {int: types.int64, float: types.float64}
-        arguments = [scalars.get(p) or p.numba_type for p in self.parameters.values()]
-        _stamp_cache_with_helpers(self._twin)
-        try:
-            self._twin.compile(types.void(*arguments))
-        except NumbaError as error:
-            if "Cannot modify readonly array" not in str(error):
-                raise
-            declared = ", ".join(f"'{name}'" for name, access in self.accesses.items() if not access.is_written)
-            raise AccessError(f"{self.name}: the compiled twin writes to one of {declared}, declared In") from None
+        if inspect.isfunction(self._twin):  # NUMBA_DISABLE_JIT
+            self.function = self.body if _uses_intrinsics(self._twin) else self._twin
+            return False
+        self._twin._cache = _open_cache(self._twin.py_func)
+        inputs = [name for name, access in self.accesses.items() if not access.is_written]
+        if not self._compiles(self._twin, inputs):
+            # Numba does not say which array: see which of them, alone read-only, keeps the twin from compiling.
+            found = [name for name in inputs if not self._compiles(_njit(self._twin.py_func), [name])]
+            names = ", ".join(f"'{name}'" for name in found or inputs)
+            raise AccessError(f"{self.name} wrote {'' if found else 'one of '}{names}, declared In")
         self._twin.disable_compile()
         self.function = self._twin
         return bool(self._twin.stats.cache_hits)
+
+    def _compiles(self, dispatcher, read_only: list[str]) -> bool:
+        """Compile for the declared types, with these tiles read-only and no others; return False if it writes one of them."""
+        scalars = {int: types.int64, float: types.float64}
+        arguments = [
+            scalars.get(declared) or declared.numba_type.copy(readonly=name in read_only) for name, declared in self.parameters.items()
+        ]
+        try:
+            dispatcher.compile(types.void(*arguments))
+        except NumbaError as error:
+            if "Cannot modify readonly array" not in str(error):
+                raise
+            return False
+        return True
 
     def sizes(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
         """Return the size that each dimension name stands for, given the shape of each tile.
@@ -235,16 +248,42 @@ class Kernel:
     def flops(self, sizes: dict[str, int], constants: dict[str, float]) -> int:
         """Return the floating-point operations of one call; one per written element for a kernel that does not say."""
         if self._flops:
-            known = {**sizes, **constants}
-            return int(self._flops(*(known[name] for name in self._flops_names)))
-        written = [access.dims for access in self.accesses.values() if access.is_written]
-        return sum(int(np.prod([d if isinstance(d, int) else sizes[d] for d in dims])) for dims in written)
+            return self._flops({**sizes, **constants})
+        return sum(_elements(access, sizes) for access in self.accesses.values() if access.is_written)
+
+    def bytes(self, sizes: dict[str, int], constants: dict[str, float]) -> int:
+        """Return the bytes that one call moves; for a kernel that does not say, each tile once for reading and once for writing."""
+        if self._bytes:
+            return self._bytes({**sizes, **constants})
+        return sum(_elements(a, sizes) * a.dtype.itemsize * (a.is_read + a.is_written) for a in self.accesses.values())
+
+    def _formula(self, what: str, formula: Callable | None) -> Callable[[dict[str, float]], int] | None:
+        """Return the formula as a function of all sizes and constants. Raises TypeError for a name that the kernel does not have."""
+        if formula is None:
+            return None
+        names = tuple(inspect.signature(formula).parameters)
+        known = {str(d): None for access in self.accesses.values() for d in access.dims if isinstance(d, str)}
+        known |= {name: None for name in self.parameters if name not in self.accesses}
+        for name in names:
+            if name not in known:
+                raise TypeError(f"{self.name}: {what} asks for '{name}'; the kernel has {', '.join(known)}")
+        return lambda values: int(formula(*(values[name] for name in names)))
 
 
-def kernel(body: Callable | None = None, *, flops: Callable | None = None, tags: Iterable[str] = ()):
-    """Decorate the NumPy body of a kernel. `flops` takes dimension names and constants and returns the operations of a call."""
+def _elements(access: Access, sizes: dict[str, int]) -> int:
+    return math.prod(d if isinstance(d, int) else sizes[d] for d in access.dims)
+
+
+def kernel(
+    body: Callable | None = None, *, flops: Callable | None = None, bytes: Callable | None = None, tags: Iterable[str] = ()
+) -> Kernel | Callable[[Callable], Kernel]:
+    """Decorate the NumPy body of a kernel.
+
+    `flops` and `bytes` take dimension names and constants and return the operations of a call and the bytes that it moves. `bytes` is for
+    kernels that touch only some elements of a tile: the declaration counts whole tiles.
+    """
     if body is None:
-        return lambda body: Kernel(body, flops, tags)
+        return lambda body: Kernel(body, flops, bytes, tags)
     return Kernel(body)
 
 
@@ -262,29 +301,95 @@ def _find_kernel(module: str, name: str) -> Kernel:
     return getattr(__import__(module, fromlist=[name]), name)
 
 
-def _stamp_cache_with_helpers(dispatcher) -> None:
-    """Make numba's disk cache of a twin stale when anything that the twin is compiled from changes: a helper in any file, a global number.
+class _Cache(FunctionCache):
+    """Numba's cache of one twin on disk, where trouble costs the time of compiling, and not the run; and which knows the twin's helpers.
 
-    Numba stamps a cached function with its own file's time and size alone (numba documents the limitation), so an edit of a helper in
-    another file would go on running the old machine code: wrong numbers without a word. The stamp is a private attribute of numba's.
+    Numba stamps a cached function with its own file alone (numba documents the limitation), so an edit of a helper in another file would go
+    on running the old machine code: wrong numbers without a word. The stamp is a private attribute of numba's.
     """
-    cache_file = getattr(dispatcher._cache, "_cache_file", None)
-    if cache_file is None:  # not cached
-        return
-    stamp, seen, pending = [sys.version], set(), [dispatcher.py_func]
-    while pending:
-        function = pending.pop()
-        if function in seen:
-            continue
-        seen.add(function)
+
+    def __init__(self, twin: Callable):
+        super().__init__(twin)
+        self._cache_file._source_stamp = _stamp(twin)
+
+    def load_overload(self, *args):
+        try:
+            return super().load_overload(*args)
+        except OSError:  # saving will meet it again, and say so
+            return None
+        except Exception:  # damaged bytes make unpickling raise anything
+            self._forget()
+            _warn_once(self.cache_path, "damaged compiled kernels in numba's cache; compiling anew and replacing them, nothing needs doing")
+            return None
+
+    def save_overload(self, *args) -> None:
+        try:
+            super().save_overload(*args)
+        except Exception as error:
+            self._forget()  # numba writes the index first: left alone, a new one could go with old machine code
+            reason = getattr(error, "strerror", None) or type(error).__name__
+            _warn_once(
+                self.cache_path,
+                f"cannot keep compiled kernels in numba's cache ({reason}), so every run compiles them anew; free space there, or set "
+                "NUMBA_CACHE_DIR to another folder",
+            )
+
+    def _forget(self) -> None:
+        with contextlib.suppress(OSError):
+            os.unlink(self._cache_file._index_path)
+
+
+def _open_cache(twin: Callable) -> FunctionCache | NullCache:
+    """Return the twin's cache on disk; one that keeps nothing where there is no place for it."""
+    try:
+        return _Cache(twin)
+    except (OSError, RuntimeError):
+        file = twin.__code__.co_filename
+        if os.path.exists(file):  # at the prompt there is no file to cache beside, and nothing wrong
+            _warn_once(
+                file,
+                "numba's cache cannot keep compiled kernels, so every run compiles them anew: neither __pycache__ beside this file nor "
+                "your cache folder can be written; set NUMBA_CACHE_DIR to a folder that can",
+            )
+        return NullCache()
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(path: str, text: str) -> None:
+    """Warn in one line, for the first of many kernels. Python's own filter forgets what it showed whenever numba compiles."""
+    if text not in _warned:
+        warnings.warn_explicit(text, RuntimeWarning, path, 0)
+        _warned.add(text)
+
+
+def _stamp(twin: Callable) -> tuple:
+    """Return what changes when anything changes that a twin is compiled from: a helper in any file, a global number."""
+    stamp = [sys.version]
+    for function in _functions_of(twin):
         stamp.append(_version_of(function))
         for name, value in _globals_of(function):
-            helper = getattr(value, "py_func", None) or getattr(value, "_defn", None)  # njit, intrinsic
-            if helper is not None:
-                pending.append(helper)
-            elif isinstance(value, (bool, int, float, complex, str, bytes, tuple, np.generic)):
+            if isinstance(value, (bool, int, float, complex, str, bytes, tuple, np.generic)):
                 stamp.append((name, repr(value)))
-    cache_file._source_stamp = tuple(stamp)
+    return tuple(stamp)
+
+
+def _uses_intrinsics(twin: Callable) -> bool:
+    return any(isinstance(value, type(dense)) for function in _functions_of(twin) for _, value in _globals_of(function))
+
+
+def _functions_of(twin: Callable) -> list[Callable]:
+    """Return the twin and the helpers that it calls, directly or not: njit, intrinsic; with NUMBA_DISABLE_JIT plain functions too."""
+    functions = [twin]
+    for function in functions:
+        for _, value in _globals_of(function):
+            helper = getattr(value, "py_func", None) or getattr(value, "_defn", None)  # njit, intrinsic
+            if helper is None and numba.config.DISABLE_JIT and inspect.isfunction(value):
+                helper = value
+            if helper is not None and helper not in functions:
+                functions.append(helper)
+    return functions
 
 
 def _version_of(function: Callable) -> tuple:
