@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from taskgpt.errors import UserError, did_you_mean
+from taskgpt.errors import UserError, did_you_mean, run_program
 from taskgpt.gpt2.datasets import DATASETS, VAL_TOKENS, Dataset, prepare, split_sections
 from taskgpt.gpt2.tokenizer import BYTE_VOCAB_SIZE, GPT2_VOCAB_SIZE, Tokenizer, byte_tokenizer, gpt2_tokenizer, read_tokenizer
 from taskgpt.gpt2.tokens import Loader, read_tokens
@@ -213,18 +213,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     prepare_parser.add_argument("--from", type=Path, metavar="FILE", dest="source", help="take this downloaded file, no network")
     commands.add_parser("list", help="show what is prepared, and where")
     chosen = parser.parse_args(arguments)
-    try:
-        if chosen.command == "list":
-            print(list_datasets())
-        else:
-            prepare(chosen.name, chosen.folder, chosen.source)
-    except UserError as error:
-        print(f"taskgpt.data: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("taskgpt.data: interrupted; what is downloaded stays, the same command goes on from there", file=sys.stderr)
-        return 130
-    return 0
+
+    def run() -> int:
+        try:
+            if chosen.command == "list":
+                print(list_datasets())
+            else:
+                prepare(chosen.name, chosen.folder, chosen.source)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("interrupted; what is downloaded stays, the same command goes on from there") from None
+        return 0
+
+    return run_program("taskgpt.data", run)
 
 
 if __name__ == "__main__":

@@ -143,3 +143,12 @@ def test_a_disk_that_fills_up_leaves_no_half_file_and_keeps_the_old_one(parity_m
         checkpoint.save(path, parity_model)
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["model.bin"]
+
+
+def test_only_a_checkpoint_is_overwritten(parity_model, parity_folder, tmp_path):
+    """A text or the training data in --save's place is refused; an earlier checkpoint is not."""
+    (tmp_path / "notes.txt").write_text("not a checkpoint")
+    (tmp_path / "model.bin").write_bytes((parity_folder / "model.bin").read_bytes())
+    checkpoint.verify_can_save(tmp_path / "model.bin", parity_model)
+    with pytest.raises(UserError, match="is no checkpoint; name another file"):
+        checkpoint.verify_can_save(tmp_path / "notes.txt", parity_model)

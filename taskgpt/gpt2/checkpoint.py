@@ -82,6 +82,8 @@ def verify_can_save(path: str | Path, m: GPT2) -> None:
         if not path.parent.is_dir():
             raise UserError(f"{path}: there is no folder {path.parent}; make it first")
         target = write_target(path)
+        if target.exists() and np.fromfile(target, "<i4", 1).tolist() != [MAGIC]:
+            raise UserError(f"{path}: is there already and is no checkpoint; name another file")
         probe = target.with_name(f".{target.name}.probe")
         probe.touch()
         probe.unlink()
