@@ -3,6 +3,7 @@
 taskgpt train --graph tiny                   # = python -m taskgpt.train
 taskgpt data prepare tinyshakespeare         # = python -m taskgpt.data
 taskgpt bench step --graphs tiny             # = python -m taskgpt.bench
+taskgpt show graph --graph tiny              # = python -m taskgpt.show
 taskgpt sizes                                # models, parameters, memory
 taskgpt sizes --set model.layers=6 --set model.channels=384 gpt2-124m
 """
