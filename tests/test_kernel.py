@@ -9,6 +9,8 @@ import pickle
 import subprocess
 import sys
 import textwrap
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numba
@@ -675,3 +677,28 @@ def test_compile_kernels_reports_each():
     assert (done, total, reported, type(seconds), type(was_cached)) == (1, 1, fill, float, bool)
     assert fill.is_compiled and matmul_forward.is_compiled
     compile_kernels([fill], lambda *report: pytest.fail("compiled twice"))
+
+
+def test_threads_may_meet_an_uncompiled_twin_together():
+    """The first calls of a kernel come from several threads at once: it is compiled once, and all of them run."""
+
+    @kernel
+    def double(out: Out[R], inp: In[R]):
+        np.multiply(inp, 2, out=out)
+
+    @double.compiled
+    def _(out, inp):
+        for r in range(out.shape[0]):
+            out[r] = inp[r] * np.float32(2)
+
+    together = threading.Barrier(4)
+    inp, outputs = np.arange(5, dtype=np.float32), np.zeros((4, 5), np.float32)
+
+    def first_call(out):
+        together.wait()
+        double(out, inp)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(first_call, outputs))
+    assert (outputs == 2 * inp).all()
+    assert len(double._twin.signatures) == 1

@@ -21,6 +21,7 @@ import math
 import os
 import pickle
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -191,12 +192,14 @@ class Kernel:
         return self.function != self._compile_and_run
 
     def compile(self) -> bool:
-        """Compile the twin, or load it from the cache; return True if it came from the cache.
+        """Compile the twin, or load it from the cache; return True if it came from the cache. Threads may call it together.
 
         Raises AccessError if the twin writes a tile that is declared In.
         """
-        if self._twin is None:
-            return False
+        with _compiling:
+            return False if self.is_compiled else self._compile()
+
+    def _compile(self) -> bool:
         if inspect.isfunction(self._twin):  # NUMBA_DISABLE_JIT
             self.function = self.body if _uses_intrinsics(self._twin) else self._twin
             return False
@@ -295,6 +298,9 @@ def compile_kernels(kernels: Iterable[Kernel], report: Callable[[int, int, Kerne
         was_cached = each.compile()
         if report:
             report(done, len(pending), each, time.perf_counter() - start, was_cached)
+
+
+_compiling = threading.RLock()
 
 
 def _find_kernel(module: str, name: str) -> Kernel:
