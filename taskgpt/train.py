@@ -182,7 +182,7 @@ def configure(flags: argparse.Namespace) -> tuple[GraphConfig, SchedulerConfig]:
 
 def verify_memory(config: GraphConfig) -> None:
     """Raise UserError if the machine has not enough memory for the model: better than being killed in the first step."""
-    needed, free = GPT2.bytes_needed(config.model, config.batch, config.tiles), psutil.virtual_memory().available
+    needed, free = GPT2.bytes_needed(config.model, config.batch, config.tiles), machine.free_memory_bytes()
     if needed > free:
         raise UserError(
             f"{config.name}: training needs {needed / 2**30:.1f} GiB for parameters, gradients, moments and activations, this machine has "

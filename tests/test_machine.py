@@ -36,3 +36,14 @@ def test_describe_says_what_a_measurement_needs():
     assert {"processor", "cores", "memory", "blas"} <= described.keys()
     assert described["cores"] == str(machine.usable_cores())
     assert all(described.values())
+
+
+def test_a_containers_limit_counts_as_free_memory(tmp_path):
+    """The smaller of the machine's free memory and what the container may still take; no limit, no difference."""
+    machine_free = machine.free_memory_bytes(tmp_path / "none")
+    assert machine_free > 1 << 20
+    (tmp_path / "memory.current").write_text("1000\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert machine.free_memory_bytes(tmp_path) > 1 << 20
+    (tmp_path / "memory.max").write_text("5000\n")
+    assert machine.free_memory_bytes(tmp_path) == 4000

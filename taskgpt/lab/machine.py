@@ -1,17 +1,18 @@
 """What this machine can do, measured: the limits that speeds are stated against."""
 
-import os
 import platform
 import statistics
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numba
 import numpy as np
 import psutil
 import threadpoolctl
 
+from taskgpt.schedulers._prepare import usable_cores
 from taskgpt.tasks import In, Out, dims, kernel
 from taskgpt.tasks.blas import gemm
 
@@ -41,11 +42,6 @@ def sgemm_gflops(threads: int, M: int = 256, N: int = 768, K: int = 3072, second
     return threads * 2 * M * N * K / statistics.median(rounds) / 1e9
 
 
-def usable_cores() -> int:
-    """Return the number of cores that this process may use: under taskset or SLURM not all of the machine's."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _timed_together(calls: list[Callable[[], None]], seconds: float) -> list[float]:
     """Run each call on a thread of its own, round after round for about `seconds`; return the seconds of each round."""
     rounds: list[float] = []
@@ -68,6 +64,16 @@ def _timed_together(calls: list[Callable[[], None]], seconds: float) -> list[flo
 def _repeat(call: Callable[[], None], times: int) -> None:
     for _ in range(times):
         call()
+
+
+def free_memory_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return the memory that may still be taken: the machine's, or less where a container's limit (cgroup v2) ends before."""
+    free = psutil.virtual_memory().available
+    try:
+        limit, used = ((cgroup / name).read_text().strip() for name in ("memory.max", "memory.current"))
+    except OSError:
+        return free
+    return free if limit == "max" else min(free, max(0, int(limit) - int(used)))
 
 
 def describe() -> dict[str, str]:

@@ -13,11 +13,14 @@ from taskgpt.tasks import Graph
 Plan = TypeVar("Plan")
 
 
-def worker_count(setting: int) -> int:
-    """Return the setting, or for 0 the number of cores that this process may use: under taskset or SLURM not all of the machine's."""
-    if setting:
-        return setting
+def usable_cores() -> int:
+    """Return the number of cores that this process may use: not all of the machine under taskset, SLURM or a container."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def worker_count(setting: int) -> int:
+    """Return the setting, or for 0 the number of usable cores."""
+    return setting or usable_cores()
 
 
 def one_blas_thread() -> threadpool_limits:
