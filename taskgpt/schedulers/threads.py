@@ -4,7 +4,7 @@ Dask orders the graph anew in every step and wakes its main thread between any t
 """
 
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -31,6 +31,7 @@ class Scheduler:
         self.settings = settings
         self.workers = worker_count(settings.workers)
         self._dask_graph = OncePerGraph(self._translate)
+        self._coordinator = ThreadPoolExecutor(1, "taskgpt-coordinator")
         self._pool = ThreadPoolExecutor(self.workers, "taskgpt-threads")
 
     def __enter__(self) -> Self:
@@ -38,6 +39,7 @@ class Scheduler:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._coordinator.shutdown()
         self._pool.shutdown()
         self._blas.restore_original_limits()
 
@@ -47,11 +49,15 @@ class Scheduler:
 
     def run(self, graph: Graph) -> None:
         tasks, last = self._dask_graph(graph)
+        # Not in this thread, which is the one that Ctrl-C interrupts: Dask's loop makes garbage, and Python loses an interrupt that meets
+        # the collector calling a weak reference back. This thread only waits.
+        done = self._coordinator.submit(dask.threaded.get, tasks, last, pool=self._pool)
         try:
-            dask.threaded.get(tasks, last, pool=self._pool)
+            done.result()
         except BaseException:
             # Dask raises at once, its other tasks still running on our tensors: wait for them, then start with a fresh pool.
             self._pool.shutdown(cancel_futures=True)
+            wait([done])
             self._pool = ThreadPoolExecutor(self.workers, "taskgpt-threads")
             raise
 
