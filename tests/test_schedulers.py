@@ -134,12 +134,18 @@ class TestContract:
         a = k.arena(scheduler.needs_shared_memory)
         graph = k.naps(a, milliseconds=30, length=k.TASKS // 2)
         gc.collect()  # what earlier tests left: Python loses an interrupt that meets the collector calling a weak reference back
-        timer = threading.Timer(0.25, os.kill, (os.getpid(), signal.SIGINT))
-        timer.start()
+
+        def interrupt_when_running():
+            while not a.log.array[:, k.RUNS].any():
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGINT)
+
+        interrupter = threading.Thread(target=interrupt_when_running)
+        interrupter.start()
         with pytest.raises(KeyboardInterrupt):
             scheduler.run(graph)
         assert_stopped(a, most=100)
-        timer.join()
+        interrupter.join()
         self.test_order(scheduler, seed=7)
 
     def test_commutative(self, scheduler):
