@@ -117,21 +117,24 @@ def linear_forward(spawn: Spawn, m: GPT2, l: int, start: int, stop: int, out: Te
 
 def attend(spawn: Spawn, m: GPT2, l: int, start: int, stop: int) -> None:
     """One task per sequence and group of heads."""
-    a, T, C = m.a, m.batch.seq_len, m.model.channels
+    a, T = m.a, m.batch.seq_len
     for r in blocks(start, stop, T):
         seen = slice(r.start // T * T, r.stop)  # keys and values from the beginning of the sequence
-        for h, columns in head_groups(m):
-            q, k, v = (slice(columns.start + part * C, columns.stop + part * C) for part in range(3))
+        for h, columns, (q, k, v) in head_groups(m):
             spawn(
                 attention_forward, a.atty[l, r, columns], a.att_max[l, r, h], a.att_rsum[l, r, h],
                 a.qkv[l, r, q], a.qkv[l, seen, k], a.qkv[l, seen, v], m.model.head_size,
             )  # fmt: skip
 
 
-def head_groups(m: GPT2) -> list[tuple[slice, slice]]:
-    """Return (heads, their columns) of each attention task."""
-    size = m.model.head_size
-    return [(h, slice(h.start * size, h.stop * size)) for h in blocks(0, m.model.heads, m.tiles.heads)]
+def head_groups(m: GPT2) -> list[tuple[slice, slice, list[slice]]]:
+    """Return (heads, their columns in atty, their columns of Q, K and V in qkv) of each attention task."""
+    size, C = m.model.head_size, m.model.channels
+    groups = []
+    for h in blocks(0, m.model.heads, m.tiles.heads):
+        start, stop = h.start * size, h.stop * size
+        groups.append((h, slice(start, stop), [slice(start + part * C, stop + part * C) for part in range(3)]))
+    return groups
 
 
 def head_forward(spawn: Spawn, m: GPT2, start: int, stop: int) -> None:
@@ -253,10 +256,9 @@ def norm_backward(spawn: Spawn, m: GPT2, l: int, layer: str, dinp: Tile, dresidu
 
 
 def attend_backward(spawn: Spawn, m: GPT2, l: int, dqkv: Tile, datty: Tile) -> None:
-    a, C = m.a, m.model.channels
+    a = m.a
     for r in blocks(0, m.batch.rows, m.batch.seq_len):
-        for h, columns in head_groups(m):
-            q, k, v = (slice(columns.start + part * C, columns.stop + part * C) for part in range(3))
+        for h, columns, (q, k, v) in head_groups(m):
             spawn(
                 attention_backward, dqkv[r, q], dqkv[r, k], dqkv[r, v], datty[r, columns], a.atty[l, r, columns],
                 a.qkv[l, r, q], a.qkv[l, r, k], a.qkv[l, r, v], a.att_max[l, r, h], a.att_rsum[l, r, h], m.model.head_size,

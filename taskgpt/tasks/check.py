@@ -59,9 +59,6 @@ class CheckedCall(Call):
             box.verify(self.kernel, name)
         return list(boxes.values())
 
-    def __reduce__(self):
-        return CheckedCall, (self.kernel, self.args)
-
 
 class _Box:
     """A private copy of a tile with a border around it."""

@@ -47,7 +47,7 @@ class Call:
         return self.kernel.flops(sizes, constants), self.kernel.bytes(sizes, constants)
 
     def __reduce__(self):
-        return Call, (self.kernel, self.args)
+        return type(self), (self.kernel, self.args)
 
     def tiles(self) -> Iterator[tuple[str, "Tile"]]:
         """Yield (parameter, tile)."""
