@@ -16,6 +16,7 @@ from taskgpt.tasks import (
     In,
     InOut,
     Out,
+    Scratch,
     TaskError,
     Tensor,
     TensorSpec,
@@ -126,6 +127,30 @@ def write_read_only(out: InOut[R, C], inp: In[R, C]):
 @write_read_only.compiled
 def write_read_only(out, inp):
     inp.flat[0] = 7
+
+
+@kernel
+def remember(out: Out[R], inp: In[R], work: Scratch[R]):
+    """Wrong: uses what an earlier call may have left."""
+    work += inp
+    out[:] = work
+
+
+@kernel
+def spill(out: Out[R], work: Scratch[R]):
+    out[:] = 1
+
+
+@spill.compiled
+def spill(out, work):
+    out[:] = 1
+    work[out.shape[0]] = 1
+
+
+@kernel
+def borrow(out: Out[R], inp: In[R], work: Scratch[R]):
+    work[:] = inp
+    out[:] = work
 
 
 def tensor(*shape: int, name: str = "x", dtype: type = np.float32) -> Tensor:
@@ -241,6 +266,26 @@ def test_a_read_outside_of_a_tile():
     """What lies around an In tile is NaN as well, so a read beyond its edge shows in the result."""
     message = checked_error(read_at, tensor(1, name="y")[:], tensor(9, 9)[3:6, 2:6], 3)
     assert message == "read_at left 1 of 1 elements of 'out' unwritten or NaN, declared Out"
+
+
+def test_scratch_that_is_read_first():
+    """Scratch starts as NaN: a kernel that relies on what was there shows NaN, and not only in some order of tasks."""
+    message = checked_error(remember, tensor(3)[:], tensor(3, name="y")[:])
+    assert message == "remember left 3 of 3 elements of 'out' unwritten or NaN, declared Out"
+
+
+def test_a_write_outside_of_scratch():
+    """What lies behind a kernel's scratch is another array of it, or the end of the buffer."""
+    assert checked_error(spill, tensor(3)[:]) == "spill wrote outside its scratch 'work' of shape (3,)"
+
+
+def test_scratch_used_well():
+    """Nothing to report, and the result is there."""
+    x, y, graph = tensor(3), tensor(3, name="y"), Graph()
+    graph.spawn(borrow, x[:], y[:])
+    y.array += 1
+    check(graph).tasks[0].run()
+    assert x.array.tolist() == [1, 2, 3]
 
 
 def test_integer_tiles():

@@ -26,6 +26,7 @@ from taskgpt.tasks import (
     In,
     InOut,
     Out,
+    Scratch,
     ShapeError,
     Tensor,
     compile_kernels,
@@ -36,6 +37,7 @@ from taskgpt.tasks import (
 )
 from taskgpt.tasks.blas import gemm
 from taskgpt.tasks.kernel import _warned
+from taskgpt.tasks.scratch import scratch_arrays, scratch_layout
 
 R, C, OC, M, N, K, S, D = dims("R C OC M N K S D")
 
@@ -107,14 +109,14 @@ def test_is_the_function_that_it_decorates():
 
 @pytest.mark.parametrize("annotation", [inspect.Parameter.empty, In, np.ndarray, "a tile", str, None])
 def test_every_parameter_declares_its_use(annotation):
-    """A parameter without In, Out, InOut, Commutative, int or float is refused where the kernel is defined, by name."""
+    """A parameter without In, Out, InOut, Commutative, Scratch, int or float is refused where the kernel is defined, by name."""
 
     def careless(out: Out[R], inp):
         pass
 
     if annotation is not inspect.Parameter.empty:
         careless.__annotations__["inp"] = annotation if annotation != "a tile" else "str"
-    with pytest.raises(TypeError, match="careless: parameter 'inp' needs In, Out, InOut, Commutative, int or float"):
+    with pytest.raises(TypeError, match="careless: parameter 'inp' needs In, Out, InOut, Commutative, Scratch, int or float"):
         kernel(careless)
 
 
@@ -197,6 +199,85 @@ def test_a_task_takes_tiles_and_all_of_its_arguments():
         Graph().spawn(matmul_forward, out, inp, tensor(5, 3), tensor(5)[:])
     with pytest.raises(TypeError, match=r"matmul_forward: 'bias' wants a tile, tensor\[index\], got"):
         Graph().spawn(matmul_forward, out, inp, tensor(5, 3)[:], np.zeros(5, np.float32))
+
+
+# --- scratch
+
+
+@kernel(flops=lambda R, C: R * C)
+def sum_of_rows(out: Out[R], inp: In[R, C], copy: Scratch[R, C], first: Scratch[3, np.int32]):
+    """out = the sum of each row."""
+    out[:] = inp.sum(axis=1)
+
+
+@sum_of_rows.compiled
+def sum_of_rows(out, inp, copy, first):
+    copy[:] = inp
+    first[:] = 7
+    for r in range(out.shape[0]):
+        out[r] = 0
+        for c in range(inp.shape[1]):
+            out[r] += copy[r, c]
+
+
+def test_scratch_is_no_argument():
+    """It is declared like a tile, but nobody passes it, and it is no access: it makes no edges and costs no bytes."""
+    out, inp = tensor(2), tensor(2, 3)
+    inp.array[:] = [[1, 2, 3], [4, 5, 6]]
+    task = Graph().spawn(sum_of_rows, out[:], inp[:])
+    [call] = task.calls
+    assert list(sum_of_rows.parameters) == list(sum_of_rows.accesses) == ["out", "inp"]
+    assert list(sum_of_rows.scratch) == ["copy", "first"]
+    assert call.scratch_shapes == (((2, 3), np.dtype(np.float32)), ((3,), np.dtype(np.int32)))
+    assert (len(call.args), task.bytes) == (2, 4 * (2 + 6))
+    assert str(task) == "0 sum_of_rows out(t[:]) in(t[:, :])"
+    task.run()
+    assert out.array.tolist() == [6, 15]
+    sum_of_rows(out.array, 2 * inp.array)  # called with arrays, it brings its scratch along
+    assert out.array.tolist() == [12, 30]
+
+
+def test_scratch_comes_last_and_has_sizes_that_tiles_have():
+    """A slip shows where the kernel is defined."""
+    with pytest.raises(TypeError, match="early: parameter 'inp' stands after Scratch, which comes last"):
+
+        @kernel
+        def early(out: Out[R], work: Scratch[R], inp: In[R]):
+            pass
+
+    with pytest.raises(TypeError, match="unsized: scratch 'work' asks for 'C', which no tile has"):
+
+        @kernel
+        def unsized(out: Out[R], work: Scratch[R, C]):
+            pass
+
+    with pytest.raises(TypeError, match=r"sum_of_rows: the compiled twin must take \['out', 'inp', 'copy', 'first'\]"):
+        sum_of_rows.compiled(lambda out, inp: None)
+
+
+def test_scratch_lies_in_one_aligned_buffer():
+    """Arrays begin at multiples of 64 bytes; the next call of the thread gets the same memory, another thread another."""
+    f, i = np.dtype(np.float32), np.dtype(np.int32)
+    shapes = ((2, 3), f), ((17,), i), ((1,), f)
+    assert scratch_layout(shapes) == ((0, 64, 192), 256)
+    assert scratch_layout(()) == ((), 0)
+    arrays = scratch_arrays(shapes)
+    assert [(a.shape, a.dtype) for a in arrays] == list(shapes)
+    first = arrays[0].ctypes.data
+    assert first % 64 == 0 and [a.ctypes.data - first for a in arrays] == [0, 64, 192]
+    assert scratch_arrays(shapes)[1].ctypes.data == first + 64
+    assert scratch_arrays((((1,), f),))[0].ctypes.data == first
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(lambda: scratch_arrays(shapes)[0].ctypes.data).result() != first
+
+
+def test_scratch_grows():
+    """A greedier call gets a larger buffer, and the arrays of earlier calls move there."""
+    f = np.dtype(np.float32)
+    scratch_arrays((((1,), f),))
+    [large] = scratch_arrays((((1 << 16,), f),))
+    large[:] = 1
+    assert scratch_arrays((((1,), f),))[0].ctypes.data == large.ctypes.data
 
 
 # --- costs

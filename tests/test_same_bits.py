@@ -4,10 +4,14 @@ import json
 
 import pytest
 
+from taskgpt.schedulers._ready import POLICIES
 from taskgpt.train import main
 
 CASES = [
     ("sequential", None, ()),
+    *[("native", n, ()) for n in (1, 2, 3, 4)],
+    *[("native", 1 + n, (f"policy={policy}", f"work_stealing={str(n % 2 == 0).lower()}")) for n, policy in enumerate(POLICIES)],
+    ("native", 3, ("immediate_successor=false", "idle=idle")),
     *[("loops", n, ()) for n in (1, 2, 3)],
     ("loops-dynamic", 3, ()),
     ("loops-llmc", 2, ()),

@@ -33,6 +33,15 @@ VARIANTS = {
     "loops, 3 workers": ("loops", {"workers": 3}),
     "loops, dynamic chunks": ("loops-dynamic", {"workers": 3, "chunk_size": 2}),
     "loops, some kernels": ("loops", {"workers": 2, "coverage": "covered"}),
+    "native, 1 worker": ("native", {"workers": 1}),
+    "native, 2 workers": ("native", {"workers": 2}),
+    "native, 4 workers, a queue each": ("native", {"workers": 4, "work_stealing": True}),
+    "native, newest first": ("native", {"workers": 3, "policy": "newest_first", "immediate_successor": False}),
+    "native, longest path first": ("native", {"workers": 3, "policy": "longest_path_first", "record": 1000}),
+    "native, same core first": ("native", {"workers": 3, "policy": "same_core_first"}),
+    "native, same core first, a queue each": ("native", {"workers": 3, "policy": "same_core_first", "work_stealing": True}),
+    "native, idle": ("native", {"workers": 2, "idle": "idle", "binding": "cores"}),
+    "native, busy": ("native", {"workers": 2, "idle": "busy"}),
     "threads, 1 worker": ("threads", {"workers": 1, "coarsen": 0}),
     "threads, 2 workers": ("threads", {"workers": 2, "coarsen": 0}),
     "threads, 3 workers": ("threads", {"workers": 3, "coarsen": 0}),
@@ -41,7 +50,7 @@ VARIANTS = {
     "local-cluster, 1 process": ("local-cluster-processes", {"workers": 1, "coarsen": 12, "dashboard": -1}),
     "local-cluster, 2 processes": ("local-cluster-processes", {"workers": 2, "coarsen": 0, "dashboard": -1}),
 }
-NAMES = ["sequential", "loops", "threads", "local-cluster", "local-cluster-processes"]
+NAMES = ["native", "sequential", "loops", "threads", "local-cluster", "local-cluster-processes"]
 
 
 def opened(name: str, **overrides: object) -> Scheduler:
@@ -95,6 +104,35 @@ class TestContract:
             scheduler.run(graphs[seed])
             k.random_program(run_now, expected, seed, length=10 + seed)
         assert a.x.array.tobytes() == expected.x.array.tobytes()
+
+    def test_run_each(self, scheduler):
+        """Graphs that may overlap give the results of running in turn; the next is asked for one ahead at most, and they come in order."""
+        a, expected = k.arena(scheduler.needs_shared_memory), k.arena(is_shared=False)
+        graphs = [k.random_graph(a, seed, length=20 + seed) for seed in range(3)]
+        order = (0, 1, 0, 1, 2, 2, 2, 0, 1, 0)
+        asked = []
+
+        def ask():
+            for seed in order:
+                asked.append(seed)
+                yield graphs[seed]
+
+        for done, (seed, graph) in enumerate(zip(order, scheduler.run_each(ask()), strict=True), start=1):
+            assert graph is graphs[seed]
+            assert done <= len(asked) <= done + 1
+            k.random_program(run_now, expected, seed, length=20 + seed)
+        assert a.x.array.tobytes() == expected.x.array.tobytes()
+
+    def test_run_each_abandoned(self, scheduler):
+        """An iterator that is closed early leaves nothing running, and the next run is fresh."""
+        a = k.arena(scheduler.needs_shared_memory)
+        graph = k.naps(a, milliseconds=1, length=20)
+        runs = scheduler.run_each([graph] * 5)
+        next(runs)
+        runs.close()
+        assert_stopped(a, most=len(graph.tasks))
+        assert (a.log.array[:, k.RUNS] <= 2).all()
+        self.test_order(scheduler, seed=8)
 
     def test_growing_graph(self, scheduler):
         """A graph that was recorded further after it ran is run whole."""

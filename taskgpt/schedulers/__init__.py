@@ -1,16 +1,19 @@
 """Room 2: ways to run a graph. One file per value of `--scheduler`; a new scheduler is a new file here and its TOML in scheduler_configs/.
 
+    native.py          compiled workers without the GIL, with policies; runs overlap. The default
     sequential.py      program order, in the calling thread
     loops.py           fork-join: parallel loops with a barrier after each, what OpenMP does to llm.c
     threads.py         dask.threaded, on threads of this process
     local_cluster.py   dask.distributed on this machine, with its dashboard: worker threads or worker processes
-    _prepare.py        what they share: the number of workers, and plans that are made once per graph
+    _prepare.py        what they share: the number of workers, plans that are made once per graph, runs in turn
+    _plan.py _ready.py _worker.py _pointers.py    of native: a graph as flat arrays, policies and queues, the workers' loop, atomics
 
 A scheduler may change the time that a graph takes, and nothing else. Each is a module with a frozen dataclass `Settings`, whose fields are
 the keys of its TOML file, and a class `Scheduler(settings)` that keeps the contract below; tests/test_schedulers.py checks it.
 """
 
 import importlib
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol, Self
 
 from taskgpt.tasks import Graph
@@ -39,6 +42,13 @@ class Scheduler(Protocol):
         Called again for every step: what can be prepared once per graph, is. The first exception ends the run: no further task starts,
         those that run are waited for, then it is raised: TaskError, which names the task, WorkerError, or KeyboardInterrupt. The next
         run starts afresh.
+        """
+
+    def run_each(self, graphs: Iterable[Graph]) -> Iterator[Graph]:
+        """Run graphs one after another, with the same results as `run` for each; yield each when it is done.
+
+        A scheduler may begin the next graph while one is under way, as far as dependencies allow, never the one after that: the next graph
+        is asked for before the one under way is yielded. Closed early, the iterator abandons what is under way, as an exception does.
         """
 
 

@@ -1,8 +1,8 @@
-"""What schedulers share: the number of workers, BLAS on one thread, and plans that are made once per graph."""
+"""What schedulers share: the number of workers, BLAS on one thread, runs in turn, and plans that are made once per graph."""
 
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar
 
 import scipy.linalg  # noqa: F401  brings SciPy's BLAS, so that it is there to be limited; numba or a kernel would load it later
@@ -26,6 +26,15 @@ def worker_count(setting: int) -> int:
 def one_blas_thread() -> threadpool_limits:
     """Let BLAS use one thread, as the tasks are what runs in parallel; return the context manager that undoes it."""
     return threadpool_limits(1)
+
+
+class InTurn:
+    """`run_each` for schedulers that run one graph at a time."""
+
+    def run_each(self, graphs: Iterable[Graph]) -> Iterator[Graph]:
+        for graph in graphs:
+            self.run(graph)
+            yield graph
 
 
 class OncePerGraph(Generic[Plan]):

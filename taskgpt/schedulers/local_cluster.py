@@ -24,7 +24,7 @@ from distributed.gc import disable_gc_diagnosis
 
 from taskgpt.errors import UserError
 from taskgpt.schedulers import WorkerError
-from taskgpt.schedulers._prepare import OncePerGraph, one_blas_thread, worker_count
+from taskgpt.schedulers._prepare import InTurn, OncePerGraph, one_blas_thread, worker_count
 from taskgpt.tasks import Graph, coarsen, compile_kernels
 
 _CONFIG = {
@@ -48,7 +48,7 @@ class Settings:
     dashboard: int = field(metadata={"at_least": -1})
 
 
-class Scheduler:
+class Scheduler(InTurn):
     """A cluster on 127.0.0.1, for as long as the `with` block lasts."""
 
     def __init__(self, settings: Settings):

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Self
 
-from taskgpt.schedulers._prepare import OncePerGraph, one_blas_thread, worker_count
+from taskgpt.schedulers._prepare import InTurn, OncePerGraph, one_blas_thread, worker_count
 from taskgpt.tasks import Graph, Task
 
 
@@ -32,7 +32,7 @@ class Settings:
     coverage: str
 
 
-class Scheduler:
+class Scheduler(InTurn):
     """Runs loops on a fixed team: the calling thread and workers - 1 helpers, who sleep between loops.
 
     A fork and its barrier cost 12 to 45 us with one helper on a 2-core machine: two threads woken up, each with the GIL. threading.Barrier

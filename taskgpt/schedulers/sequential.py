@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Self
 
-from taskgpt.schedulers._prepare import one_blas_thread
+from taskgpt.schedulers._prepare import InTurn, one_blas_thread
 from taskgpt.tasks import Graph
 
 
@@ -18,7 +18,7 @@ class Settings:
             raise ValueError(f"sequential has one worker, got --workers {self.workers}; choose another scheduler for more, loops say")
 
 
-class Scheduler:
+class Scheduler(InTurn):
     """Runs the tasks one after another, as they were recorded."""
 
     workers = 1

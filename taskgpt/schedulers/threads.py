@@ -10,7 +10,7 @@ from typing import Self
 
 import dask.threaded
 
-from taskgpt.schedulers._prepare import OncePerGraph, one_blas_thread, worker_count
+from taskgpt.schedulers._prepare import InTurn, OncePerGraph, one_blas_thread, worker_count
 from taskgpt.tasks import Graph, coarsen
 
 
@@ -22,7 +22,7 @@ class Settings:
     coarsen: int = field(metadata={"at_least": 0})
 
 
-class Scheduler:
+class Scheduler(InTurn):
     """Hands the graph, coarsened, to dask.threaded.get."""
 
     needs_shared_memory = False

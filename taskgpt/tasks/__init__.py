@@ -1,9 +1,10 @@
 """Room 1: kernels, accesses, tiles and graphs. It has heard of neither transformers nor threads.
 
-kernel.py      @kernel with In / Out / InOut / Commutative; NumPy body and compiled twin
+kernel.py      @kernel with In / Out / InOut / Commutative / Scratch; NumPy body and compiled twin
 tensor.py      tensors cut into grids, tiles, arenas (also shared between processes)
 graph.py       spawn: calls become tasks with dependencies
 coarsen.py     fewer, larger tasks
+scratch.py     working memory of kernels
 check.py       the declaration, enforced
 blas.py        matrix products inside compiled kernels
 dask_graph.py  the graph as a Dask graph
@@ -12,7 +13,20 @@ dask_graph.py  the graph as a Dask graph
 from taskgpt.tasks.check import check
 from taskgpt.tasks.coarsen import coarsen
 from taskgpt.tasks.graph import Call, Graph, Section, Task, TaskError, run_now
-from taskgpt.tasks.kernel import AccessError, Commutative, In, InOut, Kernel, Out, ShapeError, compile_kernels, dense, dims, kernel
+from taskgpt.tasks.kernel import (
+    AccessError,
+    Commutative,
+    In,
+    InOut,
+    Kernel,
+    Out,
+    Scratch,
+    ShapeError,
+    compile_kernels,
+    dense,
+    dims,
+    kernel,
+)
 from taskgpt.tasks.tensor import Arena, GridError, Tensor, TensorSpec, Tile
 
 __all__ = [
@@ -26,6 +40,7 @@ __all__ = [
     "InOut",
     "Kernel",
     "Out",
+    "Scratch",
     "Section",
     "ShapeError",
     "Task",

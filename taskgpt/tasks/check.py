@@ -6,7 +6,7 @@ kernel and parameter:
 
     gelu_forward wrote 'inp', declared In
 
-A kernel that reads outside its tile, or an Out tile before writing it, meets NaN, which then shows in the results.
+A kernel that reads outside its tile, or an Out tile or its scratch before writing it, meets NaN, which then shows in the results.
 Costs a few copies of each tile.
 """
 
@@ -28,7 +28,7 @@ def check(graph: Graph) -> Graph:
     for task in graph.tasks:
         calls = tuple(CheckedCall(call.kernel, call.args) for call in task.calls)
         twin = Task(task.number, calls, task.section, task.predecessors, task.name)
-        twin.flops, twin.bytes, twin.locks = task.flops, task.bytes, task.locks
+        twin.flops, twin.bytes, twin.locks, twin.priority = task.flops, task.bytes, task.locks, task.priority
         checked.append(twin)
     return checked
 
@@ -54,24 +54,38 @@ class CheckedCall(Call):
     def _run_on_copies(self, is_read_only: bool) -> list["_Box"]:
         boxes = {name: _Box(self.kernel.accesses[name].kind, tile) for name, tile in self.tiles()}
         given = [boxes[name].view(is_read_only) if name in boxes else a for name, a in zip(self.kernel.parameters, self.args, strict=True)]
-        self.kernel(*given)
+        scratch = {name: _Guarded(*each) for name, each in zip(self.kernel.scratch, self.scratch_shapes, strict=True)}
+        self.kernel.function(*given, *(each.inner for each in scratch.values()))
         for name, box in boxes.items():
             box.verify(self.kernel, name)
+        for name, each in scratch.items():
+            if not each.is_border_whole():
+                raise AccessError(f"{self.kernel.name} wrote outside its scratch '{name}' of shape {each.inner.shape}")
         return list(boxes.values())
 
 
-class _Box:
-    """A private copy of a tile with a border around it."""
+class _Guarded:
+    """Private memory that holds the pattern, `inner` with a border around it."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype):
+        self.block = np.full([n + 2 * _BORDER for n in shape], _pattern(dtype), dtype)
+        self.inner = self.block[(slice(_BORDER, -_BORDER),) * len(shape)]
+        self.before = self.block.copy()
+
+    def is_border_whole(self) -> bool:
+        self.before[(slice(_BORDER, -_BORDER),) * self.inner.ndim] = self.inner
+        return _bytes_of(self.before) == _bytes_of(self.block)
+
+
+class _Box(_Guarded):
+    """A private copy of a tile."""
 
     def __init__(self, kind: str, tile: Tile):
+        super().__init__(tile.shape, tile.array.dtype)
         self.kind = kind
         self.tile = tile
-        array = tile.array
-        self.block = np.full([n + 2 * _BORDER for n in array.shape], _pattern(array.dtype), array.dtype)
-        self.inner = self.block[(slice(_BORDER, -_BORDER),) * array.ndim]
         if kind != "out":
-            self.inner[...] = array
-        self.before = self.block.copy()
+            self.inner[...] = tile.array
 
     def view(self, is_read_only: bool) -> np.ndarray:
         view = self.inner.view()
@@ -83,8 +97,7 @@ class _Box:
             raise AccessError(f"{kernel.name} wrote '{name}', declared In")
         if self.kind == "out":
             self._verify_written(kernel, name)
-        self.before[(slice(_BORDER, -_BORDER),) * self.inner.ndim] = self.inner
-        if _bytes_of(self.before) != _bytes_of(self.block):
+        if not self.is_border_whole():
             raise AccessError(f"{kernel.name} wrote outside its tile '{name}', {self.tile!r}")
 
     def _verify_written(self, kernel: Kernel, name: str) -> None:

@@ -93,5 +93,6 @@ def _merge(graph: Graph, groups: list[list[int]]) -> Graph:
         task = Task(at, tuple(call for part in parts for call in part.calls), costliest.section, predecessors, costliest.name)
         task.flops, task.bytes = sum(part.flops for part in parts), sum(part.bytes for part in parts)
         task.locks = tuple(sorted({lock for part in parts for lock in part.locks}))
+        task.priority = max(part.priority for part in parts)
         merged.append(task)
     return merged

@@ -17,6 +17,7 @@ from contextlib import ExitStack, nullcontext
 import numpy as np
 
 from taskgpt.tasks.kernel import AccessError, Kernel, ShapeError
+from taskgpt.tasks.scratch import Shapes, scratch_arrays
 from taskgpt.tasks.tensor import GridError, Tensor, Tile
 
 Section = tuple[str, int]  # phase and layer, ("forward", 3); layer -1 = none
@@ -25,20 +26,34 @@ Section = tuple[str, int]  # phase and layer, ("forward", 3); layer -1 = none
 class TaskError(RuntimeError):
     """A task failed. The message names it; `__cause__` is what it raised."""
 
+    @classmethod
+    def of(cls, task: "Task", call: "Call", error: Exception) -> "TaskError":
+        failure = cls(f"task {task.number}, {call}: {type(error).__name__}: {error}")
+        failure.__cause__ = error
+        return failure
+
 
 class Call:
-    """A kernel and its arguments: tiles and constants, in the order of its parameters."""
+    """A kernel and its arguments: tiles and constants, in the order of its parameters. Scratch is none of them."""
 
-    __slots__ = ("args", "arrays", "kernel")
+    __slots__ = ("_scratch_shapes", "args", "arrays", "kernel")
 
     def __init__(self, kernel: Kernel, args: tuple):
         self.kernel = kernel
         # NumPy's scalars become Python's, which do not widen float32 expressions: bodies and twins see one type.
         self.args = args = tuple(a.item() if isinstance(a, np.generic) else a for a in args)
         self.arrays = [a.array if isinstance(a, Tile) else a for a in args]
+        self._scratch_shapes: Shapes | None = None
 
     def run(self) -> None:
-        self.kernel.function(*self.arrays)
+        self.kernel.function(*self.arrays, *scratch_arrays(self.scratch_shapes))
+
+    @property
+    def scratch_shapes(self) -> Shapes:
+        """(shape, type) of each scratch array, in the order of the kernel's signature."""
+        if self._scratch_shapes is None:  # not in __init__: the arguments may be wrong, and nobody has looked at them yet
+            self._scratch_shapes = self.kernel.scratch_shapes(self.args)
+        return self._scratch_shapes
 
     def cost(self) -> tuple[int, int]:
         """Return (FLOPs, bytes moved), as the kernel says."""
@@ -67,10 +82,10 @@ class Task:
 
     `number` counts in program order; `name` is the kernel's (of several, the costliest's). `predecessors` and `successors` are numbers of
     other tasks of the same graph, ascending. `section` is (phase, layer). `flops` counts operations, `bytes` what the declarations say is
-    moved.
+    moved. `priority`: of ready tasks, native workers take those of the highest first.
     """
 
-    __slots__ = ("bytes", "calls", "flops", "locks", "name", "number", "predecessors", "section", "successors")
+    __slots__ = ("bytes", "calls", "flops", "locks", "name", "number", "predecessors", "priority", "section", "successors")
 
     def __init__(self, number: int, calls: tuple[Call, ...], section: Section, predecessors: tuple[int, ...] = (), name: str = ""):
         self.number = number
@@ -80,7 +95,7 @@ class Task:
         self.name = name or calls[0].kernel.name
         self.successors: list[int] = []
         self.locks: tuple[tuple[int, threading.Lock], ...] = ()  # in the order in which every task takes them: no deadlock
-        self.flops = self.bytes = 0
+        self.flops = self.bytes = self.priority = 0
 
     @property
     def key(self) -> tuple[str, int]:
@@ -95,7 +110,7 @@ class Task:
                 try:
                     call.run()
                 except Exception as error:
-                    raise TaskError(f"task {self.number}, {call}: {type(error).__name__}: {error}") from error
+                    raise TaskError.of(self, call, error) from error
 
     def __str__(self) -> str:
         return f"{self.number} " + "; ".join(map(str, self.calls))
@@ -115,8 +130,9 @@ class Graph:
         self._cells: dict[tuple, _Cell] = {}
         self._tensors: dict[int, Tensor] = {}
         self._ancestors: list[int] = []  # one bit per earlier task; only while recording
+        self._accesses: list[list[tuple[tuple, str]]] = []  # (cell, kind) of each task; only while recording
 
-    def spawn(self, kernel: Kernel, *args, section: Section = ("", -1)) -> Task:
+    def spawn(self, kernel: Kernel, *args, section: Section = ("", -1), priority: int = 0) -> Task:
         """Record a call as the next task.
 
         Raises ShapeError if a tile's shape or type is not as declared, GridError if its memory is also cut by another grid, AccessError if
@@ -128,23 +144,28 @@ class Graph:
         call = Call(kernel, args)
         self._verify(call)
         task = Task(len(self.tasks), (call,), section)
+        task.priority = priority
         waits: set[int] = set()
         locked: list[_Cell] = []
+        accesses: list[tuple[tuple, str]] = []
         for name, tile in call.tiles():
             kind = kernel.accesses[name].kind
             if kind == "commutative" and not self.allow_commutative:
                 kind = "inout"
             for position in tile.cells():
-                cell = self._cells.get((id(tile.tensor), position))
+                key = id(tile.tensor), position
+                cell = self._cells.get(key)
                 if cell is None:
-                    cell = self._cells[id(tile.tensor), position] = _Cell()
+                    cell = self._cells[key] = _Cell()
                 waits |= cell.access(kind, task.number)
+                accesses.append((key, kind))
                 if kind == "commutative":
                     locked.append(cell)
         waits.discard(task.number)  # a call with two tiles in one cell does not wait for itself
         task.locks = tuple(sorted({(cell.serial, cell.lock) for cell in locked}))
         task.predecessors = without_implied(waits, self._ancestors)
         task.flops, task.bytes = call.cost()
+        self._accesses.append(accesses)
         self.append(task)
         return task
 
@@ -179,17 +200,47 @@ class Graph:
 
     def _know(self, tensor: Tensor) -> None:
         """Refuse a second grid over memory that another tensor of this graph already cuts."""
+        other = self._other_grid(tensor)
+        if other:
+            raise GridError(
+                f"'{tensor.name}' ({tensor}) and '{other.name}' ({other}) share memory: two grids over one buffer would hide "
+                "dependencies; index one tensor in both places"
+            )
+        self._tensors[id(tensor)] = tensor  # keeps it alive, so that its id stays its own
+
+    def _other_grid(self, tensor: Tensor) -> Tensor | None:
+        """Return a tensor of this graph that cuts the memory of the given one by another grid."""
         if id(tensor) in self._tensors:
-            return
+            return None
         low, high = tensor.address_range()
         for other in self._tensors.values():
             other_low, other_high = other.address_range()
             if low < other_high and other_low < high:
-                raise GridError(
-                    f"'{tensor.name}' ({tensor}) and '{other.name}' ({other}) share memory: two grids over one buffer would hide "
-                    "dependencies; index one tensor in both places"
-                )
-        self._tensors[id(tensor)] = tensor  # keeps it alive, so that its id stays its own
+                return other
+        return None
+
+    def edges_to(self, following: "Graph") -> list[tuple[int, int]]:
+        """Return (task here, task there) for the dependencies of a graph that runs right after this one, less those that others imply.
+
+        Where a graph was derived or sent, and knows no accesses, or where the two cut the same memory by other grids, everything there
+        waits for everything here.
+        """
+        here, there = self.tasks, following.tasks
+        are_recorded = len(self._accesses) == len(here) and len(following._accesses) == len(there)
+        if not are_recorded or any(self._other_grid(tensor) for tensor in following._tensors.values()):
+            return [(a.number, b.number) for a in here if not a.successors for b in there if not b.predecessors]
+        count = len(here)
+        cells = {key: cell.copy() for key, cell in self._cells.items()}
+        ancestors = self._ancestors.copy()
+        edges = []
+        for task, accesses in zip(there, following._accesses, strict=True):
+            waits = {count + p for p in task.predecessors}
+            for key, kind in accesses:
+                if key in cells:
+                    waits |= cells[key].access(kind, count + task.number)
+            waits.discard(count + task.number)
+            edges += [(p, task.number) for p in without_implied(waits, ancestors) if p < count]
+        return edges
 
     def depths(self) -> list[int]:
         """Return the length of the longest path to each task; tasks of one depth do not depend on each other."""
@@ -258,6 +309,12 @@ class _Cell:
         self.group: set[int] | None = None  # what every member of the open commutative group waits for
         self.lock = threading.Lock()
         self.serial = _Cell._count = _Cell._count + 1
+
+    def copy(self) -> "_Cell":
+        """Return the same state, to go on from; a commutative group ends here."""
+        twin = _Cell()
+        twin.writers, twin.readers = set(self.writers), set(self.readers)
+        return twin
 
     def access(self, kind: str, number: int) -> set[int]:
         """Note the access of a task; return the tasks it waits for."""

@@ -8,7 +8,8 @@
     def _(out, inp, weight): ...                     # the compiled twin (numba, nogil, cached on disk): what runs
 
 The declaration is the only one: shapes are checked against it when a task is recorded, dependencies follow from it, and the twin is
-compiled for exactly its types. There an In tile has the type *read-only array*, so a twin that writes one does not compile.
+compiled for exactly its types. There an In tile has the type *read-only array*, so a twin that writes one does not compile. Working memory
+is declared too, last: `scores: Scratch[BLOCK, S]`. Whoever runs the kernel brings it, so that no kernel allocates.
 
 With NUMBA_DISABLE_JIT=1, numba's switch for debugging, a twin runs as plain Python, where a debugger steps through it and `print` works;
 a twin that uses an intrinsic (dense, gemm, exp32), itself or in a helper, cannot, and its NumPy body runs instead.
@@ -35,6 +36,8 @@ from numba.core.errors import NumbaError
 from numba.core.imputils import impl_ret_borrowed
 from numba.extending import intrinsic
 
+from taskgpt.tasks.scratch import Shapes, scratch_arrays
+
 # error_model="numpy": division by zero gives inf or nan, as in the body, and costs no branch.
 _njit = numba.njit(nogil=True, error_model="numpy")
 
@@ -58,7 +61,7 @@ def dims(names: str) -> list[Dim]:
 
 @dataclass(frozen=True)
 class Access:
-    """How a kernel uses one tile: `kind` (in, out, inout, commutative), its dimensions and its element type."""
+    """How a kernel uses one tile: `kind` (in, out, inout, commutative; scratch for no tile), its dimensions and its element type."""
 
     kind: str
     dims: tuple[Dim | int, ...]
@@ -117,6 +120,12 @@ class Commutative(_Declaration):
     kind = "commutative"
 
 
+class Scratch(_Declaration):
+    """Working memory, not a tile: undefined on entry and lost at exit. Stands last in the signature, and no caller passes it."""
+
+    kind = "scratch"
+
+
 @intrinsic
 def dense(typing_context, row):
     """In a compiled twin: the same 1-D array with its elements known to lie side by side, so that loops over it vectorise.
@@ -134,8 +143,9 @@ def dense(typing_context, row):
 class Kernel:
     """A declared function on tiles. Call it with arrays to run it; pass it to `spawn` with tiles to make it a task.
 
-    Attributes: `name`; `parameters`, name -> Access, or int / float for a constant; `body`, the NumPy function; `function`, what runs;
-    `tags`, free words that schedulers may ask for (the loops scheduler's coverage).
+    Attributes: `name`; `parameters`, name -> Access, or int / float for a constant: what a caller passes; `scratch`, name -> Access: what
+    `body`, the NumPy function, and `function`, what runs, take after them; `tags`, free words that schedulers may ask for (the loops
+    scheduler's coverage).
     """
 
     def __init__(self, body: Callable, flops: Callable | None = None, bytes: Callable | None = None, tags: Iterable[str] = ()):
@@ -145,18 +155,27 @@ class Kernel:
         self.module = body.__module__
         self.tags = frozenset(tags)
         self.parameters: dict[str, Access | type] = {}
+        self.scratch: dict[str, Access] = {}
         for parameter in inspect.signature(body, eval_str=True).parameters.values():
             declared = parameter.annotation
             if not (isinstance(declared, Access) or declared in (int, float)):
-                raise TypeError(f"{self.name}: parameter '{parameter.name}' needs In, Out, InOut, Commutative, int or float")
-            self.parameters[parameter.name] = declared
+                raise TypeError(f"{self.name}: parameter '{parameter.name}' needs In, Out, InOut, Commutative, Scratch, int or float")
+            is_scratch = isinstance(declared, Access) and declared.kind == "scratch"
+            if self.scratch and not is_scratch:
+                raise TypeError(f"{self.name}: parameter '{parameter.name}' stands after Scratch, which comes last")
+            (self.scratch if is_scratch else self.parameters)[parameter.name] = declared
         self.accesses = {name: access for name, access in self.parameters.items() if isinstance(access, Access)}
+        known = {d for access in self.accesses.values() for d in access.dims}
+        for name, access in self.scratch.items():
+            for dim in access.dims:
+                if not (isinstance(dim, int) or dim in known):
+                    raise TypeError(f"{self.name}: scratch '{name}' asks for '{dim}', which no tile has")
         self._flops, self._bytes = self._formula("flops", flops), self._formula("bytes", bytes)
         self.__doc__ = body.__doc__
         self.__wrapped__ = body
 
     def __call__(self, *args) -> None:
-        self.function(*args)
+        self.function(*args, *(scratch_arrays(self.scratch_shapes(args)) if self.scratch else ()))
 
     def __reduce__(self):
         if getattr(sys.modules.get(self.module), self.name, None) is not self:
@@ -176,8 +195,9 @@ class Kernel:
 
     def compiled(self, twin: Callable) -> "Kernel":
         """Decorate the compiled twin: same parameters, must agree with the body. Compiled by `compile_kernels` or at the first call."""
-        if list(inspect.signature(twin).parameters) != list(self.parameters):
-            raise TypeError(f"{self.name}: the compiled twin must take {list(self.parameters)}")
+        names = [*self.parameters, *self.scratch]
+        if list(inspect.signature(twin).parameters) != names:
+            raise TypeError(f"{self.name}: the compiled twin must take {names}")
         self._twin = _njit(twin)
         self.function = self._compile_and_run
         return self
@@ -218,7 +238,8 @@ class Kernel:
         """Compile for the declared types, with these tiles read-only and no others; return False if it writes one of them."""
         scalars = {int: types.int64, float: types.float64}
         arguments = [
-            scalars.get(declared) or declared.numba_type.copy(readonly=name in read_only) for name, declared in self.parameters.items()
+            scalars.get(declared) or declared.numba_type.copy(readonly=name in read_only)
+            for name, declared in (self.parameters | self.scratch).items()
         ]
         try:
             dispatcher.compile(types.void(*arguments))
@@ -247,6 +268,13 @@ class Kernel:
                     said = "" if isinstance(dim, int) else f" as in '{first}'"
                     raise ShapeError(f"{self.name}: '{name}' wants {dim} = {wanted}{said}, got shape {shape}")
         return sizes
+
+    def scratch_shapes(self, args: Iterable) -> Shapes:
+        """Return (shape, type) of each scratch array of a call with these arguments: tiles or arrays, and constants."""
+        if not self.scratch:
+            return ()
+        sizes = self.sizes({name: a.shape for name, a in zip(self.parameters, args, strict=True) if name in self.accesses})
+        return tuple((tuple(d if isinstance(d, int) else sizes[d] for d in a.dims), a.dtype) for a in self.scratch.values())
 
     def flops(self, sizes: dict[str, int], constants: dict[str, float]) -> int:
         """Return the floating-point operations of one call; one per written element for a kernel that does not say."""
@@ -298,6 +326,15 @@ def compile_kernels(kernels: Iterable[Kernel], report: Callable[[int, int, Kerne
         was_cached = each.compile()
         if report:
             report(done, len(pending), each, time.perf_counter() - start, was_cached)
+
+
+def compile_function(function: Callable, signature) -> None:
+    """Compile a numba function for one signature, or load it from the cache that the kernels use."""
+    with _compiling:
+        if not function.signatures:
+            function._cache = _open_cache(function.py_func)
+            function.compile(signature)
+            function.disable_compile()
 
 
 _compiling = threading.RLock()

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-_ALIGNMENT_BYTES = 64  # a cache line; the same offset in every process, so that BLAS takes the same path and gives the same bits
+ALIGNMENT_BYTES = 64  # a cache line; the same offset in every process, so that BLAS takes the same path and gives the same bits
 
 
 class GridError(ValueError):
@@ -242,7 +242,7 @@ class _Block:
 
     @property
     def nbytes(self) -> int:
-        return max(1, sum(_aligned(spec.nbytes) for spec in self.specs.values()))
+        return max(1, sum(aligned(spec.nbytes) for spec in self.specs.values()))
 
     def _map(self, descriptor: int | None) -> None:
         # Private memory must be MAP_PRIVATE (mmap's default is shared with forked children): Linux gives huge pages to that alone.
@@ -254,7 +254,7 @@ class _Block:
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):  # kernels without huge pages
                 self._memory.madvise(mmap.MADV_HUGEPAGE)  # weights are streamed: fewer page-table walks
-        starts = itertools.accumulate((_aligned(spec.nbytes) for spec in self.specs.values()), initial=0)
+        starts = itertools.accumulate((aligned(spec.nbytes) for spec in self.specs.values()), initial=0)
         self._starts = dict(zip(self.specs, starts, strict=False))
         self._tensors: weakref.WeakValueDictionary[str, Tensor] = weakref.WeakValueDictionary()
 
@@ -313,5 +313,6 @@ def _new_shared_block(size: int) -> tuple[int, str]:
     return descriptor, path
 
 
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+def aligned(nbytes: int) -> int:
+    """Return the next multiple of ALIGNMENT_BYTES."""
+    return -(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES

@@ -1,0 +1,160 @@
+"""Calling kernels from native code: an address per kernel, and a call's arguments as flat words. No Python, no GIL.
+
+    int32 entry(int64 *words, char *scratch, void **error)
+
+`words` holds, for each array, its address, shape and strides; for scratch, its place in the worker's scratch instead of an address; for a
+constant, the number (a double by its bits). The entry builds numba's arrays on the stack and calls the compiled twin. It returns 0, or 1 if
+the twin raised: then `*error` is the exception, a reference that the caller owns.
+"""
+
+import ctypes
+import struct
+import weakref
+from collections.abc import Sequence
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.compiler_lock import global_compiler_lock
+from numba.np.arrayobj import populate_array
+
+from taskgpt.tasks.graph import Call
+from taskgpt.tasks.kernel import Kernel
+from taskgpt.tasks.scratch import scratch_layout
+
+_WORD = ir.IntType(64)
+_BYTE_POINTER = ir.IntType(8).as_pointer()
+_PYTHON_ENTRY = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p))
+
+
+def has_native_entry(call: Call) -> bool:
+    """Return True if the call runs as compiled code: a plain call (not a checked one) of a kernel with a compiled twin."""
+    return type(call) is Call and call.kernel.function is call.kernel._twin and hasattr(call.kernel._twin, "overloads")
+
+
+def native_entry(kernel: Kernel) -> int:
+    """Return the address of the kernel's entry, made at the first call. The kernel must be compiled; the code lives as long as it does."""
+    if kernel not in _entries:
+        _entries[kernel] = _build(kernel)
+    return _entries[kernel][1]
+
+
+def python_entry(call: Call) -> tuple[int, object]:
+    """Return (address, what keeps it alive) of an entry that takes the GIL and runs the call in Python."""
+
+    def run(_words, _scratch, error):
+        try:
+            call.run()
+        except BaseException as raised:
+            reference = ctypes.py_object(raised)
+            ctypes.pythonapi.Py_IncRef(reference)
+            error[0] = id(raised)
+            return 1
+        return 0
+
+    callback = _PYTHON_ENTRY(run)
+    return ctypes.cast(callback, ctypes.c_void_p).value, callback
+
+
+def take_exception(address: int) -> BaseException:
+    """Return the exception that an entry left, taking over its reference."""
+    error = ctypes.cast(address, ctypes.py_object)
+    exception = error.value
+    ctypes.pythonapi.Py_DecRef(error)
+    return exception
+
+
+def words_of(call: Call) -> list[int]:
+    """Return the words of a call."""
+    words: list[int] = []
+    for declared, argument in zip(call.kernel.parameters.values(), call.arrays, strict=True):
+        if isinstance(argument, np.ndarray):
+            words += (argument.__array_interface__["data"][0], *argument.shape, *argument.strides)
+        else:
+            words.append(_bits_of(argument) if declared is float else int(argument))
+    shapes = call.scratch_shapes
+    for (shape, dtype), offset in zip(shapes, scratch_layout(shapes)[0], strict=True):
+        rows = np.empty(0, dtype).reshape(0, *shape[1:]) if len(shape) > 1 else np.empty(0, dtype)
+        words += (offset, *shape, *rows.strides)
+    return words
+
+
+def _bits_of(number: float) -> int:
+    return struct.unpack("q", struct.pack("d", number))[0]
+
+
+# The entry's code ---------------------------------------------------------------------------------------------------------------------
+
+
+_entries: "weakref.WeakKeyDictionary[Kernel, tuple[object, int]]" = weakref.WeakKeyDictionary()  # kernel -> its code library, its address
+
+
+def _build(kernel: Kernel) -> tuple[object, int]:
+    """Return (library, address). Its few instructions are made anew in every process: 10 ms a kernel, nothing to keep on disk."""
+    [compiled] = kernel._twin.overloads.values()
+    context = kernel._twin.targetctx
+    name = f"taskgpt_entry_{id(kernel)}_{kernel.name}"
+    library = context.codegen().create_library(name)
+    module = library.create_ir_module(name)
+    entry = ir.Function(module, ir.FunctionType(ir.IntType(32), [_WORD.as_pointer(), _BYTE_POINTER, _BYTE_POINTER.as_pointer()]), name)
+    builder = ir.IRBuilder(entry.append_basic_block("entry"))
+    values = _arguments(context, builder, kernel, compiled.signature.args, *entry.args[:2])
+    twin = context.declare_function(module, compiled.fndesc)  # by its symbol: the twin is in the process already
+    status, _ = context.call_conv.call_function(builder, twin, compiled.signature.return_type, compiled.signature.args, values)
+    with builder.if_then(status.is_ok, likely=True):
+        builder.ret(ir.Constant(ir.IntType(32), 0))
+    _hand_over_exception(context, builder, status, entry.args[2])
+    builder.ret(ir.Constant(ir.IntType(32), 1))
+    with global_compiler_lock:
+        library.add_ir_module(module)
+        library.finalize()
+    return library, library.get_pointer_to_function(name)
+
+
+def _arguments(context, builder, kernel: Kernel, declared: Sequence[types.Type], words, scratch) -> list:
+    """Build the arguments of the compiled twin from words."""
+    position = 0
+
+    def next_word():
+        nonlocal position
+        position += 1
+        return builder.load(cgutils.gep_inbounds(builder, words, position - 1))
+
+    values = []
+    first_scratch = len(kernel.parameters)
+    for at, each in enumerate(declared):
+        if not isinstance(each, types.Array):
+            word = next_word()
+            values.append(builder.bitcast(word, ir.DoubleType()) if each == types.float64 else word)
+            continue
+        array = context.make_array(each)(context, builder)
+        place = next_word()
+        data_type = context.get_data_type(each.dtype).as_pointer()
+        is_scratch = at >= first_scratch
+        data = builder.bitcast(builder.gep(scratch, [place]), data_type) if is_scratch else builder.inttoptr(place, data_type)
+        shape = [next_word() for _ in range(each.ndim)]
+        strides = [next_word() for _ in range(each.ndim)]
+        item_bytes = context.get_constant(types.intp, context.get_abi_sizeof(context.get_data_type(each.dtype)))
+        shape, strides = cgutils.pack_array(builder, shape), cgutils.pack_array(builder, strides)
+        populate_array(array, data=data, shape=shape, strides=strides, itemsize=item_bytes, meminfo=None)
+        values.append(array._getvalue())
+    return values
+
+
+def _hand_over_exception(context, builder, status, error) -> None:
+    """Make the exception that the status stands for, and put it into `*error`."""
+    pyapi = context.get_python_api(builder)
+    gil = pyapi.gil_ensure()
+    context.call_conv.raise_error(builder, pyapi, status)
+    nothing = ir.Constant(_BYTE_POINTER, None)
+    kind, value, traceback = (cgutils.alloca_once_value(builder, nothing) for _ in range(3))
+    pointer = _BYTE_POINTER.as_pointer()
+    for function in ("PyErr_Fetch", "PyErr_NormalizeException"):
+        call = cgutils.get_or_insert_function(builder.module, ir.FunctionType(ir.VoidType(), [pointer] * 3), function)
+        builder.call(call, [kind, value, traceback])
+    release = cgutils.get_or_insert_function(builder.module, ir.FunctionType(ir.VoidType(), [_BYTE_POINTER]), "Py_DecRef")
+    builder.call(release, [builder.load(kind)])
+    builder.call(release, [builder.load(traceback)])  # Py_DecRef takes null
+    builder.store(builder.load(value), error)
+    pyapi.gil_release(gil)

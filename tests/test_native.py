@@ -1,0 +1,388 @@
+"""The native scheduler: its policies on drawn graphs, runs that overlap, idle workers, records, and its protocols under stress.
+
+What it shares with other schedulers is in test_schedulers.py and test_same_bits.py.
+"""
+
+import itertools
+import random
+import time
+
+import kernels_for_tests as k
+import numpy as np
+import psutil
+import pytest
+
+from taskgpt import config
+from taskgpt.errors import UserError
+from taskgpt.schedulers import open_scheduler
+from taskgpt.schedulers._ready import POLICIES, PRIORITY_LIMIT
+from taskgpt.tasks import Arena, Call, Graph, In, InOut, Out, Scratch, Task, TaskError, TensorSpec, check, dims, kernel, run_now
+
+N = dims("N")[0]
+
+
+def opened(**overrides):
+    chosen = config.load_scheduler("native", overrides)
+    return open_scheduler(chosen.scheduler, chosen.settings)
+
+
+@kernel
+def step(own: InOut[N], milliseconds: int):
+    """Take time."""
+    time.sleep(milliseconds / 1000)
+
+
+@kernel
+def churn(out: InOut[N], a: In[N], b: In[N], salt: float):
+    """Something whose rounding depends on the order, compiled."""
+    out[:] = out * np.float32(0.5) + a * np.float32(salt) - b * out
+
+
+@churn.compiled
+def _(out, a, b, salt):
+    for i in range(out.shape[0]):
+        out[i] = out[i] * np.float32(0.5) + a[i] * np.float32(salt) - b[i] * out[i]
+
+
+@kernel
+def raise_if_zero(out: InOut[N], at: int):
+    """Raise in compiled code."""
+    if out[at] == 0:
+        raise ValueError(f"a zero at {at}")
+    out[at] += 1
+
+
+@raise_if_zero.compiled
+def _(out, at):
+    if out[at] == 0:
+        raise ValueError("a zero")
+    out[at] += 1
+
+
+@kernel
+def show_arguments(seen: Out[8], tile: In[N, N], whole: int, real: float, square: Scratch[N, 3], row: Scratch[5, np.int64]):
+    """Write what a compiled twin is given."""
+    seen[:] = [tile.shape[0], tile[1, 2], whole, real, 2, 3 * len(tile), 4, 5]
+
+
+@show_arguments.compiled
+def _(seen, tile, whole, real, square, row):
+    for i in range(square.shape[0]):
+        for j in range(3):
+            square[i, j] = 1
+    row[4] = 4
+    seen[0], seen[1], seen[2], seen[3], seen[4] = tile.shape[0], tile[1, 2], whole, real, square.ndim
+    seen[5], seen[6], seen[7] = square.sum(), row[4], row.shape[0]
+
+
+def drawn(successors: dict[int, list[int]], priorities: dict[int, int] | None = None, milliseconds: int = 0) -> Graph:
+    """Return a graph with these edges."""
+    count = 1 + max(s for each in successors.values() for s in each)
+    arena = Arena({"own": TensorSpec((count, 1), (1, None))})
+    graph = Graph("drawn")
+    for number in range(count):
+        predecessors = tuple(sorted(a for a, each in successors.items() if number in each))
+        task = Task(number, (Call(step, (arena.own[number], milliseconds)),), ("", -1), predecessors)
+        task.priority = (priorities or {}).get(number, 0)
+        graph.append(task)
+    return graph
+
+
+def order(graph: Graph, **overrides) -> list[int]:
+    """Return the tasks in the order in which one worker starts them."""
+    with opened(workers=1, record=1000, **overrides) as scheduler:
+        scheduler.run(graph)
+        records, lost = scheduler.take_records()
+    assert lost == 0
+    return records["task"].tolist()
+
+
+FORK = {0: [1, 2, 3], 3: [4], 4: [5]}
+
+
+class TestPolicies:
+    r"""What one worker does with
+
+              0
+            / | \
+           1  2  3
+                 |
+                 4
+                 |
+                 5
+    """
+
+    def test_oldest_first(self):
+        """1, 2 and 3 became ready before 4."""
+        assert order(drawn(FORK), policy="oldest_first", immediate_successor=False) == [0, 1, 2, 3, 4, 5]
+
+    def test_newest_first(self):
+        """3 became ready last, then 4, then 5: depth first."""
+        assert order(drawn(FORK), policy="newest_first", immediate_successor=False) == [0, 3, 4, 5, 2, 1]
+
+    def test_longest_path_first(self):
+        """3 has the longest path behind it, then 4; what is left is all of one length."""
+        assert order(drawn(FORK), policy="longest_path_first", immediate_successor=False)[:3] == [0, 3, 4]
+
+    def test_longest_path_first_measures(self):
+        """Paths are as long as they took: after a few runs 1, which is slow, goes before 3."""
+        graph = drawn(FORK)
+        graph.tasks[1].calls[0].arrays[1] = 40  # milliseconds
+        with opened(workers=1, record=1000, policy="longest_path_first", immediate_successor=False) as scheduler:
+            for _ in range(4):
+                scheduler.run(graph)
+            tasks = scheduler.take_records()[0]["task"].tolist()
+        assert tasks[:3] == [0, 3, 4]
+        assert tasks[-6:-4] == [0, 1]
+
+    def test_same_core_first(self):
+        """Two chains side by side: each stays with the worker that began it, whoever comes to the queue first."""
+        a = k.arena(is_shared=False)
+        graph = k.naps(a, milliseconds=2, chains=2, length=30)
+        with opened(workers=2, policy="same_core_first", immediate_successor=False, record=1000) as scheduler:
+            scheduler.run(graph)
+            records = scheduler.take_records()[0]
+        for chain in range(2):
+            assert len(set(records["worker"][records["task"] % 2 == chain])) == 1
+
+    def test_immediate_successor(self):
+        """The worker goes on with 3, which 1 made ready, though 2 waits longer."""
+        graph = {0: [1, 2], 1: [3]}
+        assert order(drawn(graph), policy="oldest_first", immediate_successor=False) == [0, 1, 2, 3]
+        assert order(drawn(graph), policy="oldest_first", immediate_successor=True) == [0, 1, 3, 2]
+
+    @pytest.mark.parametrize("policy", POLICIES)
+    @pytest.mark.parametrize(("immediate_successor", "work_stealing"), list(itertools.product([False, True], repeat=2)))
+    def test_priorities_win(self, policy, immediate_successor, work_stealing):
+        """2 and 4 are urgent, 1 can wait: whatever the policy."""
+        graph = drawn(FORK, {1: -7, 2: PRIORITY_LIMIT, 4: 5})
+        setup = {"policy": policy, "immediate_successor": immediate_successor, "work_stealing": work_stealing}
+        assert order(graph, **setup) == [0, 2, 3, 4, 5, 1]
+
+    def test_priority_out_of_range(self):
+        with pytest.raises(ValueError, match=f"priorities go from -{PRIORITY_LIMIT} to {PRIORITY_LIMIT}, got {PRIORITY_LIMIT + 1}"):
+            order(drawn(FORK, {1: PRIORITY_LIMIT + 1}))
+
+    def test_work_stealing_leaves_nobody_idle(self):
+        """All of a fork is pushed by one worker; the other takes its share from that worker's queue."""
+        graph = drawn({0: list(range(1, 21))}, milliseconds=5)
+        with opened(workers=2, work_stealing=True, record=1000) as scheduler:
+            scheduler.run(graph)
+            records = scheduler.take_records()[0]
+        assert np.bincount(records["worker"]).min() >= 5
+
+
+class TestOverlap:
+    def test_the_next_run_begins_while_the_last_tasks_run(self):
+        """Task 0 of the second run starts while the slow task 1 of the first still runs; task 1 of the second run waits for it."""
+        a = k.arena(is_shared=False)
+        graph = Graph()
+        graph.spawn(k.nap, a.x[0], a.log[0], 1)
+        graph.spawn(k.nap, a.x[1], a.log[1], 100)
+        with opened(workers=2, record=100) as scheduler:
+            list(scheduler.run_each([graph, graph]))
+            records = {(r["run"], r["task"]): r for r in scheduler.take_records()[0]}
+        assert records[1, 0]["start_ns"] < records[0, 1]["stop_ns"] <= records[1, 1]["start_ns"]
+
+    def test_a_run_never_begins_before_the_last_but_one_is_over(self):
+        """Its inputs may be in the same slot."""
+        a = k.arena(is_shared=False)
+        graph = Graph()
+        graph.spawn(k.nap, a.x[0], a.log[0], 1)
+        graph.spawn(k.nap, a.x[1], a.log[1], 30)
+        with opened(workers=2, record=100) as scheduler:
+            list(scheduler.run_each([graph] * 4))
+            records = scheduler.take_records()[0]
+        for run in range(2, 4):
+            assert records["start_ns"][records["run"] == run].min() >= records["stop_ns"][records["run"] == run - 2].max()
+
+    def test_a_derived_graph_waits_for_all(self):
+        """A graph that does not know its accesses does not overlap."""
+        a = k.arena(is_shared=False)
+        graph = Graph()
+        for cell in range(2):
+            graph.spawn(k.nap, a.x[cell], a.log[cell], 10 * cell)
+        with opened(workers=2, record=100) as scheduler:
+            list(scheduler.run_each([graph, check(graph)]))
+            records = scheduler.take_records()[0]
+        assert records["start_ns"][records["run"] == 1].min() >= records["stop_ns"][records["run"] == 0].max()
+
+    def test_edges_to_the_next_graph(self):
+        """Writer to reader, reader to writer, and nothing that another edge implies."""
+        a = k.arena(is_shared=False)
+        one, other = Graph(), Graph()
+        one.spawn(churn, a.x[0], a.x[1], a.x[2], 1.0)  # 0
+        one.spawn(churn, a.x[3], a.x[0], a.x[4], 1.0)  # 1: after 0
+        other.spawn(churn, a.x[5], a.x[3], a.x[0], 1.0)  # 0: reads what 0 and 1 wrote; 1 came after 0
+        other.spawn(churn, a.x[1], a.x[6], a.x[7], 1.0)  # 1: overwrites what 0 read
+        assert one.edges_to(other) == [(1, 0), (0, 1)]
+        assert one.edges_to(one) == [(1, 0)]
+
+
+class TestCalls:
+    def test_arguments(self):
+        """Tiles with any strides, integers, floats (also when given as an integer) and scratch reach the compiled twin."""
+        arena = Arena({"seen": TensorSpec((2, 8), (1, None)), "tile": TensorSpec((9, 9), (3, 3))})
+        arena.tile.array[:] = np.arange(81).reshape(9, 9)
+        graph = Graph()
+        graph.spawn(show_arguments, arena.seen[0], arena.tile[3:6, 3:6], -7, 2.5)
+        graph.spawn(show_arguments, arena.seen[1], arena.tile[:, :], 1 << 20, 3)
+        with opened() as scheduler:
+            scheduler.run(graph)
+        assert arena.seen.array.tolist() == [[3, 41, -7, 2.5, 2, 9, 4, 5], [9, 11, 1 << 20, 3, 2, 27, 4, 5]]
+
+    def test_exception_in_compiled_code(self):
+        """It arrives as its own type, with the task's name, and costs no memory."""
+        a = k.arena(is_shared=False)
+        graph = Graph()
+        graph.spawn(raise_if_zero, a.x[0], 1)
+        graph.spawn(raise_if_zero, a.x[0], 0)
+        with opened() as scheduler:
+            for _ in range(3):
+                with pytest.raises(TaskError, match=r"^task 1, raise_if_zero inout\(x\[0, :\]\) at=0: ValueError: a zero$") as caught:
+                    scheduler.run(graph)
+                assert type(caught.value.__cause__) is ValueError
+        assert a.x.array[0, 1] == 4
+
+    def test_needs_compiled_code(self, monkeypatch):
+        monkeypatch.setattr("numba.config.DISABLE_JIT", 1)
+        with pytest.raises(UserError, match="NUMBA_DISABLE_JIT=1 switches off; take --scheduler sequential"), opened():
+            pass
+
+
+class TestWorkers:
+    def test_idle_hybrid_workers_use_no_cpu(self):
+        with opened(workers=4, idle="hybrid") as scheduler:
+            scheduler.run(k.random_graph(k.arena(is_shared=False), seed=0))
+            time.sleep(0.2)  # until they sleep
+            before = psutil.Process().cpu_times()
+            time.sleep(0.5)
+            after = psutil.Process().cpu_times()
+        assert after.user + after.system - before.user - before.system < 0.05
+
+    def test_records(self):
+        """A row for each task, in order, with times that fit the graph; what found no room is counted."""
+        a = k.arena(is_shared=False)
+        graph = k.random_graph(a, seed=3)
+        with opened(workers=2, record=1000) as scheduler:
+            begin = time.monotonic_ns()
+            scheduler.run(graph)
+            records, lost = scheduler.take_records()
+            assert lost == 0
+            assert sorted(records["task"]) == list(range(len(graph.tasks)))
+            assert (begin < records["ready_ns"]).all()
+            assert (records["ready_ns"] <= records["start_ns"]).all()
+            assert (records["start_ns"] <= records["stop_ns"]).all()
+            assert len(scheduler.take_records()[0]) == 0
+        with opened(workers=1, record=10) as scheduler:
+            scheduler.run(graph)
+            records, lost = scheduler.take_records()
+            assert (len(records), lost) == (10, len(graph.tasks) - 10)
+
+
+class TestStress:
+    CELLS = 12
+
+    @pytest.mark.parametrize("workers", range(1, 9))
+    def test_random_graphs(self, workers):
+        """1,000 graphs in all, of up to 500 tasks, alone and overlapping, on more workers than cores: the bits of program order.
+
+        The arithmetic does not forgive an exchange of two accesses, so a stale or torn read, a lost wake-up (the run would hang) or an edge
+        counted twice shows.
+        """
+        draw = random.Random(workers)
+        arena, expected = (Arena({"x": TensorSpec((self.CELLS, 16), (1, None))}) for _ in range(2))
+        for _ in range(3):
+            policy, immediate, stealing = draw.choice(POLICIES), draw.random() < 0.5, draw.random() < 0.5
+            with opened(
+                workers=workers, policy=policy, immediate_successor=immediate, work_stealing=stealing, spins=draw.choice([1, 300])
+            ) as s:
+                for _ in range(14):
+                    programs = [self.program(draw) for _ in range(3)]
+                    graphs = [Graph(allow_commutative=False) for _ in programs]
+                    for graph, program in zip(graphs, programs, strict=True):
+                        self.spawn(graph.spawn, arena, program)
+                    runs = [draw.randrange(3) for _ in range(6)]
+                    arena.x.array[:] = expected.x.array[:] = np.random.default_rng(draw.randrange(1000)).standard_normal((self.CELLS, 16))
+                    for _ in s.run_each(graphs[n] for n in runs):
+                        pass
+                    s.run(graphs[0])
+                    for n in [*runs, 0]:
+                        self.spawn(run_now, expected, programs[n])
+                    assert arena.x.array.tobytes() == expected.x.array.tobytes()
+
+    def program(self, draw: random.Random) -> list[tuple]:
+        tasks = draw.randint(1, 500)
+        return [(*draw.sample(range(self.CELLS), 3), draw.random()) for _ in range(tasks)]
+
+    @staticmethod
+    def spawn(spawn, arena, program) -> None:
+        for out, a, b, salt in program:
+            spawn(churn, arena.x[out], arena.x[a], arena.x[b], salt)
+
+
+class TestProtocols:
+    """Every interleaving of the atomic steps of the two protocols that workers and submitter share. Atomics are sequentially consistent
+    (LLVM's seq_cst), so that interleavings are all there is."""
+
+    def test_an_edge_to_the_next_run_is_counted_down_once(self):
+        """A task ends while the next run is submitted: exactly one of the two threads counts its edge down."""
+
+        def worker(shared):
+            before, shared["mark"] = shared["mark"], shared["mark"] | 1
+            yield
+            if before & 2:
+                shared["pending"] -= 1
+                yield
+
+        def submitter(shared):
+            shared["pending"] = 1
+            yield
+            before, shared["mark"] = shared["mark"], shared["mark"] | 2
+            yield
+            if before & 1:
+                shared["pending"] -= 1
+                yield
+
+        for shared in interleavings([worker, submitter], {"mark": 0, "pending": 0}):
+            assert shared["pending"] == 0
+
+    def test_no_wake_up_is_lost(self):
+        """A worker falls asleep while a task is pushed: it sees the task, or the pusher sees the sleeper and wakes him."""
+
+        def sleeper(shared):
+            shared["parked"] = 1
+            yield
+            if shared["size"] == 0:
+                shared["asleep"] = True
+                yield
+
+        def pusher(shared):
+            shared["size"] = 1
+            yield
+            if shared["parked"]:
+                yield
+                # The mutex: the sleeper holds it from before he parks until he sleeps.
+                shared["signalled"] = True
+                yield
+
+        for shared in interleavings([sleeper, pusher], {"parked": 0, "size": 0, "asleep": False, "signalled": False}):
+            assert not shared["asleep"] or shared["signalled"]
+
+
+def interleavings(threads, shared: dict):
+    """Yield the shared state at the end of every interleaving of generator functions, each of whose stretches is one atomic step."""
+
+    def explore(schedule: list[int]):
+        state = dict(shared)
+        running = [thread(state) for thread in threads]
+        alive = [True] * len(threads)
+        for at in schedule:
+            alive[at] = next(running[at], "end") != "end"
+        if not any(alive):
+            yield state
+        for at in range(len(threads)):
+            if alive[at]:
+                yield from explore([*schedule, at])
+
+    return explore([])
