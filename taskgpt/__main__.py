@@ -47,12 +47,12 @@ def print_sizes(flags: argparse.Namespace) -> int:
 
     overrides = parse_graph_settings(flags.set)
     configs = [load_graph(name, overrides) for name in flags.graphs or available("graphs")]
-    print(f"{'graph':14} {'L':>3} {'NH':>3} {'C':>5} {'V':>6} {'parameters':>14} {'B':>4} {'T':>5} {'memory':>10}")
+    print(f"{'graph':16} {'L':>3} {'NH':>3} {'C':>5} {'V':>6} {'parameters':>14} {'B':>4} {'T':>5} {'memory':>10}")
     for config in sorted(configs, key=lambda config: config.model.parameter_count()):
         model, batch = config.model, config.batch
-        gib = GPT2.bytes_needed(model, batch, config.tiles) / 2**30
+        gib = GPT2.bytes_needed(model, batch, config.tiles, config.options) / 2**30
         print(
-            f"{config.name:14} {model.layers:3} {model.heads:3} {model.channels:5} {model.vocabulary:6} {model.parameter_count():14,} "
+            f"{config.name:16} {model.layers:3} {model.heads:3} {model.channels:5} {model.vocabulary:6} {model.parameter_count():14,} "
             f"{batch.batch_size:4} {batch.seq_len:5} {gib:6.2f} GiB"
         )
     return 0

@@ -20,7 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import psutil
@@ -35,7 +35,7 @@ from taskgpt.gpt2.model import GPT2
 from taskgpt.gpt2.program import loss_graph, training_graph
 from taskgpt.gpt2.sampling import Sampler
 from taskgpt.lab import machine
-from taskgpt.schedulers import WorkerError, open_scheduler
+from taskgpt.schedulers import Scheduler, WorkerError, open_scheduler
 from taskgpt.tasks import AccessError, Graph, Kernel, TaskError, check, compile_kernels
 
 FLOAT32_MAX = 3.4e38  # a learning rate beyond it would be infinite
@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--seed", type=_count, default=42, help="of the initial parameters (default 42)")
     how = p.add_argument_group("how it runs")
     schedulers = ", ".join(available("scheduler_configs"))
-    how.add_argument("--scheduler", default="threads", metavar="NAME", help=f"scheduler file: {schedulers}, or a path")
+    how.add_argument("--scheduler", default="native", metavar="NAME", help=f"scheduler file: {schedulers}, or a path")
     how.add_argument("--workers", type=_positive, metavar="N", help="workers (default: the scheduler file's)")
     how.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the graph or the scheduler file")
     how.add_argument("--check", action="store_true", help="run every task on guarded copies and report undeclared accesses (slow)")
@@ -101,21 +101,22 @@ def train(flags: argparse.Namespace, report: "Report", stop: "StopRequest") -> i
         report.open_log(flags.log)
 
     prepare = check if flags.check else lambda graph: graph
-    step_graph, val_graph = prepare(training_graph(m)), prepare(loss_graph(m))
+    step_graphs, val_graphs = ([prepare(record(m, slot)) for slot in range(len(m.slots))] for record in (training_graph, loss_graph))
     sampler = Sampler(m, prepare)
-    compile_with_progress([step_graph, val_graph, *sampler.graphs], report)
+    compile_with_progress([*step_graphs, *val_graphs, *sampler.graphs], report)
 
     with scheduler:
-        report.begin(graph_config, scheduler.describe(), data.description, m, step_graph)
+        report.begin(graph_config, scheduler.describe(), data.description, m, step_graphs[0])
         with report.progress(flags.steps):
-            seconds, loss = run_steps(flags, scheduler.run, m, data, step_graph, val_graph, sampler, report, stop)
+            seconds, loss = run_steps(flags, scheduler, m, data, step_graphs, val_graphs, sampler, report, stop)
         if flags.save is not None and math.isfinite(loss):
             checkpoint.save(flags.save, m)
             report.say(f"saved {flags.save}")
             stop.consequence = f"{flags.save} was saved"
         memory = memory_in_use(m)
 
-    report.summary(summarize(flags, graph_config, scheduler_config, scheduler.workers, data.description, m, step_graph, seconds, memory))
+    setup = flags, graph_config, scheduler_config, scheduler.workers, data.description
+    report.summary(summarize(*setup, m, step_graphs[0], seconds, memory))
     if not math.isfinite(loss):
         raise UserError(f"after {len(seconds)} steps the loss is {loss}, and nothing was saved; try a smaller --lr, or another --init")
     return 130 if stop.is_requested else 2 if report.has_lost_log else 0
@@ -123,47 +124,64 @@ def train(flags: argparse.Namespace, report: "Report", stop: "StopRequest") -> i
 
 def run_steps(
     flags: argparse.Namespace,
-    run: Callable[[Graph], None],
+    scheduler: Scheduler,
     m: GPT2,
     data: Data,
-    step_graph: Graph,
-    val_graph: Graph,
+    step_graphs: Sequence[Graph],
+    val_graphs: Sequence[Graph],
     sampler: Sampler,
     report: "Report",
     stop: "StopRequest",
 ) -> tuple[list[float], float]:
     """Validate, sample and train, step by step, as llm.c's main does; return the seconds of each step and the last loss.
 
-    `run` runs a graph. Ends early if a stop is requested, or if a loss is not finite.
+    Ends early if a stop is requested, or if a loss is not finite. The graphs are one for each slot of the model's inputs: while a step
+    runs, the next batch goes into the other slot, and that step may begin. Steps do not overlap with validation and samples.
     """
-    inputs, targets = (tensor.array.reshape(m.batch.batch_size, m.batch.seq_len) for tensor in (m.s.tokens, m.s.targets))
+
+    def give(batches, slot: int) -> None:
+        batches.next_batch(*(tensor.array.reshape(m.batch.batch_size, -1) for tensor in (m.slots[slot].tokens, m.slots[slot].targets)))
+
+    def validation() -> Iterator[Graph]:
+        for n in range(flags.val_batches):
+            if stop.is_requested:
+                return
+            give(data.val, n % 2)
+            yield val_graphs[n % 2]
+
+    def training(first: int, last: int) -> Iterator[Graph]:
+        for step in range(first, last):
+            if stop.is_requested:
+                return
+            give(data.train, step % 2)
+            m.set_hyper(step, flags.lr, flags.weight_decay, slot=step % 2)
+            yield step_graphs[step % 2]
+
     seconds: list[float] = []
-    loss = 0.0
-    for step in range(flags.steps):
+    loss, step = 0.0, 0
+    while step < flags.steps:
         if flags.val_every and step % flags.val_every == 0:
             data.val.reset()
-            losses = []
-            while len(losses) < flags.val_batches and not stop.is_requested:
-                data.val.next_batch(inputs, targets)
-                run(val_graph)
-                losses.append(float(m.s.loss.array[0]))
+            losses = [float(m.slots[n % 2].loss.array[0]) for n, _ in enumerate(scheduler.run_each(validation()))]
             if len(losses) == flags.val_batches:
                 loss = statistics.fmean(losses)
                 report.validation(step, loss)
         if flags.sample_every and step and step % flags.sample_every == 0 and not stop.is_requested:
-            ids = sampler.sample(run, data.tokenizer.end_of_text)
+            ids = sampler.sample(scheduler.run, data.tokenizer.end_of_text)
             report.sample(step, ids, data.tokenizer.decode(ids), data.tokenizer.printable(ids))
         if stop.is_requested or not math.isfinite(loss):
             break
+        pause = min([flags.steps, *(every * (step // every + 1) for every in (flags.val_every, flags.sample_every) if every)])
         start = time.perf_counter()
-        data.train.next_batch(inputs, targets)
-        m.set_hyper(step, flags.lr, flags.weight_decay)
-        run(step_graph)
-        seconds.append(time.perf_counter() - start)
-        loss = float(m.s.loss.array[0])
-        report.step(step, loss, seconds[-1])
-        if not math.isfinite(loss):
-            break
+        with closing(scheduler.run_each(training(step, pause))) as steps:
+            for _ in steps:
+                seconds.append(time.perf_counter() - start)
+                start += seconds[-1]
+                loss = float(m.slots[step % 2].loss.array[0])
+                report.step(step, loss, seconds[-1])
+                step += 1
+                if not math.isfinite(loss):
+                    return seconds, loss
     return seconds, loss
 
 
@@ -182,7 +200,7 @@ def configure(flags: argparse.Namespace) -> tuple[GraphConfig, SchedulerConfig]:
 
 def verify_memory(config: GraphConfig) -> None:
     """Raise UserError if the machine has not enough memory for the model: better than being killed in the first step."""
-    needed, free = GPT2.bytes_needed(config.model, config.batch, config.tiles), machine.free_memory_bytes()
+    needed, free = GPT2.bytes_needed(config.model, config.batch, config.tiles, config.options), machine.free_memory_bytes()
     if needed > free:
         raise UserError(
             f"{config.name}: training needs {needed / 2**30:.1f} GiB for parameters, gradients, moments and activations, this machine has "

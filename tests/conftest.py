@@ -7,7 +7,7 @@ import pytest
 
 from taskgpt.config import load_graph
 from taskgpt.gpt2 import checkpoint
-from taskgpt.gpt2.model import GPT2, Batch
+from taskgpt.gpt2.model import GPT2, Batch, Options
 
 PARITY = Path(__file__).parent / "parity"
 
@@ -24,9 +24,9 @@ def expected() -> dict:
 
 
 @pytest.fixture
-def parity_model() -> GPT2:
-    """The parity case's model with its parameters, B = 4, T = 64."""
-    config = load_graph("tiny")
-    m = GPT2(checkpoint.read_shape(PARITY / "model.bin"), Batch(4, 64), config.tiles, config.options)
+def parity_model(request) -> GPT2:
+    """The parity case's model with its parameters, B = 4, T = 64; its gradients are stored. A parameter: options.kernels."""
+    options = Options("matrices", kernels=getattr(request, "param", "fused"), update="separate")
+    m = GPT2(checkpoint.read_shape(PARITY / "model.bin"), Batch(4, 64), load_graph("tiny").tiles, options)
     checkpoint.load(PARITY / "model.bin", m)
     return m

@@ -3,30 +3,43 @@
 import numba
 import numpy as np
 import pytest
+from numba.core.runtime import _nrt_python, rtsys
 
-from taskgpt.gpt2 import attention, kernels
-from taskgpt.gpt2.vector_math import LANES, exp32, row_max, row_sum, row_sum_exp
+from taskgpt.gpt2 import attention, classifier, kernels, updates
+from taskgpt.gpt2.vector_math import exp32, exp_row, row_max, row_sum
 from taskgpt.tasks import Kernel
+from taskgpt.tasks.scratch import scratch_arrays
 
-ALL = {k.name: k for module in (kernels, attention) for k in vars(module).values() if isinstance(k, Kernel)}
+ALL = {k.name: k for module in (kernels, attention, classifier, updates) for k in vars(module).values() if isinstance(k, Kernel)}
 HEAD = 8
 # Sizes that no vector width divides, one of everything, and more than one attention block.
 SIZES = [
-    {"R": 13, "C": 19, "OC": 23, "T": 5, "S": 9, "V": 37, "NB": 3, "H": 2 * HEAD, "N": 2},
-    {"R": 1, "C": 1, "OC": 1, "T": 1, "S": 1, "V": 1, "NB": 1, "H": HEAD, "N": 1},
-    {"R": 130, "C": 64, "OC": 48, "T": 65, "S": 130, "V": 160, "NB": 2, "H": 3 * HEAD, "N": 3},
+    {"R": 13, "C": 19, "OC": 23, "T": 5, "S": 9, "V": 37, "H": 2 * HEAD, "N": 2},
+    {"R": 1, "C": 1, "OC": 1, "T": 1, "S": 1, "V": 1, "H": HEAD, "N": 1},
+    {"R": 130, "C": 64, "OC": 48, "T": 65, "S": 130, "V": 160, "H": 3 * HEAD, "N": 3},
 ]
+RAGGED = SIZES[0]
+
+
+def body(kernel: Kernel, *args) -> None:
+    """Run the NumPy body, which takes its scratch like the twin."""
+    kernel.body(*args, *scratch_arrays(kernel.scratch_shapes(args)))
 
 
 def arguments(kernel: Kernel, sizes: dict, seed: int, dtype=np.float32) -> dict:
     """Return arguments that a training step could pass: tiles inside larger arrays, ids within the vocabulary, statistics of real rows."""
     rng = np.random.default_rng(seed)
+    if kernel.name in ("encoder_backward_wpe", "wpe_update"):
+        sizes = {**sizes, "R": 3 * sizes["T"]}
     constants = {
         "first_row": 2,
         "first_token": 0,
         "valid": max(1, sizes["V"] - 5),
         "scale": 0.25,
         "is_decayed": 1,
+        "is_bias_decayed": 0,
+        "first_position": 1,
+        "seq_len": max(1, sizes["T"] - 1),
         "head_size": HEAD,
     }
     given = {}
@@ -41,15 +54,17 @@ def arguments(kernel: Kernel, sizes: dict, seed: int, dtype=np.float32) -> dict:
             given[name] = rng.integers(0, constants["valid"], shape).astype(np.int32)
     if "hyper" in given:
         given["hyper"][:] = [1e-3, 0.9, 0.999, 1e-8, 0.1, 0.1, 0.001]
-        given["v"][:] = given["v"] ** 2
-    if "block_sum" in given:
-        given["block_sum"][:] = 1 + given["block_sum"] ** 2
+        for name in ("v", "v_weight", "v_bias"):
+            if name in given:
+                given[name][:] = given[name] ** 2
+    if "logits_rsum" in given:
+        given["logits_rsum"][:] = 1 / (1 + given["logits_rsum"] ** 2)
     if "inp" in given and "mean" in given and kernel.accesses["mean"].kind == "in":
         given["mean"][:] = given["inp"].mean(axis=1)
         given["rstd"][:] = 1 / np.sqrt(given["inp"].var(axis=1) + 1e-5)
     if kernel.name == "attention_backward":
         names = ("atty", "att_max", "att_rsum", "q", "k", "v")
-        attention.attention_forward.body(*(given[n] for n in names), HEAD)
+        body(attention.attention_forward, *(given[n] for n in names), HEAD)
     return given
 
 
@@ -58,13 +73,9 @@ def arguments(kernel: Kernel, sizes: dict, seed: int, dtype=np.float32) -> dict:
 def test_the_twin_agrees_with_the_body(name, sizes):
     """Every element that the compiled twin writes is within float32 rounding of what the NumPy body computes in float64."""
     kernel = ALL[name]
-    if name == "attention_backward":
-        sizes = {**sizes, "S": sizes["T"]}
-    if name == "encoder_backward_wpe":
-        sizes = {**sizes, "R": 3 * sizes["T"]}
     given = arguments(kernel, sizes, seed=1)
     wanted = {n: a.astype(np.float64) if isinstance(a, np.ndarray) and a.dtype == np.float32 else a for n, a in given.items()}
-    kernel.body(*wanted.values())
+    body(kernel, *wanted.values())
     kernel(*given.values())
     for parameter, access in kernel.accesses.items():
         if access.is_written:
@@ -72,15 +83,32 @@ def test_the_twin_agrees_with_the_body(name, sizes):
             assert np.linalg.norm(got - want) <= 2e-6 * np.linalg.norm(want) + 1e-6, parameter
 
 
+@pytest.fixture
+def allocation_stats():
+    _nrt_python.memsys_enable_stats()
+    yield rtsys.get_allocation_stats
+    _nrt_python.memsys_disable_stats()
+
+
+@pytest.mark.parametrize("name", sorted(ALL))
+def test_no_kernel_allocates(name, allocation_stats):
+    """Working memory is declared: a compiled call makes nothing but numba's note of each array that it is given."""
+    kernel = ALL[name]
+    given = arguments(kernel, RAGGED, seed=1).values()
+    arrays = [*given, *scratch_arrays(kernel.scratch_shapes(given))]
+    kernel(*given)
+    before = allocation_stats().mi_alloc
+    kernel.function(*arrays)
+    assert allocation_stats().mi_alloc - before == sum(isinstance(a, np.ndarray) for a in arrays)
+
+
 def test_every_kernel_has_a_twin():
     """No kernel runs as Python: each has a compiled twin."""
-    assert len(ALL) == 23
+    assert len(ALL) == 32
     assert all(kernel.function is not kernel.body for kernel in ALL.values())
 
 
 # Finite differences -------------------------------------------------------------------------------------------------------------------
-
-RAGGED = SIZES[0]
 
 
 def numeric_gradient(forward, x: np.ndarray, dout: np.ndarray, h: float = 1e-6) -> np.ndarray:
@@ -115,10 +143,30 @@ def test_matmul_backward_is_the_gradient_of_matmul_forward():
 
     dinp, dweight, dbias = np.empty_like(inp), np.empty_like(weight), np.empty_like(bias)
     kernels.matmul_backward_input.body(dinp, dout, weight)
-    kernels.matmul_backward_weight.body(dweight, dout, inp)
+    kernels.matmul_backward_weight.body(dweight, dout[:2], inp[:2])
+    kernels.matmul_backward_weight_add.body(dweight, dout[2:], inp[2:])
     kernels.matmul_backward_bias.body(dbias, dout)
     for got, x in ((dinp, inp), (dweight, weight), (dbias, bias)):
         assert close(got, numeric_gradient(forward, x, dout))
+
+
+def test_epilogues_are_compositions():
+    """GELU, then a linear layer with its residual connection: forward is the composition, backward its gradient."""
+    fch, weight, bias, residual, dout = random(5, 7), random(3, 7), random(3), random(5, 3) / 2, random(5, 3)
+    gelu, out, dfch = np.empty((5, 7)), np.empty((5, 3)), np.empty((5, 7))
+
+    def forward():
+        kernels.gelu_forward.body(gelu, fch)
+        kernels.matmul_residual_forward.body(out, residual, gelu, weight, bias)
+        return out
+
+    wanted = numeric_gradient(forward, fch, dout)
+    kernels.matmul_gelu_backward.body(dfch, dout, weight, fch)
+    assert close(dfch, wanted)
+    both, alone = np.empty((5, 3)), np.empty((5, 3))
+    kernels.matmul_gelu_forward.body(both, out, gelu, weight, bias)
+    kernels.gelu_forward.body(alone, out)
+    assert close(both, alone)
 
 
 def test_layernorm_backward_is_the_gradient_of_layernorm_forward():
@@ -160,38 +208,36 @@ def test_attention_backward_is_the_gradient_of_attention_forward():
     atty, largest, rsum = np.empty_like(q), np.empty((6, 2)), np.empty((6, 2))
 
     def forward():
-        attention.attention_forward.body(atty, largest, rsum, q, k, v, HEAD)
+        body(attention.attention_forward, atty, largest, rsum, q, k, v, HEAD)
         return atty
 
     wanted = [numeric_gradient(forward, x, dout) for x in (q, k, v)]
     forward()
     got = [np.empty_like(q) for _ in range(3)]
-    attention.attention_backward.body(*got, dout, atty, q, k, v, largest, rsum, HEAD)
+    body(attention.attention_backward, *got, dout, atty, q, k, v, largest, rsum, HEAD)
     for g, w in zip(got, wanted, strict=True):
         assert close(g, w)
 
 
-def test_crossentropy_backward_is_the_gradient_of_the_mean_loss():
-    """Two blocks of the vocabulary, the second with padding, whose gradient is zero."""
-    R, V, valid, block = 4, 12, 9, 6
+@pytest.mark.parametrize("is_fused", [False, True])
+def test_the_classifier_gives_the_gradient_of_the_mean_loss(is_fused):
+    """In three kernels and in one; padding has gradient zero."""
+    R, V, valid = 4, 12, 9
     logits, targets = random(R, V), np.array([0, 5, 6, 8])
-    losses, largest, rsum, block_max, block_sum = np.empty(R), np.empty(R), np.empty(R), np.empty((R, 2)), np.empty((R, 2))
+    losses, largest, rsum = np.empty(R), np.empty(R), np.empty(R)
 
     def forward():
-        for b in range(2):
-            part = slice(b, b + 1)
-            real = min(valid - b * block, block)
-            kernels.softmax_forward_block.body(block_max[:, part], block_sum[:, part], logits[:, b * block : (b + 1) * block], real)
-        kernels.crossentropy_forward.body(losses, largest, rsum, block_max, block_sum, logits, targets)
+        body(classifier.softmax_forward, largest, rsum, logits, valid)
+        classifier.crossentropy_forward.body(losses, logits, largest, rsum, targets)
         return losses
 
-    wanted = numeric_gradient(forward, logits, np.full(R, 1 / R))
-    forward()
-    for b in range(2):
-        real = min(valid - b * block, block)
-        tile = logits[:, b * block : (b + 1) * block]
-        kernels.crossentropy_backward.body(tile, largest, rsum, targets, b * block, real, 1 / R)
+    wanted, wanted_losses = numeric_gradient(forward, logits, np.full(R, 1 / R)), forward().copy()
+    if is_fused:
+        classifier.softmax_crossentropy.body(losses, logits, targets, valid, 1 / R)
+    else:
+        classifier.crossentropy_backward.body(logits, largest, rsum, targets, valid, 1 / R)
     assert close(logits, wanted)
+    assert close(losses, wanted_losses)
     assert not logits[:, valid:].any()
 
 
@@ -220,46 +266,86 @@ def exp_of_all(out, x):
         out[i] = exp32(x[i])
 
 
-def test_exp32_is_within_2e_7_of_exp_over_its_whole_range():
-    """Against float64, from the smallest normal result to the largest."""
-    x = np.linspace(-87.33, 88.37, 1_000_001).astype(np.float32)
+def every_exponent() -> np.ndarray:
+    """float32 numbers of either sign: every exponent, subnormals among them, with mantissas drawn and at both ends."""
+    mantissas = np.concatenate([[0, 1, 2**23 - 1], np.random.default_rng(7).integers(0, 2**23, 1000)])
+    bits = (np.arange(255)[:, None] << 23 | mantissas[None, :]).ravel().astype(np.uint32)
+    return np.concatenate([bits, bits | 1 << 31]).astype(np.uint32).view(np.float32)
+
+
+def test_exp32_is_within_2e_7_of_exp_over_all_float32():
+    """Against float64: where the result is a normal number, and 0 or inf where it is not."""
+    dense_range = np.linspace(-87.33, 88.37, 1_000_001).astype(np.float32)
+    x = np.concatenate([every_exponent(), dense_range])
     out = np.empty_like(x)
     exp_of_all(out, x)
-    assert np.abs(out / np.exp(x.astype(np.float64)) - 1).max() < 2e-7
+    low, high = x < -87.3365, x > 88.3763
+    normal = ~low & ~high
+    assert np.abs(out[normal] / np.exp(x[normal].astype(np.float64)) - 1).max() < 2e-7
+    assert (out[low] == 0).all() and (out[high] == np.inf).all()
 
 
 def test_exp32_keeps_nan_and_the_limits():
     """NaN stays NaN, overflow is inf, underflow is 0, exp(0) is exactly 1."""
-    x = np.array([np.nan, np.inf, -np.inf, 1000, -1000, 0, -0.0, 1e-30], np.float32)
+    x = np.array([np.nan, -np.nan, np.inf, -np.inf, 1000, -1000, 0, -0.0, 1e-30], np.float32)
     out = np.empty_like(x)
     exp_of_all(out, x)
-    np.testing.assert_array_equal(out, np.array([np.nan, np.inf, 0, np.inf, 0, 1, 1, 1], np.float32))
+    np.testing.assert_array_equal(out, np.array([np.nan, np.nan, np.inf, 0, np.inf, 0, 1, 1, 1], np.float32))
 
 
-@pytest.mark.parametrize("length", [0, 1, 15, 16, 17, 100])
+@numba.njit(error_model="numpy")
+def gate_of_all(out, x):
+    for i in range(x.shape[0]):
+        out[i] = kernels.gelu_gate(x[i])
+
+
+def test_the_gate_of_gelu_over_all_float32():
+    """Against (1 + tanh(u)) / 2 in float64: absolute and relative error as its docstring says; NaN stays NaN, the limits are 0 and 1."""
+    x = np.concatenate([every_exponent(), np.linspace(-12, 12, 1_000_001).astype(np.float32)])
+    out = np.empty_like(x)
+    gate_of_all(out, x)
+    wide = x.astype(np.float64)
+    with np.errstate(over="ignore"):
+        wanted = 1 / (1 + np.exp(-2 * np.sqrt(2 / np.pi) * (wide + 0.044715 * wide**3)))
+    assert np.abs(out - wanted).max() < 1.2e-7
+    normal = wanted > 2.0**-125
+    assert np.abs(out[normal] / wanted[normal] - 1).max() < 2e-5
+    limits = np.array([np.nan, np.inf, -np.inf, 0], np.float32)
+    out = np.empty_like(limits)
+    gate_of_all(out, limits)
+    np.testing.assert_array_equal(out, np.array([np.nan, 1, 0, 0.5], np.float32))
+
+
+@numba.njit
+def reductions(row):
+    return row_sum(row), row_max(row), exp_row(row)
+
+
+@pytest.mark.parametrize("length", [0, 1, 7, 8, 63, 64, 65, 100, 200])
 def test_row_reductions_agree_with_numpy(length):
-    """Sum, maximum and sum of exponentials, whatever is left over after whole lanes."""
-    row, lanes = np.random.default_rng(length).normal(size=length).astype(np.float32), np.empty(LANES, np.float32)
-    assert row_sum(row) == pytest.approx(row.sum(dtype=np.float64), rel=1e-5, abs=1e-5)
-    largest = np.float32(row_max(row, length, lanes))
-    assert largest == row.max(initial=-np.inf)
-    if length:
-        assert row_sum_exp(row, length, largest, lanes) == pytest.approx(np.exp(row.astype(np.float64) - largest).sum(), rel=1e-6)
+    """Sum, maximum, and exponentials with their sum, whatever is left over after whole vectors."""
+    row = np.random.default_rng(length).normal(size=length).astype(np.float32)
+    exponentials = np.exp(row.astype(np.float64) - row.max(initial=-np.inf))
+    total, largest, (again, exp_total) = reductions(given := row.copy())
+    assert total == pytest.approx(row.sum(dtype=np.float64), rel=1e-5, abs=1e-5)
+    assert largest == again == row.max(initial=-np.inf)
+    assert exp_total == pytest.approx(exponentials.sum(), rel=1e-6)
+    np.testing.assert_allclose(given, exponentials, rtol=1e-6)
 
 
-def test_a_nan_logit_makes_the_loss_nan():
+@pytest.mark.parametrize("at", [0, 7, 39])
+def test_a_nan_logit_makes_the_loss_nan(at):
     """A diverged model is noticed, not averaged away."""
-    logits = np.zeros((1, 40), np.float32)
-    logits[0, 7] = np.nan
-    block_max, block_sum = np.zeros((1, 1), np.float32), np.zeros((1, 1), np.float32)
-    kernels.softmax_forward_block(block_max, block_sum, logits, 40)
-    assert np.isnan(block_sum[0, 0])
+    logits, losses = np.zeros((1, 41), np.float32), np.zeros(1, np.float32)
+    logits[0, at] = np.nan
+    classifier.softmax_crossentropy(losses, logits, np.zeros(1, np.int32), 40, 1.0)
+    assert np.isnan(losses[0])
 
 
 def test_adamw_leaves_zero_parameters_without_gradient_at_zero():
     """So the padding rows of wte stay zero for ever, decay or not."""
-    given = arguments(kernels.adamw_update, RAGGED, seed=2)
+    given = arguments(updates.adamw_update, RAGGED, seed=2)
     for name in ("param", "m", "v", "grad"):
         given[name][:] = 0
-    kernels.adamw_update(*given.values())
+    updates.adamw_update(*given.values())
     assert not given["param"].any()

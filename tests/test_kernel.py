@@ -654,10 +654,11 @@ def test_without_the_compiler_a_twin_with_an_intrinsic_gives_way_to_its_body(mon
 def test_gpt2_runs_without_the_compiler():
     """From the first import on, in a process of its own, as a user would start it."""
     program = (
-        "import numpy as np; from taskgpt.gpt2 import kernels as k; from taskgpt.tasks import Kernel, compile_kernels\n"
-        "compile_kernels(v for v in vars(k).values() if isinstance(v, Kernel))\n"
-        "loss, losses = np.zeros(1, np.float32), np.ones(4, np.float32); k.loss_forward(loss, losses)\n"
-        "print(loss[0], k.loss_forward.function is k.loss_forward.body, k.gelu_forward.function is k.gelu_forward.body)"
+        "import numpy as np; from taskgpt.gpt2 import attention, classifier as c, kernels as k, updates\n"
+        "from taskgpt.tasks import Kernel, compile_kernels\n"
+        "compile_kernels(v for module in (attention, c, k, updates) for v in vars(module).values() if isinstance(v, Kernel))\n"
+        "loss, losses = np.zeros(1, np.float32), np.ones(4, np.float32); c.loss_forward(loss, losses)\n"
+        "print(loss[0], c.loss_forward.function is c.loss_forward.body, k.gelu_forward.function is k.gelu_forward.body)"
     )
     environment = {**os.environ, "NUMBA_DISABLE_JIT": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from taskgpt.gpt2.program import backward, forward, loss, loss_graph, training_graph
+from taskgpt.gpt2.program import loss_graph, training_graph, training_step
 from taskgpt.gpt2.sampling import Random
 from taskgpt.tasks import run_now
 from taskgpt.train import main
@@ -20,7 +20,19 @@ SCHEDULERS = {
     "local-cluster": ["--set", "coarsen=40"],  # few tasks: each costs it a millisecond, and sampling runs 126 graphs
     "local-cluster-processes": ["--set", "coarsen=40"],
 }
+WAYS = {  # the graph file's fused kernels; llm.c's own; logits in blocks of rows
+    "": [],
+    "separate": ["--set", "options.kernels=separate", "--set", "options.update=separate"],
+    "logits in blocks": ["--set", "tiles.logits_rows=96"],
+}
+RUNS = [
+    *[(scheduler, "") for scheduler in SCHEDULERS],
+    ("sequential", "separate"),
+    ("loops-llmc", "separate"),
+    ("loops", "logits in blocks"),
+]
 ROWS = 4 * 64
+both_ways = pytest.mark.parametrize("parity_model", ["fused", "separate"], indirect=True)
 
 
 def norm_relative(got: np.ndarray, want: np.ndarray) -> float:
@@ -40,15 +52,17 @@ def debug_state(parity_folder, parity_model):
     return floats[: ROWS * V].reshape(ROWS, V), float(floats[ROWS * V]), floats[ROWS * V + 1 :]
 
 
+@both_ways
 def test_logits_and_loss_agree_with_the_debug_state(parity_model, debug_state):
     """The forward-only graph gives PyTorch's logits to 1e-5 (norm-relative), and its loss."""
     logits, wanted_loss, _ = debug_state
     for task in loss_graph(parity_model).tasks:
         task.run()
-    assert norm_relative(parity_model.a.logits.array[:, : logits.shape[1]], logits) < 1e-5
+    assert norm_relative(parity_model.a.logits.array[0, :, : logits.shape[1]], logits) < 1e-5
     assert parity_model.s.loss.array[0] == pytest.approx(wanted_loss, abs=1e-6)
 
 
+@both_ways
 def test_all_gradients_agree_with_the_debug_state(parity_model, debug_state):
     """Each of the 16 tensors to 1e-5 (norm-relative); the padding rows of dwte are exactly zero."""
     for task in training_graph(parity_model).tasks:
@@ -62,6 +76,7 @@ def test_all_gradients_agree_with_the_debug_state(parity_model, debug_state):
     assert not parity_model.g.dwte.array[parity_model.model.vocabulary :].any()
 
 
+@both_ways
 def test_without_a_graph_the_program_gives_the_same_bits(parity_model, debug_state):
     """Serial elision: given run_now as its spawn, the program simply runs."""
     for task in training_graph(parity_model).tasks:
@@ -69,18 +84,17 @@ def test_without_a_graph_the_program_gives_the_same_bits(parity_model, debug_sta
     recorded = {name: tensor.array.copy() for name, tensor in parity_model.g.tensors.items()}
     for tensor in parity_model.g.tensors.values():
         tensor.array[:] = 0
-    for part in (forward, loss, backward):
-        part(run_now, parity_model)
+    training_step(run_now, parity_model)
     for name, tensor in parity_model.g.tensors.items():
         np.testing.assert_array_equal(tensor.array, recorded[name], err_msg=name)
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_training_prints_what_llmc_printed(scheduler, parity_folder, expected, tmp_path, capsys):
+@pytest.mark.parametrize(("scheduler", "way"), RUNS)
+def test_training_prints_what_llmc_printed(scheduler, way, parity_folder, expected, tmp_path, capsys):
     """41 train losses and 5 validation losses within 5e-5, both sampled sequences id for id."""
     log = tmp_path / "log.jsonl"
     flags = ["--graph", "tiny", "--init", str(parity_folder / "model.bin"), "--data", str(parity_folder), "--lr", "3e-3", "--steps", "41"]
-    assert main([*flags, "--scheduler", scheduler, *SCHEDULERS[scheduler], "--log", str(log)]) == 0
+    assert main([*flags, *WAYS[way], "--scheduler", scheduler, *SCHEDULERS[scheduler], "--log", str(log)]) == 0
     records = [json.loads(line) for line in log.read_text().splitlines()]
     train = [r["train_loss"] for r in records if "train_loss" in r]
     val = [r["val_loss"] for r in records if "val_loss" in r]

@@ -22,6 +22,9 @@ CASES = [
     ("local-cluster", 2, ("coarsen=0",)),
     *[("local-cluster-processes", n, ("coarsen=60",)) for n in (1, 3)],
     ("local-cluster-processes", 2, ("coarsen=0",)),
+    *[(scheduler, n, ("options.kernels=separate", "options.update=separate")) for scheduler, n in (("sequential", 1), ("loops-llmc", 2))],
+    ("threads", 2, ("options.kernels=separate", "coarsen=0")),
+    ("loops", 2, ("options.update=separate",)),
 ]
 
 
@@ -67,7 +70,7 @@ def reference(text, tmp_path_factory):
 
 @pytest.mark.parametrize(("scheduler", "workers", "settings"), CASES)
 def test_the_scheduler_changes_no_bit(scheduler, workers, settings, text, tmp_path, reference):
-    """Parameters hash and all losses equal those of program order."""
+    """Parameters hash and all losses equal those of program order; nor do options.kernels and options.update change any."""
     assert train(text, tmp_path, scheduler, workers, settings) == reference
 
 

@@ -12,18 +12,28 @@ import math
 
 import numpy as np
 
-from taskgpt.gpt2.vector_math import LANES, exp32, row_max, row_sum
-from taskgpt.tasks import In, Out, dense, dims, kernel
+from taskgpt.gpt2.vector_math import exp32, exp_row, row_sum
+from taskgpt.tasks import In, Out, Scratch, dense, dims, kernel
 from taskgpt.tasks.blas import gemm
 
 T, S, H, N = dims("T S H N")
 _f = np.float32
 ZERO, ONE = _f(0), _f(1)
+MASKED = _f(-np.inf)  # the score of a later position: exp gives 0
 BLOCK = 64  # queries at a time: the block's scores stay in L2 (64 x 1024 floats = 256 KiB)
 
 
 @kernel(flops=lambda T, S, H: 4 * H * (T * (S - T) + T * (T + 1) // 2), tags=["llmc"])
-def attention_forward(atty: Out[T, H], att_max: Out[T, N], att_rsum: Out[T, N], q: In[T, H], k: In[S, H], v: In[S, H], head_size: int):
+def attention_forward(
+    atty: Out[T, H],
+    att_max: Out[T, N],
+    att_rsum: Out[T, N],
+    q: In[T, H],
+    k: In[S, H],
+    v: In[S, H],
+    head_size: int,
+    scores: Scratch[BLOCK, S],
+):
     """atty = softmax(q @ k.T / sqrt(head_size), over positions up to the query's own) @ v, head by head.
 
     Source: Vaswani et al. 2017; same formula as llm.c. Keeps: att_max, att_rsum for attention_backward.
@@ -31,18 +41,16 @@ def attention_forward(atty: Out[T, H], att_max: Out[T, N], att_rsum: Out[T, N], 
     masked = _masked(len(q), len(k))
     for n, at in enumerate(range(0, q.shape[1], head_size)):
         head = slice(at, at + head_size)
-        scores = np.where(masked, _f(-np.inf), q[:, head] @ k[:, head].T * _f(1 / math.sqrt(head_size)))
-        att_max[:, n] = scores.max(axis=1)
-        probabilities = np.exp(scores - att_max[:, n, None])
+        raw = np.where(masked, _f(-np.inf), q[:, head] @ k[:, head].T * _f(1 / math.sqrt(head_size)))
+        att_max[:, n] = raw.max(axis=1)
+        probabilities = np.exp(raw - att_max[:, n, None])
         att_rsum[:, n] = 1 / probabilities.sum(axis=1)
         atty[:, head] = probabilities @ v[:, head] * att_rsum[:, n, None]
 
 
 @attention_forward.compiled
-def _(atty, att_max, att_rsum, q, k, v, head_size):
+def _(atty, att_max, att_rsum, q, k, v, head_size, scores):
     queries, past = q.shape[0], k.shape[0] - q.shape[0]
-    scores = np.empty((min(BLOCK, queries), k.shape[0]), np.float32)
-    lanes = np.empty(LANES, np.float32)
     scale = _f(1 / math.sqrt(head_size))
     for n in range(q.shape[1] // head_size):
         first, last = n * head_size, (n + 1) * head_size
@@ -51,18 +59,16 @@ def _(atty, att_max, att_rsum, q, k, v, head_size):
             seen = past + stop
             block = scores[: stop - start, :seen]
             gemm(block, q[start:stop, first:last], k[:seen, first:last], 0, 1, scale, ZERO)
-            for r in range(stop - start):
-                row, valid = dense(block[r]), past + start + r + 1
-                largest = row_max(row, valid, lanes)
-                for t in range(valid):
-                    row[t] = exp32(row[t] - largest)
-                for t in range(valid, seen):
-                    row[t] = ZERO
-                factor = ONE / row_sum(row)
-                for t in range(valid):
-                    row[t] *= factor
-                att_max[start + r, n], att_rsum[start + r, n] = largest, factor
+            for r in range(start, stop):
+                row = dense(block[r - start])
+                row[past + r + 1 :] = MASKED
+                largest, total = exp_row(row)
+                att_max[r, n], att_rsum[r, n] = largest, ONE / total
             gemm(atty[start:stop, first:last], block, v[:seen, first:last], 0, 0, ONE, ZERO)
+            for r in range(start, stop):
+                row, factor = dense(atty[r, first:last]), att_rsum[r, n]
+                for c in range(head_size):
+                    row[c] *= factor
 
 
 @kernel(flops=lambda T, H: 10 * H * T * (T + 1) // 2)
@@ -78,6 +84,9 @@ def attention_backward(
     att_max: In[T, N],
     att_rsum: In[T, N],
     head_size: int,
+    probabilities: Scratch[BLOCK, T],
+    gradients: Scratch[BLOCK, T],
+    products: Scratch[H],
 ):
     """The gradients of q, k and v, given that of atty.
 
@@ -96,11 +105,8 @@ def attention_backward(
 
 
 @attention_backward.compiled
-def _(dq, dk, dv, datty, atty, q, k, v, att_max, att_rsum, head_size):
+def _(dq, dk, dv, datty, atty, q, k, v, att_max, att_rsum, head_size, probabilities, gradients, products):
     length = q.shape[0]
-    probabilities = np.empty((min(BLOCK, length), length), np.float32)
-    gradients = np.empty((min(BLOCK, length), length), np.float32)
-    products = np.empty(head_size, np.float32)
     scale = _f(1 / math.sqrt(head_size))
     for n in range(q.shape[1] // head_size):
         first, last = n * head_size, (n + 1) * head_size
@@ -109,19 +115,16 @@ def _(dq, dk, dv, datty, atty, q, k, v, att_max, att_rsum, head_size):
             p, ds = probabilities[: stop - start, :stop], gradients[: stop - start, :stop]
             gemm(p, q[start:stop, first:last], k[:stop, first:last], 0, 1, scale, ZERO)
             gemm(ds, datty[start:stop, first:last], v[:stop, first:last], 0, 1, ONE, ZERO)
-            for r in range(stop - start):
-                at, valid = start + r, start + r + 1
-                d_row, y_row = dense(datty[at, first:last]), dense(atty[at, first:last])
+            for r in range(start, stop):
+                d_row, y_row = dense(datty[r, first:last]), dense(atty[r, first:last])
                 for c in range(head_size):
                     products[c] = d_row[c] * y_row[c]
-                mean, largest, factor = row_sum(products), att_max[at, n], att_rsum[at, n]
-                p_row, ds_row = dense(p[r]), dense(ds[r])
-                for t in range(valid):
+                mean, largest, factor = row_sum(products[:head_size]), att_max[r, n], att_rsum[r, n]
+                p_row, ds_row = dense(p[r - start]), dense(ds[r - start])
+                p_row[r + 1 :] = MASKED
+                for t in range(stop):
                     p_row[t] = exp32(p_row[t] - largest) * factor
                     ds_row[t] = p_row[t] * (ds_row[t] - mean) * scale
-                for t in range(valid, stop):
-                    p_row[t] = ZERO
-                    ds_row[t] = ZERO
             gemm(dq[start:stop, first:last], ds, k[:stop, first:last], 0, 0, ONE, ZERO)
             # Keys before this block have a sum already; those of the block itself get their first contribution.
             if start > 0:

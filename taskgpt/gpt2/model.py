@@ -4,6 +4,7 @@ Dimensions: B sequences of T tokens, R = B * T rows, C channels, NH heads, L lay
 columns of a matrix. A gradient is `d` + name; weights are (OC, C), as in llm.c, so that one row makes one output column.
 """
 
+import copy
 import hashlib
 from dataclasses import dataclass, field
 
@@ -89,54 +90,85 @@ class Tiles:
     pointwise_rows: int = _at_least(1)  # rows in embedding, LayerNorm, GELU, residual and classifier
     heads: int = _at_least(1)  # heads in an attention task
     vocabulary: int = _at_least(1)  # vocabulary entries in a task of the language-model head
+    logits_rows: int = field(default=0, metadata={"at_least": 0})  # rows whose logits are held at a time; 0: all
+
+
+_WAYS = {"default": "fused", "metadata": {"choices": ("fused", "separate")}}
 
 
 @dataclass(frozen=True)
 class Options:
-    """Choices that change the numbers."""
+    """Choices. Decay and commutative sums change the numbers; `kernels` and `update` change time and memory, and no bit."""
 
     weight_decay_on: str = field(metadata={"choices": ("matrices", "all")})
     commutative: bool = False
+    kernels: str = field(**_WAYS)  # fused: GELU, residual and softmax in one task with what comes before; separate: as in llm.c
+    update: str = field(**_WAYS)  # fused: AdamW in one task with the gradient, which is not stored; separate: as in llm.c
 
 
 class GPT2:
     """The memory of a model in training: parameters, gradients, AdamW's moments, activations, and what changes with every step.
 
-    `p`, `g`, `m`, `v`, `a`, `d` and `s` are arenas of tensors: parameters, their gradients, first and second moments, activations,
-    gradients of activations, and the step's inputs and outputs. `shared=True` makes them visible to worker processes. Raises ValueError
-    if the sequence is longer than the model's maximum, MemoryError if there is no room for shared memory.
+    `p`, `g`, `m`, `v`, `a`, `d` and `s` are arenas of tensors: parameters, those of their gradients that are stored, first and second
+    moments, activations, gradients of activations, and the step's inputs and outputs. Of the last there are two, `slots`, so that the next
+    step's inputs can be written while a step runs; `s` is the first. `shared=True` makes them visible to worker processes. Raises
+    ValueError if the sequence is longer than the model's maximum, MemoryError if there is no room for shared memory.
     """
+
+    SLOTS = 2
 
     def __init__(self, model: Model, batch: Batch, tiles: Tiles, options: Options, shared: bool = False):
         if batch.seq_len > model.max_seq_len:
             raise ValueError(f"seq_len = {batch.seq_len} is longer than the model's max_seq_len = {model.max_seq_len}")
         self.model, self.batch, self.tiles, self.options = model, batch, tiles, options
+        self.p, self.m, self.v, self.g, self.a, self.d, *slots = (Arena(specs, shared) for specs in self._specs())
+        self.slots = tuple(slots)
+        self.s = self.slots[0]
+
+    def with_slot(self, slot: int) -> "GPT2":
+        """Return the same memory, with another slot as its `s`."""
+        other = copy.copy(self)
+        other.s = self.slots[slot]
+        return other
+
+    @property
+    def logits_rows(self) -> int:
+        """How many rows of logits are held at a time."""
+        return min(self.tiles.logits_rows or self.batch.rows, self.batch.rows)
+
+    def _specs(self) -> list[dict[str, TensorSpec]]:
+        """Return what each arena holds: p, m, v, g, a, d, then the slots."""
         parameters = self._parameter_specs()
-        self.p, self.g, self.m, self.v = (
-            Arena({prefix + name: spec for name, spec in parameters.items()}, shared) for prefix in ("", "d", "m_", "v_")
-        )
-        self.a = Arena(self._activation_specs(), shared)
-        self.d = Arena(self._activation_gradient_specs(), shared)
-        self.s = Arena(self._step_specs(), shared)
+        p, m, v, g = ({prefix + name: spec for name, spec in parameters.items()} for prefix in ("", "m_", "v_", "d"))
+        if self.options.update == "fused":
+            # All rows of a gradient come in one product, but for the logits if they come in blocks of rows.
+            g = {"dwte": g["dwte"]} if self.logits_rows < self.batch.rows else {}
+        return [p, m, v, g, self._activation_specs(), self._activation_gradient_specs(), *[self._step_specs()] * self.SLOTS]
 
     def _parameter_specs(self) -> dict[str, TensorSpec]:
-        """Weights are cut by output columns, wte by vocabulary; what is stacked by layers is cut between them."""
+        """Weights and their biases are cut by output columns, wte by vocabulary; what is stacked by layers is cut between them."""
         columns, vocabulary = self.tiles.columns, self.tiles.vocabulary
         specs = {}
         for name, shape in self.model.parameter_shapes().items():
-            stacked = (1, None) if len(shape) == 2 else (1, columns, None)
-            specs[name] = TensorSpec(shape, (vocabulary, None) if name in ("wte", "wpe") else stacked)
+            if name in ("wte", "wpe"):
+                cuts = (vocabulary, None)
+            elif name.startswith("ln"):
+                cuts = (1, None)
+            else:
+                cuts = (1, columns, None)[: len(shape)]
+            specs[name] = TensorSpec(shape, cuts)
         return specs
 
     def _activation_specs(self) -> dict[str, TensorSpec]:
         L, C, NH, R = self.model.layers, self.model.channels, self.model.heads, self.batch.rows
         rows, columns, heads = self._row_cuts(), self.tiles.columns, self.tiles.heads
-        blocks = -(-self.model.padded_vocabulary // self.tiles.vocabulary)
         by_rows = TensorSpec((L, R, C), (1, rows, None))
         by_columns = TensorSpec((L, R, C), (1, rows, columns))
+        hidden = TensorSpec((L, R, 4 * C), (1, rows, columns))
         statistic = TensorSpec((L, R), (1, rows))
         by_heads = TensorSpec((L, R, NH), (1, self.batch.seq_len, heads))
-        return {
+        numbers = TensorSpec((R,), (rows,))
+        specs = {
             "encoded": TensorSpec((R, C), (rows, None)),
             "ln1": by_rows,
             "ln1_mean": statistic,
@@ -146,24 +178,31 @@ class GPT2:
             "att_max": by_heads,
             "att_rsum": by_heads,
             "attproj": by_columns,
-            "residual2": by_rows,
+            "residual2": by_columns,
             "ln2": by_rows,
             "ln2_mean": statistic,
             "ln2_rstd": statistic,
-            "fch": TensorSpec((L, R, 4 * C), (1, rows, columns)),
-            "fch_gelu": TensorSpec((L, R, 4 * C), (1, rows, None)),
+            "fch": hidden,
+            "fch_gelu": hidden,
             "fcproj": by_columns,
-            "residual3": by_rows,
-            "lnf": TensorSpec((R, C), (rows, None)),
-            "lnf_mean": TensorSpec((R,), (rows,)),
-            "lnf_rstd": TensorSpec((R,), (rows,)),
-            "logits": TensorSpec((R, self.model.padded_vocabulary), (rows, self.tiles.vocabulary)),
-            "block_max": TensorSpec((R, blocks), (rows, 1)),
-            "block_sum": TensorSpec((R, blocks), (rows, 1)),
-            "logits_max": TensorSpec((R,), (rows,)),
-            "logits_rsum": TensorSpec((R,), (rows,)),
-            "losses": TensorSpec((R,), (rows,)),
+            "residual3": by_columns,
+            "lnf": TensorSpec((1, R, C), (1, rows, None)),
+            "lnf_mean": TensorSpec((1, R), (1, rows)),
+            "lnf_rstd": TensorSpec((1, R), (1, rows)),
+            "logits": self._logits_spec(),
+            "logits_max": numbers,
+            "logits_rsum": numbers,
+            "losses": numbers,
         }
+        if self.options.kernels == "fused":
+            del specs["attproj"], specs["fcproj"]  # go straight into the residual stream
+        return specs
+
+    def _logits_spec(self) -> TensorSpec:
+        """All logits, or two blocks of rows that take turns, so that one can be filled while the other is still read."""
+        held = self.logits_rows
+        shape = (1 if held == self.batch.rows else 2, held, self.model.padded_vocabulary)
+        return TensorSpec(shape, (1, (self.tiles.rows, self.tiles.pointwise_rows), self.tiles.vocabulary))
 
     def _activation_gradient_specs(self) -> dict[str, TensorSpec]:
         """Layers take turns in two slots: the weight gradients of one layer may still read theirs while the next layer fills the other.
@@ -191,8 +230,8 @@ class GPT2:
         return {"tokens": tokens, "targets": tokens, "hyper": TensorSpec((7,)), "loss": TensorSpec((1,))}
 
     def _row_cuts(self) -> tuple[int, ...]:
-        """Rows are cut where a matrix product, a pointwise task or a sequence (attention) begins."""
-        return self.tiles.rows, self.tiles.pointwise_rows, self.batch.seq_len
+        """Rows are cut where a matrix product, a pointwise task, a sequence (attention) or a block of logits begins."""
+        return self.tiles.rows, self.tiles.pointwise_rows, self.batch.seq_len, self.logits_rows
 
     def _head_cuts(self) -> tuple[int, ...]:
         """Columns are cut where a matrix product begins, and where a group of heads begins, in each of Q, K and V.
@@ -204,16 +243,14 @@ class GPT2:
 
     @property
     def nbytes(self) -> int:
-        return sum(arena.nbytes for arena in (self.p, self.g, self.m, self.v, self.a, self.d, self.s))
+        return sum(arena.nbytes for arena in (self.p, self.m, self.v, self.g, self.a, self.d, *self.slots))
 
     @classmethod
-    def bytes_needed(cls, model: Model, batch: Batch, tiles: Tiles) -> int:
+    def bytes_needed(cls, model: Model, batch: Batch, tiles: Tiles, options: Options) -> int:
         """Return `nbytes` of such a model without making it."""
         shape = cls.__new__(cls)
-        shape.model, shape.batch, shape.tiles = model, batch, tiles
-        sections = (shape._activation_specs(), shape._activation_gradient_specs(), shape._step_specs())
-        rest = sum(spec.nbytes for specs in sections for spec in specs.values())
-        return 4 * sum(spec.nbytes for spec in shape._parameter_specs().values()) + rest
+        shape.model, shape.batch, shape.tiles, shape.options = model, batch, tiles, options
+        return sum(spec.nbytes for specs in shape._specs() for spec in specs.values())
 
     def initialize(self, seed: int) -> None:
         """Draw the parameters as llm.c does: weights N(0, 0.02), those that add to the residual stream N(0, 0.02 / sqrt(2 L)).
@@ -231,11 +268,13 @@ class GPT2:
             else:
                 array[...] = 1.0 if name in ("ln1w", "ln2w", "lnfw") else 0.0
 
-    def set_hyper(self, step: int, lr: float, weight_decay: float, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8) -> None:
-        """Write what AdamW needs in a step (counted from 0), in float32 as llm.c computes it."""
+    def set_hyper(
+        self, step: int, lr: float, weight_decay: float, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, slot: int = 0
+    ) -> None:
+        """Write what AdamW needs in a step (counted from 0), in float32 as llm.c computes it, into a slot."""
         f = np.float32
         corrections = [f(1) - np.power(f(beta), f(step + 1), dtype=f) for beta in (beta1, beta2)]
-        self.s.hyper.array[:] = [lr, beta1, beta2, eps, weight_decay, *corrections]
+        self.slots[slot].hyper.array[:] = [lr, beta1, beta2, eps, weight_decay, *corrections]
 
     def parameters_sha256(self) -> str:
         """Return the SHA-256 of all parameters in checkpoint order, padding included: equal hashes mean equal bits."""

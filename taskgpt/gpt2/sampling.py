@@ -41,8 +41,8 @@ class Sampler:
     def __init__(self, m: GPT2, prepare: Callable[[Graph], Graph] = lambda graph: graph):
         self.m = m
         self.length = min(LENGTH, m.batch.rows)
-        sequences = blocks(0, self.length - 1, m.batch.seq_len)
-        self.rows = [rows for sequence in sequences for rows in blocks(sequence.start, sequence.stop, BLOCK)]
+        sequences = blocks(slice(0, self.length - 1), m.batch.seq_len)
+        self.rows = [rows for sequence in sequences for rows in blocks(sequence, min(BLOCK, m.logits_rows))]
         self.graphs = [prepare(sampling_graph(m, rows.start, rows.stop)) for rows in self.rows]
         self.random = Random()
 
@@ -53,7 +53,7 @@ class Sampler:
         for rows, graph in zip(self.rows, self.graphs, strict=True):
             for at in range(rows.start, rows.stop):
                 run(graph)
-                tokens[at + 1] = draw(logits[at, : self.m.model.vocabulary], self.random.uniform())
+                tokens[at + 1] = draw(logits[0, at - rows.start, : self.m.model.vocabulary], self.random.uniform())
         return tokens[1 : self.length].tolist()
 
 

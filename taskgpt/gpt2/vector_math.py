@@ -1,18 +1,21 @@
 """exp, sums and maxima for loops that must vectorise, and whose bits must not depend on how they do.
 
 numba from PyPI carries no vector math library: a loop around `math.exp` calls libm once per element. This one is straight-line code, which
-LLVM turns into vector instructions. Every multiply-add is one fma, so the bits do not depend on the vector width.
+LLVM turns into vector instructions. Every multiply-add is one fma and sums have a fixed order, so that the bits do not depend on the vector
+width. tanh is not here: GELU's (1 + tanh(u)) / 2 is 1 / (1 + exp(-2u)).
 """
 
 import math
+from collections.abc import Callable
 
 import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
-_FLOAT, _INT = ir.FloatType(), ir.IntType(32)
+_FLOAT, _INT, _SIZE = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 _LOWEST, _HIGHEST = -87.33654022216797, 88.3762588501  # below: the result would be subnormal; above: 2**n would leave the exponent's range
 _LN2_HIGH = 0.693359375  # 10 bits of ln 2: its product with n is exact
 _LN2_LOW = math.log(2) - _LN2_HIGH
@@ -58,52 +61,52 @@ def exp32(typing_context, x):
     return types.float32(types.float32), codegen
 
 
-LANES = 16  # partial sums and maxima run in this many lanes: a fixed order, so the same bits on every machine, and one that vectorises
+_WIDTHS = (64, 8, 1)  # a row is read 64 elements at a time, its rest 8 at a time, the rest of that one by one
+
+
+def _reduction(meaning: str, start: float, combine: Callable):
+    """Return an intrinsic that combines the elements of a dense float32 row: lane by lane while reading, then the lanes in halves."""
+
+    def typed(typing_context, row):
+        if not (isinstance(row, types.Array) and (row.dtype, row.ndim, row.layout) == (types.float32, 1, "C")):
+            raise TypeError(f"wanted a dense float32 row, got {row}")
+
+        def codegen(context, builder, signature, args):
+            row = context.make_array(signature.args[0])(context, builder, args[0])
+            length = builder.extract_value(row.shape, 0)
+            result, done = ir.Constant(_FLOAT, start), ir.Constant(_SIZE, 0)
+            for width in _WIDTHS:
+                vector, stop = ir.VectorType(_FLOAT, width), builder.and_(length, ir.Constant(_SIZE, -width))
+                sofar = cgutils.alloca_once_value(builder, ir.Constant(vector, [start] * width))
+                with cgutils.for_range_slice(builder, done, stop, ir.Constant(_SIZE, width), _SIZE) as (at, _):
+                    place = builder.bitcast(builder.gep(row.data, [at]), vector.as_pointer())
+                    builder.store(combine(builder, builder.load(sofar), builder.load(place, align=4)), sofar)
+                lanes, done = builder.load(sofar), stop
+                while width > 1:
+                    width //= 2
+                    halves = [ir.Constant(ir.VectorType(_INT, width), list(range(at, at + width))) for at in (0, width)]
+                    lanes = combine(builder, *(builder.shuffle_vector(lanes, lanes, half) for half in halves))
+                result = combine(builder, result, builder.extract_element(lanes, ir.Constant(_INT, 0)))
+            return result
+
+        return types.float32(row), codegen
+
+    typed.__doc__ = f"In a compiled twin: {meaning}"
+    return intrinsic(typed)
+
+
+def _larger(builder, a, b):
+    return builder.select(builder.fcmp_ordered(">", b, a), b, a)
+
+
+row_sum = _reduction("the sum of a dense float32 row.", 0.0, lambda builder, a, b: builder.fadd(a, b))
+row_max = _reduction("the largest element of a dense float32 row, -inf if it is empty. NaN may be passed over.", -math.inf, _larger)
 
 
 @numba.njit(nogil=True, error_model="numpy")
-def row_sum(row):
-    """Return the sum of a dense float32 row."""
-    a = b = c = d = e = f = g = h = np.float32(0)
-    whole = row.shape[0] // 8 * 8
-    for i in range(0, whole, 8):
-        a += row[i]
-        b += row[i + 1]
-        c += row[i + 2]
-        d += row[i + 3]
-        e += row[i + 4]
-        f += row[i + 5]
-        g += row[i + 6]
-        h += row[i + 7]
-    for i in range(whole, row.shape[0]):
-        a += row[i]
-    return ((a + b) + (c + d)) + ((e + f) + (g + h))
-
-
-@numba.njit(nogil=True, error_model="numpy")
-def row_max(row, valid, lanes):
-    """Return the largest of row[:valid], -inf if there is none; `lanes` is scratch of LANES float32. NaN may be passed over."""
-    lanes[:] = np.float32(-np.inf)
-    whole = valid // LANES * LANES
-    for i in range(0, whole, LANES):
-        for lane in range(LANES):
-            lanes[lane] = row[i + lane] if row[i + lane] > lanes[lane] else lanes[lane]
-    for i in range(whole, valid):
-        lanes[i - whole] = row[i] if row[i] > lanes[i - whole] else lanes[i - whole]
-    largest = lanes[0]
-    for lane in range(1, LANES):
-        largest = lanes[lane] if lanes[lane] > largest else largest
-    return largest
-
-
-@numba.njit(nogil=True, error_model="numpy")
-def row_sum_exp(row, valid, largest, lanes):
-    """Return the sum of exp(row[:valid] - largest); a NaN in the row gives NaN."""
-    lanes[:] = np.float32(0)
-    whole = valid // LANES * LANES
-    for i in range(0, whole, LANES):
-        for lane in range(LANES):
-            lanes[lane] += exp32(row[i + lane] - largest)
-    for i in range(whole, valid):
-        lanes[i - whole] += exp32(row[i] - largest)
-    return row_sum(lanes)
+def exp_row(row):
+    """Replace a dense row by exp(row - its largest element), in place; return (that element, the sum), of which NaN makes the sum NaN."""
+    largest = row_max(row)
+    for i in range(row.shape[0]):
+        row[i] = exp32(row[i] - largest)
+    return largest, row_sum(row)

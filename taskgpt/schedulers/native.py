@@ -124,7 +124,7 @@ class Scheduler:
         table[r.SPINS] = {"busy": -1, "hybrid": s.spins, "idle": 0}[s.idle]
         table[r.QUEUES_AT], table[r.RUNS_AT], table[r.WORKERS_AT] = queue_words.ctypes.data, runs.ctypes.data, workers.ctypes.data
         table[r.MUTEX], table[r.WORK], table[r.DONE] = mutex, work, done
-        self._heaps = self._scratch = None
+        self._heap_entries, self._scratch_bytes = 0, -1
         self._records = np.zeros((self.workers, s.record), RECORD_TYPE)
         if s.record:
             self._worker_words[:-1, r.RECORD] = [each.ctypes.data for each in self._records]
@@ -160,6 +160,8 @@ class Scheduler:
 
     def _submit(self, graph: Graph, before: _Run | None, may_overlap: bool) -> _Run:
         """Start a run; after `before` and beside it, if that may still be under way. The slot's last run is over."""
+        if before is None:
+            self._abandon()  # what a second Ctrl-C left while the first one was answered
         plan = self._plans(graph)
         run = _Run(self._count, graph, plan, self._count % 2)
         self._count += 1
@@ -168,6 +170,7 @@ class Scheduler:
             self._link(before, run)
         self._write(run, before, may_overlap)
         self._runs[run.slot] = run
+        self._table[r.PRIORITIES] = any(each.plan.priorities is not None for each in self._runs if each)
         _worker.submit(self._address, run.slot, before is not None)
         return run
 
@@ -205,15 +208,14 @@ class Scheduler:
 
     def _make_room(self, plan: Plan) -> None:
         """Let every queue hold all tasks of two runs, and every worker have the scratch that the kernels ask for."""
-        if self._heaps is not None and self._heaps.shape[2] >= 2 * plan.tasks and self._scratch.shape[1] >= plan.scratch_bytes:
+        if 2 * plan.tasks <= self._heap_entries and plan.scratch_bytes <= self._scratch_bytes:
             return
         for run in filter(None, self._runs):
             self._wait(run)
-        room, scratch_bytes = max(2 * plan.tasks, 64), plan.scratch_bytes
-        if self._heaps is not None:
-            room, scratch_bytes = max(room, self._heaps.shape[2]), max(scratch_bytes, self._scratch.shape[1])
-        self._heaps = np.zeros((len(self._queue_words), 2, room), np.int64)
-        self._scratch = np.zeros((self.workers, aligned(scratch_bytes) + ALIGNMENT_BYTES), np.uint8)
+        self._heap_entries = max(self._heap_entries, 2 * plan.tasks)
+        self._scratch_bytes = max(self._scratch_bytes, plan.scratch_bytes)
+        self._heaps = np.zeros((len(self._queue_words), 2, self._heap_entries), np.int64)
+        self._scratch = np.zeros((self.workers, aligned(self._scratch_bytes) + ALIGNMENT_BYTES), np.uint8)
         for queue, (keys, entries) in zip(self._queue_words, self._heaps, strict=True):
             queue[[r.KEYS, r.ENTRIES]] = keys.ctypes.data, entries.ctypes.data
         for worker, scratch in zip(self._worker_words, self._scratch, strict=False):
@@ -256,8 +258,6 @@ class Scheduler:
         for at, array in run.arrays.items():
             words[at] = 0 if array is None else array.ctypes.data
         words[r.TASKS], words[r.NUMBER], words[r.REMAINING] = tasks, run.number, plan.sinks
-        if plan.priorities is not None:
-            self._table[r.PRIORITIES] = 1
 
     def _measure(self, run: _Run, before: _Run | None) -> None:
         """For longest_path_first: rank tasks by when they must start for the run to end in time, and time them in the first runs."""

@@ -1,0 +1,169 @@
+"""AdamW, alone and in one task with the gradient that it needs, which then is stored nowhere.
+
+Both ways share their loops and their products, and give the same bits. `hyper` holds: lr, beta1, beta2, eps, weight decay, 1 - beta1^t,
+1 - beta2^t; decay applies where `is_decayed`.
+"""
+
+import numba
+import numpy as np
+
+from taskgpt.gpt2.kernels import (
+    encoder_backward_wte,
+    layernorm_backward_weight,
+    layernorm_gradient,
+    scatter_rows,
+    sum_rows,
+)
+from taskgpt.tasks import In, InOut, Scratch, dense, dims, kernel
+from taskgpt.tasks.blas import gemm
+
+R, C, OC, T, V = dims("R C OC T V")
+_f = np.float32
+ZERO, ONE = _f(0), _f(1)
+
+
+@kernel(flops=lambda OC, C: 14 * OC * C)
+def adamw_update(param: InOut[OC, C], m: InOut[OC, C], v: InOut[OC, C], grad: In[OC, C], hyper: In[7], is_decayed: int):
+    """One AdamW step. Loshchilov and Hutter 2019, operation by operation as in llm.c."""
+    lr, beta1, beta2, eps, decay, correction1, correction2 = hyper
+    m[:] = beta1 * m + (ONE - beta1) * grad
+    v[:] = beta2 * v + (ONE - beta2) * grad * grad
+    param -= lr * ((m / correction1) / (np.sqrt(v / correction2) + eps) + (decay if is_decayed else ZERO) * param)
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def _adamw_row(param, m, v, grad, hyper, is_decayed):
+    lr, beta1, beta2, eps, correction1, correction2 = hyper[0], hyper[1], hyper[2], hyper[3], hyper[5], hyper[6]
+    decay = hyper[4] if is_decayed else ZERO
+    for c in range(param.shape[0]):
+        m_new = beta1 * m[c] + (ONE - beta1) * grad[c]
+        v_new = beta2 * v[c] + (ONE - beta2) * grad[c] * grad[c]
+        m[c], v[c] = m_new, v_new
+        param[c] -= lr * ((m_new / correction1) / (np.sqrt(v_new / correction2) + eps) + decay * param[c])
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def _adamw(param, m, v, grad, hyper, is_decayed):
+    for r in range(param.shape[0]):
+        _adamw_row(dense(param[r]), dense(m[r]), dense(v[r]), dense(grad[r]), hyper, is_decayed)
+
+
+@adamw_update.compiled
+def _(param, m, v, grad, hyper, is_decayed):
+    _adamw(param, m, v, grad, hyper, is_decayed)
+
+
+@kernel(flops=lambda R, OC, C: 2 * R * OC * C, tags=["llmc", "gemm"])
+def linear_update(
+    weight: InOut[OC, C],
+    m_weight: InOut[OC, C],
+    v_weight: InOut[OC, C],
+    bias: InOut[OC],
+    m_bias: InOut[OC],
+    v_bias: InOut[OC],
+    dout: In[R, OC],
+    inp: In[R, C],
+    hyper: In[7],
+    is_decayed: int,
+    is_bias_decayed: int,
+    dweight: Scratch[OC, C],
+    dbias: Scratch[OC],
+):
+    """matmul_backward_weight and matmul_backward_bias, then adamw_update of both."""
+    adamw_update.body(weight, m_weight, v_weight, dout.T @ inp, hyper, is_decayed)
+    adamw_update.body(bias, m_bias, v_bias, dout.sum(axis=0), hyper, is_bias_decayed)
+
+
+@linear_update.compiled
+def _(weight, m_weight, v_weight, bias, m_bias, v_bias, dout, inp, hyper, is_decayed, is_bias_decayed, dweight, dbias):
+    gemm(dweight, dout, inp, 1, 0, ONE, ZERO)
+    _adamw(weight, m_weight, v_weight, dweight, hyper, is_decayed)
+    sum_rows(dbias, dout)
+    _adamw_row(bias, m_bias, v_bias, dbias, hyper, is_bias_decayed)
+
+
+@kernel(flops=lambda R, C: 5 * R * C + 28 * C)
+def layernorm_update(
+    weight: InOut[C],
+    m_weight: InOut[C],
+    v_weight: InOut[C],
+    bias: InOut[C],
+    m_bias: InOut[C],
+    v_bias: InOut[C],
+    dout: In[R, C],
+    inp: In[R, C],
+    mean: In[R],
+    rstd: In[R],
+    hyper: In[7],
+    is_decayed: int,
+    dweight: Scratch[C],
+    dbias: Scratch[C],
+):
+    """layernorm_backward_weight, then adamw_update of weight and bias."""
+    grad, bias_grad = np.empty_like(weight), np.empty_like(bias)
+    layernorm_backward_weight.body(grad, bias_grad, dout, inp, mean, rstd)
+    adamw_update.body(weight, m_weight, v_weight, grad, hyper, is_decayed)
+    adamw_update.body(bias, m_bias, v_bias, bias_grad, hyper, is_decayed)
+
+
+@layernorm_update.compiled
+def _(weight, m_weight, v_weight, bias, m_bias, v_bias, dout, inp, mean, rstd, hyper, is_decayed, dweight, dbias):
+    layernorm_gradient(dweight, dbias, dout, inp, mean, rstd)
+    _adamw_row(weight, m_weight, v_weight, dweight, hyper, is_decayed)
+    _adamw_row(bias, m_bias, v_bias, dbias, hyper, is_decayed)
+
+
+@kernel(flops=lambda R, V, C: 2 * R * V * C, tags=["llmc", "gemm"])
+def wte_update(
+    wte: InOut[V, C],
+    m: InOut[V, C],
+    v: InOut[V, C],
+    dlogits: In[R, V],
+    lnf: In[R, C],
+    dencoded: In[R, C],
+    tokens: In[R, np.int32],
+    hyper: In[7],
+    first_token: int,
+    is_decayed: int,
+    dwte: Scratch[V, C],
+):
+    """matmul_backward_weight for a block of the vocabulary, encoder_backward_wte on top of it, then adamw_update."""
+    grad = dlogits.T @ lnf
+    encoder_backward_wte.body(grad, dencoded, tokens, first_token)
+    adamw_update.body(wte, m, v, grad, hyper, is_decayed)
+
+
+@wte_update.compiled
+def _(wte, m, v, dlogits, lnf, dencoded, tokens, hyper, first_token, is_decayed, dwte):
+    gemm(dwte, dlogits, lnf, 1, 0, ONE, ZERO)
+    scatter_rows(dwte, dencoded, tokens, first_token)
+    _adamw(wte, m, v, dwte, hyper, is_decayed)
+
+
+@kernel(flops=lambda R, T, C: R * C + 14 * T * C)
+def wpe_update(
+    wpe: InOut[T, C],
+    m: InOut[T, C],
+    v: InOut[T, C],
+    dencoded: In[R, C],
+    hyper: In[7],
+    first_position: int,
+    seq_len: int,
+    is_decayed: int,
+    dwpe: Scratch[C],
+):
+    """encoder_backward_wpe for a block of the positions, then adamw_update. Positions from `seq_len` on have gradient 0."""
+    grad = np.zeros_like(wpe)
+    for r in range(len(dencoded)):
+        if 0 <= r % seq_len - first_position < len(wpe):
+            grad[r % seq_len - first_position] += dencoded[r]
+    adamw_update.body(wpe, m, v, grad, hyper, is_decayed)
+
+
+@wpe_update.compiled
+def _(wpe, m, v, dencoded, hyper, first_position, seq_len, is_decayed, dwpe):
+    for t in range(wpe.shape[0]):
+        dwpe[:] = ZERO
+        if first_position + t < seq_len:
+            sum_rows(dwpe, dencoded[first_position + t :: seq_len])
+        _adamw_row(dense(wpe[t]), dense(m[t]), dense(v[t]), dwpe, hyper, is_decayed)
