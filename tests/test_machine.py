@@ -1,5 +1,7 @@
 """The limits that speeds are stated against: measured in a moment, on no more threads than can run."""
 
+import time
+
 import numpy as np
 import pytest
 
@@ -15,19 +17,78 @@ def test_more_threads_than_cores_are_not_started(monkeypatch):
     """Ten thousand workers would each have 13 MB of operands, and together the speed of the cores."""
     monkeypatch.setattr(machine, "usable_cores", lambda: 2)
     started = []
-    monkeypatch.setattr(machine, "_timed_together", lambda calls, seconds: started.append(len(calls)) or [1e-3])
+    monkeypatch.setattr(machine, "timed_together", lambda calls, seconds: started.append(len(calls)) or [1e-3])
     speeds = [machine.sgemm_gflops(threads, 100, 100, 100) for threads in (1, 2, 10_000)]
     assert started == [1, 2, 2]
     assert speeds == pytest.approx([2, 4, 4])
 
 
-def test_what_is_measured_is_a_product():
-    """The twin computes what its body says."""
-    inp, weight = np.arange(6, dtype=np.float32).reshape(2, 3), np.arange(12, dtype=np.float32).reshape(4, 3)
-    out, wanted = np.zeros((2, 4), np.float32), np.zeros((2, 4), np.float32)
-    machine.product(out, inp, weight)
-    machine.product.body(wanted, inp, weight)
-    assert out.tolist() == wanted.tolist()
+@pytest.mark.parametrize("transpose_a", (0, 1))
+@pytest.mark.parametrize("transpose_b", (0, 1))
+def test_what_is_measured_is_a_product(transpose_a, transpose_b):
+    """The twin computes what its body says, operands transposed or not."""
+    a, b = np.arange(6, dtype=np.float32).reshape(2, 3), np.arange(12, dtype=np.float32).reshape(3, 4)
+    out, wanted = np.zeros((2, 4), np.float32), a @ b
+    operands = np.ascontiguousarray(a.T) if transpose_a else a, np.ascontiguousarray(b.T) if transpose_b else b
+    for product in (machine.product, machine.product.body):
+        out[:] = 0
+        product(out, *operands, transpose_a, transpose_b, 2)
+        assert out.tolist() == wanted.tolist()
+
+
+def test_what_is_measured_goes_through_memory():
+    """The twins of the streams compute what their bodies say."""
+    y, z = np.arange(100, dtype=np.float32), np.ones(100, np.float32)
+    for run in (lambda kernel: kernel, lambda kernel: kernel.body):
+        total, x = np.zeros(1, np.int64), np.zeros(100, np.float32)
+        run(machine.triad)(x, y, z, 1)
+        assert x.tolist() == (y + 3).tolist()
+        run(machine.update)(x, 4)
+        assert x.tolist() == (y + 7).tolist()
+        run(machine.read)(total, np.arange(100), 1)
+        assert total[0] == 4950
+
+
+@pytest.mark.parametrize("stream", machine.STREAMS)
+def test_bandwidth_is_measured(stream):
+    """One thread, little memory: some positive number."""
+    assert 0 < machine.bandwidth_gbs(stream, 1, seconds=0.01, total_bytes=1 << 16) < float("inf")
+
+
+def test_bandwidth_counts_what_the_memory_moves(monkeypatch):
+    """Two threads share the bytes; an element of triad moves 16 bytes and takes 12, one of update moves 8 and takes 4."""
+    monkeypatch.setattr(machine, "usable_cores", lambda: 2)
+    lengths = []
+    monkeypatch.setattr(machine, "timed_together", lambda calls, seconds: lengths.append(calls[0].args[-1].size) or [1e-3])
+    speeds = {stream: machine.bandwidth_gbs(stream, 2, total_bytes=240_000) for stream in ("triad", "update", "read")}
+    assert lengths == [10_000, 30_000, 15_000]
+    assert speeds == pytest.approx({"triad": 0.32, "update": 0.48, "read": 0.24})
+
+
+def test_caches_are_counted_once(tmp_path):
+    """Two cores share the first cache, the third has another."""
+    for cpu, (shared, size) in enumerate((("0-1", "32K"), ("0-1", "32K"), ("2", "16K"))):
+        cache = tmp_path / f"cpu{cpu}" / "cache" / "index3"
+        cache.mkdir(parents=True)
+        (cache / "shared_cpu_list").write_text(shared + "\n")
+        (cache / "size").write_text(size + "\n")
+    assert machine.cache_bytes(tmp_path) == 48 << 10
+    assert machine.cache_bytes(tmp_path / "none") == 0
+
+
+def test_calls_run_together_and_repeat_themselves():
+    """Rounds are of the same length for all; three at least."""
+    asked = []
+
+    def call(times: int) -> None:
+        asked.append(times)
+        time.sleep(times * 1e-5)
+
+    rounds = machine.timed_together([call, call], seconds=0.01)
+    assert len(rounds) >= 3
+    assert all(seconds > 0 for seconds in rounds)
+    assert asked[:2] == [1, 1]
+    assert len(set(asked[-6:])) == 1
 
 
 def test_describe_says_what_a_measurement_needs():

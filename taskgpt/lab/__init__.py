@@ -1,5 +1,11 @@
-"""Room 4: looks at runs and at the machine they ran on.
+"""Room 4: looks at runs, graphs and the machine.
 
-machine.py  what this machine can do: sgemm and memory bandwidth, measured
-    picture.py  a graph as SVG
+machine.py     what this machine can do, measured: sgemm, memory bandwidth
+roofline.py    what a step needs at least: a graph's matrix products and its parameters' traffic, against that
+steps.py       training steps of graphs under schedulers, in turns
+task_bench.py  Task Bench's graphs: what a task costs, and how short tasks may be
+peers.py       PyTorch (peer_torch.py) and JAX (peer_jax.py) on the same model
+named.py       graphs and schedulers as the command line names them
+report.py      tables, quartiles, JSON
+picture.py     a graph as SVG
 """

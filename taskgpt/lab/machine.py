@@ -1,10 +1,13 @@
 """What this machine can do, measured: the limits that speeds are stated against."""
 
+import contextlib
+import importlib.metadata
 import platform
 import statistics
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numba
@@ -13,57 +16,139 @@ import psutil
 import threadpoolctl
 
 from taskgpt.schedulers._prepare import usable_cores
-from taskgpt.tasks import In, Out, dims, kernel
+from taskgpt.tasks import In, InOut, Out, dims, kernel
 from taskgpt.tasks.blas import gemm
 
-R, C, OC = dims("R C OC")
+A, B, M, N, K, L = dims("A B M N K L")
+BANDWIDTH_BYTES = 1 << 29  # of memory that bandwidth is measured on, all threads together; more where caches are larger than a quarter
 
 
 @kernel
-def product(out: Out[R, OC], inp: In[R, C], weight: In[OC, C]):
-    """out = inp @ weight.T."""
-    np.matmul(inp, weight.T, out=out)
+def product(out: Out[M, N], a: In[A, K], b: In[B, L], transpose_a: int, transpose_b: int, times: int):
+    """out = op(a) @ op(b), so many times; op transposes where its flag is 1."""
+    for _ in range(times):
+        np.matmul(a.T if transpose_a else a, b.T if transpose_b else b, out=out)
 
 
 @product.compiled
-def _(out, inp, weight):
-    gemm(out, inp, weight, 0, 1, np.float32(1), np.float32(0))
+def _(out, a, b, transpose_a, transpose_b, times):
+    for _ in range(times):
+        gemm(out, a, b, transpose_a, transpose_b, np.float32(1), np.float32(0))
 
 
-def sgemm_gflops(threads: int, M: int = 256, N: int = 768, K: int = 3072, seconds: float = 0.3) -> float:
+@kernel
+def read(total: Out[1, np.int64], x: In[N, np.int64], times: int):
+    """Add up x, so many times."""
+    for _ in range(times):
+        total[0] = x.sum()
+
+
+@read.compiled
+def _(total, x, times):
+    for t in range(times):
+        found = np.int64(t)
+        for i in range(x.shape[0]):
+            found += x[i]
+        total[0] = found
+
+
+@kernel
+def update(x: InOut[N], times: int):
+    """x += 1 in place, so many times: what AdamW does to parameters and moments."""
+    for _ in range(times):
+        x += np.float32(1)
+
+
+@update.compiled
+def _(x, times):
+    for _ in range(times):
+        for i in range(x.shape[0]):
+            x[i] += np.float32(1)
+
+
+@kernel
+def triad(x: Out[N], y: In[N], z: In[N], times: int):
+    """x = y + 3 z, so many times (McCalpin's STREAM)."""
+    for _ in range(times):
+        x[:] = y + np.float32(3) * z
+
+
+@triad.compiled
+def _(x, y, z, times):
+    for _ in range(times):
+        for i in range(x.shape[0]):
+            x[i] = y[i] + np.float32(3) * z[i]
+
+
+def sgemm_gflops(
+    threads: int, M: int = 256, N: int = 768, K: int = 3072, transpose_a: int = 0, transpose_b: int = 1, seconds: float = 0.3
+) -> float:
     """Return GFLOP/s of (M, K) @ (K, N) float32 products running on `threads` threads at once, one BLAS thread each: the median round.
 
-    That is this machine's limit for so many workers. More threads than cores that this process may use cannot give more, so beyond that
-    the result is that of all these cores.
+    Each thread has operands of its own, packed, and stays with them. That is this machine's limit for so many workers. More threads than
+    cores that this process may use cannot give more, so beyond that the result is that of all these cores.
     """
     threads = min(threads, usable_cores())
-    operands = [[np.ones(shape, np.float32) for shape in ((M, N), (M, K), (N, K))] for _ in range(threads)]
-    rounds = _timed_together([lambda own=own: product(*own) for own in operands], seconds)
-    return threads * 2 * M * N * K / statistics.median(rounds) / 1e9
+    shapes = ((M, N), (K, M) if transpose_a else (M, K), (N, K) if transpose_b else (K, N))
+    operands = [[np.ones(shape, np.float32) for shape in shapes] for _ in range(threads)]
+    calls = [partial(product, *own, transpose_a, transpose_b) for own in operands]
+    return threads * 2 * M * N * K / statistics.median(timed_together(calls, seconds)) / 1e9
 
 
-def _timed_together(calls: list[Callable[[], None]], seconds: float) -> list[float]:
-    """Run each call on a thread of its own, round after round for about `seconds`; return the seconds of each round."""
+def bandwidth_gbs(stream: str, threads: int, seconds: float = 0.3, total_bytes: int | None = None) -> float:
+    """Return GB/s of memory that `threads` threads at once stream through: the median round. `stream` is one of STREAMS.
+
+    Their arrays, parts of `total_bytes`, are much larger than caches. Counted is what the memory moves: a cache line that is written was
+    read before (write-allocate), so `triad` counts 16 bytes an element, and `update`, in place, 8.
+    """
+    threads = min(threads, usable_cores())
+    loop, arrays, dtype, bytes_each = STREAMS[stream]
+    length = (total_bytes or max(BANDWIDTH_BYTES, 4 * cache_bytes())) // (threads * arrays * np.dtype(dtype).itemsize)
+    fixed = [np.zeros(1, np.int64)] if loop is read else []
+    calls = [partial(loop, *fixed, *(np.ones(length, dtype) for _ in range(arrays))) for _ in range(threads)]
+    return threads * length * bytes_each / statistics.median(timed_together(calls, seconds)) / 1e9
+
+
+# Loop, arrays it goes through, their type, bytes that an element moves.
+STREAMS = {"read": (read, 1, np.int64, 8), "update": (update, 1, np.float32, 8), "triad": (triad, 3, np.float32, 16)}
+
+
+def cache_bytes(cpus: Path = Path("/sys/devices/system/cpu")) -> int:
+    """Return the size of all last-level caches (Linux; elsewhere 0)."""
+    found = {}
+    for cache in cpus.glob("cpu[0-9]*/cache/index3"):
+        with contextlib.suppress(OSError, ValueError):
+            found[(cache / "shared_cpu_list").read_text()] = int((cache / "size").read_text().strip().removesuffix("K")) << 10
+    return sum(found.values())
+
+
+def timed_together(calls: list[Callable[[int], object]], seconds: float) -> list[float]:
+    """Run `call(times)` for each call, on a thread of its own, round after round for about `seconds`.
+
+    Returns for each round the seconds of one time. The calls repeat themselves in compiled code, without the GIL; `times` is such that a
+    round is long beside the start of its threads.
+    """
     rounds: list[float] = []
-    repeats = 4
     with threadpoolctl.threadpool_limits(1):
         for call in calls:
-            call()  # compile, touch the memory
+            call(1)  # compile, touch the memory
+        times = 1
+        while min(_together(calls[:1], times) for _ in range(3)) < seconds / 12:  # the least: one may have been interrupted
+            times *= 4
         deadline = time.perf_counter() + seconds
         while len(rounds) < 3 or time.perf_counter() < deadline:
-            workers = [threading.Thread(target=_repeat, args=(call, repeats)) for call in calls]
-            start = time.perf_counter()
-            for worker in workers:
-                worker.start()
-            for worker in workers:
-                worker.join()
-            rounds.append((time.perf_counter() - start) / repeats)
+            rounds.append(_together(calls, times) / times)
     return rounds
 
 
-def _repeat(call: Callable[[], None], times: int) -> None:
-    for _ in range(times):
-        call()
+def _together(calls: list[Callable[[int], object]], times: int) -> float:
+    workers = [threading.Thread(target=call, args=(times,)) for call in calls]
+    start = time.perf_counter()
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return time.perf_counter() - start
 
 
 def free_memory_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
@@ -87,6 +172,7 @@ def describe() -> dict[str, str]:
         "python": platform.python_version(),
         "numpy": np.__version__,
         "numba": numba.__version__,
+        "dask": importlib.metadata.version("dask"),
         "blas": ", ".join(f"{lib['internal_api']} {lib['version']} {lib.get('architecture', '')}" for lib in blas) or "unknown",
     }
 

@@ -1,0 +1,69 @@
+"""What the command line of a benchmark names: `NAME[:KEY=VALUE,...]`, a graph file or a scheduler file with changes."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from taskgpt.config import load_graph, load_scheduler, parse_graph_settings, parse_settings
+from taskgpt.errors import UserError
+from taskgpt.gpt2.model import GPT2
+from taskgpt.gpt2.program import training_graph
+from taskgpt.schedulers import Scheduler, open_scheduler
+from taskgpt.tasks import Graph, compile_kernels
+
+
+@dataclass
+class Prepared:
+    """A graph by its name on the command line, with its memory: random parameters and tokens."""
+
+    name: str
+    m: GPT2
+    graphs: list[Graph]  # one for each slot of the inputs, which steps take in turns
+
+    def run(self, scheduler: Scheduler, steps: int) -> None:
+        """Run so many steps as training does: where the scheduler can, one begins while the one before still runs."""
+        for _ in scheduler.run_each(self.graphs[step % len(self.graphs)] for step in range(steps)):
+            pass
+
+
+def prepare(word: str, shared: bool = False) -> Prepared:
+    """Return the training step of `NAME[:KEY=VALUE,...]`, compiled, with random parameters and tokens."""
+    m = make(word, shared)
+    m.initialize(seed=42)
+    for number, slot in enumerate(m.slots):
+        m.set_hyper(0, lr=1e-4, weight_decay=0.0, slot=number)
+        draw = np.random.default_rng(1)
+        for tensor in (slot.tokens, slot.targets):
+            tensor.array[:] = draw.integers(0, m.model.vocabulary, m.batch.rows)
+    graphs = [training_graph(m, number) for number in range(len(m.slots))]
+    compile_kernels(graphs[0].kernels)
+    return Prepared(word, m, graphs)
+
+
+def make(word: str, shared: bool = False) -> GPT2:
+    """Return the memory of `NAME[:KEY=VALUE,...]`, untouched: enough to record its graph."""
+    name, changes = split_changes(word)
+    config = load_graph(name, parse_graph_settings(changes))
+    return GPT2(config.model, config.batch, config.tiles, config.options, shared=shared)
+
+
+def named_scheduler(word: str, workers: int | None, **defaults: object) -> Scheduler:
+    """Return the scheduler `NAME[:KEY=VALUE,...]`, with so many workers unless it has one by its configuration.
+
+    `defaults` stand in for its own where it has such keys.
+    """
+    name, changes = split_changes(word)
+    foreign, overrides = parse_settings(changes)
+    for key in foreign:
+        raise UserError(f"{word}: {key} is a key of graph files; give it with the graph, --graphs NAME:{key}=VALUE")
+    settings = load_scheduler(name, overrides).settings
+    if workers is not None and settings.workers != 1:
+        defaults["workers"] = workers
+    config = load_scheduler(name, {**{key: value for key, value in defaults.items() if hasattr(settings, key)}, **overrides})
+    return open_scheduler(config.scheduler, config.settings)
+
+
+def split_changes(word: str) -> tuple[str, list[str]]:
+    """Return (name, its changes) of `NAME[:KEY=VALUE,...]`."""
+    name, _, changes = word.partition(":")
+    return name, [change for change in changes.split(",") if change]

@@ -1,0 +1,96 @@
+"""Training steps of graphs under schedulers, in turns, against what the machine needs for their matrix products alone."""
+
+import argparse
+import itertools
+import sys
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+from taskgpt.lab.named import Prepared, named_scheduler, prepare
+from taskgpt.lab.report import Report, at_least, quartiles, seconds_of
+from taskgpt.lab.roofline import Limits, gemm_flops, products
+from taskgpt.schedulers import Scheduler
+
+COLUMNS = {
+    "graph": ("graph", ""),
+    "scheduler": ("scheduler", ""),
+    "workers": ("workers", "d"),
+    "tasks": ("tasks", "d"),
+    "median ms": ("median_ms", ".1f"),
+    "q1": ("q1_ms", ".1f"),
+    "q3": ("q3_ms", ".1f"),
+    "tok/s": ("tokens_per_second", ".0f"),
+    "floor ms": ("floor_ms", ".1f"),
+    "x floor": ("x_floor", ".2f"),
+    "x first": ("x_first", ".2f"),
+}
+
+
+@dataclass
+class Contestant:
+    """A graph under a scheduler, and its times."""
+
+    prepared: Prepared
+    scheduler_name: str
+    scheduler: Scheduler
+    seconds: list[float] = field(default_factory=list)
+
+    def run(self, steps: int) -> None:
+        self.seconds.append(seconds_of(lambda: self.prepared.run(self.scheduler, steps)) / steps)
+
+
+def step(flags: argparse.Namespace) -> None:
+    """Time training steps of every graph under every scheduler, in turns of a few steps."""
+    at_least("--rounds", flags.rounds)
+    at_least("--steps", flags.steps)
+    report = Report(flags)
+    needs_shared = any(named_scheduler(name, flags.workers).needs_shared_memory for name in flags.schedulers)
+    with ExitStack() as stack:
+        graphs = [prepare(name, needs_shared) for name in flags.graphs]
+        contestants = [
+            Contestant(prepared, name, stack.enter_context(named_scheduler(name, flags.workers)))
+            for prepared, name in itertools.product(graphs, flags.schedulers)
+        ]
+        teams = sorted({c.scheduler.workers for c in contestants})
+        counts = {prepared.name: products(prepared.graphs[0]) for prepared in graphs}
+        limits = Limits()
+        for round_number in range(flags.rounds + 1):
+            limits.measure(sorted(set().union(*counts.values())), teams)
+            for contestant in contestants:
+                contestant.run(flags.steps)
+            if round_number == 0:  # touches all memory for the first time
+                limits.clear()
+                for contestant in contestants:
+                    contestant.seconds.clear()
+            print(f"round {round_number} of {flags.rounds}", file=sys.stderr)
+    floors = {(name, n): limits.gemm_seconds(found, n) for name, found in counts.items() for n in teams}
+    report.table("steps", COLUMNS, rows(contestants, floors))
+    report.save()
+
+
+def rows(contestants: list[Contestant], floors: dict[tuple[str, int], float]) -> list[dict]:
+    """Return the table; ratios are of medians, to the floor and to the first scheduler of the same graph."""
+    found = []
+    first: dict[str, float] = {}
+    for c in contestants:
+        name, workers = c.prepared.name, c.scheduler.workers
+        q1, median, q3 = quartiles(c.seconds)
+        floor = floors[name, workers]
+        found.append(
+            {
+                "graph": name,
+                "scheduler": c.scheduler_name,
+                "workers": workers,
+                "tasks": len(c.prepared.graphs[0].tasks),
+                "median_ms": median * 1e3,
+                "q1_ms": q1 * 1e3,
+                "q3_ms": q3 * 1e3,
+                "tokens_per_second": c.prepared.m.batch.rows / median,
+                "floor_ms": floor * 1e3,
+                "x_floor": median / floor,
+                "x_first": median / first.setdefault(name, median),
+                "gemm_gflop": gemm_flops(products(c.prepared.graphs[0])) / 1e9,
+                "seconds": c.seconds,
+            }
+        )
+    return found

@@ -1,0 +1,395 @@
+"""Benchmarks measure what they say: patterns, products, the search for METG; every verb runs, and mistakes are named."""
+
+import importlib
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from taskgpt.bench import main
+from taskgpt.gpt2.program import training_graph
+from taskgpt.lab import machine, peers, report, roofline, task_bench
+from taskgpt.lab.named import make, named_scheduler, prepare
+from taskgpt.lab.roofline import Product, product_of, products
+from taskgpt.tasks import Call, In, InOut, Kernel, Out, Tensor, dims, kernel
+
+R, C, OC = dims("R C OC")
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Measure in moments, on little memory."""
+    monkeypatch.setattr(roofline, "PROBE_SECONDS", 0.0005)
+    monkeypatch.setattr(peers, "PAUSE_SECONDS", 0)
+    monkeypatch.setattr(machine, "BANDWIDTH_BYTES", 1 << 16)
+    monkeypatch.setattr(machine, "cache_bytes", lambda: 0)
+
+
+def run(tmp_path, *words: str) -> dict:
+    """Run a verb; return what it wrote as JSON."""
+    path = tmp_path / "result.json"
+    assert main([*words, "--json", str(path)]) == 0
+    record = json.loads(path.read_text())
+    assert record["settings"]["verb"] == words[0]
+    assert record["machine"] == machine.describe()
+    return record
+
+
+# Patterns -------------------------------------------------------------------------------------------------------------------------------
+
+DRAWN = {  # width 6: columns that each task of rows 1, 2, 3 waits for
+    "trivial": ["- - - - - -"] * 3,
+    "chains": ["0 1 2 3 4 5"] * 3,
+    "stencil_1d": ["01 012 123 234 345 45"] * 3,
+    "nearest": ["012 0123 01234 12345 2345 345"] * 3,
+    "fft": ["01 012 123 234 345 45", "02 13 024 135 24 35", "04 15 2 3 04 15"],
+    "tree": ["0 0", "0 0 1 1", "0 0 1 1 2 2"],
+}
+
+
+@pytest.mark.parametrize("pattern", DRAWN)
+def test_a_pattern_is_as_drawn(pattern):
+    """What Task Bench draws for six columns."""
+    for t, line in enumerate(DRAWN[pattern], start=1):
+        wanted = [[int(digit) for digit in word.strip("-")] for word in line.split()]
+        assert task_bench.width_at(pattern, 6, t) == len(wanted)
+        assert [task_bench.depends(pattern, 6, t, i) for i in range(len(wanted))] == wanted
+
+
+def test_random_edges_repeat_and_stay_near():
+    """Its own column always, others nearby about one time in four, the same ones every time."""
+    found = [task_bench.depends("random", 100, t, i) for t in range(1, 50) for i in range(100)]
+    assert found == [task_bench.depends("random", 100, t, i) for t in range(1, 50) for i in range(100)]
+    offsets = Counter(j - i for number, row in enumerate(found) for i in [number % 100] for j in row)
+    assert set(offsets) == {-2, -1, 0, 1, 2}
+    assert offsets[0] == len(found)
+    assert all(0.22 < offsets[d] / len(found) < 0.28 for d in (-2, -1, 1, 2))
+
+
+@pytest.mark.parametrize("width", (1, 2, 5))
+@pytest.mark.parametrize("pattern", task_bench.PATTERNS)
+def test_a_recorded_graph_has_exactly_the_edges_of_its_pattern(pattern, width):
+    """And none in the first row."""
+    graph, _ = task_bench.record(pattern, width, 4)
+    place = [(t, i) for t in range(4) for i in range(task_bench.width_at(pattern, width, t))]
+    edges = {(place[p], place[task.number]) for task in graph.tasks for p in task.predecessors}
+    assert len(graph.tasks) == len(place)
+    assert edges == {((t - 1, j), (t, i)) for t, i in place for j in task_bench.depends(pattern, width, t, i)}
+
+
+def test_an_unknown_pattern_is_refused():
+    with pytest.raises(ValueError, match="no pattern 'ring'"):
+        task_bench.depends("ring", 4, 1, 0)
+
+
+# Systems and measurements ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("system", ("sequential", "loops", "threads", "native", "local-cluster"))
+def test_a_scheduler_runs_every_task_as_recorded(system, monkeypatch):
+    """Each spins as often as the run says; none is merged with others."""
+    recorded = []
+    monkeypatch.setattr(task_bench, "record", lambda *args, record=task_bench.record: recorded.append(record(*args)) or recorded[-1])
+    with task_bench.opened(system, 2) as make_case:
+        case = make_case("stencil_1d", 3, 4)
+        assert (case.system, case.workers, case.tasks) == (system, 1 if system == "sequential" else 2, 12)
+        for count in (1, 3):
+            assert case.run(count) > 0
+            ((graph, _),) = recorded
+            assert [task.calls[0].arrays[0].tolist() for task in graph.tasks] == [[task_bench.spin(count)]] * 12
+
+
+@pytest.mark.parametrize("system", task_bench.DASK)
+def test_a_dask_system_calls_every_task_in_every_run(system, monkeypatch):
+    """Also distributed, which knows keys again."""
+    called = []
+    monkeypatch.setattr(task_bench, "spin", called.append)
+    with task_bench.opened(system, 2) as make_case:
+        case = make_case("fft", 2, 3)
+        for count in (1, 1, 5):
+            assert case.run(count) > 0
+    assert called == [1] * 12 + [5] * 6
+
+
+def test_spinning_takes_as_long_as_it_says():
+    """The chain converges to 1 and is not folded away: after n steps from 0, 1 - 2^-n."""
+    assert [task_bench.spin(n) for n in (0, 1, 2, 3)] == [0, 0.5, 0.75, 0.875]
+    out = np.zeros(1, np.float32)
+    for busy in (task_bench.busy, task_bench.busy.body):
+        busy(out, np.array([2]))
+        assert out[0] == 0.75
+
+
+def fake(overhead: float, asked: list[int]) -> task_bench.Case:
+    """A system whose tasks cost so many seconds of each of 4 workers, besides a nanosecond an iteration."""
+
+    def run(count: int) -> float:
+        asked.append(count)
+        return 1000 / 4 * (count * 1e-9 + overhead)
+
+    return task_bench.Case("trivial", "fake", 4, 1000, run)
+
+
+@pytest.mark.parametrize("overhead", (3e-8, 1e-6, 40e-6, 2e-3))
+def test_metg_is_where_half_of_the_time_is_overhead(overhead):
+    """Granularity is then twice the overhead; the second search begins near it, and finds the same."""
+    asked: list[int] = []
+    search = task_bench.Search(fake(overhead, asked), 0.5, lambda workers: 1e-9)
+    assert search() == pytest.approx(2 * overhead, rel=0.05)
+    first = len(asked)
+    assert search() == pytest.approx(2 * overhead, rel=0.05)
+    assert len(asked) - first <= 5 * task_bench.REPEATS
+
+
+def test_metg_at_another_efficiency():
+    """Where three quarters are wanted, a quarter may be overhead."""
+    assert task_bench.Search(fake(1e-6, []), 0.75, lambda workers: 1e-9)() == pytest.approx(4e-6, rel=0.05)
+
+
+def test_metg_of_a_hopeless_system_is_none():
+    """Runs of seconds are not enough for it."""
+    assert task_bench.Search(fake(1.0, []), 0.5, lambda workers: 1e-9)() is None
+
+
+def test_metg_of_a_system_without_overhead_is_its_shortest_task():
+    """No granularity is too small."""
+    assert task_bench.Search(fake(0.0, []), 0.5, lambda workers: 1e-9)() == pytest.approx(1e-9)
+
+
+# Products -------------------------------------------------------------------------------------------------------------------------------
+
+
+def call_of(k: Kernel, **sizes: int) -> Call:
+    return Call(k, tuple(Tensor(name, np.zeros([sizes[d] for d in a.dims], np.float32))[:] for name, a in k.accesses.items()))
+
+
+@kernel(tags=["gemm"])
+def forward_gelu(out: Out[R, OC], fch: Out[R, OC], inp: In[R, C], weight: In[OC, C], bias: In[OC]):
+    """A product with more outputs than one."""
+
+
+@kernel(tags=["gemm"])
+def backward_input_gelu(dinp: Out[R, C], fch: In[R, C], dout: In[R, OC], weight: In[OC, C]):
+    """A product with an operand that is none."""
+
+
+@kernel(tags=["gemm"])
+def weight_update(param: InOut[OC, C], m: InOut[OC, C], v: InOut[OC, C], dout: In[R, OC], inp: In[R, C], bias: In[OC]):
+    """A product that is never kept."""
+
+
+@kernel(tags=["gemm"])
+def no_product(out: Out[R, C], inp: In[R, C]):
+    """Wrongly tagged."""
+
+
+def test_products_are_read_off_declarations():
+    """M, N, K and transposes, whatever else a kernel reads and writes."""
+    sizes = {"R": 5, "C": 7, "OC": 3}
+    assert product_of(call_of(forward_gelu, **sizes)) == Product(5, 3, 7, False, True)
+    assert product_of(call_of(backward_input_gelu, **sizes)) == Product(5, 7, 3, False, False)
+    assert product_of(call_of(weight_update, **sizes)) == Product(3, 7, 5, True, False)
+    assert str(Product(5, 3, 7, False, True)) == "5 x 3 x 7 NT"
+    with pytest.raises(TypeError, match="no_product is tagged 'gemm'"):
+        product_of(call_of(no_product, **sizes))
+
+
+def test_products_of_a_step_are_the_models():
+    """3 products for each weight and row: 6 operations a weight and token; the embedding's head among them."""
+    m = make("tiny:tiles.columns=1000,tiles.rows=100000,tiles.vocabulary=100000")
+    found = products(training_graph(m))
+    C, V, rows, layers = m.model.channels, m.model.padded_vocabulary, m.batch.rows, m.model.layers
+    assert roofline.gemm_flops(found) == 6 * rows * (12 * C * C * layers + V * C)
+    for N, K in ((3 * C, C), (C, C), (4 * C, C), (C, 4 * C)):
+        assert found[Product(rows, N, K, False, True)] == layers
+        assert found[Product(rows, K, N, False, False)] >= layers
+        assert found[Product(N, K, rows, True, False)] == layers
+    assert found[Product(rows, V, C, False, True)] == 1
+
+
+@pytest.mark.parametrize("tiles", ("", "tiles.rows=48,tiles.columns=40"))
+@pytest.mark.parametrize("option", [f"options.{key}={way}" for key in ("kernels", "update") for way in ("fused", "separate")])
+def test_products_are_what_tasks_count(tiles, option):
+    """Tiled or not, fused or not: the operations of a task tagged "gemm" are those of its product."""
+    graph = training_graph(make(f"tiny:{option},{tiles}"))
+    declared = sum(call.cost()[0] for task in graph.tasks for call in task.calls if "gemm" in call.kernel.tags)
+    assert declared == roofline.gemm_flops(products(graph)) > 0.8 * graph.flops
+
+
+def test_the_floor_weighs_products_by_their_count():
+    """At 1 and 2 GFLOP/s, 3 and 4 products of 2 MFLOP take 10 ms; 24 bytes a parameter at 2 GB/s take 12 us; both, and not the sum."""
+    limits, small = roofline.Limits(), Product(100, 100, 100, False, True)
+    other = Product(100, 100, 100, True, False)
+    for what, speed in ((small, 1.0), (other, 2.0), ("update", 2.0)):
+        limits[what, 2].append(speed)
+    row = roofline.floor("graph", Counter({small: 3, other: 4}), 1000, limits, 2)
+    assert row["gemm_ms"] == pytest.approx(10)
+    assert row["memory_ms"] == pytest.approx(0.012)
+    assert row["overlapped_ms"] == pytest.approx(10)
+    assert row["in_turn_ms"] == pytest.approx(10.012)
+
+
+def test_team_sizes_double_and_end_with_all():
+    assert [roofline.team_sizes(n) for n in (1, 2, 6, 8)] == [[1], [1, 2], [1, 2, 4, 6], [1, 2, 4, 8]]
+
+
+# Verbs ----------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_step(quick, tmp_path, capsys):
+    """Graphs x schedulers; ratios are to the floor and to the first scheduler."""
+    words = [
+        "--graphs",
+        "tiny",
+        "tiny:tiles.rows=64",
+        "--schedulers",
+        "sequential",
+        "threads:coarsen=50",
+        "--workers",
+        "2",
+        "--rounds",
+        "2",
+    ]
+    record = run(tmp_path, "step", *words)
+    rows = record["steps"]
+    assert [(row["graph"], row["scheduler"], row["workers"]) for row in rows] == [
+        (graph, *scheduler) for graph in ("tiny", "tiny:tiles.rows=64") for scheduler in (("sequential", 1), ("threads:coarsen=50", 2))
+    ]
+    for row in rows:
+        assert len(row["seconds"]) == 2
+        assert row["q1_ms"] <= row["median_ms"] <= row["q3_ms"]
+        assert row["x_floor"] == pytest.approx(row["median_ms"] / row["floor_ms"])
+    assert [row["x_first"] for row in rows[::2]] == [1, 1]
+    assert "median ms" in capsys.readouterr().out
+
+
+def test_roofline(quick, tmp_path):
+    """Streams, products and floors, on one thread and on two."""
+    record = run(tmp_path, "roofline", "--graphs", "tiny", "--workers", "2", "--rounds", "2")
+    assert [row["stream"] for row in record["memory"]] == list(machine.STREAMS)
+    assert sum(row["share"] for row in record["products of tiny"]) == pytest.approx(1)
+    assert all(len(row["rounds_2"]) == 2 for row in record["products of tiny"])
+    assert [row["threads"] for row in record["floors"]] == [1, 2]
+    assert all(row["gemm_ms"] > 0 and row["memory_ms"] > 0 for row in record["floors"])
+
+
+@pytest.mark.parametrize("verb", ("overhead", "metg"))
+def test_overhead_and_metg(verb, tmp_path):
+    """A row for each pattern and system, with the first system's as measure."""
+    words = ["--systems", "native", "dask.threaded", "--patterns", "chains", "tree", "--workers", "2", "--steps", "5", "--rounds", "2"]
+    rows = run(tmp_path, verb, *words)["rows"]
+    assert [(row["pattern"], row["system"]) for row in rows] == [(p, s) for p in ("chains", "tree") for s in ("native", "dask.threaded")]
+    assert [row["tasks"] for row in rows] == [10, 10, 9, 9]
+    for row in rows:
+        assert len(row["seconds"]) == 2
+        assert row["median_us"] is None or row["q1_us"] <= row["median_us"] <= row["q3_us"]
+
+
+def test_peers_says_what_is_missing(quick, tmp_path, monkeypatch, capsys):
+    """A library that is not here is a line, and ours runs alone."""
+    monkeypatch.setattr(peers, "LIBRARIES", ("no_such_library",))
+    record = run(tmp_path, "peers", "--graph", "tiny", "--scheduler", "sequential", "--rounds", "2")
+    assert [(row["who"], row["x_ours"]) for row in record["peers"]] == [("taskgpt sequential", 1)]
+    assert record["notes"]["no_such_library"] == "not installed, and left out; pip install no_such_library"
+    assert "pip install no_such_library" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("library", peers.LIBRARIES)
+@pytest.mark.filterwarnings("ignore")  # of the libraries
+def test_peers_train_the_same_model(library, quick, tmp_path, monkeypatch):
+    """From the same parameters, the first loss is ours, and so are those that follow."""
+    pytest.importorskip(library)
+    monkeypatch.setattr(peers, "LIBRARIES", (library,))
+    record = run(tmp_path, "peers", "--graph", "tiny:batch.seq_len=16", "--workers", "2", "--rounds", "1")
+    ours, *others = record["peers"]
+    assert others
+    for row in others:
+        assert row["first_loss"] == pytest.approx(ours["first_loss"], abs=1e-2 if "bfloat16" in row["who"] else peers.LOSS_TOLERANCE)
+
+
+@pytest.mark.parametrize("library", peers.LIBRARIES)
+@pytest.mark.filterwarnings("ignore")  # of the libraries
+def test_peers_learn_as_we_do(library):
+    """Ten steps of float32 give our losses: AdamW is the same too."""
+    pytest.importorskip(library)
+    module = importlib.import_module(f"taskgpt.lab.peer_{library}")
+    prepared = prepare("tiny:batch.seq_len=16")
+    peer = next(module.peers(prepared.m, 2))
+    peer.reset()
+    theirs = [peer.step() for _ in range(10)]
+    ours = []
+    with named_scheduler("sequential", None) as scheduler:
+        for step in range(10):
+            prepared.m.set_hyper(step, lr=1e-4, weight_decay=0.0)
+            ours.append(peers.our_step(scheduler, prepared))
+    assert ours[9] < ours[0] - 0.01
+    assert theirs == pytest.approx(ours, abs=1e-4)
+
+
+def failing() -> float:
+    raise RuntimeError("no compiler\nand much more")
+
+
+def test_a_peer_that_cannot_start_is_left_out(quick, tmp_path, capsys):
+    """In one line; so is one whose loss is another."""
+    flags = type("Flags", (), {"json": None})()
+    said = report.Report(flags)
+    ours, wrong = peers.Peer("ours", lambda: None, lambda: 4.0), peers.Peer("wrong", lambda: None, lambda: 4.1)
+    assert peers.starts(said, ours)
+    assert peers.starts(said, wrong)
+    assert not peers.starts(said, peers.Peer("torch.compile", lambda: None, failing))
+    assert peers.is_same_model(said, ours, ours)
+    assert not peers.is_same_model(said, wrong, ours)
+    wrong.is_float32 = False  # bfloat16 rounds
+    assert peers.is_same_model(said, wrong, ours)
+    lines = capsys.readouterr().out.splitlines()[-2:]
+    assert lines[0] == "torch.compile left out: RuntimeError: no compiler"
+    assert lines[1] == "wrong      left out: its first loss is 4.100000, ours 4.000000: not the same model"
+
+
+# Tables and mistakes --------------------------------------------------------------------------------------------------------------------
+
+
+def test_quartiles():
+    assert report.quartiles([3.0]) == (3, 3, 3)
+    assert report.quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == (2, 3, 4)
+
+
+def test_a_table_aligns_text_left_and_numbers_right(capsys):
+    """None is a dash."""
+    said = report.Report(type("Flags", (), {"json": None})())
+    capsys.readouterr()
+    rows = [{"name": "a", "ms": 1.25, "more": [1]}, {"name": "long name", "ms": None, "more": []}]
+    said.table("rows", {"who": ("name", ""), "median": ("ms", ".1f")}, rows)
+    assert capsys.readouterr().out == "\nwho        median\na             1.2\nlong name       -\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["step", "--graphs", "tinny"], "unknown graph 'tinny'; did you mean 'tiny'?"),
+        (["step", "--graphs", "tiny", "--schedulers", "loop"], "unknown scheduler 'loop'; did you mean 'loops'?"),
+        (["step", "--graphs", "tiny", "--schedulers", "loops:tiles.rows=8"], "tiles.rows is a key of graph files"),
+        (["step", "--rounds", "0"], "--rounds: wanted at least 1, got 0"),
+        (["roofline", "--graphs", "tiny", "--workers", "0"], "--workers: wanted at least 1, got 0"),
+        (["overhead", "--systems", "dask.thread"], "unknown system 'dask.thread'; did you mean 'dask.threaded'?"),
+        (["metg", "--efficiency", "50"], "--efficiency: wanted a part of the peak, between 0 and 1, got 50.0"),
+        (["metg", "--steps", "0"], "--steps: wanted at least 1, got 0"),
+        (["metg", "--width", "-1"], "--width: wanted at least 1, got -1"),
+        (["peers", "--graph", "tiny", "--scheduler", "nativ"], "unknown scheduler 'nativ'; did you mean 'native'?"),
+        (["step", "--graphs", "tiny", "--json", "/no/such/folder/x.json"], "/no/such/folder/x.json"),
+    ],
+)
+def test_mistakes_are_named(words, message, capsys):
+    """Exit code 2, and what to do."""
+    assert main(words) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ("step", "roofline", "overhead", "metg", "peers"))
+def test_every_verb_has_an_example(verb, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([verb, "--help"])
+    assert stop.value.code == 0
+    assert f"python -m taskgpt.bench {verb}" in capsys.readouterr().out
