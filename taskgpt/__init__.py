@@ -11,5 +11,19 @@ The map of the house; imports point one way, from the programs down to the tasks
     graphs/             what runs: a TOML file per model, batch and tiling
     scheduler_configs/  how it runs: a TOML file per scheduler set-up
 
-To write a program of your own, start with `taskgpt.tasks`; notebooks/cholesky.ipynb shows how.
+To write a program of your own, start with `taskgpt.tasks`; notebooks/cholesky.ipynb shows how. To compute a Dask collection with the
+runtime's own threads, `x.compute(scheduler=taskgpt.get)`.
 """
+
+from typing import Any
+
+__all__ = ["get"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import `get` when it is asked for: importing taskgpt stays cheap, and does not import Dask."""
+    if name == "get":
+        from taskgpt.schedulers._dask_get import get
+
+        return get
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,6 +7,7 @@
     local_cluster.py   dask.distributed on this machine, with its dashboard: worker threads or worker processes
     _prepare.py        what they share: the number of workers, plans that are made once per graph, runs in turn
     _plan.py _ready.py _worker.py _pointers.py    of native: a graph as flat arrays, policies and queues, the workers' loop, atomics
+    _dask_get.py _dask_plan.py                    taskgpt.get, for any Dask graph: its workers; what it keeps of a graph, and its policies
 
 A scheduler may change the time that a graph takes, and nothing else. Each is a module with a frozen dataclass `Settings`, whose fields are
 the keys of its TOML file, and a class `Scheduler(settings)` that keeps the contract below; tests/test_schedulers.py checks it.
