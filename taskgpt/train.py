@@ -135,8 +135,9 @@ def run_steps(
 ) -> tuple[list[float], float]:
     """Validate, sample and train, step by step, as llm.c's main does; return the seconds of each step and the last loss.
 
-    Ends early if a stop is requested, or if a loss is not finite. The graphs are one for each slot of the model's inputs: while a step
-    runs, the next batch goes into the other slot, and that step may begin. Steps do not overlap with validation and samples.
+    Ends early if a stop is requested, or if a loss is not finite: then the next step is cut short, and the model is of no more use. The
+    graphs are one for each slot of the model's inputs: while a step runs, the next batch goes into the other slot, and that step may begin.
+    Steps do not overlap with validation and samples.
     """
 
     def give(batches, slot: int) -> None:
@@ -162,7 +163,8 @@ def run_steps(
     while step < flags.steps:
         if flags.val_every and step % flags.val_every == 0:
             data.val.reset()
-            losses = [float(m.slots[n % 2].loss.array[0]) for n, _ in enumerate(scheduler.run_each(validation()))]
+            with closing(scheduler.run_each(validation())) as batches:
+                losses = [float(m.slots[n % 2].loss.array[0]) for n, _ in enumerate(batches)]
             if len(losses) == flags.val_batches:
                 loss = statistics.fmean(losses)
                 report.validation(step, loss)
@@ -359,7 +361,7 @@ class Report:
 
 
 class StopRequest:
-    """The first Ctrl-C (or SIGTERM) ends the run after the step in progress, with checkpoint and summary; the second ends it at once."""
+    """The first Ctrl-C (or SIGTERM) ends the run after the steps under way, with checkpoint and summary; the second ends it at once."""
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -380,7 +382,7 @@ class StopRequest:
         if self.is_requested:
             raise KeyboardInterrupt(f"interrupted at once; {self.consequence}")
         self.is_requested = True
-        self._say("stopping as soon as the step is done; press Ctrl-C again to stop at once")
+        self._say("stopping as soon as the steps under way are done; press Ctrl-C again to stop at once")
 
 
 def _count(text: str) -> int:

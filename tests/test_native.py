@@ -3,8 +3,13 @@
 What it shares with other schedulers is in test_schedulers.py and test_same_bits.py.
 """
 
+import contextlib
 import itertools
+import os
 import random
+import signal
+import subprocess
+import sys
 import time
 
 import kernels_for_tests as k
@@ -16,7 +21,23 @@ from taskgpt import config
 from taskgpt.errors import UserError
 from taskgpt.schedulers import open_scheduler
 from taskgpt.schedulers._ready import POLICIES, PRIORITY_LIMIT
-from taskgpt.tasks import Arena, Call, Graph, In, InOut, Out, Scratch, Task, TaskError, TensorSpec, check, dims, kernel, run_now
+from taskgpt.tasks import (
+    Arena,
+    Call,
+    Commutative,
+    Graph,
+    In,
+    InOut,
+    Out,
+    Scratch,
+    Task,
+    TaskError,
+    TensorSpec,
+    check,
+    dims,
+    kernel,
+    run_now,
+)
 
 N = dims("N")[0]
 
@@ -98,6 +119,29 @@ def order(graph: Graph, **overrides) -> list[int]:
 
 
 FORK = {0: [1, 2, 3], 3: [4], 4: [5]}
+
+
+@kernel
+def add(out: Commutative[N]):
+    """Add one, slowly, one task at a time."""
+    before = out.copy()
+    time.sleep(0.001)
+    out[:] = before + 1
+
+
+@kernel
+def add_or_raise(out: Commutative[N]):
+    """Fail as soon as another waits for the lock."""
+    time.sleep(0.02)
+    raise ValueError("this kernel always fails")
+
+
+def closure(edges: list[tuple[int, int]]) -> set[tuple[int, int]]:
+    """Return all pairs of which the second waits for the first, directly or not; edges lead to higher numbers."""
+    before: dict[int, set[int]] = {}
+    for a, b in sorted(edges, key=lambda edge: edge[1]):
+        before.setdefault(b, set()).update({a} | before.get(a, set()))
+    return {(a, b) for b, each in before.items() for a in each}
 
 
 class TestPolicies:
@@ -218,6 +262,44 @@ class TestOverlap:
         assert one.edges_to(other) == [(1, 0), (0, 1)]
         assert one.edges_to(one) == [(1, 0)]
 
+    def test_the_failure_of_a_later_run_comes_after_the_end_of_the_earlier(self):
+        """What is done is yielded, though the run beside it has failed; then the failure is raised, and the next run is fresh."""
+        a = k.arena(is_shared=False)
+        good, bad = Graph(), Graph()
+        good.spawn(k.nap, a.x[1], a.log[1], 30)
+        bad.spawn(k.fail, a.x[0], a.log[0])
+        done = []
+        with opened(workers=2) as scheduler:
+            for _ in range(3):
+                with pytest.raises(TaskError, match=r"^task 0, fail"):
+                    for graph in scheduler.run_each([good, good, bad, good]):
+                        done.append(graph)
+                scheduler.run(good)
+        assert done[0] is good
+        assert bad not in done
+
+    def test_edges_agree_with_those_of_one_graph(self):
+        """Two drawn programs one after the other order the same pairs of tasks as both recorded as one, commutative ones among them."""
+        for seed in range(60):
+            draw = random.Random(seed)
+            arena = Arena({"x": TensorSpec((5, 4), (1, None))})
+            both, parts = Graph(allow_commutative=True), [Graph(allow_commutative=True) for _ in range(2)]
+            for part in parts:
+                for _ in range(draw.randint(1, 12)):
+                    out, first, second = draw.sample(range(5), 3)
+                    calls = [(add, arena.x[out]), (churn, arena.x[out], arena.x[first], arena.x[second], 1.0)]
+                    call = calls[draw.random() < 0.7]
+                    part.spawn(*call)
+                    both.spawn(*call)
+            count = len(parts[0].tasks)
+            edges = [(p, t.number) for t in parts[0].tasks for p in t.predecessors]
+            edges += [(count + p, count + t.number) for t in parts[1].tasks for p in t.predecessors]
+            edges += [(a, count + b) for a, b in parts[0].edges_to(parts[1])]
+            wanted, found = closure([(p, t.number) for t in both.tasks for p in t.predecessors]), closure(edges)
+            assert wanted <= found  # more only where commutative tasks of two graphs, which share no lock, keep their order
+            if not both.is_commutative:
+                assert wanted == found
+
 
 class TestCalls:
     def test_arguments(self):
@@ -244,10 +326,65 @@ class TestCalls:
                 assert type(caught.value.__cause__) is ValueError
         assert a.x.array[0, 1] == 4
 
+    @pytest.mark.parametrize("setting", [{"workers": 5000}, {"spins": 10**20}, {"record": 10**11}])
+    def test_settings_out_of_reach(self, setting):
+        [(name, value)] = setting.items()
+        with pytest.raises(UserError, match=f"{name} may be .* at most, got {value}; take a smaller number"):
+            opened(**setting)
+
     def test_needs_compiled_code(self, monkeypatch):
         monkeypatch.setattr("numba.config.DISABLE_JIT", 1)
         with pytest.raises(UserError, match="NUMBA_DISABLE_JIT=1 switches off; take --scheduler sequential"), opened():
             pass
+
+    def test_twins_cached_by_different_processes(self, tmp_path):
+        """Two kernels of one file and one signature, compiled and cached by two processes, are still two in a third."""
+        (tmp_path / "two_kernels.py").write_text(TWO_KERNELS)
+        environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+        for names in ("one", "hundred", "one hundred"):
+            command = [sys.executable, "-m", "two_kernels", *names.split()]
+            result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+            assert result.returncode == 0, result.stderr
+        assert result.stdout.split() == ["1.0", "100.0"]
+
+
+TWO_KERNELS = """
+import sys
+from taskgpt import config
+from taskgpt.schedulers import open_scheduler
+from taskgpt.tasks import Arena, Graph, InOut, TensorSpec, dims, kernel
+
+N = dims("N")[0]
+
+@kernel
+def one(x: InOut[N]):
+    x += 1
+
+@one.compiled
+def _(x):
+    for i in range(x.shape[0]):
+        x[i] += 1
+
+@kernel
+def hundred(x: InOut[N]):
+    x += 100
+
+@hundred.compiled
+def _(x):
+    for i in range(x.shape[0]):
+        x[i] += 100
+
+if __name__ == "__main__":
+    import two_kernels
+    arena = Arena({"x": TensorSpec((2, 4), (1, None))})
+    graph = Graph()
+    for at, name in enumerate(sys.argv[1:]):
+        graph.spawn(getattr(two_kernels, name), arena.x[at])
+    chosen = config.load_scheduler("native", {})
+    with open_scheduler(chosen.scheduler, chosen.settings) as scheduler:
+        scheduler.run(graph)
+    print(*arena.x.array[:, 0])
+"""
 
 
 class TestWorkers:
@@ -280,6 +417,82 @@ class TestWorkers:
             assert (len(records), lost) == (10, len(graph.tasks) - 10)
 
 
+class TestStopping:
+    def test_a_commutative_task_that_fails(self):
+        """It gives its lock back; who waits for it stops too."""
+        a = k.arena(is_shared=False)
+        graph = Graph(allow_commutative=True)
+        for _ in range(4):
+            graph.spawn(add_or_raise, a.x[0])
+        with opened(workers=3) as scheduler:
+            for _ in range(3):
+                with pytest.raises(TaskError, match="add_or_raise"):
+                    scheduler.run(graph)
+
+    def test_commutative_tasks_of_overlapping_runs(self):
+        a = k.arena(is_shared=False)
+        graph = Graph(allow_commutative=True)
+        for _ in range(5):
+            graph.spawn(add, a.x[0])
+        with opened(workers=3) as scheduler:
+            list(scheduler.run_each([graph] * 4))
+        assert (a.x.array[0] == [20, 21, 22, 23]).all()
+
+    def test_after_the_with_block(self):
+        """An iterator that is closed late does no harm; a run is refused."""
+        a = k.arena(is_shared=False)
+        graph = k.naps(a, milliseconds=1, length=10)
+        with opened() as scheduler:
+            runs = scheduler.run_each([graph] * 5)
+            next(runs)
+        runs.close()
+        with pytest.raises(RuntimeError, match="this scheduler is closed; use it inside its `with` block"):
+            scheduler.run(graph)
+
+    def test_an_old_iterator_closed_during_a_new_run(self):
+        """It abandons nothing but its own."""
+        a = k.arena(is_shared=False)
+        graph = k.naps(a, milliseconds=1, length=5)
+        with opened() as scheduler:
+            old = scheduler.run_each([graph] * 5)
+            next(old)
+            new = scheduler.run_each([graph] * 3)
+            next(new)
+            old.close()
+            assert len(list(new)) == 2
+
+    def test_interrupts_at_any_moment(self):
+        """An interrupt, wherever it strikes, leaves a scheduler that gives the right bits: also while room is made for a larger graph."""
+        draw = random.Random(1)
+        arena, expected = (Arena({"x": TensorSpec((TestStress.CELLS, 16), (1, None))}) for _ in range(2))
+        programs = [TestStress.program(draw, length) for length in (3, 200, 2000)]
+        graphs = [Graph() for _ in programs]
+        for graph, program in zip(graphs, programs, strict=True):
+            TestStress.spawn(graph.spawn, arena, program)
+
+        def interrupt(*_):
+            raise KeyboardInterrupt
+
+        before = signal.signal(signal.SIGALRM, interrupt)
+        try:
+            for number in range(60):
+                with opened(workers=2) as scheduler:
+                    with contextlib.suppress(KeyboardInterrupt):
+                        signal.setitimer(signal.ITIMER_REAL, draw.random() * draw.choice([0.001, 0.02]))
+                        for _ in scheduler.run_each(graphs[number % 3] for _ in range(4)):
+                            pass
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+                    arena.x.array[:] = expected.x.array[:] = np.random.default_rng(number).standard_normal((TestStress.CELLS, 16))
+                    order = [draw.randrange(3) for _ in range(3)]
+                    for _ in scheduler.run_each(graphs[n] for n in order):
+                        pass
+                    for n in order:
+                        TestStress.spawn(run_now, expected, programs[n])
+                    assert arena.x.array.tobytes() == expected.x.array.tobytes()
+        finally:
+            signal.signal(signal.SIGALRM, before)
+
+
 class TestStress:
     CELLS = 12
 
@@ -298,7 +511,7 @@ class TestStress:
                 workers=workers, policy=policy, immediate_successor=immediate, work_stealing=stealing, spins=draw.choice([1, 300])
             ) as s:
                 for _ in range(14):
-                    programs = [self.program(draw) for _ in range(3)]
+                    programs = [self.program(draw, draw.randint(1, 500)) for _ in range(3)]
                     graphs = [Graph(allow_commutative=False) for _ in programs]
                     for graph, program in zip(graphs, programs, strict=True):
                         self.spawn(graph.spawn, arena, program)
@@ -311,9 +524,9 @@ class TestStress:
                         self.spawn(run_now, expected, programs[n])
                     assert arena.x.array.tobytes() == expected.x.array.tobytes()
 
-    def program(self, draw: random.Random) -> list[tuple]:
-        tasks = draw.randint(1, 500)
-        return [(*draw.sample(range(self.CELLS), 3), draw.random()) for _ in range(tasks)]
+    @classmethod
+    def program(cls, draw: random.Random, tasks: int) -> list[tuple]:
+        return [(*draw.sample(range(cls.CELLS), 3), draw.random()) for _ in range(tasks)]
 
     @staticmethod
     def spawn(spawn, arena, program) -> None:
@@ -322,8 +535,11 @@ class TestStress:
 
 
 class TestProtocols:
-    """Every interleaving of the atomic steps of the two protocols that workers and submitter share. Atomics are sequentially consistent
-    (LLVM's seq_cst), so that interleavings are all there is."""
+    """Why the two protocols that workers and submitter share are right: models of them, in every interleaving of their atomic steps.
+
+    Atomics are sequentially consistent (LLVM's seq_cst), so that interleavings are all there is. That the code does what the models do is
+    for TestStress to find out.
+    """
 
     def test_an_edge_to_the_next_run_is_counted_down_once(self):
         """A task ends while the next run is submitted: exactly one of the two threads counts its edge down."""

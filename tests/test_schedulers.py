@@ -134,6 +134,24 @@ class TestContract:
         assert (a.log.array[:, k.RUNS] <= 2).all()
         self.test_order(scheduler, seed=8)
 
+    def test_run_within_run_each(self, scheduler):
+        """A run in between, by who asks for graphs or by who gives them, comes between them."""
+        a, expected = k.arena(scheduler.needs_shared_memory), k.arena(is_shared=False)
+        graphs = [k.random_graph(a, seed, length=20) for seed in range(2)]
+
+        def ask():
+            for turn in range(4):
+                if turn == 2:
+                    scheduler.run(graphs[1])
+                yield graphs[0]
+
+        for turn, _ in enumerate(scheduler.run_each(ask())):
+            if turn == 3:
+                scheduler.run(graphs[1])
+        for seed in (0, 0, 1, 0, 0, 1):
+            k.random_program(run_now, expected, seed, length=20)
+        assert a.x.array.tobytes() == expected.x.array.tobytes()
+
     def test_growing_graph(self, scheduler):
         """A graph that was recorded further after it ran is run whole."""
         a = k.arena(scheduler.needs_shared_memory)

@@ -49,7 +49,8 @@ class Scheduler(Protocol):
         """Run graphs one after another, with the same results as `run` for each; yield each when it is done.
 
         A scheduler may begin the next graph while one is under way, as far as dependencies allow, never the one after that: the next graph
-        is asked for before the one under way is yielded. Closed early, the iterator abandons what is under way, as an exception does.
+        is asked for before the one under way is yielded. Closed early, the iterator abandons what is under way, as an exception does. Who
+        calls `run` in between, while asked for a graph or given one, waits for what is under way first.
         """
 
 

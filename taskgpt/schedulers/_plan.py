@@ -93,16 +93,19 @@ def firsts(counts) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(np.fromiter(counts, np.int64))]).astype(np.int64)
 
 
-def edges_to_next(graph: Graph, following: Graph) -> tuple[np.ndarray, np.ndarray]:
-    """Return (first, successor): for each task of `graph`, the tasks of `following`, run next, that wait for it."""
+def edges_to_next(graph: Graph, following: Graph) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return (first, successor): for each task of `graph`, the tasks of `following`, run next, that wait for it. None: all wait for all."""
+    edges = graph.edges_to(following)
+    if edges is None:
+        return None
     successors: list[list[int]] = [[] for _ in graph.tasks]
-    for before, after in graph.edges_to(following):
+    for before, after in edges:
         successors[before].append(after)
     return firsts(map(len, successors)), _int64([s for each in successors for s in each])
 
 
 def favourites(graph: Graph) -> np.ndarray:
-    """Return, for each task, the predecessor that wrote most bytes of what it accesses, or NOTHING."""
+    """Return, for each task, the earlier one that wrote the largest part of its tiles, or NOTHING."""
     writer: dict[tuple, int] = {}
     chosen = np.full(len(graph.tasks), NOTHING, np.int64)
     for task in graph.tasks:

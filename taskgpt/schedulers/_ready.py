@@ -5,7 +5,7 @@ A policy gives every ready task a rank, and the lowest rank goes first. To add o
     oldest_first         the task that became ready first: breadth first, fair
     newest_first         the task that became ready last: depth first, its inputs are still in cache
     longest_path_first   the task with the longest path behind it, by measured times
-    same_core_first      oldest first, but each worker prefers tasks whose largest input it has written itself
+    same_core_first      oldest first, but each worker prefers tasks of whose tiles it has itself written the largest part
 
 Two switches go with any policy. `work_stealing`: a queue per worker, who serves the others when his own is empty, against one queue for
 all. `immediate_successor`: a worker goes on with the best task that it made ready itself, past the queue. A task's own priority wins over
@@ -92,7 +92,7 @@ def full_rank(t, entry, sequence):
 
 @compiled
 def home_of(t, entry):
-    """Return the worker that wrote the entry's largest input, or NOTHING."""
+    """Return the worker that wrote the largest part of the entry's tiles, or NOTHING."""
     run = run_of(t, entry)
     if run[FAVOURITES] == 0:
         return NOTHING
@@ -231,7 +231,7 @@ def lock(words, index):
 
 @compiled
 def now(worker):
-    """Return the time in ns, of the clock that time.monotonic_ns() reads."""
+    """Return the time in ns, of CLOCK_MONOTONIC, which on Linux time.monotonic_ns() reads."""
     clock_gettime(types.int32(MONOTONIC), address_of(worker, CLOCK))
     return worker[CLOCK] * 1_000_000_000 + worker[CLOCK_NS]
 

@@ -20,6 +20,7 @@ from taskgpt.schedulers._pointers import (
     condition_init,
     condition_timedwait,
     condition_wait,
+    exchange,
     fetch_add,
     fetch_or,
     load,
@@ -75,7 +76,6 @@ from taskgpt.schedulers._ready import (
     compiled,
     full_rank,
     is_anything_ready,
-    lock,
     now,
     push,
     run_of,
@@ -139,14 +139,16 @@ def run_task(t, me, entry):
     """Run a task and release its successors; return the one to go on with, or NOTHING."""
     run, worker, task = run_of(t, entry), worker_of(t, me), entry >> 1
     is_timed = worker[RECORD] != 0 or run[DURATIONS] != 0
-    if run[LOCKS] != 0:
-        _take_locks(run, task)
+    if run[LOCKS] != 0 and not _take_locks(t, run, task):
+        return NOTHING
     start = now(worker) if is_timed else 0
     first = words_at(run[CALL_FIRST])
     entries, arguments = words_at(run[CALL_ENTRY]), words_at(run[CALL_WORDS])
     for call in range(first[task], first[task + 1]):
         if call_entry(entries[call], arguments[call], worker[SCRATCH], address_of(worker, ERROR)) != 0:
             _fail(t, me, entry, call)
+            if run[LOCKS] != 0:
+                _release_locks(run, task)
             return NOTHING
     stop = now(worker) if is_timed else 0
     if run[LOCKS] != 0:
@@ -219,11 +221,18 @@ def _note_ready(t, me, entry):
 
 
 @compiled
-def _take_locks(run, task):
-    """Commutative tasks run one at a time. Every task takes its locks in the same order, so none waits for ever."""
+def _take_locks(t, run, task):
+    """Take a commutative task's locks, in the same order as every task, so that none waits for ever. Return False, with none, to stop."""
     firsts, locks, which = words_at(run[LOCK_FIRST]), words_at(run[LOCKS]), words_at(run[LOCK_OF])
     for at in range(firsts[task], firsts[task + 1]):
-        lock(locks, which[at])
+        while exchange(locks, which[at], 1) != 0:
+            if load(t, STOPPING) != 0:
+                for held in range(firsts[task], at):
+                    store_last(locks, which[held], 0)
+                return False
+            relax()
+            sched_yield()
+    return True
 
 
 @compiled

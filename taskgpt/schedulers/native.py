@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -46,18 +47,24 @@ class Settings:
     spins: int = field(metadata={"at_least": 1})
     record: int = field(metadata={"at_least": 0})
 
+    def __post_init__(self):
+        for name, most in {"workers": 4096, "spins": 10**12, "record": 10**8}.items():
+            if getattr(self, name) > most:
+                raise ValueError(f"{name} may be {most} at most, got {getattr(self, name)}; take a smaller number")
+
 
 RECORD_TYPE = np.dtype([(name, np.int64) for name in ("run", "task", "ready_ns", "start_ns", "stop_ns")])
 
 
 class _Run:
-    """A submitted run: its plan, its slot (0 or 1), and what it holds in memory."""
+    """A submitted run: its plan, its slot (0 or 1), the run_each that it belongs to, and what it holds in memory."""
 
-    def __init__(self, number: int, graph: Graph, plan: Plan, slot: int):
-        self.number, self.graph, self.plan, self.slot = number, graph, plan, slot
+    def __init__(self, number: int, graph: Graph, plan: Plan, slot: int, owner: object | None):
+        self.number, self.graph, self.plan, self.slot, self.owner = number, graph, plan, slot, owner
         self.arrays: dict[int, np.ndarray | None] = {}
         self.edges: tuple[np.ndarray, ...] = ()  # to the next run
         self.offset_ns = 0  # when it must start, counted from the start of the first run under way
+        self.is_over = False
 
 
 class Scheduler:
@@ -70,8 +77,9 @@ class Scheduler:
         self.workers = worker_count(settings.workers)
         self._plans = OncePerGraph(Plan)
         self._edges: weakref.WeakKeyDictionary[Plan, weakref.WeakKeyDictionary] = weakref.WeakKeyDictionary()
-        self._runs: list[_Run | None] = [None, None]  # by slot; None: over
+        self._runs: list[_Run] = []  # under way: at most two, in order
         self._count = 0
+        self._threads: list[threading.Thread] = []
 
     # Life ---------------------------------------------------------------------------------------------------------------------------
 
@@ -80,20 +88,33 @@ class Scheduler:
             raise UserError("scheduler native is compiled code, which NUMBA_DISABLE_JIT=1 switches off; take --scheduler sequential")
         for function, signature in _worker.SIGNATURES.items():
             compile_function(function, signature)
-        self._blas = one_blas_thread()
-        self._make_table()
-        self._threads = [
-            threading.Thread(target=self._be_worker, args=(me,), name=f"taskgpt-native-{me}", daemon=True) for me in range(self.workers)
-        ]
-        for thread in self._threads:
-            thread.start()
+        with ExitStack() as undo:
+            undo.enter_context(one_blas_thread())
+            self._make_table()
+            undo.callback(self._join)
+            for me in range(self.workers):
+                thread = threading.Thread(target=self._be_worker, args=(me,), name=f"taskgpt-native-{me}", daemon=True)
+                thread.start()
+                self._threads.append(thread)
+            undo.callback(self._abandon)
+            self._undo = undo.pop_all()
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._undo.close()
+
+    def _join(self) -> None:
+        """Have the workers return, and wait for them, even if Ctrl-C is pressed: their code must not vanish while they run."""
         _worker.close(self._address)
-        for thread in self._threads:
-            thread.join()
-        self._blas.restore_original_limits()
+        interrupt = None
+        while self._threads:
+            try:
+                self._threads[-1].join()
+                self._threads.pop()
+            except KeyboardInterrupt as pressed:
+                interrupt = pressed
+        if interrupt:
+            raise interrupt
 
     def describe(self) -> str:
         s = self.settings
@@ -125,6 +146,7 @@ class Scheduler:
         table[r.QUEUES_AT], table[r.RUNS_AT], table[r.WORKERS_AT] = queue_words.ctypes.data, runs.ctypes.data, workers.ctypes.data
         table[r.MUTEX], table[r.WORK], table[r.DONE] = mutex, work, done
         self._heap_entries, self._scratch_bytes = 0, -1
+        self._room: list[np.ndarray] = []  # old heaps too: a worker may still look into one
         self._records = np.zeros((self.workers, s.record), RECORD_TYPE)
         if s.record:
             self._worker_words[:-1, r.RECORD] = [each.ctypes.data for each in self._records]
@@ -140,7 +162,7 @@ class Scheduler:
 
     def run(self, graph: Graph) -> None:
         try:
-            self._finish(self._submit(graph, None, may_overlap=False))
+            self._finish(self._submit(graph, None))
         except BaseException:
             self._abandon()
             raise
@@ -149,93 +171,103 @@ class Scheduler:
         under_way: deque[_Run] = deque()
         try:
             for graph in graphs:
-                under_way.append(self._submit(graph, under_way[-1] if under_way else None, may_overlap=True))
+                under_way.append(self._submit(graph, under_way[-1] if under_way else None, owner=under_way))
                 if len(under_way) == 2:
                     yield self._finish(under_way.popleft())
             while under_way:
                 yield self._finish(under_way.popleft())
         except BaseException:
-            self._abandon()
+            if any(run.owner is under_way for run in self._runs):  # else what is under way is somebody else's
+                self._abandon()
             raise
 
-    def _submit(self, graph: Graph, before: _Run | None, may_overlap: bool) -> _Run:
-        """Start a run; after `before` and beside it, if that may still be under way. The slot's last run is over."""
-        if before is None:
+    def _submit(self, graph: Graph, before: _Run | None, owner: object | None = None) -> _Run:
+        """Start a run: beside `before`, if that is still under way and knows what to wait for, else after all others."""
+        if self._table[r.CLOSING]:
+            raise RuntimeError("this scheduler is closed; use it inside its `with` block")
+        if self._table[r.FAILED] and self._runs:
+            raise self._failure()
+        if self._table[r.STOPPING]:
             self._abandon()  # what a second Ctrl-C left while the first one was answered
         plan = self._plans(graph)
-        run = _Run(self._count, graph, plan, self._count % 2)
-        self._count += 1
+        edges = self._edges_between(before, graph, plan) if before and not before.is_over else None
+        if edges is None or not self._has_room(plan):
+            before = None
+            for run in self._runs[:]:
+                self._finish(run)
+            self._runs.clear()  # of what an interrupt kept from being removed
         self._make_room(plan)
+        run = _Run(self._count, graph, plan, self._count % 2, owner)
+        self._count += 1
         if before:
-            self._link(before, run)
-        self._write(run, before, may_overlap)
-        self._runs[run.slot] = run
-        self._table[r.PRIORITIES] = any(each.plan.priorities is not None for each in self._runs if each)
+            before.edges = edges
+            self._run_words[before.slot, [r.NEXT_FIRST, r.NEXT]] = [array.ctypes.data for array in edges]
+        self._write(run, before)
+        self._runs.append(run)
+        self._table[r.PRIORITIES] = any(each.plan.priorities is not None for each in self._runs)
         _worker.submit(self._address, run.slot, before is not None)
         return run
 
+    def _edges_between(self, before: _Run, graph: Graph, plan: Plan) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return which tasks of the run before those of the next one wait for; None: all for all."""
+        if len(before.graph.tasks) != before.plan.tasks:
+            return None  # recorded further since it was submitted
+        known = self._edges.setdefault(before.plan, weakref.WeakKeyDictionary())
+        if plan not in known:
+            known[plan] = edges_to_next(before.graph, graph)
+        return known[plan]
+
     def _finish(self, run: _Run) -> Graph:
         """Wait until a run is over. Raises TaskError for the first task that failed."""
-        self._wait(run)
-        self._runs[run.slot] = None
+        while not run.is_over:
+            if run not in self._runs:
+                raise RuntimeError("this run was abandoned when another one failed or was interrupted")
+            if _worker.wait(self._address, run.slot, _POLL_MS):  # else back in Python, where Ctrl-C is heard
+                if self._run_words[run.slot, r.REMAINING]:
+                    raise self._failure()  # FAILED: who is interrupted abandons all runs at once
+                run.is_over = True
+                self._runs.remove(run)
         return run.graph
-
-    def _wait(self, run: _Run) -> None:
-        while not _worker.wait(self._address, run.slot, _POLL_MS):
-            pass  # back in Python, where Ctrl-C is heard
-        if self._table[r.FAILED]:
-            raise self._failure()
 
     def _failure(self) -> BaseException:
         error = take_exception(int(self._table[r.FAILED]))
         call, slot = divmod(int(self._table[r.FAILED_CALL]), 2)
-        run = self._runs[slot]
+        run = next(run for run in self._runs if run.slot == slot)
         number = int(np.searchsorted(run.plan.call_first, call, side="right")) - 1
         task = run.graph.tasks[number]
         return TaskError.of(task, task.calls[call - run.plan.call_first[number]], error) if isinstance(error, Exception) else error
 
     def _abandon(self) -> None:
         """Let the workers finish the tasks they are at, and forget the rest of all runs."""
-        if self._runs == [None, None]:
+        if self._table[r.CLOSING] or not (self._runs or self._table[r.STOPPING]):
             return
         _worker.stop(self._address)  # now all sleep
         self._queue_words[:, r.SIZE] = 0
-        for run in self._runs:
-            if run and run.plan.locks is not None:
-                run.plan.locks[:] = 0
-        self._runs = [None, None]
-        self._table[[r.FAILED, r.STOPPING]] = 0
+        self._runs.clear()
+        self._table[[r.FAILED, r.STOPPING]] = 0  # last: an interrupt before this is made good by the next run
+
+    def _has_room(self, plan: Plan) -> bool:
+        return 2 * plan.tasks <= self._heap_entries and plan.scratch_bytes <= self._scratch_bytes
 
     def _make_room(self, plan: Plan) -> None:
-        """Let every queue hold all tasks of two runs, and every worker have the scratch that the kernels ask for."""
-        if 2 * plan.tasks <= self._heap_entries and plan.scratch_bytes <= self._scratch_bytes:
+        """Let every queue hold all tasks of two runs, and every worker have the scratch that the kernels ask for. Nothing is under way."""
+        if self._has_room(plan):
             return
-        for run in filter(None, self._runs):
-            self._wait(run)
-        self._heap_entries = max(self._heap_entries, 2 * plan.tasks)
-        self._scratch_bytes = max(self._scratch_bytes, plan.scratch_bytes)
-        self._heaps = np.zeros((len(self._queue_words), 2, self._heap_entries), np.int64)
-        self._scratch = np.zeros((self.workers, aligned(self._scratch_bytes) + ALIGNMENT_BYTES), np.uint8)
-        for queue, (keys, entries) in zip(self._queue_words, self._heaps, strict=True):
-            queue[[r.KEYS, r.ENTRIES]] = keys.ctypes.data, entries.ctypes.data
-        for worker, scratch in zip(self._worker_words, self._scratch, strict=False):
-            worker[r.SCRATCH] = aligned(scratch.ctypes.data)
+        entries, scratch_bytes = max(self._heap_entries, 2 * plan.tasks), max(self._scratch_bytes, plan.scratch_bytes)
+        heaps = np.zeros((len(self._queue_words), 2, entries), np.int64)
+        scratch = np.zeros((self.workers, aligned(scratch_bytes) + ALIGNMENT_BYTES), np.uint8)
+        self._room += [heaps, scratch]
+        self._queue_words[:, [r.KEYS, r.ENTRIES]] = [[array.ctypes.data for array in pair] for pair in heaps]
+        self._worker_words[:-1, r.SCRATCH] = [aligned(each.ctypes.data) for each in scratch]
+        self._heap_entries, self._scratch_bytes = entries, scratch_bytes  # last: an interrupt before this is made good by the next run
 
-    def _link(self, before: _Run, run: _Run) -> None:
-        """Tell the run before which of its tasks this one's wait for."""
-        known = self._edges.setdefault(before.plan, weakref.WeakKeyDictionary())
-        if run.plan not in known:
-            known[run.plan] = edges_to_next(before.graph, run.graph)
-        before.edges = first, successor = known[run.plan]
-        self._run_words[before.slot, [r.NEXT_FIRST, r.NEXT]] = first.ctypes.data, successor.ctypes.data
-
-    def _write(self, run: _Run, before: _Run | None, may_overlap: bool) -> None:
+    def _write(self, run: _Run, before: _Run | None) -> None:
         """Write what the workers are to know of a run."""
         plan, tasks, s = run.plan, run.plan.tasks, self.settings
         follows_home = s.policy == "same_core_first"
         run.arrays = {
             r.PENDING: np.empty(tasks, np.int64),
-            r.MARKS: np.empty(tasks, np.int64) if may_overlap else None,
+            r.MARKS: np.empty(tasks, np.int64) if run.owner is not None else None,
             r.READY_AT: np.empty(tasks, np.int64) if s.record else None,
             r.RAN_ON: np.full(tasks, r.NOTHING, np.int64) if follows_home else None,
             r.CALL_FIRST: plan.call_first,

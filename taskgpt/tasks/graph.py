@@ -219,16 +219,16 @@ class Graph:
                 return other
         return None
 
-    def edges_to(self, following: "Graph") -> list[tuple[int, int]]:
+    def edges_to(self, following: "Graph") -> list[tuple[int, int]] | None:
         """Return (task here, task there) for the dependencies of a graph that runs right after this one, less those that others imply.
 
-        Where a graph was derived or sent, and knows no accesses, or where the two cut the same memory by other grids, everything there
-        waits for everything here.
+        None where a graph was derived or sent, and knows no accesses, or where the two cut the same memory by other grids: then everything
+        there waits for everything here.
         """
         here, there = self.tasks, following.tasks
         are_recorded = len(self._accesses) == len(here) and len(following._accesses) == len(there)
         if not are_recorded or any(self._other_grid(tensor) for tensor in following._tensors.values()):
-            return [(a.number, b.number) for a in here if not a.successors for b in there if not b.predecessors]
+            return None
         count = len(here)
         cells = {key: cell.copy() for key, cell in self._cells.items()}
         ancestors = self._ancestors.copy()

@@ -16,6 +16,7 @@ a twin that uses an intrinsic (dense, gemm, exp32), itself or in a helper, canno
 """
 
 import contextlib
+import hashlib
 import inspect
 import linecache
 import math
@@ -198,6 +199,11 @@ class Kernel:
         names = [*self.parameters, *self.scratch]
         if list(inspect.signature(twin).parameters) != names:
             raise TypeError(f"{self.name}: the compiled twin must take {names}")
+        # Numba names machine code after module, function and types, and twins are all called `_`: two of them, cached by two processes,
+        # could meet under one name in a third.
+        code = twin.__code__
+        digest = hashlib.sha256(code.co_code + repr((code.co_consts, code.co_names)).encode()).hexdigest()[:8]
+        twin.__qualname__ = f"{self.body.__qualname__}_{digest}"
         self._twin = _njit(twin)
         self.function = self._compile_and_run
         return self

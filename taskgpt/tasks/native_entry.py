@@ -8,6 +8,7 @@ the twin raised: then `*error` is the exception, a reference that the caller own
 """
 
 import ctypes
+import itertools
 import struct
 import weakref
 from collections.abc import Sequence
@@ -87,6 +88,7 @@ def _bits_of(number: float) -> int:
 # The entry's code ---------------------------------------------------------------------------------------------------------------------
 
 
+_numbers = itertools.count()
 _entries: "weakref.WeakKeyDictionary[Kernel, tuple[object, int]]" = weakref.WeakKeyDictionary()  # kernel -> its code library, its address
 
 
@@ -94,7 +96,7 @@ def _build(kernel: Kernel) -> tuple[object, int]:
     """Return (library, address). Its few instructions are made anew in every process: 10 ms a kernel, nothing to keep on disk."""
     [compiled] = kernel._twin.overloads.values()
     context = kernel._twin.targetctx
-    name = f"taskgpt_entry_{id(kernel)}_{kernel.name}"
+    name = f"taskgpt_entry_{next(_numbers)}_{kernel.name}"
     library = context.codegen().create_library(name)
     module = library.create_ir_module(name)
     entry = ir.Function(module, ir.FunctionType(ir.IntType(32), [_WORD.as_pointer(), _BYTE_POINTER, _BYTE_POINTER.as_pointer()]), name)
