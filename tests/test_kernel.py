@@ -570,7 +570,7 @@ def test_cache_of_a_notebook_is_stale_when_a_cell_changes(tmp_path, monkeypatch)
 
 
 def files_of_cache(scale, ending: str) -> list[Path]:
-    return list(Path(scale._twin.stats.cache_path).glob(f"kernel_module.scale-*.{ending}"))
+    return list(Path(scale._twin.stats.cache_path).glob(f"kernel_module.scale_*-*.{ending}"))
 
 
 @pytest.mark.parametrize("ending", ["nbi", "nbc"])

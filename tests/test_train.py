@@ -184,7 +184,7 @@ def test_ctrl_c_ends_after_the_step_with_summary_and_checkpoint(text, tmp_path):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert "stopping as soon as the step is done" in out
+    assert "stopping as soon as the steps under way are done" in out
     assert "Traceback" not in err
     assert "summary" in records(log)[-1]
     assert model.stat().st_size > 0
