@@ -552,6 +552,7 @@ def test_cache_of_a_notebook_is_stale_when_a_cell_changes(tmp_path, monkeypatch)
     """Cells have no file whose time could be compared: there the text decides, also of a helper in another cell."""
     pytest.importorskip("IPython")
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # IPython looks there first
     cells = [
         "import numba\nfrom taskgpt.tasks import InOut, dims, kernel\n(R,) = dims('R')\n",
         "@numba.njit\ndef helper(value):\n    return {} * value\n",

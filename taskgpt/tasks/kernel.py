@@ -27,7 +27,9 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numba
 import numpy as np
@@ -222,10 +224,11 @@ class Kernel:
 
         Raises AccessError if the twin writes a tile that is declared In.
         """
-        with _compiling:
-            return False if self.is_compiled else self._compile()
+        return False if self.is_compiled else undisturbed(self._compile)
 
     def _compile(self) -> bool:
+        if self.is_compiled:
+            return False  # by the thread that was before this one
         if inspect.isfunction(self._twin):  # NUMBA_DISABLE_JIT
             self.function = self.body if _uses_intrinsics(self._twin) else self._twin
             return False
@@ -336,14 +339,32 @@ def compile_kernels(kernels: Iterable[Kernel], report: Callable[[int, int, Kerne
 
 def compile_function(function: Callable, signature) -> None:
     """Compile a numba function for one signature, or load it from the cache that the kernels use."""
-    with _compiling:
+
+    def load() -> None:
         if not function.signatures:
             function._cache = _open_cache(function.py_func)
             function.compile(signature)
             function.disable_compile()
 
+    if not function.signatures:
+        undisturbed(load)
 
-_compiling = threading.RLock()
+
+_compiling = threading.Lock()
+
+
+def undisturbed(work: Callable[[], Any]) -> Any:
+    """Do work with numba in a thread, one at a time, and wait for it: LLVM calls back into Python, where a Ctrl-C would be lost.
+
+    Interrupted, the caller may leave, and the work still goes on to its end.
+    """
+
+    def locked() -> Any:
+        with _compiling:
+            return work()
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(locked).result()
 
 
 def _find_kernel(module: str, name: str) -> Kernel:

@@ -21,7 +21,7 @@ from numba.core.compiler_lock import global_compiler_lock
 from numba.np.arrayobj import populate_array
 
 from taskgpt.tasks.graph import Call
-from taskgpt.tasks.kernel import Kernel
+from taskgpt.tasks.kernel import Kernel, undisturbed
 from taskgpt.tasks.scratch import scratch_layout
 
 _WORD = ir.IntType(64)
@@ -37,7 +37,7 @@ def has_native_entry(call: Call) -> bool:
 def native_entry(kernel: Kernel) -> int:
     """Return the address of the kernel's entry, made at the first call. The kernel must be compiled; the code lives as long as it does."""
     if kernel not in _entries:
-        _entries[kernel] = _build(kernel)
+        _entries[kernel] = undisturbed(lambda: _build(kernel))
     return _entries[kernel][1]
 
 
