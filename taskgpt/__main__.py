@@ -3,6 +3,7 @@
 taskgpt train --graph tiny                   # = python -m taskgpt.train
 taskgpt data prepare tinyshakespeare         # = python -m taskgpt.data
 taskgpt bench step --graphs tiny             # = python -m taskgpt.bench
+taskgpt trace check runs/native              # = python -m taskgpt.trace
 taskgpt show graph --graph tiny              # = python -m taskgpt.show
 taskgpt sizes                                # models, parameters, memory
 taskgpt sizes --set model.layers=6 --set model.channels=384 gpt2-124m
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 
 from taskgpt.errors import did_you_mean, run_program
 
-PROGRAMS = ("train", "data", "bench", "show")
+PROGRAMS = ("train", "data", "bench", "trace", "show")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

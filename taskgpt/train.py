@@ -5,6 +5,7 @@
     python -m taskgpt.train --scheduler loops --workers 2          # the same bits, run as fork-join loops
     python -m taskgpt.train --init gpt2_124M.bin --data my.txt --lr 1e-5 --save tuned.bin       # fine-tune an llm.c checkpoint
     python -m taskgpt.train --set tiles.rows=128 --set coarsen=0 --log run.jsonl                # other tiles, another set-up
+    python -m taskgpt.train --steps 5 --trace runs/native        # which task ran when, on which worker: for Perfetto and `taskgpt trace`
 
 The graph file (graphs/) says what is computed, the scheduler file (scheduler_configs/) how. Prints what llm.c prints, then a summary.
 """
@@ -15,6 +16,7 @@ import json
 import math
 import os
 import resource
+import shlex
 import signal
 import statistics
 import sys
@@ -35,9 +37,12 @@ from taskgpt.gpt2.model import GPT2
 from taskgpt.gpt2.program import loss_graph, training_graph
 from taskgpt.gpt2.sampling import Sampler
 from taskgpt.lab import machine
+from taskgpt.lab.formats import FORMATS, TRACE, export, verify_can_write
+from taskgpt.lab.trace import Traced
 from taskgpt.schedulers import Scheduler, WorkerError, open_scheduler
 from taskgpt.tasks import AccessError, Graph, Kernel, TaskError, check, compile_kernels
 
+RECORD = 1_000_000  # task times that a worker can keep for a trace; what is not used takes no memory
 FLOAT32_MAX = 3.4e38  # a learning rate beyond it would be infinite
 
 
@@ -68,6 +73,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--val-batches", type=_positive, default=5, metavar="N", help="batches of a validation (default 5)")
     out.add_argument("--sample-every", type=_count, default=20, metavar="N", help="a sample every N steps, 0 = never (default 20)")
     out.add_argument("--save", metavar="MODEL.bin", help="write the trained parameters as an llm.c checkpoint")
+    out.add_argument("--trace", metavar="DIR", help="write what each worker did when, for Perfetto and `taskgpt trace`")
     out.add_argument("--log", metavar="FILE.jsonl", help="write losses, samples and summary, one JSON object a line")
     return p
 
@@ -75,6 +81,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; return its exit code: 0, 1 for a failed task, 2 for a user's mistake or a diverged loss, 130 after Ctrl-C."""
     flags = parser().parse_args(argv)
+    flags.argv = list(sys.argv[1:] if argv is None else argv)
 
     def run() -> int:
         with Report() as report, StopRequest(report.say) as stop:
@@ -90,6 +97,9 @@ def train(flags: argparse.Namespace, report: "Report", stop: "StopRequest") -> i
     verify_memory(graph_config)
     data = open_data(flags.data, batch.batch_size, batch.seq_len, model.vocabulary, report.say)
     scheduler = open_scheduler(scheduler_config.scheduler, scheduler_config.settings)
+    if flags.trace is not None:
+        verify_can_write(flags.trace)
+        scheduler = Traced(scheduler)
     m = GPT2(model, batch, graph_config.tiles, graph_config.options, shared=scheduler.needs_shared_memory)
     if flags.save is not None:
         checkpoint.verify_can_save(flags.save, m)
@@ -115,6 +125,12 @@ def train(flags: argparse.Namespace, report: "Report", stop: "StopRequest") -> i
             stop.consequence = f"{flags.save} was saved"
         memory = memory_in_use(m)
 
+    if isinstance(scheduler, Traced):
+        about = {"command": shlex.join(["taskgpt", "train", *flags.argv]), "machine": machine.describe()}
+        trace = scheduler.trace(about)
+        trace.save(os.path.join(flags.trace, TRACE))
+        export(trace, flags.trace)
+        report.say(f"trace      {len(trace.records):,} tasks of {len(trace.runs)} runs in {flags.trace}: {TRACE}, {', '.join(FORMATS)}")
     setup = flags, graph_config, scheduler_config, scheduler.workers, data.description
     report.summary(summarize(*setup, m, step_graphs[0], seconds, memory))
     if not math.isfinite(loss):
@@ -173,7 +189,8 @@ def run_steps(
             report.sample(step, ids, data.tokenizer.decode(ids), data.tokenizer.printable(ids))
         if stop.is_requested or not math.isfinite(loss):
             break
-        pause = min([flags.steps, *(every * (step // every + 1) for every in (flags.val_every, flags.sample_every) if every)])
+        most = RECORD // len(step_graphs[0].tasks) or 1 if flags.trace is not None else flags.steps  # steps until records are taken
+        pause = min([flags.steps, step + most, *(every * (step // every + 1) for every in (flags.val_every, flags.sample_every) if every)])
         start = time.perf_counter()
         with closing(scheduler.run_each(training(step, pause))) as steps:
             for _ in steps:
@@ -195,6 +212,8 @@ def configure(flags: argparse.Namespace) -> tuple[GraphConfig, SchedulerConfig]:
             graph_overrides[key] = value
     if flags.workers is not None:
         scheduler_overrides["workers"] = flags.workers
+    if flags.trace is not None:
+        scheduler_overrides["record"] = RECORD
     model = checkpoint.read_shape(flags.init) if flags.init is not None else None
     graph = load_graph(flags.graph, graph_overrides, model)
     return graph, load_scheduler(flags.scheduler, scheduler_overrides)

@@ -96,6 +96,45 @@ class TestContract:
             scheduler.run(graph)
             assert (a.log.array[:10, k.RUNS] == runs).all()
 
+    @pytest.mark.parametrize("name", NAMES)
+    def test_records(self, name):
+        """Asked for, every task of every run has a record: ready after its predecessors, on a worker that does one thing at a time."""
+        with opened(name, record=10_000, **({} if name == "sequential" else {"workers": 2})) as scheduler:
+            a = k.arena(scheduler.needs_shared_memory)
+            graphs = [k.random_graph(a, seed) for seed in range(2)]
+            for order in ((0, 1, 0), (1,)):
+                before = time.monotonic_ns()
+                for _ in scheduler.run_each(graphs[n] for n in order):
+                    pass
+                records, lost = scheduler.take_records()
+                tasks = [scheduler.as_run(graphs[n]).tasks for n in order]
+                first = records["run"].min()
+                assert lost == 0
+                assert sorted(records[["run", "task"]].tolist()) == [(first + n, t.number) for n, ts in enumerate(tasks) for t in ts]
+                assert (before <= records["ready_ns"]).all()
+                assert (records["ready_ns"] <= records["start_ns"]).all()
+                assert (records["start_ns"] <= records["stop_ns"]).all()
+                by_key = {(r["run"] - first, r["task"]): r for r in records}
+                for n, ts in enumerate(tasks):
+                    for task in ts:
+                        for p in task.predecessors:
+                            assert by_key[n, p]["stop_ns"] <= by_key[n, task.number]["ready_ns"]
+                for worker in range(scheduler.workers):
+                    mine = records[records["worker"] == worker]
+                    assert (mine["stop_ns"][:-1] <= mine["start_ns"][1:]).all()
+                assert set(records["worker"]) <= set(range(scheduler.workers))
+            assert len(scheduler.take_records()[0]) == 0
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_records_without_room(self, name):
+        """Times that find no room are counted."""
+        with opened(name, record=3, workers=1) as scheduler:
+            a = k.arena(scheduler.needs_shared_memory)
+            graph = k.random_graph(a, seed=0)
+            scheduler.run(graph)
+            records, lost = scheduler.take_records()
+            assert (len(records), lost) == (3, len(scheduler.as_run(graph).tasks) - 3)
+
     def test_graphs_alternate(self, scheduler):
         """Training, validation and sampling take turns on one scheduler and on the same tensors."""
         a, expected = k.arena(scheduler.needs_shared_memory), k.arena(is_shared=False)
@@ -462,7 +501,7 @@ class TestLocalCluster:
     def test_stopped_run(self):
         """A task that reaches a worker after its run was stopped does not start: messages may overtake each other."""
         asyncio.run(local_cluster._stop(-1))
-        local_cluster._run_task(-1, graph_id=-1, number=0)  # would not find its graph
+        local_cluster._run_task(-1, graph_id=-1, number=0, times=(-1, 0, 0))  # would not find its graph
 
     def test_worker_dies_at_work(self):
         """A worker process that is killed in a task ends the run with an error; the next run has a new worker."""

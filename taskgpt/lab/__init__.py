@@ -8,4 +8,6 @@ peers.py       PyTorch (peer_torch.py) and JAX (peer_jax.py) on the same model
 named.py       graphs and schedulers as the command line names them
 report.py      tables, quartiles, JSON
 picture.py     a graph as SVG
+trace.py       a run as data: which task ran when, on which worker
+formats.py     the formats that a trace is written in: perfetto.py
 """

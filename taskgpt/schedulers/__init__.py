@@ -6,6 +6,7 @@
     threads.py         dask.threaded, on threads of this process
     local_cluster.py   dask.distributed on this machine, with its dashboard: worker threads or worker processes
     _prepare.py        what they share: the number of workers, plans that are made once per graph, runs in turn
+    _record.py         when and where each task ran, on request
     _plan.py _ready.py _worker.py _pointers.py    of native: a graph as flat arrays, policies and queues, the workers' loop, atomics
     _dask_get.py _dask_plan.py                    taskgpt.get, for any Dask graph: its workers; what it keeps of a graph, and its policies
 
@@ -16,6 +17,8 @@ the keys of its TOML file, and a class `Scheduler(settings)` that keeps the cont
 import importlib
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol, Self
+
+import numpy as np
 
 from taskgpt.tasks import Graph
 
@@ -51,6 +54,15 @@ class Scheduler(Protocol):
         A scheduler may begin the next graph while one is under way, as far as dependencies allow, never the one after that: the next graph
         is asked for before the one under way is yielded. Closed early, the iterator abandons what is under way, as an exception does. Who
         calls `run` in between, while asked for a graph or given one, waits for what is under way first.
+        """
+
+    def as_run(self, graph: Graph) -> Graph:
+        """Return the graph whose tasks run for this one: itself, or a coarsened one."""
+
+    def take_records(self) -> tuple[np.ndarray, int]:
+        """Return (records, how many found no room) since the last call, of _record.RECORD_TYPE, by start time. Between runs only.
+
+        Empty unless settings.record, the number of tasks that each worker can keep, says otherwise.
         """
 
 

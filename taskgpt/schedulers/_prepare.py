@@ -5,6 +5,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar
 
+import numpy as np
 import scipy.linalg  # noqa: F401  brings SciPy's BLAS, so that it is there to be limited; numba or a kernel would load it later
 from threadpoolctl import threadpool_limits
 
@@ -29,7 +30,13 @@ def one_blas_thread() -> threadpool_limits:
 
 
 class InTurn:
-    """`run_each` for schedulers that run one graph at a time."""
+    """What schedulers share that run tasks in Python, one graph at a time, with a Recorder in `recorder`."""
+
+    def as_run(self, graph: Graph) -> Graph:
+        return graph
+
+    def take_records(self) -> tuple[np.ndarray, int]:
+        return self.recorder.take()
 
     def run_each(self, graphs: Iterable[Graph]) -> Iterator[Graph]:
         for graph in graphs:

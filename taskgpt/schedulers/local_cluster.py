@@ -11,6 +11,7 @@ import itertools
 import logging
 import pickle
 import signal
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from multiprocessing import resource_tracker
 from typing import Self
 
 import dask
+import numpy as np
 from distributed import Client, LocalCluster, SchedulerPlugin, WorkerPlugin
 from distributed import Scheduler as DaskScheduler
 from distributed.gc import disable_gc_diagnosis
@@ -25,6 +27,7 @@ from distributed.gc import disable_gc_diagnosis
 from taskgpt.errors import UserError
 from taskgpt.schedulers import WorkerError
 from taskgpt.schedulers._prepare import InTurn, OncePerGraph, one_blas_thread, worker_count
+from taskgpt.schedulers._record import Recorder, ThreadTimes, Times
 from taskgpt.tasks import Graph, coarsen, compile_kernels
 
 _CONFIG = {
@@ -46,6 +49,7 @@ class Settings:
     processes: bool
     coarsen: int = field(metadata={"at_least": 0})
     dashboard: int = field(metadata={"at_least": -1})
+    record: int = field(metadata={"at_least": 0})
 
 
 class Scheduler(InTurn):
@@ -56,6 +60,8 @@ class Scheduler(InTurn):
         self.workers = worker_count(settings.workers)
         self.needs_shared_memory = settings.processes
         self._sent = OncePerGraph(self._send)
+        self.recorder = Recorder(settings.record)
+        self._id = next(_ids)
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
@@ -107,7 +113,8 @@ class Scheduler(InTurn):
     def run(self, graph: Graph) -> None:
         graph_id, coarse = self._sent(graph)
         run_id = next(_ids)
-        tasks, last = coarse.to_dask(run_id, lambda task: (_run_task, run_id, graph_id, task.number))
+        times = self._id, self.recorder.count(coarse), self.settings.record
+        tasks, last = coarse.to_dask(run_id, lambda task: (_run_task, run_id, graph_id, task.number, times))
         self._watch.lost_worker = ""
         try:
             self._watch.futures = self._client.get(tasks, last, sync=False)
@@ -126,6 +133,15 @@ class Scheduler(InTurn):
                 f"{self._watch.lost_worker} died in the middle of a step, killed or out of memory, and left tensors half written; "
                 "go on from the last checkpoint"
             )
+
+    def as_run(self, graph: Graph) -> Graph:
+        return self._sent(graph)[1]
+
+    def take_records(self) -> tuple[np.ndarray, int]:
+        for worker, kept in self._client.run(_take_times, self._id).items() if self.settings.record else ():
+            for thread, rows, lost in kept:
+                self.recorder.add((worker, thread), rows, lost)
+        return self.recorder.take()
 
     def _send(self, graph: Graph) -> tuple[int, Graph]:
         """Make the graph known to every worker, also to one that starts later; return its number and the graph that will run."""
@@ -149,19 +165,32 @@ class Scheduler(InTurn):
 
 # In the workers -------------------------------------------------------------------------------------------------------------------------
 
-_ids = itertools.count(1)  # of graphs and of runs
+_ids = itertools.count(1)  # of schedulers, of graphs and of runs
+_times: dict[tuple[int, int], ThreadTimes] = {}  # of a scheduler's tasks in a thread
 _graphs: dict[int, Graph] = {}
 _running: set[tuple[int, int]] = set()
 _stopped: set[int] = set()
 
 
-def _run_task(run_id: int, graph_id: int, number: int, *_predecessors: None) -> None:
+def _run_task(run_id: int, graph_id: int, number: int, times: tuple[int, int, int], *_predecessors: None) -> None:
     _running.add((run_id, number))
     try:
         if run_id not in _stopped:
-            _graphs[graph_id].tasks[number].run()
+            task = _graphs[graph_id].tasks[number]
+            scheduler_id, run_number, capacity = times
+            if capacity:
+                place = scheduler_id, threading.get_ident()
+                (_times.get(place) or _times.setdefault(place, ThreadTimes(capacity))).run(run_number, task)
+            else:
+                task.run()
     finally:
         _running.discard((run_id, number))
+
+
+def _take_times(scheduler_id: int) -> list[tuple[int, list[Times], int]]:
+    """Return (thread, rows, how many found no room) of a scheduler's tasks in this process, and forget them."""
+    mine = [place for place in list(_times) if place[0] == scheduler_id]
+    return [(place[1], times.rows, times.lost) for place in mine if (times := _times.pop(place))]
 
 
 async def _stop(run_id: int) -> None:

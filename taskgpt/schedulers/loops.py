@@ -19,6 +19,7 @@ from queue import SimpleQueue
 from typing import Self
 
 from taskgpt.schedulers._prepare import InTurn, OncePerGraph, one_blas_thread, worker_count
+from taskgpt.schedulers._record import Recorder
 from taskgpt.tasks import Graph, Task
 
 
@@ -30,6 +31,7 @@ class Settings:
     chunks: str = field(metadata={"choices": ("static", "dynamic")})
     chunk_size: int = field(metadata={"at_least": 1})
     coverage: str
+    record: int = field(metadata={"at_least": 0})
 
 
 class Scheduler(InTurn):
@@ -44,6 +46,8 @@ class Scheduler(InTurn):
     def __init__(self, settings: Settings):
         self.settings = settings
         self.workers = worker_count(settings.workers)
+        self.recorder = Recorder(settings.record)
+        self._run_task: Callable[[Task], None] = Task.run
         self._loops = OncePerGraph(self._cut_and_deal)
         self._helpers: list[_Helper] = []
         self._failures: list[BaseException] = []
@@ -64,6 +68,7 @@ class Scheduler(InTurn):
 
     def run(self, graph: Graph) -> None:
         self._failures = []
+        self._run_task = self.recorder.begin(graph)
         try:
             for parts in self._loops(graph):
                 self._fork_and_join(parts)
@@ -106,12 +111,12 @@ class Scheduler(InTurn):
         return [_take(queue) for _ in range(min(self.workers, len(parts)))]
 
     def _work(self, tasks: Iterable[Task]) -> None:
-        failures = self._failures
+        failures, run_task = self._failures, self._run_task
         try:
             for task in tasks:
                 if failures:
                     return
-                task.run()
+                run_task(task)
         except BaseException as error:
             failures.append(error)
 

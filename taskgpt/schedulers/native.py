@@ -25,6 +25,7 @@ from taskgpt.schedulers import _worker
 from taskgpt.schedulers._plan import Plan, edges_to_next
 from taskgpt.schedulers._pointers import OPAQUE_WORDS
 from taskgpt.schedulers._prepare import OncePerGraph, one_blas_thread, worker_count
+from taskgpt.schedulers._record import RECORD_TYPE
 from taskgpt.tasks import Graph, TaskError
 from taskgpt.tasks.kernel import compile_function
 from taskgpt.tasks.native_entry import take_exception
@@ -53,7 +54,7 @@ class Settings:
                 raise ValueError(f"{name} may be {most} at most, got {getattr(self, name)}; take a smaller number")
 
 
-RECORD_TYPE = np.dtype([(name, np.int64) for name in ("run", "task", "ready_ns", "start_ns", "stop_ns")])
+_ROW = np.dtype(RECORD_TYPE.descr[:-1])  # whose rows they are, says the worker
 
 
 class _Run:
@@ -147,7 +148,7 @@ class Scheduler:
         table[r.MUTEX], table[r.WORK], table[r.DONE] = mutex, work, done
         self._heap_entries, self._scratch_bytes = 0, -1
         self._room: list[np.ndarray] = []  # old heaps too: a worker may still look into one
-        self._records = np.zeros((self.workers, s.record), RECORD_TYPE)
+        self._records = np.zeros((self.workers, s.record), _ROW)
         if s.record:
             self._worker_words[:-1, r.RECORD] = [each.ctypes.data for each in self._records]
             self._worker_words[:-1, r.RECORD_CAPACITY] = s.record
@@ -307,13 +308,15 @@ class Scheduler:
 
     # What was recorded --------------------------------------------------------------------------------------------------------------
 
+    def as_run(self, graph: Graph) -> Graph:
+        return graph
+
     def take_records(self) -> tuple[np.ndarray, int]:
-        """Return (records, how many found no room) since the last call: RECORD_TYPE with the worker, by start time. Between runs only."""
         counts = self._worker_words[:-1, r.RECORD_COUNT]
         kept = np.minimum(counts, self.settings.record)
         parts = [rows[:count] for rows, count in zip(self._records, kept, strict=True)]
-        records = np.empty(kept.sum(), [*RECORD_TYPE.descr, ("worker", np.int64)])
-        for name in RECORD_TYPE.names:
+        records = np.empty(kept.sum(), RECORD_TYPE)
+        for name in _ROW.names:
             records[name] = np.concatenate([part[name] for part in parts])
         records["worker"] = np.repeat(np.arange(self.workers), kept)
         lost = int((counts - kept).sum())

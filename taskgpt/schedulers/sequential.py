@@ -1,17 +1,19 @@
 """Program order, in the calling thread: what every other scheduler must agree with to the bit, and where a debugger works."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 from taskgpt.schedulers._prepare import InTurn, one_blas_thread
+from taskgpt.schedulers._record import Recorder
 from taskgpt.tasks import Graph
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The key of scheduler_configs/sequential.toml."""
+    """The keys of scheduler_configs/sequential.toml."""
 
     workers: int
+    record: int = field(metadata={"at_least": 0})
 
     def __post_init__(self):
         if self.workers != 1:
@@ -26,6 +28,7 @@ class Scheduler(InTurn):
 
     def __init__(self, settings: Settings):
         self.settings = settings
+        self.recorder = Recorder(settings.record)
 
     def __enter__(self) -> Self:
         self._blas = one_blas_thread()
@@ -38,5 +41,6 @@ class Scheduler(InTurn):
         return "sequential: program order, in the calling thread"
 
     def run(self, graph: Graph) -> None:
+        run_task = self.recorder.begin(graph)
         for task in graph.tasks:
-            task.run()
+            run_task(task)

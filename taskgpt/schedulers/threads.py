@@ -3,7 +3,7 @@
 Dask orders the graph anew in every step and wakes its main thread between any two tasks, 40 to 70 us a task: it wants few, large tasks.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Self
@@ -11,7 +11,8 @@ from typing import Self
 import dask.threaded
 
 from taskgpt.schedulers._prepare import InTurn, OncePerGraph, one_blas_thread, worker_count
-from taskgpt.tasks import Graph, coarsen
+from taskgpt.schedulers._record import Recorder
+from taskgpt.tasks import Graph, Task, coarsen
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Settings:
 
     workers: int = field(metadata={"at_least": 0})
     coarsen: int = field(metadata={"at_least": 0})
+    record: int = field(metadata={"at_least": 0})
 
 
 class Scheduler(InTurn):
@@ -30,6 +32,9 @@ class Scheduler(InTurn):
     def __init__(self, settings: Settings):
         self.settings = settings
         self.workers = worker_count(settings.workers)
+        self.recorder = Recorder(settings.record)
+        self._run_task: Callable[[Task], None] = Task.run
+        self._coarse = OncePerGraph(self._coarsen)
         self._dask_graph = OncePerGraph(self._translate)
         self._coordinator = ThreadPoolExecutor(1, "taskgpt-coordinator")
         self._pool = ThreadPoolExecutor(self.workers, "taskgpt-threads")
@@ -49,6 +54,7 @@ class Scheduler(InTurn):
 
     def run(self, graph: Graph) -> None:
         tasks, last = self._dask_graph(graph)
+        self._run_task = self.recorder.begin(self.as_run(graph))
         # Not in this thread, which is the one that Ctrl-C interrupts: Dask's loop makes garbage, and Python loses an interrupt that meets
         # the collector calling a weak reference back. This thread only waits.
         done = self._coordinator.submit(dask.threaded.get, tasks, last, pool=self._pool)
@@ -59,11 +65,21 @@ class Scheduler(InTurn):
             self._pool.shutdown(cancel_futures=True)
             wait([done])
             self._pool = ThreadPoolExecutor(self.workers, "taskgpt-threads")
+            self.recorder.forget_threads()
             raise
 
     def _translate(self, graph: Graph) -> tuple[Mapping, list[tuple]]:
         """Return the Dask graph and its last keys. Dask's local schedulers remember nothing, so that every step can use the same keys."""
-        if self.settings.coarsen:
-            graph = coarsen(graph, self.settings.coarsen, self.workers)
-        layers, last = graph.to_dask()
+        layers, last = self.as_run(graph).to_dask(call=lambda task: (self._call, task))
         return layers.to_dict(), last
+
+    def _call(self, task: Task, *_predecessors: None) -> None:
+        self._run_task(task)
+
+    def as_run(self, graph: Graph) -> Graph:
+        return self._coarse(graph) or graph
+
+    def _coarsen(self, graph: Graph) -> Graph | None:
+        """Return a graph of fewer tasks, or None: kept as its own coarsened self, a graph would never go."""
+        merged = coarsen(graph, self.settings.coarsen, self.workers) if self.settings.coarsen else graph
+        return None if merged is graph else merged

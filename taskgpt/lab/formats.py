@@ -1,0 +1,52 @@
+"""The formats that a trace is written in, and the checkers of each."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from taskgpt.errors import UserError
+from taskgpt.lab import perfetto
+from taskgpt.lab.trace import Trace
+
+TRACE = "trace.npz"
+FORMATS = {"perfetto": (perfetto, "perfetto.json")}  # module with write(trace, path) and check(path), and what it writes in a folder
+
+
+def verify_can_write(folder: str) -> None:
+    """Make the folder. Raises UserError if nothing can be written there: better before the run than after it."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--trace {folder}: cannot make this folder: {error.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"--trace {folder}: cannot write here; choose another folder")
+
+
+def export(trace: Trace, folder: str | Path, formats: Iterable[str] = FORMATS) -> list[Path]:
+    """Write the trace in these formats into a folder; return what was written. Raises OSError."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name in formats:
+        module, file = FORMATS[name]
+        paths.append(Path(folder) / file)
+        module.write(trace, paths[-1])
+    return paths
+
+
+def check(path: str | Path) -> dict[str, dict[str, int]]:
+    """Check every format found in a folder, or one file of it, against its rules; return what each holds.
+
+    Raises ValueError, which says where, what was wanted and what was found; UserError if there is nothing to check.
+    """
+    folder, only = (Path(path), None) if Path(path).is_dir() else (Path(path).parent, Path(path).name)
+    found = {}
+    if only in (None, TRACE) and (folder / TRACE).exists():
+        trace = Trace.load(folder / TRACE)
+        found["trace"] = {"runs": len(trace.runs), "tasks": len(trace.records), "workers": trace.workers, "lost": trace.lost}
+    for name, (module, file) in FORMATS.items():
+        if only in (None, file) and (folder / file).exists():
+            found[name] = module.check(folder / file)
+    if not found:
+        files = ", ".join([TRACE, *(file for _, file in FORMATS.values())])
+        raise UserError(f"{path}: no trace here; wanted a folder that --trace wrote, or a file of it: {files}")
+    return found

@@ -1,0 +1,181 @@
+"""Traces: what a scheduler did, kept, read back, and checked; and as Chrome JSON for Perfetto."""
+
+import json
+
+import kernels_for_tests as k
+import numpy as np
+import pytest
+
+from taskgpt import config, train
+from taskgpt import trace as trace_program
+from taskgpt.errors import UserError
+from taskgpt.lab import perfetto
+from taskgpt.lab.trace import Trace, Traced
+from taskgpt.schedulers import open_scheduler
+
+NAMES = ["native", "sequential", "loops", "threads", "local-cluster"]
+
+
+def traced(name: str, order: tuple[int, ...] = (0, 1, 0)) -> Trace:
+    """Return the trace of two random graphs, in that order, one run with `run`, the others with `run_each`."""
+    chosen = config.load_scheduler(name, {"record": 10_000, **({} if name == "sequential" else {"workers": 2})})
+    with Traced(open_scheduler(chosen.scheduler, chosen.settings)) as scheduler:
+        arena = k.arena(scheduler.needs_shared_memory)
+        graphs = [k.random_graph(arena, seed) for seed in range(2)]
+        scheduler.run(graphs[order[0]])
+        for _ in scheduler.run_each(graphs[n] for n in order[1:]):
+            pass
+        return scheduler.trace({"command": "tests"})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_trace_holds_every_task(name):
+    """Of every run, whole, with times that respect every dependency; steps count the runs of a graph's name."""
+    trace = traced(name)
+    trace.verify()
+    assert trace.workers == (1 if name == "sequential" else 2)
+    assert trace.about["is_fork_join"] == (name == "loops")
+    assert trace.lost == 0
+    assert len(trace.records) == sum(len(trace.graphs[g]) for g in trace.runs["graph"])
+    assert trace.runs["graph"].tolist() == [0, 1, 0]
+    assert trace.runs["step"].tolist() == [0, 0, 1]
+    assert trace.begin_ns <= trace.records["ready_ns"].min() <= trace.records["stop_ns"].max() == trace.end_ns
+    for name in ("kernel", "phase"):
+        assert {trace.names(name)[n] for n in trace.column(name)} == {word for g in trace.graphs for word in getattr(g, name + "s")}
+
+
+def test_a_trace_reads_back(tmp_path):
+    """What is saved is what is loaded: every field."""
+    trace = traced("native")
+    trace.save(tmp_path / "trace.npz")
+    for path in (tmp_path, tmp_path / "trace.npz"):
+        again = Trace.load(path)
+        assert again.about == trace.about
+        assert (again.records == trace.records).all()
+        assert (again.runs == trace.runs).all()
+        for a, b in zip(again.graphs, trace.graphs, strict=True):
+            assert (a.name, a.kernels, a.phases, a.calls) == (b.name, b.kernels, b.phases, b.calls)
+            assert all((getattr(a, name) == getattr(b, name)).all() for name in a.ARRAYS)
+    assert list(tmp_path.iterdir()) == [tmp_path / "trace.npz"]
+
+
+def test_a_selection_has_the_runs_of_one_name():
+    """Training without validation, say; runs are counted anew."""
+    trace = traced("sequential")
+    chosen = trace.select(trace.graphs[1].name)
+    assert chosen.runs.tolist() == [trace.runs[1].tolist()]
+    assert (chosen.records["run"] == 0).all()
+    assert (chosen.records["task"] == trace.records["task"][trace.records["run"] == 1]).all()
+    assert len(trace.select("other").records) == 0
+
+
+@pytest.mark.parametrize("damage", ["missing", "text", "cut", "pickle"])
+def test_what_is_no_trace_is_refused(damage, tmp_path):
+    """In a line that says what to do; nothing is ever unpickled."""
+    path = tmp_path / "trace.npz"
+    if damage == "text":
+        path.write_text("hello")
+    elif damage == "cut":
+        traced("sequential").save(path)
+        path.write_bytes(path.read_bytes()[:-200])
+    elif damage == "pickle":
+        np.savez(path, head=np.array([{"a": 1}], object), about=np.array([1]), calls=np.array([1]))
+    with pytest.raises(UserError, match=r"--trace"):
+        Trace.load(path)
+
+
+def test_train_writes_a_trace_that_passes_its_checks(tmp_path, capsys):
+    """`--trace`: the same bits, every step of training, and files that `taskgpt trace check` accepts; `convert` writes them anew."""
+    text = tmp_path / "text.txt"
+    text.write_text("to be or not to be, that is the question. " * 200)
+    argv = ["--graph", "tiny", "--steps", "3", "--data", str(text), "--sample-every", "2"]
+    assert train.main([*argv]) == 0
+    plain = capsys.readouterr().out.splitlines()[-1]
+    assert train.main([*argv, "--trace", str(tmp_path / "traced")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == plain
+    trace = Trace.load(tmp_path / "traced")
+    steps = trace.select("training step")
+    assert steps.runs["step"].tolist() == [0, 1, 2]
+    assert len(steps.records) == 3 * len(steps.graphs[steps.runs["graph"][0]])
+    assert trace_program.main(["convert", str(tmp_path / "traced"), "--output", str(tmp_path / "again")]) == 0
+    assert trace_program.main(["check", str(tmp_path / "traced"), str(tmp_path / "again")]) == 0
+    assert trace_program.main(["check", str(tmp_path)]) == 2
+    broken = tmp_path / "again" / "perfetto.json"
+    broken.write_text("{}")
+    assert trace_program.main(["check", str(broken)]) == 1
+    assert str(broken) in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_is_refused_before_the_run(tmp_path, capsys):
+    """In one line, with exit code 2."""
+    (tmp_path / "file").write_text("")
+    assert train.main(["--graph", "tiny", "--steps", "1", "--data", __file__, "--trace", str(tmp_path / "file" / "x")]) == 2
+    assert "--trace" in capsys.readouterr().err
+
+
+BREAKS = {
+    "two tasks at once": lambda r: r["stop_ns"].__setitem__(0, r["stop_ns"].max() + 1),
+    "wanted ready <= start": lambda r: r["ready_ns"].__setitem__(3, r["start_ns"][3] + 1),
+    "ran twice": lambda r: r["task"].__setitem__(0, r["task"][1]),
+    "a worker beyond": lambda r: r["worker"].__setitem__(0, 7),
+    "a run beyond": lambda r: r["run"].__setitem__(0, 99),
+    "its graph does not have": lambda r: r["task"].__setitem__(0, 10**6),
+    "started before": lambda r: r["task"].__setitem__(slice(0, 40), r["task"][:40][::-1].copy()),
+}
+
+
+@pytest.mark.parametrize("message", BREAKS)
+def test_broken_rules_are_found(message):
+    """A trace in which something happens that cannot happen is not believed."""
+    trace = traced("sequential", order=(0, 1))
+    BREAKS[message](trace.records)
+    with pytest.raises(ValueError, match=message):
+        trace.verify()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_perfetto_has_every_task_and_every_dependency(name, tmp_path):
+    """Read back with nothing but json: worker, times, kernel and costs of each task, and an arrow for each dependency."""
+    trace = traced(name)
+    perfetto.write(trace, tmp_path / "perfetto.json", arrows=True)
+    counts = perfetto.check(tmp_path / "perfetto.json")
+    events = json.loads((tmp_path / "perfetto.json").read_text())["traceEvents"]
+    slices = [e for e in events if e["ph"] == "X"]
+    assert len(slices) == len(trace.records) == counts["slices"]
+    for record, kernel, event in zip(trace.records, trace.column("kernel"), slices, strict=True):
+        graph = trace.graphs[trace.runs["graph"][record["run"]]]
+        assert event["tid"] == record["worker"]
+        assert event["ts"] == pytest.approx((record["start_ns"] - trace.begin_ns) / 1e3)
+        assert event["dur"] == pytest.approx((record["stop_ns"] - record["start_ns"]) / 1e3)
+        assert event["name"] == trace.names("kernel")[kernel]
+        assert event["args"]["step"] == trace.runs["step"][record["run"]]
+        assert event["args"]["call"] == graph.calls[record["task"]]
+        assert event["args"]["flops"] == graph.flops[record["task"]]
+        assert event["args"]["bytes"] == graph.bytes[record["task"]]
+    assert counts["arrows"] == sum(len(trace.graphs[g].predecessors) for g in trace.runs["graph"])
+    ready = [e["args"]["ready"] for e in events if e["ph"] == "C"]
+    assert ready[-1] == 0
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ({"ph": "X", "pid": 1, "tid": 9, "ts": 1, "dur": 1, "name": "a"}, "a track with a name"),
+        ({"ph": "X", "pid": 1, "tid": 0, "ts": 1, "dur": -1, "name": "a"}, "a duration"),
+        ({"ph": "X", "pid": 1, "tid": 0, "ts": 0.5, "dur": 10**9, "name": "a"}, "no slice before"),
+        ({"ph": "C", "pid": 1, "ts": 1, "name": "ready", "args": {"ready": -1}}, "a count of 0 or more"),
+        ({"ph": "f", "pid": 1, "tid": 0, "ts": 1, "id": 77}, "an arrow that began"),
+        ({"ph": "s", "pid": 1, "tid": 0, "ts": 1, "id": 77}, "an end for every arrow"),
+        ({"ph": "Q"}, "ph M, X"),
+        ({"ph": "X", "pid": 1, "tid": 0, "ts": -1, "dur": 1, "name": "a"}, "a time of 0 or more"),
+    ],
+)
+def test_broken_chrome_json_is_found(broken, message, tmp_path):
+    """The checker that ships sees what a viewer would drop or show wrongly."""
+    path = tmp_path / "perfetto.json"
+    perfetto.write(traced("sequential"), path)
+    whole = json.loads(path.read_text())
+    whole["traceEvents"].append(broken)
+    path.write_text(json.dumps(whole))
+    with pytest.raises(ValueError, match=message):
+        perfetto.check(path)
