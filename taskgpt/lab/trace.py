@@ -262,11 +262,15 @@ class Traced:
         return graph
 
     def trace(self, about: dict[str, Any]) -> Trace:
-        """Return what ran so far. A run begins when it is submitted and its worker's first task ready; it ends with its last task."""
+        """Return what ran so far. A run begins when its first task is ready, and ends with its last."""
         records = np.concatenate([np.empty(0, RECORD_TYPE), *self._records])
         records = records[np.argsort(records["start_ns"], kind="stable")]
         runs = np.array([(graph, step, begin, begin) for graph, step, begin in self._runs], RUN_TYPE)
         np.maximum.at(runs["end_ns"], records["run"], records["stop_ns"])
+        first_ready = np.full(len(runs), np.iinfo(np.int64).max)
+        np.minimum.at(first_ready, records["run"], records["ready_ns"])
+        has_records = np.isin(np.arange(len(runs)), records["run"])
+        runs["begin_ns"][has_records] = first_ready[has_records]
         about = {
             **about,
             "scheduler": self.describe(),

@@ -68,9 +68,10 @@ class Scheduler(InTurn):
 
     def run(self, graph: Graph) -> None:
         self._failures = []
+        loops = self._loops(graph)
         self._run_task = self.recorder.begin(graph)
         try:
-            for parts in self._loops(graph):
+            for parts in loops:
                 self._fork_and_join(parts)
         except BaseException as error:
             # From the calling thread, or Ctrl-C while it waited: let the helpers finish the task they are at, and take no other.

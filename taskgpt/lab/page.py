@@ -1,0 +1,46 @@
+"""Traces as one HTML page that opens from disk: a timeline of the workers to zoom, with what each task read, wrote and waited for."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from taskgpt.lab.trace import Trace, TracedGraph
+
+TEMPLATE = Path(__file__).with_name("page.html")
+
+
+def write(traces: Sequence[Trace], path: str | Path, title: str, tables: Sequence[dict[str, Any]] = ()) -> None:
+    """Write the page, whole or not at all: traces one above the other, each from its own beginning, then tables.
+
+    A table has a caption, a head (a list of words) and rows of words. Raises OSError.
+    """
+    data = json.dumps({"title": title, "traces": [_data(trace) for trace in traces], "tables": list(tables)}, separators=(",", ":"))
+    text = TEMPLATE.read_text(encoding="utf-8").replace("/*DATA*/", data.replace("<", "\\u003c"))  # nothing ends the script early
+    part = Path(f"{path}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _data(trace: Trace) -> dict[str, Any]:
+    begin = trace.begin_ns
+    times = {name: (trace.records[f"{name}_ns"] - begin).tolist() for name in ("ready", "start", "stop")}
+    runs = [{"graph": graph, "step": step, "begin": start - begin, "end": end - begin} for graph, step, start, end in trace.runs.tolist()]
+    return {
+        "title": trace.about["scheduler"],
+        "workers": trace.workers,
+        "length_ns": trace.end_ns - begin,
+        "runs": runs,
+        "graphs": [_graph(graph) for graph in trace.graphs],
+        **times,
+        **{name: trace.records[name].tolist() for name in ("run", "task", "worker")},
+    }
+
+
+def _graph(graph: TracedGraph) -> dict[str, Any]:
+    texts = {"name": graph.name, "kernels": graph.kernels, "phases": graph.phases, "calls": graph.calls}
+    return texts | {name: getattr(graph, name).tolist() for name in TracedGraph.ARRAYS if name != "loop"}
