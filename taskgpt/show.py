@@ -2,7 +2,9 @@
 
 python -m taskgpt.show graph --graph tiny                                   # as text, a task a line, <- what it waits for
 python -m taskgpt.show graph --graph tiny --format svg --output tiny.svg    # as a picture; a browser shows each task's call
-python -m taskgpt.show graph --graph gpt2-124m --coarsen 400 --format svg --output merged.svg
+python -m taskgpt.show graph --graph gpt2-124m --by section --colour phase --format svg --output layers.svg   # a task a layer
+python -m taskgpt.show graph --graph gpt2-124m --format html --output graph.html                             # to zoom and to click
+python -m taskgpt.show graph --graph gpt2-124m --coarsen 400 --format json                                   # or dot, or graphml
 """
 
 import argparse
@@ -14,8 +16,9 @@ from taskgpt.config import available, load_graph, parse_graph_settings
 from taskgpt.errors import UserError, run_program
 from taskgpt.gpt2.model import GPT2
 from taskgpt.gpt2.program import training_graph
+from taskgpt.lab.graph_formats import to_dot, to_graphml, to_html, to_json
 from taskgpt.lab.picture import to_svg
-from taskgpt.tasks import coarsen
+from taskgpt.tasks import by_section, coarsen
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,8 +30,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = ", ".join(available("graphs"))
     graph.add_argument("--graph", default="tiny", metavar="NAME", help=f"graph file: {names}, or a path (default tiny)")
     graph.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the graph file")
+    graph.add_argument(
+        "--by", choices=("task", "section"), default="task", help="section: one task for each phase and layer (default task)"
+    )
     graph.add_argument("--coarsen", type=int, metavar="N", help="merge tasks until there are at most N")
-    graph.add_argument("--format", choices=("text", "svg"), default="text", help="default text")
+    graph.add_argument("--format", choices=("text", "svg", "html", "dot", "graphml", "json"), default="text", help="default text")
+    graph.add_argument("--colour", choices=("kernel", "layer", "phase"), default="kernel", help="what colours tell, in svg and html")
     graph.add_argument("--output", metavar="FILE", help="default: standard output")
     flags = p.parse_args(argv)
     return run_program("taskgpt.show", lambda: show_graph(flags))
@@ -42,7 +49,18 @@ def show_graph(flags: argparse.Namespace) -> int:
         raise UserError(f"--coarsen: wanted at least 1 task, got {flags.coarsen}")
     if flags.coarsen is not None:
         graph = coarsen(graph, flags.coarsen)
-    text = graph.listing() if flags.format == "text" else to_svg(graph, f"one training step of {config.name}")
+    if flags.by == "section":
+        graph = by_section(graph)
+    title = f"one training step of {config.name}"
+    writers = {
+        "text": graph.listing,
+        "svg": lambda: to_svg(graph, title, flags.colour),
+        "html": lambda: to_html(graph, title, flags.colour),
+        "dot": lambda: to_dot(graph),
+        "graphml": lambda: to_graphml(graph),
+        "json": lambda: to_json(graph),
+    }
+    text = writers[flags.format]()
     if flags.output is None:
         sys.stdout.write(text)
     else:

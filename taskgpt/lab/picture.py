@@ -24,8 +24,22 @@ def family(task: Task) -> str:
     return task.name.partition("_")[0]
 
 
-def to_svg(graph: Graph, title: str = "") -> str:
-    """Return the graph as SVG text. Pointing at a task shows its call."""
+def label(task: Task) -> str:
+    """Return the call; of a task of many calls, its kernel, its section and their number: their text would fill pages."""
+    if len(task.calls) <= 8:
+        return str(task)
+    phase, layer = task.section
+    return f"{task.number} {phase}{f' {layer}' if layer >= 0 else ''}: {len(task.calls)} calls, {task.name} and others"
+
+
+def group(task: Task, colour_by: str) -> str:
+    """Return what gives a task its colour: its `kernel` (the family), `layer` or `phase`."""
+    phase, layer = task.section
+    return {"kernel": family(task), "layer": f"layer {layer}" if layer >= 0 else "no layer", "phase": phase or "no phase"}[colour_by]
+
+
+def to_svg(graph: Graph, title: str = "", colour_by: str = "kernel") -> str:
+    """Return the graph as SVG text. Pointing at a task shows its call. `colour_by`: kernel, layer or phase."""
     columns = _arrange(graph)
     place = {number: (x, y) for x, column in enumerate(columns) for y, number in enumerate(column)}
     tallest = max(map(len, columns), default=1)
@@ -36,7 +50,7 @@ def to_svg(graph: Graph, title: str = "") -> str:
         x, y = place[number]
         return _MARGIN + _COLUMN * x, _HEADER + _MARGIN + _ROW * (y + (tallest - len(columns[x])) / 2)
 
-    families = [name for name, _ in Counter(family(task) for task in graph.tasks).most_common()]
+    families = [name for name, _ in Counter(group(task, colour_by) for task in graph.tasks).most_common()]
     colour = {name: _COLOURS[at % len(_COLOURS)] for at, name in enumerate(families)}
     edges, nodes = [], []
     for task in graph.tasks:
@@ -46,8 +60,8 @@ def to_svg(graph: Graph, title: str = "") -> str:
             start, middle, end = px + _WIDTH, (px + _WIDTH + x) / 2, x
             edges.append(f"M{start:g},{py + 5:g}C{middle:g},{py + 5:g} {middle:g},{y + 5:g} {end:g},{y + 5:g}")
         nodes.append(
-            f'<rect x="{x:g}" y="{y:g}" width="{_WIDTH}" height="{_HEIGHT}" rx="2.5" fill="{colour[family(task)]}">'
-            f"<title>{escape(str(task))}</title></rect>"
+            f'<rect class="task" x="{x:g}" y="{y:g}" width="{_WIDTH}" height="{_HEIGHT}" rx="2.5" fill="{colour[group(task, colour_by)]}">'
+            f"<title>{escape(label(task))}</title></rect>"
         )
     summary = f"{title or graph.name}: {len(graph.tasks)} tasks, longest chain {len(columns)}"
     parts = [

@@ -11,7 +11,7 @@ dask_graph.py  the graph as a Dask graph
 """
 
 from taskgpt.tasks.check import check
-from taskgpt.tasks.coarsen import coarsen
+from taskgpt.tasks.coarsen import by_section, coarsen
 from taskgpt.tasks.graph import Call, Graph, Section, Task, TaskError, run_now
 from taskgpt.tasks.kernel import (
     AccessError,
@@ -48,6 +48,7 @@ __all__ = [
     "Tensor",
     "TensorSpec",
     "Tile",
+    "by_section",
     "check",
     "coarsen",
     "compile_kernels",

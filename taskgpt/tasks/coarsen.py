@@ -15,7 +15,7 @@ import heapq
 import math
 from collections.abc import Iterable, Sequence
 
-from taskgpt.tasks.graph import Graph, Task, without_implied
+from taskgpt.tasks.graph import Graph, Section, Task, without_implied
 
 # What a call costs, for balancing only: a core's order of magnitude, in operations and bytes per second.
 _FLOPS_PER_S, _BYTES_PER_S = 1e11, 1e10
@@ -45,6 +45,40 @@ def coarsen(graph: Graph, max_tasks: int, width: int = 8) -> Graph:
             best, least = merged, seconds
         height += max(1, height // 8)
     return _merge(graph, [group for groups in best for group in groups])
+
+
+def by_section(graph: Graph) -> Graph:
+    """Return a graph of one task for each phase and layer, more where these would wait for each other in a cycle: to look at."""
+    merged: dict[str, list[int]] = {}
+    for number, layer in enumerate(layer_names(graph)):
+        merged.setdefault(layer, []).append(number)
+    return _merge(graph, list(merged.values()))
+
+
+def layer_names(graph: Graph) -> list[str]:
+    """Return the name of each task's layer: its section, and `.2` if something of a later layer comes before it.
+
+    Layers do not wait for each other in a cycle, and come in an order in which none waits for a later one. Ranks count layers in the order
+    in which they begin; a task joins the latest layer of its section unless one of its predecessors is in a layer of higher rank.
+    """
+    layer_of: list[str] = []
+    rank: dict[str, int] = {}
+    times: dict[Section, int] = {}
+    for task in graph.tasks:
+        name, count = layer_name(task.section), times.get(task.section, 0)
+        latest = name if count <= 1 else f"{name}.{count}"
+        if not count or any(rank[layer_of[p]] > rank[latest] for p in task.predecessors):
+            times[task.section] = count + 1
+            latest = name if not count else f"{name}.{count + 1}"
+            rank[latest] = len(rank)
+        layer_of.append(latest)
+    return layer_of
+
+
+def layer_name(section: Section) -> str:
+    """Return `forward-03` for ("forward", 3), `forward` for ("forward", -1)."""
+    phase, layer = section
+    return f"{phase or 'tasks'}-{layer:02d}" if layer >= 0 else phase or "tasks"
 
 
 def _components(graph: Graph, band_of: Sequence[int]) -> list[list[list[int]]]:

@@ -1,0 +1,96 @@
+"""`taskgpt show graph`: every format holds the same tasks and edges, and large graphs become readable."""
+
+import json
+import re
+import subprocess
+from xml.etree import ElementTree
+
+import pytest
+from test_page import BROWSER, needs_browser
+
+from taskgpt.config import load_graph
+from taskgpt.gpt2.model import GPT2
+from taskgpt.gpt2.program import training_graph
+from taskgpt.show import main as show
+from taskgpt.tasks import Graph, by_section, coarsen
+
+
+def shown(tmp_path, form: str, *flags: str) -> str:
+    assert show(["graph", "--graph", "tiny", "--format", form, "--output", str(tmp_path / "graph"), *flags]) == 0
+    return (tmp_path / "graph").read_text()
+
+
+def edges_of_text(text: str) -> set[tuple[int, int]]:
+    found = set()
+    for line in text.splitlines():
+        task, _, predecessors = line.partition(" <- ")
+        found |= {(int(p), int(task.split()[0])) for p in predecessors.split()}
+    return found
+
+
+def test_formats_agree(tmp_path):
+    """Text, JSON, GraphML and DOT have the same tasks, kernels and edges, each read with a reader of its own."""
+    text = shown(tmp_path, "text")
+    edges = edges_of_text(text)
+    kernels = {int(line.split()[0]): line.split()[1] for line in text.splitlines()}
+
+    tasks = json.loads(shown(tmp_path, "json"))["tasks"]
+    assert {task["number"]: task["kernel"] for task in tasks} == kernels
+    assert {(p, task["number"]) for task in tasks for p in task["predecessors"]} == edges
+
+    space = {"g": "http://graphml.graphdrawing.org/xmlns"}
+    root = ElementTree.fromstring(shown(tmp_path, "graphml"))
+    nodes = {int(node.get("id")[1:]): node.find("g:data[@key='kernel']", space).text for node in root.iterfind(".//g:node", space)}
+    assert nodes == kernels
+    assert {(int(e.get("source")[1:]), int(e.get("target")[1:])) for e in root.iterfind(".//g:edge", space)} == edges
+
+    dot = shown(tmp_path, "dot")
+    assert {(int(a), int(b)) for a, b in re.findall(r"^  (\d+) -> (\d+);$", dot, re.MULTILINE)} == edges
+    assert {int(n): name for n, name in re.findall(r'^  (\d+) \[label="(\w+)', dot, re.MULTILINE)} == kernels
+
+
+@pytest.mark.parametrize("colour", ["kernel", "layer", "phase"])
+def test_a_picture_has_every_task(colour, tmp_path):
+    """One rectangle a task, and a legend of what colours tell."""
+    picture = ElementTree.fromstring(shown(tmp_path, "svg", "--colour", colour))
+    rectangles = [e for e in picture.iter() if e.get("class") == "task"]
+    assert len(rectangles) == len(shown(tmp_path, "text").splitlines())
+    words = {e.text for e in picture.iter() if e.tag.endswith("text")}
+    assert words >= {"kernel": {"matmul"}, "layer": {"layer 0", "layer 1", "no layer"}, "phase": {"forward", "backward", "update"}}[colour]
+
+
+def test_a_large_graph_by_section_is_small(tmp_path):
+    """GPT-2 124M: more than a thousand tasks become one for each phase and layer, in an order that no edge contradicts."""
+    assert show(["graph", "--graph", "gpt2-124m", "--by", "section", "--format", "json", "--output", str(tmp_path / "graph")]) == 0
+    tasks = json.loads((tmp_path / "graph").read_text())["tasks"]
+    assert 12 * 3 <= len(tasks) <= 60
+    assert all(p < task["number"] for task in tasks for p in task["predecessors"])
+    assert {(t["phase"], t["layer"]) for t in tasks} >= {
+        (phase, layer) for phase in ("forward", "backward", "update") for layer in range(12)
+    }
+
+
+def test_sections_keep_the_calls():
+    """No call is lost or doubled, also of a graph that was coarsened before, and an empty graph stays empty."""
+    config = load_graph("tiny")
+    graph = training_graph(GPT2(config.model, config.batch, config.tiles, config.options))
+    for given in (graph, coarsen(graph, 40)):
+        assert sorted(str(c) for task in by_section(given).tasks for c in task.calls) == sorted(
+            str(c) for t in graph.tasks for c in t.calls
+        )
+    assert by_section(Graph()).tasks == []
+
+
+@needs_browser
+def test_the_page_answers_a_click(tmp_path):
+    """The task in the address is marked, and so are what it waits for and what waits for it."""
+    shown(tmp_path, "html")
+    (tmp_path / "graph").rename(tmp_path / "graph.html")
+    edges = edges_of_text(shown(tmp_path, "text"))
+    url = f"{(tmp_path / 'graph.html').as_uri()}#30"
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", url]
+    document = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    classes = re.findall(r'<rect class="(task[^"]*)"', document)
+    assert [n for n, name in enumerate(classes) if name == "task chosen"] == [30]
+    assert {n for n, name in enumerate(classes) if name == "task before"} == {a for a, b in edges if b == 30}
+    assert {n for n, name in enumerate(classes) if name == "task after"} == {b for a, b in edges if a == 30}
