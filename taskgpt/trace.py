@@ -1,15 +1,22 @@
 """Work with the traces that `taskgpt train --trace DIR` writes.
 
 python -m taskgpt.trace check runs/native                             # does every file keep the rules of its format?
+python -m taskgpt.trace report runs/native                            # efficiencies, idle time by cause, kernels, the longest path
+python -m taskgpt.trace report runs/loops runs/native --html page.html   # beside each other; and a timeline of both to zoom
 python -m taskgpt.trace convert runs/native --format perfetto         # write a format anew
 """
 
 import argparse
+import itertools
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from taskgpt.errors import run_program
+from taskgpt.errors import UserError, did_you_mean, run_program
+from taskgpt.lab import page
+from taskgpt.lab.efficiency import analyse, tables
 from taskgpt.lab.formats import FORMATS, check, export
 from taskgpt.lab.trace import Trace
 
@@ -28,6 +35,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     checked = add("check", check_trace, "check files against the rules of their formats")
     checked.add_argument("paths", nargs="+", metavar="PATH", help="a folder that --trace wrote, or a file of it")
+    reported = add("report", report, "say where the time went: of one trace, or of several beside each other")
+    reported.add_argument("paths", nargs="+", metavar="PATH", help="folders that --trace wrote, or their trace.npz")
+    reported.add_argument("--runs", default="training step", metavar="NAME", help="which graph's runs (default 'training step')")
+    reported.add_argument("--skip", type=int, default=1, metavar="N", help="leave out the first N runs, which meet cold memory (default 1)")
+    reported.add_argument("--reference", metavar="PATH", help="a trace of the same steps on one worker, for computation scaling")
+    reported.add_argument("--json", metavar="FILE", help="write every number")
+    reported.add_argument("--html", metavar="FILE", help="write a page with timeline and tables, which opens from disk")
     converted = add("convert", convert, "write a trace in other formats")
     converted.add_argument("path", metavar="PATH", help="a folder that --trace wrote, or its trace.npz")
     converted.add_argument("--format", nargs="+", choices=FORMATS, default=list(FORMATS), help=f"default {' '.join(FORMATS)}")
@@ -42,6 +56,47 @@ def check_trace(flags: argparse.Namespace) -> int:
         for name, counts in check(path).items():
             print(f"{path}: {name:8} ok: " + ", ".join(f"{count:,} {what}" for what, count in counts.items()))
     return 0
+
+
+def report(flags: argparse.Namespace) -> int:
+    """Print the tables; write what was asked for. Raises UserError or OSError."""
+    traces = [steps_of(path, flags) for path in flags.paths]
+    reference = steps_of(flags.reference, flags) if flags.reference is not None else None
+    if reference and reference.workers != 1:
+        raise UserError(f"--reference {flags.reference}: wanted a trace of one worker, got {reference.workers}")
+    found = [analyse(trace, reference) for trace in traces]
+    shown = tables(found)
+    if flags.json is not None:
+        Path(flags.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if flags.html is not None:
+        page.write(traces, flags.html, f"{flags.runs}s of {', '.join(flags.paths)}", shown)
+    for table in shown:
+        print(f"\n{table['caption']}")
+        lines = [table["head"], *table["rows"]]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        for first, *others in lines:
+            print(
+                "  ".join([f"{first:<{widths[0]}}", *(f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True))]).rstrip()
+            )
+    for each in found:
+        path = each["longest_path"]["path"]
+        print(f"\nlongest path, {each['scheduler'].partition(',')[0]}: {len(path)} tasks")
+        print(" > ".join(f"{count} x {kernel}" if count > 1 else kernel for kernel, count in in_turn(path)))
+    return 0
+
+
+def steps_of(path: str, flags: argparse.Namespace) -> Trace:
+    """Return the runs asked for of a trace. Raises UserError if there are none."""
+    trace = Trace.load(path)
+    chosen = trace.select(flags.runs)
+    if not len(chosen.records):
+        raise UserError(f"{path}: no runs of '{flags.runs}'{did_you_mean(flags.runs, dict.fromkeys(g.name for g in trace.graphs))}")
+    return chosen.without_first(flags.skip) if len(chosen.runs) > flags.skip else chosen
+
+
+def in_turn(path: list[dict[str, Any]]) -> list[tuple[str, int]]:
+    """Return (kernel, how many times in turn) along a path."""
+    return [(kernel, len(list(group))) for kernel, group in itertools.groupby(task["kernel"] for task in path)]
 
 
 def convert(flags: argparse.Namespace) -> int:

@@ -37,7 +37,7 @@ from taskgpt.gpt2.model import GPT2
 from taskgpt.gpt2.program import loss_graph, training_graph
 from taskgpt.gpt2.sampling import Sampler
 from taskgpt.lab import machine
-from taskgpt.lab.formats import FORMATS, TRACE, export, verify_can_write
+from taskgpt.lab.formats import TRACE, export, verify_can_write
 from taskgpt.lab.trace import Traced
 from taskgpt.schedulers import Scheduler, WorkerError, open_scheduler
 from taskgpt.tasks import AccessError, Graph, Kernel, TaskError, check, compile_kernels
@@ -129,8 +129,8 @@ def train(flags: argparse.Namespace, report: "Report", stop: "StopRequest") -> i
         about = {"command": shlex.join(["taskgpt", "train", *flags.argv]), "machine": machine.describe()}
         trace = scheduler.trace(about)
         trace.save(os.path.join(flags.trace, TRACE))
-        export(trace, flags.trace)
-        report.say(f"trace      {len(trace.records):,} tasks of {len(trace.runs)} runs in {flags.trace}: {TRACE}, {', '.join(FORMATS)}")
+        files = [TRACE, *(path.name for path in export(trace, flags.trace))]
+        report.say(f"trace      {len(trace.records):,} tasks of {len(trace.runs)} runs in {flags.trace}: {', '.join(files)}")
     setup = flags, graph_config, scheduler_config, scheduler.workers, data.description
     report.summary(summarize(*setup, m, step_graphs[0], seconds, memory))
     if not math.isfinite(loss):

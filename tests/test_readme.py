@@ -37,9 +37,15 @@ def test_ci_runs_the_readmes_test_command():
     assert commands[0] in (ROOT / ".ci" / "run").read_text()
 
 
+@pytest.fixture(scope="module")
+def here(tmp_path_factory) -> Path:
+    """The folder where a reader types one command after another: some read what others wrote."""
+    return tmp_path_factory.mktemp("here")
+
+
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_of_the_readme_runs(command, tmp_path):
-    """With the graph tiny in place of a larger one, one step and one round."""
+def test_a_command_of_the_readme_runs(command, here):
+    """In the README's order, with the graph tiny in place of a larger one, one step and one round."""
     words = [sys.executable, "-m", "taskgpt", *shlex.split(command)[1:]] if command.startswith("taskgpt") else shlex.split(command)
     words[0] = sys.executable
     words = [re.sub(r"^gpt2-[\w-]+", "tiny", word) for word in words]
@@ -49,7 +55,7 @@ def test_a_command_of_the_readme_runs(command, tmp_path):
     if "bench" in command:
         small, value = SMALL[words[words.index("bench") + 1] if "bench" in words else words[3]]
         words += ["--rounds", "1"] + ([] if small in words else [small, value])
-    result = subprocess.run(words, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120)
+    result = subprocess.run(words, cwd=here, env=environment(), capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
 
 

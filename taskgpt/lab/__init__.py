@@ -8,6 +8,7 @@ peers.py       PyTorch (peer_torch.py) and JAX (peer_jax.py) on the same model
 named.py       graphs and schedulers as the command line names them
 report.py      tables, quartiles, JSON
 picture.py     a graph as SVG; graph_formats.py: as JSON, GraphML, DOT, a page
+efficiency.py  what a trace says of time: efficiencies, idle time by cause, the longest path
 page.py        traces as a page (page.html) with a timeline to zoom
 trace.py       a run as data: which task ran when, on which worker
 formats.py     the formats that a trace is written in: perfetto.py

@@ -126,7 +126,14 @@ class Trace:
 
     def select(self, name: str) -> "Trace":
         """Return the runs of graphs of that name alone: `training`, say."""
-        chosen = np.array([self.graphs[g].name == name for g in self.runs["graph"]], bool)
+        return self._only(np.array([self.graphs[g].name == name for g in self.runs["graph"]], bool))
+
+    def without_first(self, count: int) -> "Trace":
+        """Return the trace without its first runs."""
+        return self._only(np.arange(len(self.runs)) >= count)
+
+    def _only(self, chosen: np.ndarray) -> "Trace":
+        """Return the chosen runs, counted anew."""
         number = np.cumsum(chosen) - 1
         records = self.records[chosen[self.records["run"]]].copy()
         records["run"] = number[records["run"]]

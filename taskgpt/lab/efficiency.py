@@ -1,0 +1,203 @@
+"""What a trace says of time: efficiencies, idle time by cause, kernels, and the longest path. A trace in, numbers out.
+
+Efficiencies follow POP (pop-coe.eu): a product of factors, 1 is perfect. W workers; wall, from the first task ready to the last one done;
+useful, the time inside tasks; m, the worker with the most of it.
+
+    parallel efficiency = useful / (W wall)  =  load balance x dependency efficiency x scheduling efficiency
+    load balance        = (useful / W) / useful of m
+    dependency eff.     = useful of m / (wall - m's idle time by scheduling)
+    scheduling eff.     = (wall - m's idle time by scheduling) / wall
+    computation scaling = useful of a 1-worker trace / useful, of a step each
+    global efficiency   = parallel efficiency x computation scaling
+
+A worker that runs no task idles, for one cause at a time. At any moment, of I idle workers and R ready tasks that nobody runs, min(I, R)
+idle although there is work: for `barrier`, as many as of the ready tasks belong to a later loop than the one that runs (fork-join only),
+the others for `scheduling`. The rest idle for `dependency`: nothing is ready. `between`: no run is under way. Idle workers share alike.
+"""
+
+import statistics
+from typing import Any
+
+import numpy as np
+
+from taskgpt.lab.trace import Trace
+
+CAUSES = ("barrier", "dependency", "scheduling", "between")
+
+
+def analyse(trace: Trace, reference: Trace | None = None) -> dict[str, Any]:
+    """Return the numbers, all of them JSON's. `reference`: the same steps on one worker, for computation scaling.
+
+    Raises ValueError for a trace without tasks.
+    """
+    if not len(trace.records):
+        raise ValueError("a trace without tasks says nothing; wanted runs with records")
+    r, workers = trace.records, trace.workers
+    wall_ns = trace.end_ns - trace.begin_ns
+    useful = np.bincount(r["worker"], r["stop_ns"] - r["start_ns"], workers)
+    idle = _idle_by_cause(trace)
+    most = int(useful.argmax())
+    unhindered_ns = wall_ns - idle["scheduling"][most]
+    factors = {
+        "parallel efficiency": useful.sum() / (workers * wall_ns),
+        "load balance": useful.mean() / useful[most],
+        "dependency efficiency": useful[most] / unhindered_ns,
+        "scheduling efficiency": unhindered_ns / wall_ns,
+    }
+    scaling = _useful_a_step(reference) / _useful_a_step(trace) if reference else None
+    ends = np.sort(trace.runs["end_ns"])
+    steps_ns = np.diff(ends) if len(ends) > 1 else np.array([wall_ns])
+    return {
+        "scheduler": trace.about["scheduler"],
+        "workers": workers,
+        "steps": len(trace.runs),
+        "tasks": len(r),
+        "wall_ms": wall_ns / 1e6,
+        "step_ms": float(np.median(steps_ns)) / 1e6,
+        "efficiency": {name: float(value) for name, value in factors.items()}
+        | {
+            "computation scaling": None if scaling is None else float(scaling),
+            "global efficiency": None if scaling is None else float(scaling * factors["parallel efficiency"]),
+        },
+        "idle_ms": {cause: float(idle[cause].sum()) / 1e6 for cause in CAUSES},
+        "useful_ms": float(useful.sum()) / 1e6,
+        **{f"by_{name}": _by(trace, name) for name in ("kernel", "layer", "phase")},
+        "longest_path": _longest_path(trace),
+    }
+
+
+def _useful_a_step(trace: Trace) -> float:
+    return float((trace.records["stop_ns"] - trace.records["start_ns"]).sum()) / len(trace.runs)
+
+
+def _idle_by_cause(trace: Trace) -> dict[str, np.ndarray]:
+    """Return for each cause the idle ns of each worker."""
+    r, runs = trace.records, trace.runs
+    moments = np.unique(np.concatenate([r["ready_ns"], r["start_ns"], r["stop_ns"], runs["begin_ns"], runs["end_ns"]]))
+
+    def under_way(begin: np.ndarray, end: np.ndarray) -> np.ndarray:
+        """Return how many of these intervals hold each stretch between two moments."""
+        change = np.bincount(np.searchsorted(moments, begin), minlength=len(moments)).astype(np.int64)
+        change -= np.bincount(np.searchsorted(moments, end), minlength=len(moments))
+        return np.cumsum(change)[:-1]
+
+    lengths = np.diff(moments)
+    idle = trace.workers - under_way(r["start_ns"], r["stop_ns"])
+    ready = under_way(r["ready_ns"], r["start_ns"])
+    is_between = under_way(runs["begin_ns"], runs["end_ns"]) == 0
+    later = _ready_behind_a_barrier(trace, moments, under_way) if trace.about["is_fork_join"] else np.zeros_like(ready)
+    share = 1 / np.maximum(idle, 1)  # of what idles, each idle worker's
+    with_work = np.minimum(idle, ready)
+    barrier = np.minimum(with_work, later)
+    shares = {
+        "barrier": barrier * share,
+        "scheduling": (with_work - barrier) * share,
+        "dependency": np.where(is_between, 0, (idle - with_work) * share),
+        "between": np.where(is_between, (idle - with_work) * share, 0),
+    }
+    found = {}
+    for cause, part in shares.items():
+        so_far = np.concatenate([[0.0], np.cumsum(part * lengths)])
+        busy = so_far[np.searchsorted(moments, r["stop_ns"])] - so_far[np.searchsorted(moments, r["start_ns"])]
+        found[cause] = so_far[-1] - np.bincount(r["worker"], busy, trace.workers)
+    return found
+
+
+def _ready_behind_a_barrier(trace: Trace, moments: np.ndarray, under_way) -> np.ndarray:
+    """Return how many tasks are ready in each stretch, of a loop that has not begun."""
+    r, loop = trace.records, trace.column("loop")
+    key = r["run"] * (loop.max() + 1) + loop
+    first_start = np.full(key.max() + 1, np.iinfo(np.int64).max)
+    np.minimum.at(first_start, key, r["start_ns"])
+    return under_way(r["ready_ns"], np.maximum(r["ready_ns"], first_start[key]))
+
+
+def _by(trace: Trace, name: str) -> list[dict[str, Any]]:
+    """Return count, time and speeds of each kernel, layer or phase, the longest first."""
+    column, took = trace.column(name), trace.records["stop_ns"] - trace.records["start_ns"]
+    flops, moved = trace.column("flops"), trace.column("bytes")
+    rows = []
+    for value in np.unique(column):
+        mine = column == value
+        ns = int(took[mine].sum())
+        label = int(value) if name == "layer" else trace.names(name)[value] or "other"
+        rows.append(
+            {
+                "name": label,
+                "tasks": int(mine.sum()),
+                "ms": ns / 1e6,
+                "share": ns / max(1, int(took.sum())),
+                "mean_us": ns / mine.sum() / 1e3,
+                "gflops": float(flops[mine].sum()) / max(1, ns),
+                "gbs": float(moved[mine].sum()) / max(1, ns),
+            }
+        )
+    return sorted(rows, key=lambda row: -row["ms"])
+
+
+def _longest_path(trace: Trace) -> dict[str, Any]:
+    """Return, for the run of median length, T1 (all task times), T-infinity (those of the longest path), and that path.
+
+    No schedule of W workers can be shorter than `bound_ms`, the larger of T1 / W and T-infinity, with tasks that take as long as here.
+    """
+    lengths = (trace.runs["end_ns"] - trace.runs["begin_ns"]).tolist()
+    chosen = lengths.index(statistics.median_low(lengths))
+    graph = trace.graphs[trace.runs["graph"][chosen]]
+    mine = trace.records[trace.records["run"] == chosen]
+    took = np.zeros(len(graph), np.int64)
+    took[mine["task"]] = mine["stop_ns"] - mine["start_ns"]
+    path_ns, before = took.tolist(), [-1] * len(graph)
+    for task in range(len(graph)):
+        predecessors = graph.predecessors[graph.first[task] : graph.first[task + 1]].tolist()
+        if predecessors:
+            before[task] = max(predecessors, key=path_ns.__getitem__)
+            path_ns[task] += path_ns[before[task]]
+    task = int(np.argmax(path_ns))
+    longest, path = path_ns[task], []
+    while task >= 0:
+        path.append({"task": task, "kernel": graph.kernels[graph.kernel[task]], "layer": int(graph.layer[task]), "ms": took[task] / 1e6})
+        task = before[task]
+    total = int(took.sum())
+    return {
+        "step": int(trace.runs["step"][chosen]),
+        "t1_ms": total / 1e6,
+        "tinf_ms": longest / 1e6,
+        "average_parallelism": total / max(1, longest),
+        "bound_ms": max(total / trace.workers, longest) / 1e6,
+        "path": path[::-1],
+    }
+
+
+def tables(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return tables (caption, head, rows of words) of one analysis, or of several beside each other."""
+    names = [each["scheduler"].partition(",")[0] for each in found]
+
+    def beside(caption: str, rows: list[tuple[str, list]], form: str) -> dict[str, Any]:
+        words = [[name, *("-" if value is None else format(value, form) for value in values)] for name, values in rows]
+        return {"caption": caption, "head": ["", *names], "rows": words}
+
+    times = {
+        "a step, median": lambda f: f["step_ms"],
+        "T1: all its tasks": lambda f: f["longest_path"]["t1_ms"],
+        "T-infinity: its longest path": lambda f: f["longest_path"]["tinf_ms"],
+        "no schedule is shorter than": lambda f: f["longest_path"]["bound_ms"],
+    }
+    idle = [(f"idle: {cause}", [f["idle_ms"][cause] / f["steps"] for f in found]) for cause in CAUSES]
+    useful = [("in tasks", [f["useful_ms"] / f["steps"] for f in found])]
+    result = [
+        beside("efficiency", [(name, [f["efficiency"][name] for f in found]) for name in found[0]["efficiency"]], ".3f"),
+        beside("time, ms", [(name, [get(f) for f in found]) for name, get in times.items()], ".2f"),
+        beside("all workers' time, ms a step", useful + idle, ".2f"),
+    ]
+    for what in ("kernel", "layer", "phase"):
+        by_name = [{row["name"]: row["ms"] / f["steps"] for row in f[f"by_{what}"]} for f in found]
+        known = sorted({name for each in by_name for name in each}, key=lambda name: -max(each.get(name, 0) for each in by_name))
+        result.append(beside(f"ms a step by {what}", [(_label(what, n), [each.get(n) for each in by_name]) for n in known], ".3f"))
+    for f, name in zip(found, names, strict=True):
+        rows = [[r["name"], str(r["tasks"]), *(f"{r[key]:.1f}" for key in ("mean_us", "gflops", "gbs"))] for r in f["by_kernel"]]
+        result.append({"caption": f"kernels, {name}", "head": ["", "tasks", "mean us", "GFLOP/s", "GB/s"], "rows": rows})
+    return result
+
+
+def _label(what: str, name: Any) -> str:
+    return str(name) if what != "layer" else f"layer {name}" if name >= 0 else "no layer"

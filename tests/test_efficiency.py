@@ -1,0 +1,153 @@
+"""The report's numbers: by hand for ten tasks, as defined for any trace, and shown side by side."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_trace import NAMES, traced
+
+from taskgpt import trace as trace_program
+from taskgpt.lab.efficiency import CAUSES, analyse, tables
+from taskgpt.lab.trace import RUN_TYPE, Trace, TracedGraph
+from taskgpt.schedulers._record import RECORD_TYPE
+
+
+def hand_made(tasks: list[tuple], workers: int, loops: list[int] | None = None) -> Trace:
+    """Return the trace of one run: for each task (worker, ready, start, stop, predecessors), in program order."""
+    count = len(tasks)
+    first = np.cumsum([0, *(len(task[4]) for task in tasks)])
+    predecessors = np.array([p for task in tasks for p in task[4]], np.int64)
+    numbers = {name: np.zeros(count, np.int64) for name in ("kernel", "phase", "layer")}
+    costs = {name: np.full(count, 1000) for name in ("flops", "bytes")}
+    loop = np.array(loops or [0] * count)
+    graph = TracedGraph(
+        "hand", ["work"], ["forward"], ["work out(x)"] * count, **numbers, **costs, loop=loop, first=first, predecessors=predecessors
+    )
+    records = np.array(sorted(((0, n, t[1], t[2], t[3], t[0]) for n, t in enumerate(tasks)), key=lambda row: row[3]), RECORD_TYPE)
+    runs = np.array([(0, 0, records["ready_ns"].min(), records["stop_ns"].max())], RUN_TYPE)
+    trace = Trace({"scheduler": "hand", "workers": workers, "is_fork_join": loops is not None}, [graph], runs, records)
+    trace.verify()
+    return trace
+
+
+def test_ten_tasks_by_hand():
+    """Two workers, 22 ns; predecessors in brackets; task 4 is ready at 2, task 7 at 10.
+
+        0    2    4    6    8    10   12   14   16   18   20   22
+    w0  |0-------|2 (0)----|4 (1)|....|6 (5)----|8 (6,7)--|....
+    w1  |1---|....|3 (0)-|..|5 (2)----|7 (4)|.............|9 (8)
+
+    Worker 0 works 18 of 22, worker 1 13. Idle: 10-12 while 7 is ready, 20-22 for nothing; 2-4 and 7-8 while 4 is ready, 14-20 for nothing.
+    """
+    trace = hand_made(
+        [
+            (0, 0, 0, 4, []),
+            (1, 0, 0, 2, []),
+            (0, 4, 4, 8, [0]),
+            (1, 4, 4, 7, [0]),
+            (0, 2, 8, 10, [1]),
+            (1, 8, 8, 12, [2]),
+            (0, 12, 12, 16, [5]),
+            (1, 10, 12, 14, [4]),
+            (0, 16, 16, 20, [6, 7]),
+            (1, 20, 20, 22, [8]),
+        ],
+        workers=2,
+    )
+    found = analyse(trace, reference=trace)
+    assert found["efficiency"] == pytest.approx(
+        {
+            "parallel efficiency": 31 / 44,
+            "load balance": 15.5 / 18,
+            "dependency efficiency": 18 / 20,
+            "scheduling efficiency": 20 / 22,
+            "computation scaling": 1,
+            "global efficiency": 31 / 44,
+        }
+    )
+    assert found["idle_ms"] == pytest.approx({"barrier": 0, "dependency": 8e-6, "scheduling": 5e-6, "between": 0})
+    assert found["useful_ms"] == pytest.approx(31e-6)
+    longest = found["longest_path"]
+    assert [task["task"] for task in longest["path"]] == [0, 2, 5, 6, 8, 9]
+    assert (longest["t1_ms"], longest["tinf_ms"], longest["bound_ms"]) == pytest.approx((31e-6, 22e-6, 22e-6))
+    assert longest["average_parallelism"] == pytest.approx(31 / 22)
+    [row] = found["by_kernel"]
+    assert (row["name"], row["tasks"], row["share"]) == ("work", 10, 1)
+    assert (row["mean_us"], row["gflops"], row["gbs"]) == pytest.approx((3.1e-3, 10_000 / 31, 10_000 / 31))
+
+
+def test_a_barrier_by_hand():
+    """Loops {0, 1} and {2, 3}, all of the second ready at 2: worker 1 waits for worker 0 at the barrier, from 2 to 4.
+
+        0    2    4    6    8
+    w0  |0-------|2 (1)|....
+    w1  |1---|....|3 (1)----|
+    """
+    tasks = [(0, 0, 0, 4, []), (1, 0, 0, 2, []), (0, 2, 4, 6, [1]), (1, 2, 4, 8, [1])]
+    idle = analyse(hand_made(tasks, workers=2, loops=[0, 0, 1, 1]))["idle_ms"]
+    assert idle == pytest.approx({"barrier": 2e-6, "dependency": 2e-6, "scheduling": 0, "between": 0})
+    idle = analyse(hand_made(tasks, workers=2))["idle_ms"]  # were there no barrier, somebody would be to blame
+    assert idle == pytest.approx({"barrier": 0, "dependency": 2e-6, "scheduling": 2e-6, "between": 0})
+
+
+@st.composite
+def schedules(draw) -> Trace:
+    """Any trace that can be: each task some time after its predecessors, on a worker that is free."""
+    workers, free, tasks = draw(st.integers(1, 4)), [0] * 4, []
+    for number in range(draw(st.integers(1, 25))):
+        predecessors = sorted(draw(st.sets(st.integers(0, number - 1), max_size=3))) if number else []
+        worker = draw(st.integers(0, workers - 1))
+        ready = max((tasks[p][3] for p in predecessors), default=0)
+        start = max(ready, free[worker]) + draw(st.integers(0, 5))
+        free[worker] = start + draw(st.integers(1, 20))
+        tasks.append((worker, ready, start, free[worker], predecessors))
+    loops = np.cumsum(draw(st.lists(st.integers(0, 1), min_size=len(tasks), max_size=len(tasks)))).tolist()
+    return hand_made(tasks, workers, draw(st.sampled_from([None, loops])))
+
+
+@given(schedules())
+@settings(max_examples=200, deadline=None)
+def test_factors_multiply_and_idle_time_adds_up(trace):
+    """The factors' product is the parallel efficiency; causes add up to all idle time; no bound is above the time that was needed."""
+    found = analyse(trace)
+    e, wall_ms = found["efficiency"], found["wall_ms"]
+    product = e["load balance"] * e["dependency efficiency"] * e["scheduling efficiency"]
+    assert product == pytest.approx(e["parallel efficiency"])
+    assert all(0 < e[name] <= 1 + 1e-9 for name in list(e)[:4])
+    assert all(ms >= -1e-12 for ms in found["idle_ms"].values())
+    assert sum(found["idle_ms"].values()) + found["useful_ms"] == pytest.approx(trace.workers * wall_ms)
+    assert found["longest_path"]["bound_ms"] <= wall_ms * (1 + 1e-9)
+    for name in ("by_kernel", "by_layer", "by_phase"):
+        assert sum(row["ms"] for row in found[name]) == pytest.approx(found["useful_ms"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_real_run_adds_up(name):
+    """Under every scheduler, with runs that may overlap."""
+    trace = traced(name)
+    found = analyse(trace)
+    assert sum(found["idle_ms"].values()) + found["useful_ms"] == pytest.approx(trace.workers * found["wall_ms"])
+    assert set(found["idle_ms"]) == set(CAUSES)
+    assert json.loads(json.dumps(found)) == found
+    assert all(len(row) == len(table["head"]) for table in tables([found, found]) for row in table["rows"])
+
+
+def test_the_report_compares_traces(tmp_path, capsys):
+    """Two traces beside each other, as text, as JSON and as a page; a reference gives computation scaling."""
+    for name in ("loops", "native", "sequential"):
+        (tmp_path / name).mkdir()
+        traced(name).save(tmp_path / name / "trace.npz")
+    name = traced("sequential").graphs[0].name
+    argv = ["report", str(tmp_path / "loops"), str(tmp_path / "native"), "--runs", name, "--reference", str(tmp_path / "sequential")]
+    assert trace_program.main([*argv, "--json", str(tmp_path / "r.json"), "--html", str(tmp_path / "r.html")]) == 0
+    text = capsys.readouterr().out
+    assert "idle: barrier" in text
+    assert "longest path, native" in text
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert [each["workers"] for each in found] == [2, 2]
+    assert all(each["efficiency"]["computation scaling"] > 0 for each in found)
+    assert "dependency efficiency" in (tmp_path / "r.html").read_text()
+    assert trace_program.main(["report", str(tmp_path / "native"), "--runs", "trainin"]) == 2
+    assert trace_program.main(["report", str(tmp_path / "native"), "--runs", name, "--reference", str(tmp_path / "loops")]) == 2
