@@ -5,7 +5,7 @@
     python -m taskgpt.train --scheduler loops --workers 2          # the same bits, run as fork-join loops
     python -m taskgpt.train --init gpt2_124M.bin --data my.txt --lr 1e-5 --save tuned.bin       # fine-tune an llm.c checkpoint
     python -m taskgpt.train --set tiles.rows=128 --set coarsen=0 --log run.jsonl                # other tiles, another set-up
-    python -m taskgpt.train --steps 5 --trace runs/native        # which task ran when, on which worker: for Perfetto and `taskgpt trace`
+    python -m taskgpt.train --steps 5 --trace runs/native        # which task ran when, on which worker: for Perfetto, Paraver and ovni
 
 The graph file (graphs/) says what is computed, the scheduler file (scheduler_configs/) how. Prints what llm.c prints, then a summary.
 """
@@ -73,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--val-batches", type=_positive, default=5, metavar="N", help="batches of a validation (default 5)")
     out.add_argument("--sample-every", type=_count, default=20, metavar="N", help="a sample every N steps, 0 = never (default 20)")
     out.add_argument("--save", metavar="MODEL.bin", help="write the trained parameters as an llm.c checkpoint")
-    out.add_argument("--trace", metavar="DIR", help="write what each worker did when, for Perfetto and `taskgpt trace`")
+    out.add_argument("--trace", metavar="DIR", help="write what each worker did when, for Perfetto, Paraver and `taskgpt trace`")
     out.add_argument("--log", metavar="FILE.jsonl", help="write losses, samples and summary, one JSON object a line")
     return p
 

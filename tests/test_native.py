@@ -481,7 +481,7 @@ class TestStopping:
                         signal.setitimer(signal.ITIMER_REAL, draw.random() * draw.choice([0.001, 0.02]))
                         for _ in scheduler.run_each(graphs[number % 3] for _ in range(4)):
                             pass
-                    signal.setitimer(signal.ITIMER_REAL, 0)
+                        signal.setitimer(signal.ITIMER_REAL, 0)  # here: it may strike on its way out
                     arena.x.array[:] = expected.x.array[:] = np.random.default_rng(number).standard_normal((TestStress.CELLS, 16))
                     order = [draw.randrange(3) for _ in range(3)]
                     for _ in scheduler.run_each(graphs[n] for n in order):

@@ -5,11 +5,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from taskgpt.errors import UserError
-from taskgpt.lab import perfetto
+from taskgpt.lab import paraver, perfetto
 from taskgpt.lab.trace import Trace
 
 TRACE = "trace.npz"
-FORMATS = {"perfetto": (perfetto, "perfetto.json")}  # module with write(trace, path) and check(path), and what it writes in a folder
+FORMATS = {"perfetto": (perfetto, "perfetto.json"), "paraver": (paraver, "paraver.prv")}  # module with write and check; the file it writes
 
 
 def verify_can_write(folder: str) -> None:

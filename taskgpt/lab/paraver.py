@@ -1,0 +1,216 @@
+"""A trace for Paraver, BSC's trace browser: a .prv of records, beside it a .pcf that names values and a .row that names threads.
+
+One application, one process, a thread a worker, on a CPU each. Numbers are Extrae's where it has some, so that its configurations work:
+states 0 Idle, 1 Running, 5 Synchronization; types 60000018 outlined function (loops), 60000023 task function, 60000028 task id. Ours follow
+on 70000001. An interval is an event with its value, then one with 0. Dependencies are communications, from the end of a task to the start
+of the one that waited; their size is the bytes that it moves, their tag the kernel.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from time import localtime, strftime
+
+import numpy as np
+
+from taskgpt.lab.trace import Trace
+
+IDLE, RUNNING, SYNCHRONIZATION = 0, 1, 5
+STATES = {IDLE: "Idle", RUNNING: "Running", SYNCHRONIZATION: "Synchronization"}
+OUTLINED, TASK_FUNCTION, TASK_ID = 60000018, 60000023, 60000028
+LAYER, PHASE, STEP, FLOPS, BYTES = range(70000001, 70000006)
+_CHUNK = 20_000  # lines in memory at a time
+
+
+def write(trace: Trace, path: str | Path) -> None:
+    """Write path, a .prv, and the .pcf and .row beside it, each whole or not at all. Raises OSError."""
+    path = Path(path)
+    _put(path.with_suffix(".pcf"), iter([_pcf(trace)]))
+    rows = [f"worker {worker}" for worker in range(trace.workers)]
+    _put(path.with_suffix(".row"), iter(["LEVEL NODE SIZE 1", "node", "", f"LEVEL THREAD SIZE {trace.workers}", *rows, ""]))
+    _put(path, _prv(trace))
+
+
+def _put(path: Path, lines: Iterator[str]) -> None:
+    part = Path(f"{path}.part")
+    try:
+        with open(part, "w", encoding="utf-8") as file:
+            waiting: list[str] = []
+            for line in lines:
+                waiting.append(line)
+                if len(waiting) == _CHUNK:
+                    file.write("\n".join(waiting) + "\n")
+                    waiting.clear()
+            file.write("\n".join([*waiting, ""]))
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _prv(trace: Trace) -> Iterator[str]:
+    """Yield the lines, by time."""
+    r, begin, workers = trace.records, trace.begin_ns, trace.workers
+    length = trace.end_ns - begin
+    now = strftime("%d/%m/%Y at %H:%M", localtime())
+    yield f"#Paraver ({now}):{length}_ns:1({workers}):1:1({workers}:1)"
+    function = OUTLINED if trace.about["is_fork_join"] else TASK_FUNCTION
+    waiting = SYNCHRONIZATION if trace.about["is_fork_join"] else IDLE
+    kernel, phase = trace.column("kernel") + 1, trace.column("phase") + 1
+    layer, step = trace.column("layer") + 2, trace.runs["step"][r["run"]] + 1  # 0 means none, so 1 is "no layer"
+    costs = np.stack([trace.column("flops"), trace.column("bytes")], axis=1)
+    starts, stops = r["start_ns"] - begin, r["stop_ns"] - begin
+    lines: list[tuple[np.ndarray, list[str]]] = []
+
+    for worker in range(workers):
+        mine = np.flatnonzero(r["worker"] == worker)
+        at, thread = worker + 1, f"{worker + 1}:1:1:{worker + 1}"
+        edges = np.concatenate([[0], np.stack([starts[mine], stops[mine]], axis=1).ravel(), [length]]).tolist()
+        spans = [(a, b, waiting if n % 2 == 0 else RUNNING) for n, (a, b) in enumerate(pairwise(edges)) if b > a]
+        lines.append((np.array([a for a, _, _ in spans]), [f"1:{thread}:{a}:{b}:{state}" for a, b, state in spans]))
+        begins, ends = [], []
+        for n, (flops, moved) in zip(mine.tolist(), costs[mine].tolist(), strict=True):
+            values = f"{TASK_ID}:{r['task'][n] + 1}:{LAYER}:{layer[n]}:{PHASE}:{phase[n]}:{STEP}:{step[n]}:{FLOPS}:{flops}:{BYTES}:{moved}"
+            begins.append(f"2:{at}:1:1:{at}:{starts[n]}:{function}:{kernel[n]}:{values}")
+            ends.append(f"2:{at}:1:1:{at}:{stops[n]}:{function}:0:{TASK_ID}:0:{LAYER}:0:{PHASE}:0:{STEP}:0")
+        lines += [(stops[mine], ends), (starts[mine], begins)]
+    lines.append(_communications(trace))
+    times = np.concatenate([times for times, _ in lines])
+    texts = [text for _, part in lines for text in part]
+    for at in np.argsort(times, kind="stable").tolist():
+        yield texts[at]
+
+
+def _communications(trace: Trace) -> tuple[np.ndarray, list[str]]:
+    times, texts = [], []
+    names = trace.names("kernel")
+    for run, records in trace.by_run():
+        graph = trace.graphs[trace.runs["graph"][run]]
+        place = np.full(len(graph), -1)
+        place[records["task"]] = np.arange(len(records))
+        receivers = np.repeat(np.arange(len(graph)), np.diff(graph.first))
+        known = (place[receivers] >= 0) & (place[graph.predecessors] >= 0)
+        for sender, receiver in zip(graph.predecessors[known].tolist(), receivers[known].tolist(), strict=True):
+            a, b = records[place[sender]], records[place[receiver]]
+            out, ready, start = (int(t) - trace.begin_ns for t in (a["stop_ns"], b["ready_ns"], b["start_ns"]))
+            one, other = a["worker"] + 1, b["worker"] + 1
+            tag = names.index(graph.kernels[graph.kernel[receiver]]) + 1
+            times.append(out)
+            texts.append(f"3:{one}:1:1:{one}:{out}:{out}:{other}:1:1:{other}:{start}:{max(ready, out)}:{graph.bytes[receiver]}:{tag}")
+    return np.array(times, np.int64), texts
+
+
+def _pcf(trace: Trace) -> str:
+    colours = {IDLE: "117,195,255", RUNNING: "0,0,255", SYNCHRONIZATION: "255,0,0"}
+    kernels = dict(enumerate(trace.names("kernel"), start=1))
+    layers = {1: "no layer"} | {n + 2: f"layer {n}" for n in range(int(trace.column("layer").max(initial=-1)) + 1)}
+    types = [
+        (OUTLINED, "Executed OpenMP parallel function", kernels),
+        (TASK_FUNCTION, "Executed task function", kernels),
+        (TASK_ID, "Task id", {}),
+        (LAYER, "Layer", layers),
+        (PHASE, "Phase", {n: name or "no phase" for n, name in enumerate(trace.names("phase"), start=1)}),
+        (STEP, "Step, counted from 1", {}),
+        (FLOPS, "Floating-point operations of the task", {}),
+        (BYTES, "Bytes that the task moves", {}),
+    ]
+    options = "LEVEL THREAD,UNITS NANOSEC,LOOK_BACK 100,SPEED 1,FLAG_ICONS ENABLED,NUM_OF_STATE_COLORS 3,YMAX_SCALE 37"
+    pairs = (option.rsplit(" ", 1) for option in options.split(","))
+    blocks = [
+        "DEFAULT_OPTIONS\n\n" + "\n".join(f"{name:<20}{value}" for name, value in pairs),
+        "DEFAULT_SEMANTIC\n\nTHREAD_FUNC         State As Is",
+    ]
+    blocks.append("STATES\n" + "\n".join(f"{n}    {name}" for n, name in STATES.items()))
+    blocks.append("STATES_COLOR\n" + "\n".join(f"{n}    {{{colour}}}" for n, colour in colours.items()))
+    for number, name, values in types:
+        block = f"EVENT_TYPE\n0    {number}    {name}"
+        blocks.append(block + ("\nVALUES\n" + "\n".join(f"{n}    {text}" for n, text in {0: "End", **values}.items()) if values else ""))
+    return "\n\n".join(blocks) + "\n"
+
+
+# The checker reads what is there, and knows nothing of how it was written -----------------------------------------------------------------
+
+_HEADER = re.compile(r"#Paraver \(\d\d/\d\d/\d{4} at \d\d:\d\d\):(\d+)_ns:1\((\d+)\):1:1\((\d+):1\)")
+_FIELDS = {"1": 8, "3": 15}
+
+
+def check(path: str | Path) -> dict[str, int]:
+    """Return how many states, events and communications there are. Raises ValueError, with the line, for the first broken rule.
+
+    Rules: the header's form; number and range of fields; order of time; a thread's states without gap or overlap, from 0 to the end; values
+    of named types named in the .pcf; intervals that end; communications that arrive after they left; as many names in the .row as threads.
+    """
+    path = Path(path)
+    named = _named_values(path.with_suffix(".pcf"))
+    counts = {"states": 0, "events": 0, "communications": 0}
+    with open(path, encoding="utf-8") as file:
+        first = file.readline().rstrip("\n")
+        header = _HEADER.fullmatch(first)
+        if not header:
+            raise ValueError(f"{path}:1: wanted a header, #Paraver (date):END_ns:1(cpus):1:1(threads:1), got {first[:100]!r}")
+        end, cpus, threads = map(int, header.groups())
+        covered, open_values, last = [0] * threads, [{} for _ in range(threads)], 0
+        for number, line in enumerate(file, start=2):
+            text = line.rstrip("\n")
+
+            def wrong(wanted: str, number: int = number, text: str = text) -> ValueError:
+                return ValueError(f"{path}:{number}: wanted {wanted}, got {text[:200]!r}")
+
+            words = text.split(":")
+            if not all(word.isdecimal() for word in words) or words[0] not in ("1", "2", "3"):
+                raise wrong("a record of type 1, 2 or 3, all numbers")
+            if len(words) != _FIELDS.get(words[0], len(words)) or (words[0] == "2" and (len(words) < 8 or len(words) % 2)):
+                raise wrong("8 fields of a state, 15 of a communication, pairs of type and value of an event")
+            kind, cpu, application, task, thread, time, *rest = map(int, words)
+            ends = [(cpu, application, task, thread)] + ([tuple(rest[1:5])] if kind == 3 else [])
+            if not all(1 <= c <= cpus and (a, t) == (1, 1) and 1 <= th <= threads for c, a, t, th in ends):
+                raise wrong(f"cpu 1 to {cpus}, application 1, task 1, thread 1 to {threads}")
+            if not last <= time <= end:
+                raise wrong(f"a time from {last}, that of the line before, to {end}")
+            last = time
+            if kind == 1:
+                counts["states"] += 1
+                if time != covered[thread - 1] or not time < rest[0] <= end:
+                    raise wrong(f"a state from {covered[thread - 1]}, where the thread's last one ended, to at most {end}")
+                if rest[1] not in named["states"]:
+                    raise wrong("a state that the .pcf names")
+                covered[thread - 1] = rest[0]
+            elif kind == 2:
+                counts["events"] += 1
+                for event_type, value in zip(rest[::2], rest[1::2], strict=True):
+                    values = named.get(event_type)
+                    if values is None or (values and value not in values):
+                        raise wrong(f"a type, and a value of {event_type}, that the .pcf names")
+                    if values and bool(open_values[thread - 1].get(event_type)) == bool(value):
+                        raise wrong(f"values of {event_type} that end with 0 before another one begins")
+                    open_values[thread - 1][event_type] = value if values else 0
+            else:
+                counts["communications"] += 1
+                if not time <= rest[0] <= rest[6] <= end or not rest[0] <= rest[5] <= end:
+                    raise wrong("a communication that arrives after it left")
+    if any(stop != end for stop in covered) or any(any(values.values()) for values in open_values):
+        raise ValueError(f"{path}: wanted states of every thread up to {end} and intervals that end, got {covered} and {open_values}")
+    rows = path.with_suffix(".row").read_text(encoding="utf-8").split(f"LEVEL THREAD SIZE {threads}\n")
+    if len(rows) != 2 or len(rows[1].split("\n")) < threads or not all(rows[1].split("\n")[:threads]):
+        raise ValueError(f"{path.with_suffix('.row')}: wanted LEVEL THREAD SIZE {threads} and as many names")
+    return counts
+
+
+def _named_values(path: Path) -> dict:
+    """Return {"states": numbers, type: numbers of its values} of a .pcf."""
+    named: dict = {"states": set()}
+    types: list[int] = []
+    section = ""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line in ("STATES", "STATES_COLOR", "EVENT_TYPE", "VALUES", "DEFAULT_OPTIONS", "DEFAULT_SEMANTIC"):
+            section, types = line, [] if line == "EVENT_TYPE" else types
+        elif line and section == "STATES":
+            named["states"].add(int(line.split()[0]))
+        elif line and section == "EVENT_TYPE":
+            types.append(int(line.split()[1]))
+            named[types[-1]] = set()
+        elif line and section == "VALUES":
+            for each in types:
+                named[each].add(int(line.split()[0]))
+    return named

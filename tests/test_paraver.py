@@ -1,0 +1,105 @@
+"""Paraver's files: every task, state, cost and dependency read back with a reader of the test's own; broken rules are found."""
+
+import re
+from collections import Counter
+
+import pytest
+from test_trace import NAMES, traced
+
+from taskgpt.lab import paraver
+
+
+def names_of(pcf: str, event_type: int) -> dict[int, str]:
+    block = re.search(rf"EVENT_TYPE\n0 +{event_type} .*?\nVALUES\n(.*?)(?:\n\n|\Z)", pcf, re.DOTALL).group(1)
+    return {int(number): name for number, name in (line.split(maxsplit=1) for line in block.splitlines())}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_field_reads_back(name, tmp_path):
+    """Worker, times, kernel, layer, phase, step, task and costs of each task, and an arrow for each dependency."""
+    trace = traced(name)
+    path = tmp_path / "paraver.prv"
+    paraver.write(trace, path)
+    counts = paraver.check(path)
+    function = 60000018 if name == "loops" else 60000023
+    pcf = path.with_suffix(".pcf").read_text()
+    kernels, phases, layers = (names_of(pcf, n) for n in (function, 70000002, 70000001))
+    found, open_tasks, arrows = [], {}, Counter()
+    running = Counter()
+    for line in path.read_text().splitlines()[1:]:
+        kind, *fields = map(int, line.split(":"))
+        if kind == 1:
+            running[fields[3]] += (fields[5] - fields[4]) * (fields[6] == 1)
+        elif kind == 2:
+            thread, time = fields[3], fields[4]
+            values = dict(zip(fields[5::2], fields[6::2], strict=True))
+            if values[function]:
+                open_tasks[thread] = time, values
+            else:
+                start, values = open_tasks.pop(thread)
+                words = kernels[values[function]], layers[values[70000001]], phases[values[70000002]]
+                numbers = values[60000028] - 1, values[70000003] - 1, values[70000004], values[70000005]
+                found.append((thread - 1, start, time, *words, *numbers))
+        else:
+            arrows[fields[3], fields[4], fields[9], fields[10]] += 1
+    expected, expected_arrows = [], Counter()
+    for run, records in trace.by_run():
+        graph = trace.graphs[trace.runs["graph"][run]]
+        by_task = {r["task"]: r for r in records}
+        for t, r in by_task.items():
+            start, stop = r["start_ns"] - trace.begin_ns, r["stop_ns"] - trace.begin_ns
+            layer = f"layer {graph.layer[t]}" if graph.layer[t] >= 0 else "no layer"
+            words = graph.kernels[graph.kernel[t]], layer, graph.phases[graph.phase[t]] or "no phase"
+            expected.append((r["worker"], start, stop, *words, t, trace.runs["step"][run], graph.flops[t], graph.bytes[t]))
+            for p in graph.predecessors[graph.first[t] : graph.first[t + 1]]:
+                before = by_task[p]
+                expected_arrows[before["worker"] + 1, before["stop_ns"] - trace.begin_ns, r["worker"] + 1, start] += 1
+    assert sorted(found) == sorted(expected)
+    assert arrows == expected_arrows
+    assert (counts["events"], counts["communications"]) == (2 * len(expected), arrows.total())
+    busy = Counter()
+    for worker, start, stop, *_ in expected:
+        busy[worker + 1] += stop - start
+    assert running == busy
+
+
+BREAKS = {
+    "a header": lambda lines: lines.__setitem__(0, "#Paraver"),
+    "all numbers": lambda lines: lines.append("9:1:1:1:1:1"),
+    "8 fields of a state": lambda lines: lines.__setitem__(-1, lines[-1] + ":1:2:3"),
+    "thread 1 to 1": lambda lines: lines.__setitem__(1, lines[1].replace("1:1:1:1:1:", "1:1:1:1:2:", 1)),
+    "that of the line before": lambda lines: lines.append(lines[1]),
+    "where the thread's last one ended": lambda lines: lines.insert(1, lines[1]),
+    "that the .pcf names": lambda lines: lines.__setitem__(swap(lines, "2:"), lines[swap(lines, "2:")] + ":77:1"),
+    "before another one begins": lambda lines: lines.insert(swap(lines, "2:"), lines[swap(lines, "2:")]),
+    "arrives after it left": lambda lines: lines.__setitem__(
+        swap(lines, "3:"), ":".join([*lines[swap(lines, "3:")].split(":")[:6], "0"] + lines[swap(lines, "3:")].split(":")[7:])
+    ),
+    "states of every thread": lambda lines: lines.__delitem__(len(lines) - 1 - swap(lines[::-1], "1:")),
+}
+
+
+def swap(lines: list[str], start: str) -> int:
+    """Return where the first line is that begins so."""
+    return next(at for at, line in enumerate(lines) if line.startswith(start))
+
+
+@pytest.mark.parametrize("message", BREAKS)
+def test_broken_rules_are_found(message, tmp_path):
+    """The checker that ships names the line, and what it wanted."""
+    path = tmp_path / "paraver.prv"
+    paraver.write(traced("sequential"), path)
+    lines = path.read_text().splitlines()
+    BREAKS[message](lines)
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        paraver.check(path)
+
+
+def test_a_row_without_names_is_found(tmp_path):
+    """Paraver would show the wrong threads."""
+    path = tmp_path / "paraver.prv"
+    paraver.write(traced("native"), path)
+    path.with_suffix(".row").write_text("LEVEL THREAD SIZE 3\na\nb\nc\n")
+    with pytest.raises(ValueError, match=r"LEVEL THREAD SIZE 2"):
+        paraver.check(path)
