@@ -73,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--val-batches", type=_positive, default=5, metavar="N", help="batches of a validation (default 5)")
     out.add_argument("--sample-every", type=_count, default=20, metavar="N", help="a sample every N steps, 0 = never (default 20)")
     out.add_argument("--save", metavar="MODEL.bin", help="write the trained parameters as an llm.c checkpoint")
-    out.add_argument("--trace", metavar="DIR", help="write what each worker did when, for Perfetto, Paraver and `taskgpt trace`")
+    out.add_argument("--trace", metavar="DIR", help="write what each worker did when, for Perfetto, Paraver, ovni and `taskgpt trace`")
     out.add_argument("--log", metavar="FILE.jsonl", help="write losses, samples and summary, one JSON object a line")
     return p
 

@@ -11,5 +11,5 @@ picture.py     a graph as SVG; graph_formats.py: as JSON, GraphML, DOT, a page
 efficiency.py  what a trace says of time: efficiencies, idle time by cause, the longest path
 page.py        traces as a page (page.html) with a timeline to zoom
 trace.py       a run as data: which task ran when, on which worker
-formats.py     the formats that a trace is written in: perfetto.py, paraver.py
+formats.py     the formats that a trace is written in: perfetto.py, paraver.py, ovni.py (and ovni_check.py)
 """

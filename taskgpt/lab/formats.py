@@ -5,11 +5,15 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from taskgpt.errors import UserError
-from taskgpt.lab import paraver, perfetto
+from taskgpt.lab import ovni, ovni_check, paraver, perfetto
 from taskgpt.lab.trace import Trace
 
 TRACE = "trace.npz"
-FORMATS = {"perfetto": (perfetto, "perfetto.json"), "paraver": (paraver, "paraver.prv")}  # module with write and check; the file it writes
+FORMATS = {  # how to write it, how to check it, and the name of what is written
+    "perfetto": (perfetto.write, perfetto.check, "perfetto.json"),
+    "paraver": (paraver.write, paraver.check, "paraver.prv"),
+    "ovni": (ovni.write, ovni_check.check, "ovni"),
+}
 
 
 def verify_can_write(folder: str) -> None:
@@ -27,9 +31,9 @@ def export(trace: Trace, folder: str | Path, formats: Iterable[str] = FORMATS) -
     Path(folder).mkdir(parents=True, exist_ok=True)
     paths = []
     for name in formats:
-        module, file = FORMATS[name]
+        write, _, file = FORMATS[name]
         paths.append(Path(folder) / file)
-        module.write(trace, paths[-1])
+        write(trace, paths[-1])
     return paths
 
 
@@ -38,15 +42,16 @@ def check(path: str | Path) -> dict[str, dict[str, int]]:
 
     Raises ValueError, which says where, what was wanted and what was found; UserError if there is nothing to check.
     """
-    folder, only = (Path(path), None) if Path(path).is_dir() else (Path(path).parent, Path(path).name)
+    is_whole = Path(path).is_dir() and not any(Path(path).glob("loom.*"))  # not ovni's folder inside
+    folder, only = (Path(path), None) if is_whole else (Path(path).parent, Path(path).name)
     found = {}
     if only in (None, TRACE) and (folder / TRACE).exists():
         trace = Trace.load(folder / TRACE)
         found["trace"] = {"runs": len(trace.runs), "tasks": len(trace.records), "workers": trace.workers, "lost": trace.lost}
-    for name, (module, file) in FORMATS.items():
+    for name, (_, check_format, file) in FORMATS.items():
         if only in (None, file) and (folder / file).exists():
-            found[name] = module.check(folder / file)
+            found[name] = check_format(folder / file)
     if not found:
-        files = ", ".join([TRACE, *(file for _, file in FORMATS.values())])
+        files = ", ".join([TRACE, *(file for *_, file in FORMATS.values())])
         raise UserError(f"{path}: no trace here; wanted a folder that --trace wrote, or a file of it: {files}")
     return found
