@@ -5,6 +5,7 @@
     python -m taskgpt.train --scheduler loops --workers 2          # the same bits, run as fork-join loops
     python -m taskgpt.train --init gpt2_124M.bin --data my.txt --lr 1e-5 --save tuned.bin       # fine-tune an llm.c checkpoint
     python -m taskgpt.train --set tiles.rows=128 --set coarsen=0 --log run.jsonl                # other tiles, another set-up
+    python -m taskgpt.train --dashboard           # watch it: tasks in Dask's dashboard, loss and efficiency on a page beside them
     python -m taskgpt.train --steps 5 --trace runs/native        # which task ran when, on which worker: for Perfetto, Paraver and ovni
 
 The graph file (graphs/) says what is computed, the scheduler file (scheduler_configs/) how. Prints what llm.c prints, then a summary.
@@ -22,7 +23,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from typing import Any
 
 import psutil
@@ -38,6 +39,7 @@ from taskgpt.gpt2.program import loss_graph, training_graph
 from taskgpt.gpt2.sampling import Sampler
 from taskgpt.lab import machine
 from taskgpt.lab.formats import TRACE, export, verify_can_write
+from taskgpt.lab.live import Live
 from taskgpt.lab.trace import Traced
 from taskgpt.schedulers import Scheduler, WorkerError, open_scheduler
 from taskgpt.tasks import AccessError, Graph, Kernel, TaskError, check, compile_kernels
@@ -74,6 +76,13 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--sample-every", type=_count, default=20, metavar="N", help="a sample every N steps, 0 = never (default 20)")
     out.add_argument("--save", metavar="MODEL.bin", help="write the trained parameters as an llm.c checkpoint")
     out.add_argument("--trace", metavar="DIR", help="write what each worker did when, for Perfetto, Paraver, ovni and `taskgpt trace`")
+    out.add_argument(
+        "--dashboard",
+        nargs="?",
+        const="",
+        metavar="[HOST:]PORT",
+        help="show the run, while it goes on, in Dask's dashboard and on a page /taskgpt there (default 127.0.0.1:8787, or a free port)",
+    )
     out.add_argument("--log", metavar="FILE.jsonl", help="write losses, samples and summary, one JSON object a line")
     return p
 
@@ -96,10 +105,16 @@ def train(flags: argparse.Namespace, report: "Report", stop: "StopRequest") -> i
     model, batch = graph_config.model, graph_config.batch
     verify_memory(graph_config)
     data = open_data(flags.data, batch.batch_size, batch.seq_len, model.vocabulary, report.say)
-    scheduler = open_scheduler(scheduler_config.scheduler, scheduler_config.settings)
+    bare = scheduler = open_scheduler(scheduler_config.scheduler, scheduler_config.settings)
+    dashboard = None
     if flags.trace is not None:
         verify_can_write(flags.trace)
-        scheduler = Traced(scheduler)
+    if flags.dashboard is not None:
+        from taskgpt.lab.dashboard import Dashboard  # here, as it takes half a second, and needs bokeh
+
+        dashboard = Dashboard(report.open_live(scheduler.workers), flags.dashboard)
+    if flags.trace is not None or dashboard:
+        scheduler = Traced(scheduler, dashboard and dashboard.look, keeps=flags.trace is not None)
     m = GPT2(model, batch, graph_config.tiles, graph_config.options, shared=scheduler.needs_shared_memory)
     if flags.save is not None:
         checkpoint.verify_can_save(flags.save, m)
@@ -115,8 +130,10 @@ def train(flags: argparse.Namespace, report: "Report", stop: "StopRequest") -> i
     sampler = Sampler(m, prepare)
     compile_with_progress([*step_graphs, *val_graphs, *sampler.graphs], report)
 
-    with scheduler:
+    with scheduler, dashboard.serve(bare) if dashboard else nullcontext():
         report.begin(graph_config, scheduler.describe(), data.description, m, step_graphs[0])
+        if dashboard:
+            report.say(f"dashboard  {dashboard.url}")
         with report.progress(flags.steps):
             seconds, loss = run_steps(flags, scheduler, m, data, step_graphs, val_graphs, sampler, report, stop)
         if flags.save is not None and math.isfinite(loss):
@@ -125,7 +142,7 @@ def train(flags: argparse.Namespace, report: "Report", stop: "StopRequest") -> i
             stop.consequence = f"{flags.save} was saved"
         memory = memory_in_use(m)
 
-    if isinstance(scheduler, Traced):
+    if flags.trace is not None:
         about = {"command": shlex.join(["taskgpt", "train", *flags.argv]), "machine": machine.describe()}
         trace = scheduler.trace(about)
         trace.save(os.path.join(flags.trace, TRACE))
@@ -189,7 +206,7 @@ def run_steps(
             report.sample(step, ids, data.tokenizer.decode(ids), data.tokenizer.printable(ids))
         if stop.is_requested or not math.isfinite(loss):
             break
-        most = RECORD // len(step_graphs[0].tasks) or 1 if flags.trace is not None else flags.steps  # steps until records are taken
+        most = RECORD // len(step_graphs[0].tasks) or 1 if isinstance(scheduler, Traced) else flags.steps  # steps that can be recorded
         pause = min([flags.steps, step + most, *(every * (step // every + 1) for every in (flags.val_every, flags.sample_every) if every)])
         start = time.perf_counter()
         with closing(scheduler.run_each(training(step, pause))) as steps:
@@ -212,7 +229,7 @@ def configure(flags: argparse.Namespace) -> tuple[GraphConfig, SchedulerConfig]:
             graph_overrides[key] = value
     if flags.workers is not None:
         scheduler_overrides["workers"] = flags.workers
-    if flags.trace is not None:
+    if flags.trace is not None or flags.dashboard is not None:
         scheduler_overrides["record"] = RECORD
     model = checkpoint.read_shape(flags.init) if flags.init is not None else None
     graph = load_graph(flags.graph, graph_overrides, model)
@@ -290,6 +307,7 @@ class Report:
         self.has_lost_log = False
         self._bar: Progress | None = None
         self._log = None
+        self._live: Live | None = None
 
     def __enter__(self) -> "Report":
         return self
@@ -308,6 +326,11 @@ class Report:
             self._log = open(path, "wb", buffering=0)  # noqa: SIM115 - open until the program ends
         except OSError as error:
             raise UserError(f"--log {path}: cannot write: {error.strerror}") from None
+
+    def open_live(self, workers: int) -> Live:
+        """Begin to keep what a dashboard shows."""
+        self._live = Live(workers)
+        return self._live
 
     def say(self, line: str) -> None:
         self.console.print(line)
@@ -336,10 +359,14 @@ class Report:
         self.say(f"graph      {work}, {m.nbytes / 2**30:.2f} GiB of tensors")
         self.say(f"tiles      {tiles}")
         self.say(f"scheduler  {scheduler}")
+        if self._live:
+            self._live.title = f"{config.name}, B {m.batch.batch_size}, T {m.batch.seq_len}, {scheduler}"
 
     def validation(self, step: int, loss: float) -> None:
         self.say(f"val loss {loss:.6f}")
         self._write({"step": step, "val_loss": loss})
+        if self._live:
+            self._live.validation(step, loss)
 
     def step(self, step: int, loss: float, seconds: float) -> None:
         speed = self.rows / seconds
@@ -347,6 +374,8 @@ class Report:
         if self._bar:
             self._bar.update(self._bar.task_ids[0], advance=1, description=f"loss {loss:.3f}  {speed:.0f} tok/s")
         self._write({"step": step, "train_loss": loss, "ms": seconds * 1e3, "tokens_per_s": speed})
+        if self._live:
+            self._live.step(step, loss, speed)
 
     def sample(self, step: int, ids: list[int], text: str, printable: str) -> None:
         self.say(f"generating:\n---\n{printable}\n---")

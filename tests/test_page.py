@@ -2,17 +2,14 @@
 
 import html
 import re
-import shutil
 import subprocess
 
 import numpy as np
 import pytest
+from browser import BROWSER, needs_browser
 from test_trace import traced
 
 from taskgpt.lab import page
-
-BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
-needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium found; apt-get install chromium")
 
 
 def opened(url: str, *flags: str) -> str:

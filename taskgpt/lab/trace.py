@@ -16,7 +16,7 @@ import os
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -218,9 +218,15 @@ class Trace:
 
 @dataclass
 class Traced:
-    """A scheduler whose runs are kept as a trace. Its setting `record` says how many tasks a worker can keep between two runs in turn."""
+    """A scheduler whose runs are kept as a trace. Its setting `record` says how many tasks a worker can keep between two runs in turn.
+
+    on_run is called after every run that is yielded, with what was recorded since: its own tasks, and those of the next one that are done.
+    keeps: False keeps nothing for `trace`, so that a run may be endless.
+    """
 
     scheduler: Scheduler
+    on_run: Callable[[Trace], None] | None = None
+    keeps: bool = True
     _graphs: dict[Graph, TracedGraph] = field(default_factory=dict)
     _steps: Counter = field(default_factory=Counter)
     _runs: list[tuple[int, int, int]] = field(default_factory=list)  # graph, step, submitted_ns
@@ -255,11 +261,20 @@ class Traced:
     def run_each(self, graphs: Iterable[Graph]) -> Iterator[Graph]:
         try:
             with closing(self.scheduler.run_each(map(self._note, graphs))) as runs:
-                yield from runs
+                for graph in runs:
+                    if self.on_run is not None:
+                        records, _ = self.take_records()
+                        self.on_run(self._trace(records, int(records["run"].min(initial=len(self._runs))), {}))
+                    yield graph
         finally:
-            records, lost = self.scheduler.take_records()
+            self.take_records()
+
+    def take_records(self) -> tuple[np.ndarray, int]:
+        records, lost = self.scheduler.take_records()
+        if self.keeps:
             self._records.append(records)
-            self._lost += lost
+        self._lost += lost
+        return records, lost
 
     def _note(self, graph: Graph) -> Graph:
         if graph not in self._graphs:
@@ -271,8 +286,13 @@ class Traced:
     def trace(self, about: dict[str, Any]) -> Trace:
         """Return what ran so far. A run begins when its first task is ready, and ends with its last."""
         records = np.concatenate([np.empty(0, RECORD_TYPE), *self._records])
-        records = records[np.argsort(records["start_ns"], kind="stable")]
-        runs = np.array([(graph, step, begin, begin) for graph, step, begin in self._runs], RUN_TYPE)
+        return self._trace(records[np.argsort(records["start_ns"], kind="stable")], 0, about)
+
+    def _trace(self, records: np.ndarray, first: int, about: dict[str, Any]) -> Trace:
+        """Return the runs from the first one on, with these records of them."""
+        records = records.copy()
+        records["run"] -= first
+        runs = np.array([(graph, step, begin, begin) for graph, step, begin in self._runs[first:]], RUN_TYPE)
         np.maximum.at(runs["end_ns"], records["run"], records["stop_ns"])
         first_ready = np.full(len(runs), np.iinfo(np.int64).max)
         np.minimum.at(first_ready, records["run"], records["ready_ns"])

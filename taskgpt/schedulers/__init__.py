@@ -60,9 +60,10 @@ class Scheduler(Protocol):
         """Return the graph whose tasks run for this one: itself, or a coarsened one."""
 
     def take_records(self) -> tuple[np.ndarray, int]:
-        """Return (records, how many found no room) since the last call, of _record.RECORD_TYPE, by start time. Between runs only.
+        """Return (records, how many found no room) since the last call, of _record.RECORD_TYPE, by start time.
 
-        Empty unless settings.record, the number of tasks that each worker can keep, says otherwise.
+        Between runs, or while `run_each` waits for its caller: then also of those tasks of the run under way that are done. Empty unless
+        settings.record, the number of tasks that each worker can keep, says otherwise.
         """
 
 

@@ -245,10 +245,11 @@ def _release_locks(run, task):
 @compiled
 def _record(worker, run, task, start, stop):
     count = worker[RECORD_COUNT]
-    worker[RECORD_COUNT] = count + 1  # also of those that found no room: the reader knows how many are missing
     if count < worker[RECORD_CAPACITY]:
         row = words_at(worker[RECORD] + count * (RECORD_FIELDS * 8))
         row[0], row[1], row[2], row[3], row[4] = run[NUMBER], task, words_at(run[READY_AT])[task], start, stop
+    # After the row, which may be read as soon as it counts. Also of those that found no room: the reader knows how many are missing.
+    store_last(worker, RECORD_COUNT, count + 1)
 
 
 @compiled

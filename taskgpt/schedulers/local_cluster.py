@@ -110,6 +110,11 @@ class Scheduler(InTurn):
             return "; its dashboard needs bokeh: pip install 'taskgpt[dashboard]'"
         return f", dashboard http://127.0.0.1:{self._cluster.scheduler.http_server.port}/status"
 
+    @property
+    def dask_scheduler(self) -> DaskScheduler:
+        """Dask's own, which runs in this process."""
+        return self._cluster.scheduler
+
     def run(self, graph: Graph) -> None:
         graph_id, coarse = self._sent(graph)
         run_id = next(_ids)

@@ -149,6 +149,7 @@ class Scheduler:
         self._heap_entries, self._scratch_bytes = 0, -1
         self._room: list[np.ndarray] = []  # old heaps too: a worker may still look into one
         self._records = np.zeros((self.workers, s.record), _ROW)
+        self._counts_taken = np.zeros(self.workers, np.int64)
         if s.record:
             self._worker_words[:-1, r.RECORD] = [each.ctypes.data for each in self._records]
             self._worker_words[:-1, r.RECORD_CAPACITY] = s.record
@@ -312,13 +313,15 @@ class Scheduler:
         return graph
 
     def take_records(self) -> tuple[np.ndarray, int]:
-        counts = self._worker_words[:-1, r.RECORD_COUNT]
-        kept = np.minimum(counts, self.settings.record)
-        parts = [rows[:count] for rows, count in zip(self._records, kept, strict=True)]
-        records = np.empty(kept.sum(), RECORD_TYPE)
+        counts = self._worker_words[:-1, r.RECORD_COUNT].copy()
+        taken, kept = (np.minimum(each, self.settings.record) for each in (self._counts_taken, counts))
+        parts = [rows[start:stop] for rows, start, stop in zip(self._records, taken, kept, strict=True)]
+        records = np.empty((kept - taken).sum(), RECORD_TYPE)
         for name in _ROW.names:
             records[name] = np.concatenate([part[name] for part in parts])
-        records["worker"] = np.repeat(np.arange(self.workers), kept)
-        lost = int((counts - kept).sum())
-        counts[:] = 0
+        records["worker"] = np.repeat(np.arange(self.workers), kept - taken)
+        lost = int((counts - kept).sum() - (self._counts_taken - taken).sum())
+        self._counts_taken = counts
+        if not self._runs:  # else workers go on counting
+            self._worker_words[:-1, r.RECORD_COUNT] = self._counts_taken[:] = 0
         return records[np.argsort(records["start_ns"], kind="stable")], lost

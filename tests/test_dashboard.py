@@ -1,0 +1,155 @@
+"""Watching a run while it goes on: the numbers, the tasks in Dask's task stream, and both in a real browser."""
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+
+import kernels_for_tests as k
+import numpy as np
+import pytest
+from browser import needs_browser, visit
+from test_trace import traced
+
+from taskgpt import config, train
+from taskgpt.errors import UserError
+from taskgpt.lab.live import Live
+from taskgpt.lab.trace import Traced
+from taskgpt.schedulers import open_scheduler
+
+plt = pytest.importorskip("matplotlib.image", reason="screenshots are read with matplotlib: pip install 'taskgpt[notebooks]'")
+pytest.importorskip("bokeh", reason="the dashboard needs bokeh: pip install 'taskgpt[dashboard]'")
+from taskgpt.lab.dashboard import Dashboard  # noqa: E402
+
+NAMES = ["native", "sequential", "loops", "threads"]
+
+
+def opened(name: str):
+    chosen = config.load_scheduler(name, {"record": 10_000, **({} if name == "sequential" else {"workers": 2})})
+    return open_scheduler(chosen.scheduler, chosen.settings)
+
+
+def test_numbers_of_a_run():
+    """Efficiency and time by kernel of what was recorded; ready tasks of the run before, counted by hand at a moment."""
+    trace = traced("native", order=(0, 1, 0))
+    live = Live(trace.workers)
+    parts = [trace.select(trace.graphs[0].name)._only(np.arange(2) == n) for n in range(2)]
+    for part in parts:
+        live.look(part)
+        took = (part.records["stop_ns"] - part.records["start_ns"]).sum()
+        assert live.last_run.efficiency == pytest.approx(took / (2 * (part.end_ns - part.begin_ns)))
+        assert sum(live.last_run.kernel_ms.values()) == pytest.approx(took / 1e6)
+        assert list(live.last_run.kernel_ms.values()) == sorted(live.last_run.kernel_ms.values(), reverse=True)
+    r, moment = parts[0].records, parts[0].begin_ns + live.last_run.ready_at_ms[100] * 1e6
+    assert live.last_run.ready[100] == ((r["ready_ns"] <= moment) & (r["start_ns"] > moment)).sum()
+    live.step(0, 2.5, 100.0)
+    live.validation(0, 2.75)
+    assert live.steps == [(0, 2.5, 100.0, live.last_run.efficiency)]
+    assert live.validations == [(0, 2.75)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_task_stream_shows_every_task_once(name):
+    """Of runs that overlap too: its kernel and step, its worker, and when it ran, by the time it ended."""
+    live = Live(2)
+    bare = opened(name)
+    dashboard = Dashboard(live, "0")
+    with Traced(bare, dashboard.look) as scheduler, dashboard.serve(bare):
+        assert re.fullmatch(r"http://127\.0\.0\.1:\d+/taskgpt", dashboard.url)
+        graph = k.random_graph(k.arena(scheduler.needs_shared_memory), 3)
+        for _ in scheduler.run_each([graph] * 4):
+            pass
+        trace = scheduler.trace({})
+        stream = dashboard.task_stream.buffer  # filled by the server's thread
+        end = time.monotonic() + 20
+        while len(stream) < len(trace.records) and time.monotonic() < end:
+            time.sleep(0.01)
+        spans = list(stream)
+    shown = sorted((*s["key"], s["thread"], round(s["startstops"][0]["stop"] - s["startstops"][0]["start"], 6)) for s in spans)
+    kernel, step = trace.column("kernel"), trace.runs["step"][trace.records["run"]]
+    took = (trace.records["stop_ns"] - trace.records["start_ns"]) / 1e9
+    columns = zip(kernel, step, trace.records["task"], trace.records["worker"], took, strict=True)
+    ran = sorted((trace.names("kernel")[n], s, t, w, round(d, 6)) for n, s, t, w, d in columns)
+    assert [row[:4] for row in shown] == [row[:4] for row in ran]
+    assert [row[4] for row in shown] == pytest.approx([row[4] for row in ran], abs=2e-6)
+
+
+def test_local_cluster_gets_the_page_and_keeps_its_stream():
+    """At its own address; its tasks carry the names of kernels."""
+    bare = opened("local-cluster")
+    dashboard = Dashboard(Live(2))
+    with Traced(bare, dashboard.look) as scheduler, dashboard.serve(bare):
+        graph = k.random_graph(k.arena(scheduler.needs_shared_memory), 3)
+        scheduler.run(graph)
+        assert dashboard.url.partition("/taskgpt")[0] in bare.describe()
+        assert dashboard.task_stream is None
+        names = {key[0] for key in bare.dask_scheduler.tasks}
+        assert names <= {task.name for task in graph.tasks}
+        with urllib.request.urlopen(dashboard.url) as answer:
+            assert b"taskgpt" in answer.read()
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "address", "message"),
+    [
+        ("native", "http://x", "wanted [HOST:]PORT"),
+        ("native", "70000", "wanted [HOST:]PORT"),
+        ("native", "TAKEN", "choose another port"),
+        ("local-cluster", "8123", "--set dashboard=PORT"),
+    ],
+)
+def test_an_address_that_cannot_be_is_refused(scheduler, address, message, capsys):
+    """In a line that says what to do, before the run."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = address.replace("TAKEN", str(taken.getsockname()[1]))
+        flags = ["--graph", "tiny", "--steps", "1", "--scheduler", scheduler, "--data", __file__]
+        assert train.main([*flags, "--dashboard", address]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_missing_bokeh_is_said(monkeypatch):
+    """With the command that installs it."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install"):
+        Dashboard(Live(1))
+
+
+@needs_browser
+@pytest.mark.parametrize("page", ["taskgpt", "status"])
+def test_a_browser_shows_a_run(page, tmp_path):
+    """While it trains: points on the page's curves, rectangles in the task stream, and both are drawn."""
+    text = tmp_path / "text.txt"
+    text.write_text("to be or not to be, that is the question. " * 400)
+    flags = ["--graph", "tiny", "--steps", "1000000", "--val-every", "50", "--sample-every", "0", "--data", str(text), "--dashboard", "0"]
+    command = [sys.executable, "-m", "taskgpt.train", *flags]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            url = next(line.split()[1] for line in process.stdout if line.startswith("dashboard"))
+            threading.Thread(target=process.stdout.read, daemon=True).start()  # nobody else empties the pipe
+            sources = "[...Bokeh.documents[0]._all_models.values()].filter(m => m.type === 'ColumnDataSource').map(m => m.data)"
+            columns = {"taskgpt": ["efficiency", "ms"], "status": ["worker_thread"]}[page]
+            ready = " && ".join(f"{sources}.some(d => d.{name} && d.{name}.length > 8)" for name in columns)
+            wanted = f"JSON.stringify({sources}.filter(d => d.efficiency || d.worker_thread).map(d => Object.fromEntries(" + (
+                "Object.entries(d).map(([k, v]) => [k, Array.from(v)]))))"
+            )
+            url = url.replace("taskgpt", page)
+            value, picture = visit(url, f"window.Bokeh && Bokeh.documents[0] && {ready}", wanted, tmp_path)
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(60)
+    (found,) = json.loads(value)
+    if page == "taskgpt":
+        assert found["step"][:5] == [0, 1, 2, 3, 4]
+        assert all(4 < loss < 7 for loss in found["loss"][:5])
+        assert all(0 < share <= 1.05 for share in found["efficiency"])
+    else:
+        assert {"matmul_forward", "layernorm_forward"} & set(found["name"])
+        assert set(found["worker_thread"]) >= {"native-0"}
+    colours = np.unique((plt.imread(picture)[..., :3] * 255).astype(int).reshape(-1, 3), axis=0)
+    assert len(colours) > 50
+    assert process.returncode == 130
