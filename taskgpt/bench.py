@@ -3,6 +3,7 @@
     python -m taskgpt.bench step --graphs tiny
     python -m taskgpt.bench step --graphs gpt2-124m gpt2-124m:tiles.rows=128 --schedulers sequential loops native --workers 2
     python -m taskgpt.bench step --schedulers loops loops:chunks=dynamic loops-llmc --rounds 10 --json result.json
+    python -m taskgpt.bench step --schedulers loops native --rounds 2 --trace runs/bench       # for Perfetto, Paraver, ovni and `trace`
     python -m taskgpt.bench roofline --graphs gpt2-124m              # sgemm at the graph's own shapes, memory bandwidth, the floor
     python -m taskgpt.bench overhead --systems native dask.threaded  # empty tasks: microseconds a task
     python -m taskgpt.bench metg --patterns stencil_1d fft           # the shortest tasks that still use half of the machine
@@ -56,6 +57,9 @@ def parser() -> argparse.ArgumentParser:
     step.add_argument("--graphs", nargs="+", default=["gpt2-124m"], metavar=changed, help="graph files, with changes")
     step.add_argument("--schedulers", nargs="+", default=SCHEDULERS, metavar=changed, help=f"default {' '.join(SCHEDULERS)}")
 
+    step.add_argument(
+        "--trace", metavar="DIR", help="also write what each worker did when, a folder for each contestant; costs each 1 to 2 %%"
+    )
     step.add_argument("--steps", type=int, default=3, metavar="N", help="steps in a turn, which may overlap as in training (default 3)")
 
     limits = add("roofline", roofline.roofline, 7, "sgemm at the graph's own shapes, memory bandwidth, and the floor of a step")

@@ -3,7 +3,7 @@
 python -m taskgpt.trace check runs/native                             # does every file keep the rules of its format?
 python -m taskgpt.trace report runs/native                            # efficiencies, idle time by cause, kernels, the longest path
 python -m taskgpt.trace report runs/loops runs/native --html page.html   # beside each other; and a timeline of both to zoom
-python -m taskgpt.trace convert runs/native --format perfetto         # write a format anew
+python -m taskgpt.trace convert runs/native --format perfetto --arrows   # write a format anew, with dependencies as arrows
 """
 
 import argparse
@@ -17,7 +17,7 @@ from typing import Any
 from taskgpt.errors import UserError, did_you_mean, run_program
 from taskgpt.lab import page
 from taskgpt.lab.efficiency import analyse, tables
-from taskgpt.lab.formats import FORMATS, check, export
+from taskgpt.lab.formats import FORMATS, USUAL, check, export
 from taskgpt.lab.trace import Trace
 
 
@@ -44,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     reported.add_argument("--html", metavar="FILE", help="write a page with timeline and tables, which opens from disk")
     converted = add("convert", convert, "write a trace in other formats")
     converted.add_argument("path", metavar="PATH", help="a folder that --trace wrote, or its trace.npz")
-    converted.add_argument("--format", nargs="+", choices=FORMATS, default=list(FORMATS), help=f"default {' '.join(FORMATS)}")
+    converted.add_argument("--format", nargs="+", choices=FORMATS, default=USUAL, help=f"{', '.join(FORMATS)} (default {' '.join(USUAL)})")
+    converted.add_argument("--arrows", action="store_true", help="dependencies as arrows in Perfetto's format too, which grows threefold")
     converted.add_argument("--output", metavar="DIR", help="where to (default: the same folder)")
     flags = p.parse_args(argv)
     return run_program("taskgpt.trace", lambda: flags.run(flags), (ValueError,))
@@ -103,7 +104,7 @@ def convert(flags: argparse.Namespace) -> int:
     """Write the formats asked for. Raises UserError or OSError."""
     trace, folder = Trace.load(flags.path), Path(flags.path)
     folder = folder if folder.is_dir() else folder.parent
-    for path in export(trace, flags.output or folder, flags.format):
+    for path in export(trace, flags.output or folder, flags.format, flags.arrows):
         print(f"wrote {path}")
     return 0
 

@@ -38,13 +38,12 @@ from taskgpt.gpt2.model import GPT2
 from taskgpt.gpt2.program import loss_graph, training_graph
 from taskgpt.gpt2.sampling import Sampler
 from taskgpt.lab import machine
-from taskgpt.lab.formats import TRACE, export, verify_can_write
+from taskgpt.lab.formats import save, verify_can_write
 from taskgpt.lab.live import Live
-from taskgpt.lab.trace import Traced
+from taskgpt.lab.trace import RECORD, Traced
 from taskgpt.schedulers import Scheduler, WorkerError, open_scheduler
 from taskgpt.tasks import AccessError, Graph, Kernel, TaskError, check, compile_kernels
 
-RECORD = 1_000_000  # task times that a worker can keep for a trace; what is not used takes no memory
 FLOAT32_MAX = 3.4e38  # a learning rate beyond it would be infinite
 
 
@@ -144,10 +143,7 @@ def train(flags: argparse.Namespace, report: "Report", stop: "StopRequest") -> i
 
     if flags.trace is not None:
         about = {"command": shlex.join(["taskgpt", "train", *flags.argv]), "machine": machine.describe()}
-        trace = scheduler.trace(about)
-        trace.save(os.path.join(flags.trace, TRACE))
-        files = [TRACE, *(path.name for path in export(trace, flags.trace))]
-        report.say(f"trace      {len(trace.records):,} tasks of {len(trace.runs)} runs in {flags.trace}: {', '.join(files)}")
+        report.say(f"trace      {save(scheduler.trace(about), flags.trace)}")
     setup = flags, graph_config, scheduler_config, scheduler.workers, data.description
     report.summary(summarize(*setup, m, step_graphs[0], seconds, memory))
     if not math.isfinite(loss):

@@ -7,11 +7,13 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from taskgpt import trace
 from taskgpt.bench import main
 from taskgpt.gpt2.program import training_graph
 from taskgpt.lab import machine, peers, report, roofline, task_bench
 from taskgpt.lab.named import make, named_scheduler, prepare
 from taskgpt.lab.roofline import Product, product_of, products
+from taskgpt.lab.trace import Trace
 from taskgpt.tasks import Call, In, InOut, Kernel, Out, Tensor, dims, kernel
 
 R, C, OC = dims("R C OC")
@@ -34,6 +36,29 @@ def run(tmp_path, *words: str) -> dict:
     assert record["settings"]["verb"] == words[0]
     assert record["machine"] == machine.describe()
     return record
+
+
+def test_step_writes_traces(quick, tmp_path):
+    """A folder for each contestant, whose files pass their checks."""
+    run(
+        tmp_path,
+        "step",
+        "--graphs",
+        "tiny",
+        "--schedulers",
+        "loops",
+        "native",
+        "--rounds",
+        "1",
+        "--steps",
+        "2",
+        "--trace",
+        str(tmp_path / "t"),
+    )
+    assert sorted(path.name for path in (tmp_path / "t").iterdir()) == ["tiny-loops", "tiny-native"]
+    for folder in (tmp_path / "t").iterdir():
+        assert trace.main(["check", str(folder)]) == 0
+        assert Trace.load(folder).runs["step"].tolist() == [0, 1, 2, 3]
 
 
 # Patterns -------------------------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from test_trace import NAMES, traced
 
 from taskgpt import trace as trace_program
-from taskgpt.lab.efficiency import CAUSES, analyse, tables
+from taskgpt.lab.efficiency import analyse, tables
+from taskgpt.lab.idle import CAUSES, gaps
 from taskgpt.lab.trace import RUN_TYPE, Trace, TracedGraph
 from taskgpt.schedulers._record import RECORD_TYPE
 
@@ -56,6 +57,8 @@ def test_ten_tasks_by_hand():
         ],
         workers=2,
     )
+    waits = [(g["worker"], g["begin_ns"], g["end_ns"], g["dependency"], g["scheduling"]) for g in gaps(trace)]
+    assert waits == [(0, 10, 12, 0, 2), (0, 20, 22, 2, 0), (1, 2, 4, 0, 2), (1, 7, 8, 0, 1), (1, 14, 20, 6, 0)]
     found = analyse(trace, reference=trace)
     assert found["efficiency"] == pytest.approx(
         {

@@ -3,10 +3,12 @@
 import re
 from collections import Counter
 
+import numpy as np
 import pytest
 from test_trace import NAMES, traced
 
 from taskgpt.lab import paraver
+from taskgpt.lab.idle import CAUSES, gaps
 
 
 def names_of(pcf: str, event_type: int) -> dict[int, str]:
@@ -25,11 +27,12 @@ def test_every_field_reads_back(name, tmp_path):
     pcf = path.with_suffix(".pcf").read_text()
     kernels, phases, layers = (names_of(pcf, n) for n in (function, 70000002, 70000001))
     found, open_tasks, arrows = [], {}, Counter()
-    running = Counter()
+    running, states = Counter(), Counter()
     for line in path.read_text().splitlines()[1:]:
         kind, *fields = map(int, line.split(":"))
         if kind == 1:
             running[fields[3]] += (fields[5] - fields[4]) * (fields[6] == 1)
+            states[fields[6]] += fields[5] - fields[4]
         elif kind == 2:
             thread, time = fields[3], fields[4]
             values = dict(zip(fields[5::2], fields[6::2], strict=True))
@@ -61,6 +64,12 @@ def test_every_field_reads_back(name, tmp_path):
     for worker, start, stop, *_ in expected:
         busy[worker + 1] += stop - start
     assert running == busy
+    idle = gaps(trace)
+    mostly = np.argmax([idle[cause] for cause in CAUSES], axis=0)
+    assert states[0] == sum(
+        g["end_ns"] - g["begin_ns"] for g, c in zip(idle, mostly, strict=True) if CAUSES[c] in ("dependency", "between")
+    )
+    assert states[5] == sum(g["end_ns"] - g["begin_ns"] for g, c in zip(idle, mostly, strict=True) if CAUSES[c] == "barrier")
 
 
 BREAKS = {
@@ -102,4 +111,27 @@ def test_a_row_without_names_is_found(tmp_path):
     paraver.write(traced("native"), path)
     path.with_suffix(".row").write_text("LEVEL THREAD SIZE 3\na\nb\nc\n")
     with pytest.raises(ValueError, match=r"LEVEL THREAD SIZE 2"):
+        paraver.check(path)
+
+
+VIEW_BREAKS = {
+    "wanted #ParaverCFG": lambda text: text.replace("#ParaverCFG", "#Paraver"),
+    "windows, numbered": lambda text: text.replace("NumWindows: 1", "NumWindows: 2"),
+    "wanted 14 functions": lambda text: text.replace("{thread, Last Evt Val}, ", ""),
+    "a histogram of window": lambda text: text.replace("DataWindow: 1", "DataWindow: 2"),
+    "does not name": lambda text: text.replace("evt_type 1 60000023", "evt_type 1 60000099"),
+}
+
+
+@pytest.mark.parametrize("message", VIEW_BREAKS)
+def test_a_view_that_would_not_open_is_found(message, tmp_path):
+    """Each view names its window, its functions and the events that it shows."""
+    path = tmp_path / "paraver.prv"
+    paraver.write(traced("native"), path)
+    assert paraver.check(path)["views"] == 6
+    view = path.with_suffix(".cfgs") / "profile.cfg"
+    broken = VIEW_BREAKS[message](view.read_text())
+    assert broken != view.read_text()
+    view.write_text(broken)
+    with pytest.raises(ValueError, match=message):
         paraver.check(path)

@@ -1,5 +1,6 @@
 """Traces: what a scheduler did, kept, read back, and checked; and as Chrome JSON for Perfetto."""
 
+import csv
 import json
 
 import kernels_for_tests as k
@@ -9,7 +10,8 @@ import pytest
 from taskgpt import config, train
 from taskgpt import trace as trace_program
 from taskgpt.errors import UserError
-from taskgpt.lab import perfetto
+from taskgpt.lab import perfetto, table
+from taskgpt.lab.idle import CAUSES, gaps
 from taskgpt.lab.trace import Trace, Traced
 from taskgpt.schedulers import open_scheduler
 
@@ -99,6 +101,11 @@ def test_train_writes_a_trace_that_passes_its_checks(tmp_path, capsys):
     assert len(steps.records) == 3 * len(steps.graphs[steps.runs["graph"][0]])
     assert trace_program.main(["convert", str(tmp_path / "traced"), "--output", str(tmp_path / "again")]) == 0
     assert trace_program.main(["check", str(tmp_path / "traced"), str(tmp_path / "again")]) == 0
+    assert (
+        trace_program.main(["convert", str(tmp_path / "traced"), "--format", "perfetto", "--arrows", "--output", str(tmp_path / "arrows")])
+        == 0
+    )
+    assert perfetto.check(tmp_path / "arrows" / "perfetto.json")["arrows"] > 3 * len(steps.graphs[steps.runs["graph"][0]])
     assert trace_program.main(["check", str(tmp_path)]) == 2
     broken = tmp_path / "again" / "perfetto.json"
     broken.write_text("{}")
@@ -179,3 +186,55 @@ def test_broken_chrome_json_is_found(broken, message, tmp_path):
     path.write_text(json.dumps(whole))
     with pytest.raises(ValueError, match=message):
         perfetto.check(path)
+
+
+def read_csv(path) -> list[dict]:
+    with open(path, newline="") as file:
+        return [{name: int(word) if word.lstrip("-").isdecimal() else word for name, word in row.items()} for row in csv.DictReader(file)]
+
+
+def read_parquet(path) -> list[dict]:
+    return pytest.importorskip("pyarrow.parquet").read_table(path).to_pylist()
+
+
+@pytest.mark.parametrize("name", ["native", "loops"])
+@pytest.mark.parametrize(("ending", "read"), [("csv", read_csv), ("parquet", read_parquet)])
+def test_tables_have_every_field(name, ending, read, tmp_path):
+    """Of every task, and of every gap with its causes."""
+    trace = traced(name)
+    write, check = {"csv": (table.write_csv, table.check_csv), "parquet": (table.write_parquet, table.check_parquet)}[ending]
+    write(trace, tmp_path / ending)
+    rows, waits = (read(tmp_path / ending / f"{name}.{ending}") for name in ("tasks", "idle"))
+    assert check(tmp_path / ending) == {"tasks": len(trace.records), "gaps": len(gaps(trace))}
+    for r, row in zip(trace.records, rows, strict=True):
+        graph, t = trace.graphs[trace.runs["graph"][r["run"]]], r["task"]
+        assert row == {
+            "run": r["run"],
+            "graph": graph.name,
+            "step": trace.runs["step"][r["run"]],
+            "task": t,
+            "kernel": graph.kernels[graph.kernel[t]],
+            "phase": graph.phases[graph.phase[t]],
+            "layer": graph.layer[t],
+            "worker": r["worker"],
+            **{f"{when}_ns": r[f"{when}_ns"] - trace.begin_ns for when in ("ready", "start", "stop")},
+            "flops": graph.flops[t],
+            "bytes": graph.bytes[t],
+            "call": graph.calls[t],
+        }
+    for g, row in zip(gaps(trace), waits, strict=True):
+        assert (row["worker"], row["begin_ns"], row["end_ns"]) == (g["worker"], *(g[f"{n}_ns"] - trace.begin_ns for n in ("begin", "end")))
+        assert [row[f"{cause}_ns"] for cause in CAUSES] == pytest.approx([g[cause] for cause in CAUSES], abs=0.5)
+
+
+@pytest.mark.parametrize("table_name", ["tasks", "idle"])
+def test_a_broken_table_is_found(table_name, tmp_path):
+    """A row that cannot be: its numbers doubled."""
+    table.write_csv(traced("native"), tmp_path / "csv")
+    path = tmp_path / "csv" / f"{table_name}.csv"
+    lines = path.read_text().splitlines()
+    fields = lines[9].split(",")
+    at = lines[0].split(",").index({"tasks": "ready_ns", "idle": "begin_ns"}[table_name])
+    path.write_text("\n".join([*lines[:9], ",".join([*fields[:at], "99999999999", *fields[at + 1 :]]), *lines[10:]]) + "\n")
+    with pytest.raises(ValueError, match=rf"{table_name}.csv:10: wanted"):
+        table.check_csv(tmp_path / "csv")

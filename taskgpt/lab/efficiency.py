@@ -10,9 +10,7 @@ useful, the time inside tasks; m, the worker with the most of it.
     computation scaling = useful of a 1-worker trace / useful, of a step each
     global efficiency   = parallel efficiency x computation scaling
 
-A worker that runs no task idles, for one cause at a time. At any moment, of I idle workers and R ready tasks that nobody runs, min(I, R)
-idle although there is work: for `barrier`, as many as of the ready tasks belong to a later loop than the one that runs (fork-join only),
-the others for `scheduling`. The rest idle for `dependency`: nothing is ready. `between`: no run is under way. Idle workers share alike.
+A worker that runs no task idles, for the causes of idle.py.
 """
 
 import statistics
@@ -20,9 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from taskgpt.lab.idle import CAUSES, gaps
 from taskgpt.lab.trace import Trace
-
-CAUSES = ("barrier", "dependency", "scheduling", "between")
 
 
 def analyse(trace: Trace, reference: Trace | None = None) -> dict[str, Any]:
@@ -35,7 +32,8 @@ def analyse(trace: Trace, reference: Trace | None = None) -> dict[str, Any]:
     r, workers = trace.records, trace.workers
     wall_ns = trace.end_ns - trace.begin_ns
     useful = np.bincount(r["worker"], r["stop_ns"] - r["start_ns"], workers)
-    idle = _idle_by_cause(trace)
+    waits = gaps(trace)
+    idle = {cause: np.bincount(waits["worker"], waits[cause], workers) for cause in CAUSES}
     most = int(useful.argmax())
     unhindered_ns = wall_ns - idle["scheduling"][most]
     factors = {
@@ -68,48 +66,6 @@ def analyse(trace: Trace, reference: Trace | None = None) -> dict[str, Any]:
 
 def _useful_a_step(trace: Trace) -> float:
     return float((trace.records["stop_ns"] - trace.records["start_ns"]).sum()) / len(trace.runs)
-
-
-def _idle_by_cause(trace: Trace) -> dict[str, np.ndarray]:
-    """Return for each cause the idle ns of each worker."""
-    r, runs = trace.records, trace.runs
-    moments = np.unique(np.concatenate([r["ready_ns"], r["start_ns"], r["stop_ns"], runs["begin_ns"], runs["end_ns"]]))
-
-    def under_way(begin: np.ndarray, end: np.ndarray) -> np.ndarray:
-        """Return how many of these intervals hold each stretch between two moments."""
-        change = np.bincount(np.searchsorted(moments, begin), minlength=len(moments)).astype(np.int64)
-        change -= np.bincount(np.searchsorted(moments, end), minlength=len(moments))
-        return np.cumsum(change)[:-1]
-
-    lengths = np.diff(moments)
-    idle = trace.workers - under_way(r["start_ns"], r["stop_ns"])
-    ready = under_way(r["ready_ns"], r["start_ns"])
-    is_between = under_way(runs["begin_ns"], runs["end_ns"]) == 0
-    later = _ready_behind_a_barrier(trace, moments, under_way) if trace.about["is_fork_join"] else np.zeros_like(ready)
-    share = 1 / np.maximum(idle, 1)  # of what idles, each idle worker's
-    with_work = np.minimum(idle, ready)
-    barrier = np.minimum(with_work, later)
-    shares = {
-        "barrier": barrier * share,
-        "scheduling": (with_work - barrier) * share,
-        "dependency": np.where(is_between, 0, (idle - with_work) * share),
-        "between": np.where(is_between, (idle - with_work) * share, 0),
-    }
-    found = {}
-    for cause, part in shares.items():
-        so_far = np.concatenate([[0.0], np.cumsum(part * lengths)])
-        busy = so_far[np.searchsorted(moments, r["stop_ns"])] - so_far[np.searchsorted(moments, r["start_ns"])]
-        found[cause] = so_far[-1] - np.bincount(r["worker"], busy, trace.workers)
-    return found
-
-
-def _ready_behind_a_barrier(trace: Trace, moments: np.ndarray, under_way) -> np.ndarray:
-    """Return how many tasks are ready in each stretch, of a loop that has not begun."""
-    r, loop = trace.records, trace.column("loop")
-    key = r["run"] * (loop.max() + 1) + loop
-    first_start = np.full(key.max() + 1, np.iinfo(np.int64).max)
-    np.minimum.at(first_start, key, r["start_ns"])
-    return under_way(r["ready_ns"], np.maximum(r["ready_ns"], first_start[key]))
 
 
 def _by(trace: Trace, name: str) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from taskgpt.errors import UserError
-from taskgpt.lab import ovni, ovni_check, paraver, perfetto
+from taskgpt.lab import ovni, ovni_check, paraver, perfetto, table
 from taskgpt.lab.trace import Trace
 
 TRACE = "trace.npz"
@@ -13,7 +13,10 @@ FORMATS = {  # how to write it, how to check it, and the name of what is written
     "perfetto": (perfetto.write, perfetto.check, "perfetto.json"),
     "paraver": (paraver.write, paraver.check, "paraver.prv"),
     "ovni": (ovni.write, ovni_check.check, "ovni"),
+    "csv": (table.write_csv, table.check_csv, "csv"),
+    "parquet": (table.write_parquet, table.check_parquet, "parquet"),
 }
+USUAL = ("perfetto", "paraver", "ovni", "csv")
 
 
 def verify_can_write(folder: str) -> None:
@@ -26,14 +29,25 @@ def verify_can_write(folder: str) -> None:
         raise UserError(f"--trace {folder}: cannot write here; choose another folder")
 
 
-def export(trace: Trace, folder: str | Path, formats: Iterable[str] = FORMATS) -> list[Path]:
-    """Write the trace in these formats into a folder; return what was written. Raises OSError."""
+def save(trace: Trace, folder: str | Path) -> str:
+    """Write the trace and its usual formats into a folder; return a line that says so. Raises OSError."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    trace.save(Path(folder) / TRACE)
+    files = [TRACE, *(path.name for path in export(trace, folder))]
+    return f"{len(trace.records):,} tasks of {len(trace.runs)} runs in {folder}: {', '.join(files)}"
+
+
+def export(trace: Trace, folder: str | Path, formats: Iterable[str] = USUAL, arrows: bool = False) -> list[Path]:
+    """Write the trace in these formats into a folder; return what was written. `arrows`: Perfetto's too has the dependencies.
+
+    Raises OSError, or UserError if a format needs a package that is missing.
+    """
     Path(folder).mkdir(parents=True, exist_ok=True)
     paths = []
     for name in formats:
         write, _, file = FORMATS[name]
         paths.append(Path(folder) / file)
-        write(trace, paths[-1])
+        write(trace, paths[-1], **({"arrows": True} if arrows and name == "perfetto" else {}))
     return paths
 
 

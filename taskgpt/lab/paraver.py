@@ -1,35 +1,42 @@
-"""A trace for Paraver, BSC's trace browser: a .prv of records, beside it a .pcf that names values and a .row that names threads.
+"""A trace for Paraver, BSC's trace browser: a .prv of records, beside it a .pcf that names values, a .row that names threads, and a folder
+.cfgs of views to open.
 
 One application, one process, a thread a worker, on a CPU each. Numbers are Extrae's where it has some, so that its configurations work:
-states 0 Idle, 1 Running, 5 Synchronization; types 60000018 outlined function (loops), 60000023 task function, 60000028 task id. Ours follow
-on 70000001. An interval is an event with its value, then one with 0. Dependencies are communications, from the end of a task to the start
-of the one that waited; their size is the bytes that it moves, their tag the kernel.
+states 0 Idle (nothing is ready), 1 Running, 5 Synchronization (a barrier), 7 Scheduling (a task is ready, nobody runs it); types 60000018
+outlined function (loops), 60000023 task function, 60000028 task id. Ours follow on 70000001. An interval is an event with its value, then
+one with 0. Dependencies are communications, from the end of a task to the start of the one that waited; their size is the bytes that it
+moves, their tag the kernel.
 """
 
 import os
 import re
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 from time import localtime, strftime
 
 import numpy as np
 
+from taskgpt.lab import paraver_views
+from taskgpt.lab.idle import CAUSES, gaps
 from taskgpt.lab.trace import Trace
 
-IDLE, RUNNING, SYNCHRONIZATION = 0, 1, 5
-STATES = {IDLE: "Idle", RUNNING: "Running", SYNCHRONIZATION: "Synchronization"}
+IDLE, RUNNING, SYNCHRONIZATION, SCHEDULING = 0, 1, 5, 7
+STATES = {IDLE: "Idle", RUNNING: "Running", SYNCHRONIZATION: "Synchronization", SCHEDULING: "Scheduling and Fork/Join"}
+STATE_OF = {"barrier": SYNCHRONIZATION, "dependency": IDLE, "scheduling": SCHEDULING, "between": IDLE}  # by what a gap is mostly due to
 OUTLINED, TASK_FUNCTION, TASK_ID = 60000018, 60000023, 60000028
 LAYER, PHASE, STEP, FLOPS, BYTES = range(70000001, 70000006)
 _CHUNK = 20_000  # lines in memory at a time
 
 
 def write(trace: Trace, path: str | Path) -> None:
-    """Write path, a .prv, and the .pcf and .row beside it, each whole or not at all. Raises OSError."""
+    """Write path, a .prv, and the .pcf, .row and .cfgs beside it, each file whole or not at all. Raises OSError."""
     path = Path(path)
     _put(path.with_suffix(".pcf"), iter([_pcf(trace)]))
     rows = [f"worker {worker}" for worker in range(trace.workers)]
     _put(path.with_suffix(".row"), iter(["LEVEL NODE SIZE 1", "node", "", f"LEVEL THREAD SIZE {trace.workers}", *rows, ""]))
+    function = OUTLINED if trace.about["is_fork_join"] else TASK_FUNCTION
+    timelines = {"kernel": ("Kernel", function), "layer": ("Layer", LAYER), "phase": ("Phase", PHASE), "step": ("Step", STEP)}
+    paraver_views.write(path.with_suffix(".cfgs"), {"state": ("State", None), **timelines}, profiled="kernel")
     _put(path, _prv(trace))
 
 
@@ -56,7 +63,8 @@ def _prv(trace: Trace) -> Iterator[str]:
     now = strftime("%d/%m/%Y at %H:%M", localtime())
     yield f"#Paraver ({now}):{length}_ns:1({workers}):1:1({workers}:1)"
     function = OUTLINED if trace.about["is_fork_join"] else TASK_FUNCTION
-    waiting = SYNCHRONIZATION if trace.about["is_fork_join"] else IDLE
+    idle = gaps(trace)
+    idle_state = np.array([STATE_OF[cause] for cause in CAUSES])[np.argmax([idle[cause] for cause in CAUSES], axis=0)]
     kernel, phase = trace.column("kernel") + 1, trace.column("phase") + 1
     layer, step = trace.column("layer") + 2, trace.runs["step"][r["run"]] + 1  # 0 means none, so 1 is "no layer"
     costs = np.stack([trace.column("flops"), trace.column("bytes")], axis=1)
@@ -66,9 +74,13 @@ def _prv(trace: Trace) -> Iterator[str]:
     for worker in range(workers):
         mine = np.flatnonzero(r["worker"] == worker)
         at, thread = worker + 1, f"{worker + 1}:1:1:{worker + 1}"
-        edges = np.concatenate([[0], np.stack([starts[mine], stops[mine]], axis=1).ravel(), [length]]).tolist()
-        spans = [(a, b, waiting if n % 2 == 0 else RUNNING) for n, (a, b) in enumerate(pairwise(edges)) if b > a]
-        lines.append((np.array([a for a, _, _ in spans]), [f"1:{thread}:{a}:{b}:{state}" for a, b, state in spans]))
+        waits = idle["worker"] == worker
+        spans = [(starts[mine], stops[mine], np.full(len(mine), RUNNING))]
+        spans.append((idle["begin_ns"][waits] - begin, idle["end_ns"][waits] - begin, idle_state[waits]))
+        for since, until, state in spans:
+            has_length = until > since
+            columns = (column[has_length].tolist() for column in (since, until, state))
+            lines.append((since[has_length], [f"1:{thread}:{a}:{b}:{s}" for a, b, s in zip(*columns, strict=True)]))
         begins, ends = [], []
         for n, (flops, moved) in zip(mine.tolist(), costs[mine].tolist(), strict=True):
             values = f"{TASK_ID}:{r['task'][n] + 1}:{LAYER}:{layer[n]}:{PHASE}:{phase[n]}:{STEP}:{step[n]}:{FLOPS}:{flops}:{BYTES}:{moved}"
@@ -102,7 +114,7 @@ def _communications(trace: Trace) -> tuple[np.ndarray, list[str]]:
 
 
 def _pcf(trace: Trace) -> str:
-    colours = {IDLE: "117,195,255", RUNNING: "0,0,255", SYNCHRONIZATION: "255,0,0"}
+    colours = {IDLE: "117,195,255", RUNNING: "0,0,255", SYNCHRONIZATION: "179,0,0", SCHEDULING: "255,255,0"}
     kernels = dict(enumerate(trace.names("kernel"), start=1))
     layers = {1: "no layer"} | {n + 2: f"layer {n}" for n in range(int(trace.column("layer").max(initial=-1)) + 1)}
     types = [
@@ -115,7 +127,7 @@ def _pcf(trace: Trace) -> str:
         (FLOPS, "Floating-point operations of the task", {}),
         (BYTES, "Bytes that the task moves", {}),
     ]
-    options = "LEVEL THREAD,UNITS NANOSEC,LOOK_BACK 100,SPEED 1,FLAG_ICONS ENABLED,NUM_OF_STATE_COLORS 3,YMAX_SCALE 37"
+    options = "LEVEL THREAD,UNITS NANOSEC,LOOK_BACK 100,SPEED 1,FLAG_ICONS ENABLED,NUM_OF_STATE_COLORS 4,YMAX_SCALE 37"
     pairs = (option.rsplit(" ", 1) for option in options.split(","))
     blocks = [
         "DEFAULT_OPTIONS\n\n" + "\n".join(f"{name:<20}{value}" for name, value in pairs),
@@ -136,7 +148,7 @@ _FIELDS = {"1": 8, "3": 15}
 
 
 def check(path: str | Path) -> dict[str, int]:
-    """Return how many states, events and communications there are. Raises ValueError, with the line, for the first broken rule.
+    """Return how many states, events, communications and views there are. Raises ValueError, with the line, for the first broken rule.
 
     Rules: the header's form; number and range of fields; order of time; a thread's states without gap or overlap, from 0 to the end; values
     of named types named in the .pcf; intervals that end; communications that arrive after they left; as many names in the .row as threads.
@@ -194,7 +206,7 @@ def check(path: str | Path) -> dict[str, int]:
     rows = path.with_suffix(".row").read_text(encoding="utf-8").split(f"LEVEL THREAD SIZE {threads}\n")
     if len(rows) != 2 or len(rows[1].split("\n")) < threads or not all(rows[1].split("\n")[:threads]):
         raise ValueError(f"{path.with_suffix('.row')}: wanted LEVEL THREAD SIZE {threads} and as many names")
-    return counts
+    return counts | {"views": paraver_views.check(path.with_suffix(".cfgs"), set(named) - {"states"})}
 
 
 def _named_values(path: Path) -> dict:

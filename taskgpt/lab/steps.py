@@ -2,13 +2,18 @@
 
 import argparse
 import itertools
+import re
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from taskgpt.lab import machine
+from taskgpt.lab.formats import save, verify_can_write
 from taskgpt.lab.named import Prepared, named_scheduler, prepare
 from taskgpt.lab.report import Report, at_least, quartiles, seconds_of
 from taskgpt.lab.roofline import Limits, gemm_flops, products
+from taskgpt.lab.trace import RECORD, Traced
 from taskgpt.schedulers import Scheduler
 
 COLUMNS = {
@@ -45,10 +50,14 @@ def step(flags: argparse.Namespace) -> None:
     at_least("--steps", flags.steps)
     report = Report(flags)
     needs_shared = any(named_scheduler(name, flags.workers).needs_shared_memory for name in flags.schedulers)
+    kept = {}
+    if flags.trace is not None:
+        verify_can_write(flags.trace)
+        kept["record"] = RECORD
     with ExitStack() as stack:
         graphs = [prepare(name, needs_shared) for name in flags.graphs]
         contestants = [
-            Contestant(prepared, name, stack.enter_context(named_scheduler(name, flags.workers)))
+            Contestant(prepared, name, stack.enter_context(opened(named_scheduler(name, flags.workers, **kept), flags.trace)))
             for prepared, name in itertools.product(graphs, flags.schedulers)
         ]
         teams = sorted({c.scheduler.workers for c in contestants})
@@ -63,9 +72,19 @@ def step(flags: argparse.Namespace) -> None:
                 for contestant in contestants:
                     contestant.seconds.clear()
             print(f"round {round_number} of {flags.rounds}", file=sys.stderr)
+        if flags.trace is not None:
+            for c in contestants:
+                folder = re.sub(r"[^\w.=-]+", "_", f"{c.prepared.name}-{c.scheduler_name}")
+                about = {"command": f"taskgpt bench step, {flags.rounds + 1} rounds of {flags.steps}", "machine": machine.describe()}
+                print(f"trace      {save(c.scheduler.trace(about), Path(flags.trace) / folder)}")
     floors = {(name, n): limits.gemm_seconds(found, n) for name, found in counts.items() for n in teams}
     report.table("steps", COLUMNS, rows(contestants, floors))
     report.save()
+
+
+def opened(scheduler: Scheduler, folder: str | None) -> Scheduler:
+    """Return the scheduler, or one that keeps a trace."""
+    return Traced(scheduler) if folder is not None else scheduler
 
 
 def rows(contestants: list[Contestant], floors: dict[tuple[str, int], float]) -> list[dict]:

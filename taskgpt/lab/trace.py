@@ -31,6 +31,7 @@ from taskgpt.schedulers.loops import cut
 from taskgpt.tasks import Graph
 
 VERSION = 1
+RECORD = 1_000_000  # for schedulers' setting `record`: what is not used takes no memory
 RUN_TYPE = np.dtype([(name, np.int64) for name in ("graph", "step", "begin_ns", "end_ns")])
 
 
