@@ -7,16 +7,14 @@ python -m taskgpt.trace convert runs/native --format perfetto --arrows   # write
 """
 
 import argparse
-import itertools
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from taskgpt.errors import UserError, did_you_mean, run_program
 from taskgpt.lab import page
-from taskgpt.lab.efficiency import analyse, tables
+from taskgpt.lab.comparison import Comparison
 from taskgpt.lab.formats import FORMATS, USUAL, check, export
 from taskgpt.lab.trace import Trace
 
@@ -65,24 +63,12 @@ def report(flags: argparse.Namespace) -> int:
     reference = steps_of(flags.reference, flags) if flags.reference is not None else None
     if reference and reference.workers != 1:
         raise UserError(f"--reference {flags.reference}: wanted a trace of one worker, got {reference.workers}")
-    found = [analyse(trace, reference) for trace in traces]
-    shown = tables(found)
+    comparison = Comparison.of(*traces, reference=reference)
     if flags.json is not None:
-        Path(flags.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        Path(flags.json).write_text(json.dumps(comparison.found, indent=1) + "\n", encoding="utf-8")
     if flags.html is not None:
-        page.write(traces, flags.html, f"{flags.runs}s of {', '.join(flags.paths)}", shown)
-    for table in shown:
-        print(f"\n{table['caption']}")
-        lines = [table["head"], *table["rows"]]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        for first, *others in lines:
-            print(
-                "  ".join([f"{first:<{widths[0]}}", *(f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True))]).rstrip()
-            )
-    for each in found:
-        path = each["longest_path"]["path"]
-        print(f"\nlongest path, {each['scheduler'].partition(',')[0]}: {len(path)} tasks")
-        print(" > ".join(f"{count} x {kernel}" if count > 1 else kernel for kernel, count in in_turn(path)))
+        page.write(traces, flags.html, f"{flags.runs}s of {', '.join(flags.paths)}", comparison.tables())
+    print(comparison)
     return 0
 
 
@@ -93,11 +79,6 @@ def steps_of(path: str, flags: argparse.Namespace) -> Trace:
     if not len(chosen.records):
         raise UserError(f"{path}: no runs of '{flags.runs}'{did_you_mean(flags.runs, dict.fromkeys(g.name for g in trace.graphs))}")
     return chosen.without_first(flags.skip) if len(chosen.runs) > flags.skip else chosen
-
-
-def in_turn(path: list[dict[str, Any]]) -> list[tuple[str, int]]:
-    """Return (kernel, how many times in turn) along a path."""
-    return [(kernel, len(list(group))) for kernel, group in itertools.groupby(task["kernel"] for task in path)]
 
 
 def convert(flags: argparse.Namespace) -> int:

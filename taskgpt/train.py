@@ -143,6 +143,7 @@ def train(flags: argparse.Namespace, report: "Report", stop: "StopRequest") -> i
 
     if flags.trace is not None:
         about = {"command": shlex.join(["taskgpt", "train", *flags.argv]), "machine": machine.describe()}
+        about["limits"] = machine.limits(scheduler.workers)
         report.say(f"trace      {save(scheduler.trace(about), flags.trace)}")
     setup = flags, graph_config, scheduler_config, scheduler.workers, data.description
     report.summary(summarize(*setup, m, step_graphs[0], seconds, memory))

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from test_trace import NAMES, traced
 
 from taskgpt import trace as trace_program
-from taskgpt.lab.efficiency import analyse, tables
+from taskgpt.lab.comparison import Comparison
+from taskgpt.lab.efficiency import analyse
 from taskgpt.lab.idle import CAUSES, gaps
 from taskgpt.lab.trace import RUN_TYPE, Trace, TracedGraph
 from taskgpt.schedulers._record import RECORD_TYPE
@@ -95,6 +96,10 @@ def test_a_barrier_by_hand():
     assert idle == pytest.approx({"barrier": 0, "dependency": 2e-6, "scheduling": 2e-6, "between": 0})
 
 
+def idle_in_runs(found: dict) -> float:
+    return sum(ms for cause, ms in found["idle_ms"].items() if cause != "between")
+
+
 @st.composite
 def schedules(draw) -> Trace:
     """Any trace that can be: each task some time after its predecessors, on a worker that is free."""
@@ -120,7 +125,7 @@ def test_factors_multiply_and_idle_time_adds_up(trace):
     assert product == pytest.approx(e["parallel efficiency"])
     assert all(0 < e[name] <= 1 + 1e-9 for name in list(e)[:4])
     assert all(ms >= -1e-12 for ms in found["idle_ms"].values())
-    assert sum(found["idle_ms"].values()) + found["useful_ms"] == pytest.approx(trace.workers * wall_ms)
+    assert idle_in_runs(found) + found["useful_ms"] == pytest.approx(trace.workers * wall_ms)
     assert found["longest_path"]["bound_ms"] <= wall_ms * (1 + 1e-9)
     for name in ("by_kernel", "by_layer", "by_phase"):
         assert sum(row["ms"] for row in found[name]) == pytest.approx(found["useful_ms"])
@@ -131,10 +136,36 @@ def test_a_real_run_adds_up(name):
     """Under every scheduler, with runs that may overlap."""
     trace = traced(name)
     found = analyse(trace)
-    assert sum(found["idle_ms"].values()) + found["useful_ms"] == pytest.approx(trace.workers * found["wall_ms"])
+    assert idle_in_runs(found) + found["useful_ms"] == pytest.approx(trace.workers * found["wall_ms"])
+    assert found["wall_ms"] + found["idle_ms"]["between"] / trace.workers == pytest.approx((trace.end_ns - trace.begin_ns) / 1e6)
     assert set(found["idle_ms"]) == set(CAUSES)
     assert json.loads(json.dumps(found)) == found
-    assert all(len(row) == len(table["head"]) for table in tables([found, found]) for row in table["rows"])
+    assert all(len(row) == len(table["head"]) for table in Comparison([found, found]).tables() for row in table["rows"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_differences_add_up(name):
+    """By kernel and cause of idleness, all workers' time of a step of both; the largest difference first."""
+    traces = [traced("sequential"), traced(name)]
+    comparison = Comparison.of(*traces)
+    rows = comparison.differences()
+    for at, (trace, f) in enumerate(zip(traces, comparison.found, strict=True), start=1):
+        assert sum(row[at] for row in rows) == pytest.approx(trace.workers * f["wall_ms"] / f["steps"])
+    sizes = [abs(row[2] - row[1]) for row in rows]
+    assert sizes == sorted(sizes, reverse=True)
+    assert comparison.names == (["sequential 1", "sequential 2"] if name == "sequential" else ["sequential", name])
+    assert "what differs" in str(comparison)
+    assert comparison._repr_html_().count("<table>") == len(comparison.tables())
+
+
+def test_shares_of_the_machine():
+    """10 us for 1000 operations and bytes: 0.1 GFLOP/s and GB/s of a worker, who has half of the machine's."""
+    trace = hand_made([(0, 0, 0, 10_000, [])], workers=2)
+    [row] = analyse(trace)["by_kernel"]
+    assert (row["of_sgemm"], row["of_memory"]) == (None, None)
+    trace.about["limits"] = {"sgemm_gflops": 4.0, "memory_gbs": 0.5}
+    [row] = analyse(trace)["by_kernel"]
+    assert (row["of_sgemm"], row["of_memory"]) == pytest.approx((0.05, 0.4))
 
 
 def test_the_report_compares_traces(tmp_path, capsys):

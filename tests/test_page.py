@@ -1,15 +1,19 @@
 """The page of a trace, in a real browser: it draws, from disk, without a network, and says what a task read, wrote and waited for."""
 
 import html
+import json
 import re
 import subprocess
+from xml.etree import ElementTree
 
+import kernels_for_tests as k
 import numpy as np
 import pytest
-from browser import BROWSER, needs_browser
+from browser import BROWSER, needs_browser, visit
 from test_trace import traced
 
-from taskgpt.lab import page
+from taskgpt.lab import page, timeline
+from taskgpt.lab.efficiency import longest_path
 
 
 def opened(url: str, *flags: str) -> str:
@@ -46,6 +50,46 @@ def test_a_page_draws_its_tasks(tmp_path):
     picture = (np.asarray(matplotlib.imread(tmp_path / "page.png"))[..., :3] * 255).round().astype(int)
     blue = (abs(picture - [0x00, 0x72, 0xB2]) <= 8).all(axis=2).sum()  # the first colour of the palette
     assert blue > 300
+
+
+@needs_browser
+def test_a_page_shows_the_longest_path(tmp_path):
+    """A button outlines its tasks, which are those of the report, one after the other."""
+    trace = traced("native")
+    page.write([trace], tmp_path / "page.html", "native")
+    js = "(document.getElementById('path').click(), JSON.stringify(page.traces[0].path.map(i => page.traces[0].task[i])))"
+    value, _ = visit((tmp_path / "page.html").as_uri(), "document.documentElement.dataset.ready === 'yes'", js, tmp_path)
+    found = longest_path(trace)
+    assert json.loads(value) == [task["task"] for task in found["path"]]
+    assert len(found["path"]) > 5
+
+
+@pytest.mark.parametrize("colour_by", ["kernel", "layer", "phase"])
+def test_a_still_picture_has_every_task(colour_by):
+    """Two traces, one above the other: wide enough, each task is a rectangle as long as it took; narrower, none of its time is lost."""
+    traces = [traced("loops"), traced("native")]
+    wide, narrow = (ElementTree.fromstring(timeline.to_svg(traces, colour_by=colour_by, width=width)) for width in (10**6, 300))
+    total = sum(len(trace.records) for trace in traces)
+    longest = max(trace.end_ns - trace.begin_ns for trace in traces)
+    took = sum((trace.records["stop_ns"] - trace.records["start_ns"]).sum() for trace in traces)
+
+    def tasks(svg) -> list:
+        return [rect for rect in svg.iter("{http://www.w3.org/2000/svg}rect") if len(rect)]
+
+    assert len(tasks(wide)) <= total
+    assert len(tasks(wide)) > 0.9 * total
+    assert len(tasks(narrow)) < len(tasks(wide))
+    for svg, width in ((wide, 10**6), (narrow, 300)):
+        shown = sum(float(rect.get("width")) + 0.2 for rect in tasks(svg)) * longest / (width - 70)
+        assert shown == pytest.approx(took, rel=0.05 if width > 300 else 0.3)
+
+
+def test_graphs_and_traces_display_themselves():
+    """In a notebook, as pictures."""
+    trace = traced("native")
+    assert ElementTree.fromstring(trace._repr_html_()).tag.endswith("svg")
+    graph = k.random_graph(k.arena(False), 1)
+    assert ElementTree.fromstring(graph._repr_svg_()).tag.endswith("svg")
 
 
 def test_a_page_is_one_file(tmp_path):

@@ -6,13 +6,13 @@ import subprocess
 from xml.etree import ElementTree
 
 import pytest
-from test_page import BROWSER, needs_browser
+from browser import BROWSER, needs_browser
 
 from taskgpt.config import load_graph
 from taskgpt.gpt2.model import GPT2
 from taskgpt.gpt2.program import training_graph
 from taskgpt.show import main as show
-from taskgpt.tasks import Graph, by_section, coarsen
+from taskgpt.tasks import Graph, by_section, coarsen, part
 
 
 def shown(tmp_path, form: str, *flags: str) -> str:
@@ -49,14 +49,15 @@ def test_formats_agree(tmp_path):
     assert {int(n): name for n, name in re.findall(r'^  (\d+) \[label="(\w+)', dot, re.MULTILINE)} == kernels
 
 
-@pytest.mark.parametrize("colour", ["kernel", "layer", "phase"])
+@pytest.mark.parametrize("colour", ["kernel", "layer", "phase", "path"])
 def test_a_picture_has_every_task(colour, tmp_path):
     """One rectangle a task, and a legend of what colours tell."""
     picture = ElementTree.fromstring(shown(tmp_path, "svg", "--colour", colour))
     rectangles = [e for e in picture.iter() if e.get("class") == "task"]
     assert len(rectangles) == len(shown(tmp_path, "text").splitlines())
     words = {e.text for e in picture.iter() if e.tag.endswith("text")}
-    assert words >= {"kernel": {"matmul"}, "layer": {"layer 0", "layer 1", "no layer"}, "phase": {"forward", "backward", "update"}}[colour]
+    legend = {"kernel": {"matmul"}, "layer": {"layer 0", "layer 1", "no layer"}, "phase": {"forward", "backward", "update"}}
+    assert words >= (legend | {"path": {"on the longest path", "not on it"}})[colour]
 
 
 def test_a_large_graph_by_section_is_small(tmp_path):
@@ -79,6 +80,46 @@ def test_sections_keep_the_calls():
             str(c) for t in graph.tasks for c in t.calls
         )
     assert by_section(Graph()).tasks == []
+
+
+def test_a_layer_and_a_phase_alone(tmp_path):
+    """Their tasks, with the edges that the whole graph has between them; what is not there is named."""
+    whole = json.loads(shown(tmp_path, "json"))["tasks"]
+    chosen = [task for task in whole if (task["phase"], task["layer"]) == ("forward", 1)]
+    place = {task["number"]: at for at, task in enumerate(chosen)}
+    part = json.loads(shown(tmp_path, "json", "--layer", "1", "--phase", "forward"))["tasks"]
+    assert [task["call"] for task in part] == [task["call"] for task in chosen]
+    assert [task["predecessors"] for task in part] == [[place[p] for p in task["predecessors"] if p in place] for task in chosen]
+    assert len(json.loads(shown(tmp_path, "json", "--layer", "0"))["tasks"]) == sum(task["layer"] == 0 for task in whole)
+    assert show(["graph", "--layer", "7"]) == 2
+    assert show(["graph", "--phase", "forwrd"]) == 2
+
+
+def test_dask_shows_its_layers(tmp_path):
+    """Dask's own view is a page by itself."""
+    page = shown(tmp_path, "dask")
+    assert "forward-00" in page
+    assert not re.search(r"""(src|href)=|https?://(?!www.w3.org)""", page)
+
+
+def test_the_longest_path_is_the_longest():
+    """Of all paths of a small graph, tried one by one, with given times and with estimates."""
+    config = load_graph("tiny")
+    graph = part(
+        training_graph(GPT2(config.model, config.batch, config.tiles, config.options)), lambda task: task.section == ("forward", 0)
+    )
+
+    def all_paths(number: int) -> list[list[int]]:
+        successors = graph.tasks[number].successors
+        return [[number, *rest] for s in successors for rest in all_paths(s)] if successors else [[number]]
+
+    paths = [path for task in graph.tasks if not task.predecessors for path in all_paths(task.number)]
+    for seconds in ([task.estimated_seconds for task in graph.tasks], [(7 * n) % 11 + 1 for n in range(len(graph.tasks))]):
+        found = graph.longest_path(seconds)
+        assert found in paths
+        assert sum(seconds[n] for n in found) == pytest.approx(max(sum(seconds[n] for n in path) for path in paths))
+    assert graph.longest_path() == graph.longest_path([task.estimated_seconds for task in graph.tasks])
+    assert Graph().longest_path() == []
 
 
 @needs_browser

@@ -1,7 +1,7 @@
 """What a trace says of time: efficiencies, idle time by cause, kernels, and the longest path. A trace in, numbers out.
 
-Efficiencies follow POP (pop-coe.eu): a product of factors, 1 is perfect. W workers; wall, from the first task ready to the last one done;
-useful, the time inside tasks; m, the worker with the most of it.
+Efficiencies follow POP (pop-coe.eu): a product of factors, 1 is perfect. W workers; wall, the time in which a run is under way (not
+that between two runs, in which validation may run, say); useful, the time inside tasks; m, the worker with the most of it.
 
     parallel efficiency = useful / (W wall)  =  load balance x dependency efficiency x scheduling efficiency
     load balance        = (useful / W) / useful of m
@@ -30,10 +30,10 @@ def analyse(trace: Trace, reference: Trace | None = None) -> dict[str, Any]:
     if not len(trace.records):
         raise ValueError("a trace without tasks says nothing; wanted runs with records")
     r, workers = trace.records, trace.workers
-    wall_ns = trace.end_ns - trace.begin_ns
     useful = np.bincount(r["worker"], r["stop_ns"] - r["start_ns"], workers)
     waits = gaps(trace)
     idle = {cause: np.bincount(waits["worker"], waits[cause], workers) for cause in CAUSES}
+    wall_ns = trace.end_ns - trace.begin_ns - idle["between"].sum() / workers
     most = int(useful.argmax())
     unhindered_ns = wall_ns - idle["scheduling"][most]
     factors = {
@@ -60,7 +60,7 @@ def analyse(trace: Trace, reference: Trace | None = None) -> dict[str, Any]:
         "idle_ms": {cause: float(idle[cause].sum()) / 1e6 for cause in CAUSES},
         "useful_ms": float(useful.sum()) / 1e6,
         **{f"by_{name}": _by(trace, name) for name in ("kernel", "layer", "phase")},
-        "longest_path": _longest_path(trace),
+        "longest_path": longest_path(trace),
     }
 
 
@@ -69,7 +69,12 @@ def _useful_a_step(trace: Trace) -> float:
 
 
 def _by(trace: Trace, name: str) -> list[dict[str, Any]]:
-    """Return count, time and speeds of each kernel, layer or phase, the longest first."""
+    """Return count, time and speeds of each kernel, layer or phase, the longest first.
+
+    of_sgemm, of_memory: a worker's speed against its share of the machine's, measured on as many threads, if the trace knows it. Bytes are
+    those that tasks declare: what they find in caches makes of_memory larger than 1.
+    """
+    limits = trace.about.get("limits")
     column, took = trace.column(name), trace.records["stop_ns"] - trace.records["start_ns"]
     flops, moved = trace.column("flops"), trace.column("bytes")
     rows = []
@@ -88,10 +93,12 @@ def _by(trace: Trace, name: str) -> list[dict[str, Any]]:
                 "gbs": float(moved[mine].sum()) / max(1, ns),
             }
         )
+        of = {"of_sgemm": ("gflops", "sgemm_gflops"), "of_memory": ("gbs", "memory_gbs")}
+        rows[-1] |= {name: rows[-1][speed] / (limits[limit] / trace.workers) if limits else None for name, (speed, limit) in of.items()}
     return sorted(rows, key=lambda row: -row["ms"])
 
 
-def _longest_path(trace: Trace) -> dict[str, Any]:
+def longest_path(trace: Trace) -> dict[str, Any]:
     """Return, for the run of median length, T1 (all task times), T-infinity (those of the longest path), and that path.
 
     No schedule of W workers can be shorter than `bound_ms`, the larger of T1 / W and T-infinity, with tasks that take as long as here.
@@ -115,6 +122,7 @@ def _longest_path(trace: Trace) -> dict[str, Any]:
         task = before[task]
     total = int(took.sum())
     return {
+        "run": chosen,
         "step": int(trace.runs["step"][chosen]),
         "t1_ms": total / 1e6,
         "tinf_ms": longest / 1e6,
@@ -122,38 +130,3 @@ def _longest_path(trace: Trace) -> dict[str, Any]:
         "bound_ms": max(total / trace.workers, longest) / 1e6,
         "path": path[::-1],
     }
-
-
-def tables(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return tables (caption, head, rows of words) of one analysis, or of several beside each other."""
-    names = [each["scheduler"].partition(",")[0] for each in found]
-
-    def beside(caption: str, rows: list[tuple[str, list]], form: str) -> dict[str, Any]:
-        words = [[name, *("-" if value is None else format(value, form) for value in values)] for name, values in rows]
-        return {"caption": caption, "head": ["", *names], "rows": words}
-
-    times = {
-        "a step, median": lambda f: f["step_ms"],
-        "T1: all its tasks": lambda f: f["longest_path"]["t1_ms"],
-        "T-infinity: its longest path": lambda f: f["longest_path"]["tinf_ms"],
-        "no schedule is shorter than": lambda f: f["longest_path"]["bound_ms"],
-    }
-    idle = [(f"idle: {cause}", [f["idle_ms"][cause] / f["steps"] for f in found]) for cause in CAUSES]
-    useful = [("in tasks", [f["useful_ms"] / f["steps"] for f in found])]
-    result = [
-        beside("efficiency", [(name, [f["efficiency"][name] for f in found]) for name in found[0]["efficiency"]], ".3f"),
-        beside("time, ms", [(name, [get(f) for f in found]) for name, get in times.items()], ".2f"),
-        beside("all workers' time, ms a step", useful + idle, ".2f"),
-    ]
-    for what in ("kernel", "layer", "phase"):
-        by_name = [{row["name"]: row["ms"] / f["steps"] for row in f[f"by_{what}"]} for f in found]
-        known = sorted({name for each in by_name for name in each}, key=lambda name: -max(each.get(name, 0) for each in by_name))
-        result.append(beside(f"ms a step by {what}", [(_label(what, n), [each.get(n) for each in by_name]) for n in known], ".3f"))
-    for f, name in zip(found, names, strict=True):
-        rows = [[r["name"], str(r["tasks"]), *(f"{r[key]:.1f}" for key in ("mean_us", "gflops", "gbs"))] for r in f["by_kernel"]]
-        result.append({"caption": f"kernels, {name}", "head": ["", "tasks", "mean us", "GFLOP/s", "GB/s"], "rows": rows})
-    return result
-
-
-def _label(what: str, name: Any) -> str:
-    return str(name) if what != "layer" else f"layer {name}" if name >= 0 else "no layer"

@@ -1,4 +1,4 @@
-"""A graph for other programs: JSON, GraphML (yEd, Gephi, NetworkX), DOT (Graphviz); and as a page with the picture to zoom and to click."""
+"""A graph for other programs: JSON, GraphML (yEd, Gephi, NetworkX), DOT (Graphviz); as a page to zoom and to click; as Dask shows it."""
 
 import json
 from html import escape
@@ -60,6 +60,12 @@ def to_html(graph: Graph, title: str, colour_by: str) -> str:
     neighbours = [[list(task.predecessors), task.successors] for task in graph.tasks]
     page = _PAGE.replace("TITLE", escape(title)).replace("NEIGHBOURS", json.dumps(neighbours, separators=(",", ":")))
     return page.replace("PICTURE", to_svg(graph, title, colour_by))
+
+
+def to_dask_html(graph: Graph, title: str) -> str:
+    """Return a page with Dask's own view of the graph: its layers, which unfold."""
+    layers, _ = graph.to_dask()
+    return f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{escape(title)}</title>\n{layers._repr_html_()}\n</html>\n'
 
 
 _PAGE = """<!doctype html>

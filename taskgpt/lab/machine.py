@@ -113,6 +113,11 @@ def bandwidth_gbs(stream: str, threads: int, seconds: float = 0.3, total_bytes: 
 STREAMS = {"read": (read, 1, np.int64, 8), "update": (update, 1, np.float32, 8), "triad": (triad, 3, np.float32, 16)}
 
 
+def limits(threads: int) -> dict[str, float]:
+    """Return what so many threads reach together: sgemm in GFLOP/s, memory updated in place in GB/s. Takes a second."""
+    return {"sgemm_gflops": sgemm_gflops(threads), "memory_gbs": bandwidth_gbs("update", threads)}
+
+
 def cache_bytes(cpus: Path = Path("/sys/devices/system/cpu")) -> int:
     """Return the size of all last-level caches (Linux; elsewhere 0)."""
     found = {}

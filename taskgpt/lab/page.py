@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from taskgpt.lab.efficiency import longest_path
 from taskgpt.lab.trace import Trace, TracedGraph
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -30,7 +33,11 @@ def _data(trace: Trace) -> dict[str, Any]:
     begin = trace.begin_ns
     times = {name: (trace.records[f"{name}_ns"] - begin).tolist() for name in ("ready", "start", "stop")}
     runs = [{"graph": graph, "step": step, "begin": start - begin, "end": end - begin} for graph, step, start, end in trace.runs.tolist()]
+    longest = longest_path(trace) if len(trace.records) else {"run": -1, "path": []}
+    of_run = np.flatnonzero(trace.records["run"] == longest["run"])
+    place = dict(zip(trace.records["task"][of_run].tolist(), of_run.tolist(), strict=True))
     return {
+        "path": [place[task["task"]] for task in longest["path"] if task["task"] in place],
         "title": trace.about["scheduler"],
         "workers": trace.workers,
         "length_ns": trace.end_ns - begin,

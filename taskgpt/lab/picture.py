@@ -11,11 +11,12 @@ from html import escape
 from taskgpt.tasks import Graph, Task
 
 _COLUMN, _ROW, _WIDTH, _HEIGHT = 22, 15, 15, 10  # distance of columns and rows, size of a task, in pixels
-_MARGIN, _HEADER = 16, 46
+_MARGIN = 16
 # Told apart in any order, also by people who do not see red and green apart (Okabe and Ito 2008), then lighter ones.
-_COLOURS = (
+COLOURS = (
     *("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"),
     *("#B8A400", "#666666", "#9FC7E8", "#F3C97A", "#8FD3BE", "#E3B9D0"),
+    *("#7F3C8D", "#80BA5A", "#E73F74", "#3F51B5", "#A5AA99", "#8C564B", "#17BECF", "#F2B701"),
 )
 
 
@@ -32,26 +33,38 @@ def label(task: Task) -> str:
     return f"{task.number} {phase}{f' {layer}' if layer >= 0 else ''}: {len(task.calls)} calls, {task.name} and others"
 
 
-def group(task: Task, colour_by: str) -> str:
-    """Return what gives a task its colour: its `kernel` (the family), `layer` or `phase`."""
-    phase, layer = task.section
-    return {"kernel": family(task), "layer": f"layer {layer}" if layer >= 0 else "no layer", "phase": phase or "no phase"}[colour_by]
+def groups(graph: Graph, colour_by: str) -> list[str]:
+    """Return what gives each task its colour: its `kernel` (the family), `layer`, `phase`, or whether it is on the longest `path`.
+
+    The longest path is that of estimated times: Task.estimated_seconds.
+    """
+    if colour_by == "path":
+        path = set(graph.longest_path())
+        return ["on the longest path" if task.number in path else "not on it" for task in graph.tasks]
+    if colour_by == "kernel":
+        return [family(task) for task in graph.tasks]
+    if colour_by == "layer":
+        return [f"layer {task.section[1]}" if task.section[1] >= 0 else "no layer" for task in graph.tasks]
+    return [task.section[0] or "no phase" for task in graph.tasks]
 
 
 def to_svg(graph: Graph, title: str = "", colour_by: str = "kernel") -> str:
-    """Return the graph as SVG text. Pointing at a task shows its call. `colour_by`: kernel, layer or phase."""
+    """Return the graph as SVG text. Pointing at a task shows its call. `colour_by`: kernel, layer, phase or path."""
     columns = _arrange(graph)
     place = {number: (x, y) for x, column in enumerate(columns) for y, number in enumerate(column)}
     tallest = max(map(len, columns), default=1)
     width = 2 * _MARGIN + _COLUMN * max(len(columns), 40)
-    height = _HEADER + _ROW * tallest + 2 * _MARGIN
+    group = groups(graph, colour_by)
+    families = [name for name, _ in Counter(group).most_common()]
+    colour = {name: COLOURS[at % len(COLOURS)] for at, name in enumerate(families)}
+    colour |= {"on the longest path": "#D55E00", "not on it": "#b9c4cc"}
+    keys, header = legend(families, colour, _MARGIN, 33, width - _MARGIN)
+    height = header + _ROW * tallest + 2 * _MARGIN
 
     def position(number: int) -> tuple[float, float]:
         x, y = place[number]
-        return _MARGIN + _COLUMN * x, _HEADER + _MARGIN + _ROW * (y + (tallest - len(columns[x])) / 2)
+        return _MARGIN + _COLUMN * x, header + _MARGIN + _ROW * (y + (tallest - len(columns[x])) / 2)
 
-    families = [name for name, _ in Counter(group(task, colour_by) for task in graph.tasks).most_common()]
-    colour = {name: _COLOURS[at % len(_COLOURS)] for at, name in enumerate(families)}
     edges, nodes = [], []
     for task in graph.tasks:
         x, y = position(task.number)
@@ -60,7 +73,7 @@ def to_svg(graph: Graph, title: str = "", colour_by: str = "kernel") -> str:
             start, middle, end = px + _WIDTH, (px + _WIDTH + x) / 2, x
             edges.append(f"M{start:g},{py + 5:g}C{middle:g},{py + 5:g} {middle:g},{y + 5:g} {end:g},{y + 5:g}")
         nodes.append(
-            f'<rect class="task" x="{x:g}" y="{y:g}" width="{_WIDTH}" height="{_HEIGHT}" rx="2.5" fill="{colour[group(task, colour_by)]}">'
+            f'<rect class="task" x="{x:g}" y="{y:g}" width="{_WIDTH}" height="{_HEIGHT}" rx="2.5" fill="{colour[group[task.number]]}">'
             f"<title>{escape(label(task))}</title></rect>"
         )
     summary = f"{title or graph.name}: {len(graph.tasks)} tasks, longest chain {len(columns)}"
@@ -68,7 +81,7 @@ def to_svg(graph: Graph, title: str = "", colour_by: str = "kernel") -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" font-family="sans-serif" font-size="12">',
         f'<rect width="{width}" height="{height}" rx="8" fill="#ffffff"/>',
         f'<text x="{_MARGIN}" y="22" font-size="14" font-weight="bold" fill="#222222">{escape(summary)}</text>',
-        *_legend(families, colour),
+        *keys,
         f'<path d="{"".join(edges)}" fill="none" stroke="#555555" stroke-opacity="0.28" stroke-width="0.8"/>',
         *nodes,
         "</svg>",
@@ -95,10 +108,13 @@ def _arrange(graph: Graph) -> list[list[int]]:
     return columns
 
 
-def _legend(families: Sequence[str], colour: dict[str, str]) -> list[str]:
-    parts, x = [], _MARGIN
-    for name in families:
-        parts.append(f'<rect x="{x}" y="33" width="{_WIDTH}" height="{_HEIGHT}" rx="2.5" fill="{colour[name]}"/>')
-        parts.append(f'<text x="{x + 20}" y="42" fill="#222222">{escape(name)}</text>')
-        x += 36 + 8 * len(name)
-    return parts
+def legend(names: Sequence[str], colour: dict[str, str], left: int, top: int, width: int) -> tuple[list[str], int]:
+    """Return the key to the colours, in as many lines as fit into the width, and where it ends."""
+    parts, x = [], left
+    for name in names:
+        if x > left and x + 36 + 7 * len(name) > width:
+            x, top = left, top + 18
+        parts.append(f'<rect x="{x}" y="{top}" width="{_WIDTH}" height="{_HEIGHT}" rx="2.5" fill="{colour[name]}"/>')
+        parts.append(f'<text x="{x + 20}" y="{top + 9}" fill="#222222">{escape(name)}</text>')
+        x += 36 + 7 * len(name)
+    return parts, top + 20

@@ -76,6 +76,7 @@ def step(flags: argparse.Namespace) -> None:
             for c in contestants:
                 folder = re.sub(r"[^\w.=-]+", "_", f"{c.prepared.name}-{c.scheduler_name}")
                 about = {"command": f"taskgpt bench step, {flags.rounds + 1} rounds of {flags.steps}", "machine": machine.describe()}
+                about["limits"] = machine.limits(c.scheduler.workers)
                 print(f"trace      {save(c.scheduler.trace(about), Path(flags.trace) / folder)}")
     floors = {(name, n): limits.gemm_seconds(found, n) for name, found in counts.items() for n in teams}
     report.table("steps", COLUMNS, rows(contestants, floors))

@@ -108,6 +108,14 @@ class Trace:
     def end_ns(self) -> int:
         return int(max(self.runs["end_ns"].max(initial=0), self.records["stop_ns"].max(initial=0)))
 
+    def _repr_html_(self) -> str:
+        """In a notebook: the timeline of at most two runs, from the middle on."""
+        from taskgpt.lab.timeline import to_svg
+
+        middle = self.runs[max(0, len(self.runs) - 2) // 2 :][:2]
+        span = [0, 0] if not len(middle) else [middle["begin_ns"].min() - self.begin_ns, middle["end_ns"].max() - self.begin_ns]
+        return to_svg([self], span[0] / 1e6, (span[1] - span[0]) / 1e6)
+
     def column(self, name: str) -> np.ndarray:
         """Return for each record what TracedGraph's array of that name says of its task. Kernels and phases count through `names`."""
         found = np.zeros(len(self.records), np.int64)

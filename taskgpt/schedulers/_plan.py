@@ -11,7 +11,7 @@ from taskgpt.tasks import Graph, compile_kernels
 from taskgpt.tasks.native_entry import has_native_entry, native_entry, python_entry, words_of
 from taskgpt.tasks.scratch import scratch_layout
 
-_FLOPS_PER_S, _BYTES_PER_S, _LEAST_S = 1e11, 1e10, 1e-6  # a core's order of magnitude: task times until they have been measured
+_LEAST_S = 1e-6  # a task takes, whatever it does
 
 
 class Plan:
@@ -35,7 +35,7 @@ class Plan:
         self._graph = weakref.ref(graph)
         self.runs = 0
         self.durations = np.zeros(self.tasks, np.int64)
-        self.seconds = np.array([_LEAST_S + task.flops / _FLOPS_PER_S + task.bytes / _BYTES_PER_S for task in tasks])
+        self.seconds = np.array([_LEAST_S + task.estimated_seconds for task in tasks], float)
         self._lower_calls(calls)
         self._lower_locks(graph)
         self.priorities = self._priorities(graph)

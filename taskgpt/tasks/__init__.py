@@ -11,7 +11,7 @@ dask_graph.py  the graph as a Dask graph
 """
 
 from taskgpt.tasks.check import check
-from taskgpt.tasks.coarsen import by_section, coarsen
+from taskgpt.tasks.coarsen import by_section, coarsen, part
 from taskgpt.tasks.graph import Call, Graph, Section, Task, TaskError, run_now
 from taskgpt.tasks.kernel import (
     AccessError,
@@ -55,5 +55,6 @@ __all__ = [
     "dense",
     "dims",
     "kernel",
+    "part",
     "run_now",
 ]

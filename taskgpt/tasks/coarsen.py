@@ -13,12 +13,9 @@ Every edge leads into the same merged task or into a later band, so no cycle can
 
 import heapq
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from taskgpt.tasks.graph import Graph, Section, Task, without_implied
-
-# What a call costs, for balancing only: a core's order of magnitude, in operations and bytes per second.
-_FLOPS_PER_S, _BYTES_PER_S = 1e11, 1e10
 
 
 def coarsen(graph: Graph, max_tasks: int, width: int = 8) -> Graph:
@@ -53,6 +50,13 @@ def by_section(graph: Graph) -> Graph:
     for number, layer in enumerate(layer_names(graph)):
         merged.setdefault(layer, []).append(number)
     return _merge(graph, list(merged.values()))
+
+
+def part(graph: Graph, is_in: Callable[[Task], bool]) -> Graph:
+    """Return the graph of some of the tasks, with the edges between them: to look at. Paths through other tasks are lost."""
+    found = _merge(graph, [[task.number] for task in graph.tasks if is_in(task)])
+    found.name = f"{graph.name}, a part"
+    return found
 
 
 def layer_names(graph: Graph) -> list[str]:
@@ -111,8 +115,7 @@ def _balance(graph: Graph, components: list[list[int]], room: int) -> list[list[
 
 
 def _seconds(graph: Graph, numbers: Iterable[int]) -> float:
-    tasks = [graph.tasks[n] for n in numbers]
-    return sum(task.flops for task in tasks) / _FLOPS_PER_S + sum(task.bytes for task in tasks) / _BYTES_PER_S
+    return sum(graph.tasks[n].estimated_seconds for n in numbers)
 
 
 def _merge(graph: Graph, groups: list[list[int]]) -> Graph:
@@ -122,7 +125,7 @@ def _merge(graph: Graph, groups: list[list[int]]) -> Graph:
     ancestors: list[int] = []
     for at, group in enumerate(groups):
         parts = [graph.tasks[n] for n in group]
-        predecessors = without_implied({group_of[p] for part in parts for p in part.predecessors} - {at}, ancestors)
+        predecessors = without_implied({group_of[p] for part in parts for p in part.predecessors if p in group_of} - {at}, ancestors)
         costliest = max(parts, key=lambda part: _seconds(graph, [part.number]))
         task = Task(at, tuple(call for part in parts for call in part.calls), costliest.section, predecessors, costliest.name)
         task.flops, task.bytes = sum(part.flops for part in parts), sum(part.bytes for part in parts)

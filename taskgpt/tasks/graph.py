@@ -11,7 +11,7 @@ valid order, and every other valid order gives the same bits. Edges that others 
 
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 
 import numpy as np
@@ -100,6 +100,11 @@ class Task:
     @property
     def key(self) -> tuple[str, int]:
         return self.name, self.number
+
+    @property
+    def estimated_seconds(self) -> float:
+        """Return what the task may take, until it has been measured: by a core's order of magnitude in operations and bytes a second."""
+        return self.flops / 1e11 + self.bytes / 1e10
 
     def run(self) -> None:
         """Run the calls. Raises TaskError, naming the call, from whatever a kernel raises."""
@@ -248,6 +253,26 @@ class Graph:
         for task in self.tasks:
             depths.append(1 + max((depths[p] for p in task.predecessors), default=-1))
         return depths
+
+    def longest_path(self, seconds: Sequence[float] | None = None) -> list[int]:
+        """Return the tasks of the path that takes longest, if task n takes seconds[n] (default: the estimate)."""
+        took = [task.estimated_seconds for task in self.tasks] if seconds is None else list(seconds)
+        before = [-1] * len(took)
+        for task in self.tasks:
+            if task.predecessors:
+                before[task.number] = max(task.predecessors, key=took.__getitem__)
+                took[task.number] += took[before[task.number]]
+        path = [max(range(len(took)), key=took.__getitem__)] if took else []
+        while path and before[path[-1]] >= 0:
+            path.append(before[path[-1]])
+        return path[::-1]
+
+    def _repr_svg_(self) -> str:
+        """In a notebook: the picture; of a graph of many tasks, one task for each phase and layer."""
+        from taskgpt.lab.picture import to_svg  # only to be looked at: nothing in this room needs it
+        from taskgpt.tasks.coarsen import by_section
+
+        return to_svg(self if len(self.tasks) <= 400 else by_section(self), repr(self))
 
     @property
     def kernels(self) -> list[Kernel]:

@@ -1,0 +1,150 @@
+"""One trace's numbers, or several's beside each other: as text, as tables for a page or a notebook, and what differs between them.
+
+print(Comparison.of(Trace.load("runs/loops"), Trace.load("runs/native")))
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from html import escape
+from typing import Any, Self
+
+from taskgpt.lab.efficiency import analyse
+from taskgpt.lab.idle import CAUSES
+from taskgpt.lab.trace import Trace
+
+Table = dict[str, Any]  # caption; head, words; rows of words
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """found: what efficiency.analyse says of each trace. A notebook shows it as tables, `print` as text."""
+
+    found: list[dict[str, Any]]
+
+    @classmethod
+    def of(cls, *traces: Trace, reference: Trace | None = None) -> Self:
+        """`reference`: the same steps on one worker. Raises ValueError for a trace without tasks."""
+        return cls([analyse(trace, reference) for trace in traces])
+
+    @property
+    def names(self) -> list[str]:
+        """The schedulers, numbered where two are the same."""
+        words = [each["scheduler"].partition(":")[0] for each in self.found]
+        return [word if words.count(word) == 1 else f"{word} {at + 1}" for at, word in enumerate(words)]
+
+    def tables(self) -> list[Table]:
+        """Return efficiency, times, idle time by cause, what differs, time by kernel, layer and phase, speeds, the longest path."""
+        found = self.found
+        times = {
+            "a step, median": lambda f: f["step_ms"],
+            "T1: all its tasks": lambda f: f["longest_path"]["t1_ms"],
+            "T-infinity: its longest path": lambda f: f["longest_path"]["tinf_ms"],
+            "no schedule is shorter than": lambda f: f["longest_path"]["bound_ms"],
+            "average parallelism, T1 / T-infinity": lambda f: f["longest_path"]["average_parallelism"],
+        }
+        spent = {"in tasks": [f["useful_ms"] / f["steps"] for f in found]}
+        spent |= {_idle(cause): [f["idle_ms"][cause] / f["steps"] for f in found] for cause in CAUSES}
+        factors = {name: [f["efficiency"][name] for f in found] for name in found[0]["efficiency"]}
+        tables = [
+            self._beside("efficiency", factors, ".3f"),
+            self._beside("time, ms", {name: [get(f) for f in found] for name, get in times.items()}, ".2f"),
+            self._beside("all workers' time, ms a step", spent, ".2f"),
+        ]
+        tables += [self._differences(other) for other in range(1, len(found))]
+        for what in ("kernel", "layer", "phase"):
+            by_name = [{row["name"]: row["ms"] / f["steps"] for row in f[f"by_{what}"]} for f in found]
+            known = sorted({name for each in by_name for name in each}, key=lambda name: -max(each.get(name, 0) for each in by_name))
+            rows = {_label(what, name): [each.get(name) for each in by_name] for name in known}
+            tables.append(self._beside(f"ms a step by {what}", rows, ".3f"))
+        for f, name in zip(found, self.names, strict=True):
+            tables += [_speeds(f, name), _path(f, name)]
+        return tables
+
+    def _beside(self, caption: str, rows: dict[str, list[float | None]], form: str) -> Table:
+        words = [[name, *("-" if value is None else format(value, form) for value in values)] for name, values in rows.items()]
+        return {"caption": caption, "head": ["", *self.names], "rows": words}
+
+    def differences(self, other: int = 1) -> list[tuple[str, float, float]]:
+        """Return (kernel or cause of idleness, ms a step of the first trace, and of that other one), the largest difference first.
+
+        All workers' time: the lines add up to workers x wall time / steps.
+        """
+        parts = []
+        for f in (self.found[0], self.found[other]):
+            spent = {row["name"]: row["ms"] / f["steps"] for row in f["by_kernel"]}
+            parts.append(spent | {f"idle: {cause}": f["idle_ms"][cause] / f["steps"] for cause in CAUSES if cause != "between"})
+        a, b = parts
+        rows = [(name, a.get(name, 0.0), b.get(name, 0.0)) for name in dict.fromkeys([*a, *b])]
+        return sorted(rows, key=lambda row: -abs(row[2] - row[1]))
+
+    def _differences(self, other: int) -> Table:
+        rows = self.differences(other)
+        total = ("all of it", sum(row[1] for row in rows), sum(row[2] for row in rows))
+        lines = [[name, f"{a:.2f}", f"{b:.2f}", f"{b - a:+.2f}"] for name, a, b in [total, *rows] if a or b]
+        first, second = self.names[0], self.names[other]
+        caption = f"what differs: all workers' time, ms a step, {second} against {first}"
+        return {"caption": caption, "head": ["", first, second, "difference"], "rows": lines}
+
+    def __str__(self) -> str:
+        parts = []
+        for table in self.tables():
+            lines = [table["head"], *table["rows"]]
+            widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+            rows = [
+                "  ".join([f"{first:<{widths[0]}}", *(f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True))]).rstrip()
+                for first, *others in lines
+            ]
+            parts.append("\n".join([table["caption"], *rows]))
+        return "\n\n".join(parts)
+
+    def _repr_html_(self) -> str:
+        return "".join(_html(table) for table in self.tables())
+
+
+def _idle(cause: str) -> str:
+    return f"idle: {cause}" if cause != "between" else "between runs"
+
+
+def _speeds(found: dict[str, Any], name: str) -> Table:
+    def percent(share: float | None) -> str:
+        return "-" if share is None else f"{share:.0%}"
+
+    head = ["", "tasks", "mean us", "GFLOP/s", "of sgemm", "GB/s", "of memory"]
+    rows = [
+        [
+            r["name"],
+            str(r["tasks"]),
+            f"{r['mean_us']:.1f}",
+            f"{r['gflops']:.1f}",
+            percent(r["of_sgemm"]),
+            f"{r['gbs']:.1f}",
+            percent(r["of_memory"]),
+        ]
+        for r in found["by_kernel"]
+    ]
+    return {"caption": f"kernels, {name}: a worker's speed, and its share of the machine's limit", "head": head, "rows": rows}
+
+
+def _path(found: dict[str, Any], name: str) -> Table:
+    """Return the longest path by kernel."""
+    path = found["longest_path"]["path"]
+    count, ms = Counter(task["kernel"] for task in path), Counter()
+    for task in path:
+        ms[task["kernel"]] += task["ms"]
+    rows = [[kernel, str(count[kernel]), f"{time:.2f}"] for kernel, time in ms.most_common()]
+    caption = f"longest path, {name}: {len(path)} tasks one after the other, by kernel"
+    return {"caption": caption, "head": ["", "tasks", "ms"], "rows": rows}
+
+
+def _label(what: str, name: Any) -> str:
+    return str(name) if what != "layer" else f"layer {name}" if name >= 0 else "no layer"
+
+
+def _html(table: Table) -> str:
+    def row(cells: list[str], tag: str) -> str:
+        first, *others = (escape(cell) for cell in cells)
+        style = ' style="text-align:right"'
+        return f'<tr><{tag} style="text-align:left">{first}</{tag}>' + "".join(f"<{tag}{style}>{c}</{tag}>" for c in others) + "</tr>"
+
+    body = "".join(row(cells, "td") for cells in table["rows"])
+    return f"<p><b>{escape(table['caption'])}</b></p><table>{row(table['head'], 'th')}{body}</table>"
