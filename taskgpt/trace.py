@@ -36,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     reported = add("report", report, "say where the time went: of one trace, or of several beside each other")
     reported.add_argument("paths", nargs="+", metavar="PATH", help="folders that --trace wrote, or their trace.npz")
     reported.add_argument("--runs", default="training step", metavar="NAME", help="which graph's runs (default 'training step')")
-    reported.add_argument("--skip", type=int, default=1, metavar="N", help="leave out the first N runs, which meet cold memory (default 1)")
+    reported.add_argument(
+        "--skip", type=int, default=2, metavar="N", help="leave out the first N runs: cold memory, plans in the making (default 2)"
+    )
     reported.add_argument("--reference", metavar="PATH", help="a trace of the same steps on one worker, for computation scaling")
     reported.add_argument("--json", metavar="FILE", help="write every number")
     reported.add_argument("--html", metavar="FILE", help="write a page with timeline and tables, which opens from disk")

@@ -100,6 +100,25 @@ def idle_in_runs(found: dict) -> float:
     return sum(ms for cause, ms in found["idle_ms"].items() if cause != "between")
 
 
+def test_a_run_that_was_left_out_is_not_idleness():
+    """Worker 1 still runs task 1 of the run before, which is not shown; then it idles, while task 2 is not ready.
+
+        0    2    4    6    8
+    w0  |0        |0 (of run 1)|
+    w1  |1............|....|2..|    2 is ready at 8, and runs to 10; w0 idles from 8 on
+    """
+    both = hand_made([(0, 0, 0, 4, []), (1, 0, 0, 6, []), (1, 8, 8, 10, [])], workers=2)
+    records = np.concatenate([both.records[:2], both.records[:1], both.records[2:]])
+    records["run"] = [0, 0, 1, 1]
+    records["ready_ns"][2:], records["start_ns"][2:], records["stop_ns"][2:] = [4, 8], [4, 8], [8, 10]
+    runs = np.array([(0, 0, 0, 6), (0, 1, 4, 10)], RUN_TYPE)
+    trace = Trace(both.about, both.graphs, runs, records).without_first(1)
+    found = analyse(trace)
+    assert (found["wall_ms"], found["useful_ms"], found["other_runs_ms"]) == pytest.approx((6e-6, 6e-6, 2e-6))
+    assert found["idle_ms"] == pytest.approx({"barrier": 0, "dependency": 4e-6, "scheduling": 0, "between": 0})
+    assert found["efficiency"]["parallel efficiency"] == pytest.approx(8 / 12)
+
+
 @st.composite
 def schedules(draw) -> Trace:
     """Any trace that can be: each task some time after its predecessors, on a worker that is free."""
@@ -136,8 +155,11 @@ def test_a_real_run_adds_up(name):
     """Under every scheduler, with runs that may overlap."""
     trace = traced(name)
     found = analyse(trace)
-    assert idle_in_runs(found) + found["useful_ms"] == pytest.approx(trace.workers * found["wall_ms"])
+    assert idle_in_runs(found) + found["useful_ms"] + found["other_runs_ms"] == pytest.approx(trace.workers * found["wall_ms"])
     assert found["wall_ms"] + found["idle_ms"]["between"] / trace.workers == pytest.approx((trace.end_ns - trace.begin_ns) / 1e6)
+    assert found["other_runs_ms"] == 0
+    part = analyse(trace.without_first(1))
+    assert idle_in_runs(part) + part["useful_ms"] + part["other_runs_ms"] == pytest.approx(trace.workers * part["wall_ms"])
     assert set(found["idle_ms"]) == set(CAUSES)
     assert json.loads(json.dumps(found)) == found
     assert all(len(row) == len(table["head"]) for table in Comparison([found, found]).tables() for row in table["rows"])

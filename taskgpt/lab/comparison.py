@@ -43,6 +43,7 @@ class Comparison:
             "average parallelism, T1 / T-infinity": lambda f: f["longest_path"]["average_parallelism"],
         }
         spent = {"in tasks": [f["useful_ms"] / f["steps"] for f in found]}
+        spent |= {"in tasks of other runs": [f["other_runs_ms"] / f["steps"] for f in found]}
         spent |= {_idle(cause): [f["idle_ms"][cause] / f["steps"] for f in found] for cause in CAUSES}
         factors = {name: [f["efficiency"][name] for f in found] for name in found[0]["efficiency"]}
         tables = [
@@ -71,7 +72,7 @@ class Comparison:
         """
         parts = []
         for f in (self.found[0], self.found[other]):
-            spent = {row["name"]: row["ms"] / f["steps"] for row in f["by_kernel"]}
+            spent = {row["name"]: row["ms"] / f["steps"] for row in f["by_kernel"]} | {"other runs": f["other_runs_ms"] / f["steps"]}
             parts.append(spent | {f"idle: {cause}": f["idle_ms"][cause] / f["steps"] for cause in CAUSES if cause != "between"})
         a, b = parts
         rows = [(name, a.get(name, 0.0), b.get(name, 0.0)) for name in dict.fromkeys([*a, *b])]

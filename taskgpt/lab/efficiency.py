@@ -1,7 +1,8 @@
 """What a trace says of time: efficiencies, idle time by cause, kernels, and the longest path. A trace in, numbers out.
 
-Efficiencies follow POP (pop-coe.eu): a product of factors, 1 is perfect. W workers; wall, the time in which a run is under way (not
-that between two runs, in which validation may run, say); useful, the time inside tasks; m, the worker with the most of it.
+Efficiencies follow POP (pop-coe.eu): a product of factors, 1 is perfect. W workers; wall, the time in which a run is under way (not that
+between two runs, in which validation may run, say); useful, the time inside tasks in the meantime, of runs that were left out too; m, the
+worker with the most of it.
 
     parallel efficiency = useful / (W wall)  =  load balance x dependency efficiency x scheduling efficiency
     load balance        = (useful / W) / useful of m
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from taskgpt.lab.idle import CAUSES, gaps
+from taskgpt.lab.idle import CAUSES, gaps, in_runs_ns
 from taskgpt.lab.trace import Trace
 
 
@@ -30,10 +31,10 @@ def analyse(trace: Trace, reference: Trace | None = None) -> dict[str, Any]:
     if not len(trace.records):
         raise ValueError("a trace without tasks says nothing; wanted runs with records")
     r, workers = trace.records, trace.workers
-    useful = np.bincount(r["worker"], r["stop_ns"] - r["start_ns"], workers)
+    wall_ns, elsewhere = in_runs_ns(trace)
+    useful = np.bincount(r["worker"], r["stop_ns"] - r["start_ns"], workers) + elsewhere
     waits = gaps(trace)
     idle = {cause: np.bincount(waits["worker"], waits[cause], workers) for cause in CAUSES}
-    wall_ns = trace.end_ns - trace.begin_ns - idle["between"].sum() / workers
     most = int(useful.argmax())
     unhindered_ns = wall_ns - idle["scheduling"][most]
     factors = {
@@ -58,7 +59,8 @@ def analyse(trace: Trace, reference: Trace | None = None) -> dict[str, Any]:
             "global efficiency": None if scaling is None else float(scaling * factors["parallel efficiency"]),
         },
         "idle_ms": {cause: float(idle[cause].sum()) / 1e6 for cause in CAUSES},
-        "useful_ms": float(useful.sum()) / 1e6,
+        "useful_ms": float(useful.sum() - elsewhere.sum()) / 1e6,
+        "other_runs_ms": float(elsewhere.sum()) / 1e6,
         **{f"by_{name}": _by(trace, name) for name in ("kernel", "layer", "phase")},
         "longest_path": longest_path(trace),
     }

@@ -1,4 +1,8 @@
-"""What the command line of a benchmark names: `NAME[:KEY=VALUE,...]`, a graph file or a scheduler file with changes."""
+"""What the command line of a benchmark names: `NAME[:KEY=VALUE,...]`, a graph file or a scheduler file with changes.
+
+small = prepare("gpt2-124m:model.layers=3")
+trace = record(small, "loops:workers=2", steps=4)
+"""
 
 from dataclasses import dataclass
 
@@ -8,6 +12,8 @@ from taskgpt.config import load_graph, load_scheduler, parse_graph_settings, par
 from taskgpt.errors import UserError
 from taskgpt.gpt2.model import GPT2
 from taskgpt.gpt2.program import training_graph
+from taskgpt.lab import machine
+from taskgpt.lab.trace import RECORD, Trace, Traced
 from taskgpt.schedulers import Scheduler, open_scheduler
 from taskgpt.tasks import Graph, compile_kernels
 
@@ -38,6 +44,14 @@ def prepare(word: str, shared: bool = False) -> Prepared:
     graphs = [training_graph(m, number) for number in range(len(m.slots))]
     compile_kernels(graphs[0].kernels)
     return Prepared(word, m, graphs)
+
+
+def record(prepared: Prepared, scheduler: str, steps: int = 4) -> Trace:
+    """Run so many steps under the scheduler of that name; return their trace, which knows this machine's limits."""
+    with Traced(named_scheduler(scheduler, None, record=RECORD)) as traced:
+        prepared.run(traced, steps)
+        about = {"command": f"record {prepared.name} {scheduler}", "machine": machine.describe(), "limits": machine.limits(traced.workers)}
+        return traced.trace(about)
 
 
 def make(word: str, shared: bool = False) -> GPT2:

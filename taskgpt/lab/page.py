@@ -44,6 +44,7 @@ def _data(trace: Trace) -> dict[str, Any]:
         "runs": runs,
         "graphs": [_graph(graph) for graph in trace.graphs],
         **times,
+        "others": [(trace.others[name] - (0 if name == "worker" else begin)).tolist() for name in ("worker", "start_ns", "stop_ns")],
         **{name: trace.records[name].tolist() for name in ("run", "task", "worker")},
     }
 

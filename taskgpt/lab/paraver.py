@@ -75,7 +75,9 @@ def _prv(trace: Trace) -> Iterator[str]:
         mine = np.flatnonzero(r["worker"] == worker)
         at, thread = worker + 1, f"{worker + 1}:1:1:{worker + 1}"
         waits = idle["worker"] == worker
-        spans = [(starts[mine], stops[mine], np.full(len(mine), RUNNING))]
+        others = trace.others[trace.others["worker"] == worker]
+        busy = [(others[name] - begin).clip(0, length) for name in ("start_ns", "stop_ns")]
+        spans = [(starts[mine], stops[mine], np.full(len(mine), RUNNING)), (*busy, np.full(len(others), RUNNING))]
         spans.append((idle["begin_ns"][waits] - begin, idle["end_ns"][waits] - begin, idle_state[waits]))
         for since, until, state in spans:
             has_length = until > since

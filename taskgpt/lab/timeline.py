@@ -17,7 +17,7 @@ def to_svg(
     """Return `length_ms` from `begin_ms` on (default: all), of each trace from its own beginning, one above the other, on one scale.
 
     `colour_by`: kernel, layer or phase. Pointing at a task shows its call. Tasks that begin within a pixel are one rectangle: it has the
-    colour of the longest, and their time.
+    colour of the longest, and their time. Tasks of runs that were left out are grey.
     """
     begin = begin_ms * 1e6
     length = length_ms * 1e6 if length_ms is not None else max(trace.end_ns - trace.begin_ns for trace in traces) - begin
@@ -40,6 +40,11 @@ def to_svg(
         for worker in range(trace.workers):
             parts.append(f'<text x="4" y="{y + 15}" fill="#666">worker {worker}</text>')
             parts.append(f'<rect x="{_LEFT}" y="{y}" width="{width - _LEFT}" height="{_ROW}" fill="#f0f2f4"/>')
+            for other in trace.others[trace.others["worker"] == worker]:
+                first, last = ((other[name] - trace.begin_ns - begin) / per_pixel for name in ("start_ns", "stop_ns"))
+                if last > 0 and first < width - _LEFT:
+                    x, wide = _LEFT + max(first, 0), min(last, width - _LEFT) - max(first, 0)
+                    parts.append(f'<rect x="{x:.2f}" y="{y}" width="{wide:.2f}" height="{_ROW}" fill="#b9c4cc"/>')
             mine = np.flatnonzero(trace.records["worker"] == worker)
             parts += _rectangles(trace, mine, label, colour, y, begin, begin + length, per_pixel)
             y += _ROW + _GAP

@@ -86,7 +86,7 @@ class Trace:
 
     about: what JSON can say of the run; at least scheduler (a line), workers, is_fork_join, machine. graphs: what ran. runs: RUN_TYPE, in
     order; graph is an index into graphs. records: schedulers' RECORD_TYPE by start time; run is an index into runs. lost: tasks that found
-    no room for a record.
+    no room for a record. others: records of runs that were left out, whose run means nothing: workers were busy then, not idle.
     """
 
     about: dict[str, Any]
@@ -94,6 +94,7 @@ class Trace:
     runs: np.ndarray
     records: np.ndarray
     lost: int = 0
+    others: np.ndarray = field(default_factory=lambda: np.empty(0, RECORD_TYPE))
 
     @property
     def workers(self) -> int:
@@ -144,9 +145,11 @@ class Trace:
     def _only(self, chosen: np.ndarray) -> "Trace":
         """Return the chosen runs, counted anew."""
         number = np.cumsum(chosen) - 1
-        records = self.records[chosen[self.records["run"]]].copy()
+        is_in = chosen[self.records["run"]]
+        records = self.records[is_in].copy()
         records["run"] = number[records["run"]]
-        return Trace(self.about, self.graphs, self.runs[chosen], records, self.lost)
+        others = np.concatenate([self.others, self.records[~is_in]])
+        return Trace(self.about, self.graphs, self.runs[chosen], records, self.lost, others[np.argsort(others["start_ns"], kind="stable")])
 
     def save(self, path: str | Path) -> None:
         """Write the file, whole or not at all. Raises OSError."""
@@ -154,7 +157,7 @@ class Trace:
         heads = [{"name": g.name, "kernels": g.kernels, "phases": g.phases} for g in self.graphs]
         texts["head"] = json.dumps({"taskgpt_trace": VERSION, "lost": self.lost, "graphs": heads})
         arrays = {name: np.frombuffer(text.encode(), np.uint8) for name, text in texts.items()}
-        arrays |= {"runs": self.runs, "records": self.records}
+        arrays |= {"runs": self.runs, "records": self.records, "others": self.others}
         arrays |= {f"{name}-{at}": getattr(graph, name) for at, graph in enumerate(self.graphs) for name in TracedGraph.ARRAYS}
         part = f"{path}.part"
         try:
@@ -179,7 +182,7 @@ class Trace:
                     TracedGraph(calls=lines, **words, **{name: found[f"{name}-{at}"] for name in TracedGraph.ARRAYS})
                     for at, (words, lines) in enumerate(zip(head["graphs"], calls, strict=True))
                 ]
-                trace = cls(about, graphs, found["runs"], found["records"], head["lost"])
+                trace = cls(about, graphs, found["runs"], found["records"], head["lost"], found["others"])
             trace.verify()
         except FileNotFoundError:
             raise UserError(f"{file}: no such file; wanted a trace, as `taskgpt train --trace DIR` writes it") from None
@@ -190,7 +193,7 @@ class Trace:
     def verify(self) -> None:
         """Raise ValueError, saying where, if a worker did two things at once, or a task ran twice, or before what it waits for."""
         r = self.records
-        if r.dtype != RECORD_TYPE or self.runs.dtype != RUN_TYPE:
+        if r.dtype != RECORD_TYPE or self.others.dtype != RECORD_TYPE or self.runs.dtype != RUN_TYPE:
             raise ValueError("records or runs have other fields")
         for what, values, limit in (("run", r["run"], len(self.runs)), ("graph", self.runs["graph"], len(self.graphs))):
             if len(values) and not 0 <= values.min() <= values.max() < limit:

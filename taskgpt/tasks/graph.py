@@ -272,7 +272,7 @@ class Graph:
         from taskgpt.lab.picture import to_svg  # only to be looked at: nothing in this room needs it
         from taskgpt.tasks.coarsen import by_section
 
-        return to_svg(self if len(self.tasks) <= 400 else by_section(self), repr(self))
+        return to_svg(self if len(self.tasks) <= 400 else by_section(self))
 
     @property
     def kernels(self) -> list[Kernel]:
