@@ -19,8 +19,8 @@ from taskgpt.errors import UserError, did_you_mean, run_program
 from taskgpt.gpt2.model import GPT2
 from taskgpt.gpt2.program import training_graph
 from taskgpt.lab.graph_formats import to_dask_html, to_dot, to_graphml, to_html, to_json
-from taskgpt.lab.picture import to_svg
 from taskgpt.tasks import Graph, by_section, coarsen, part
+from taskgpt.tasks.picture import to_svg
 
 FORMATS = ("text", "svg", "html", "dot", "graphml", "json", "dask")
 COLOURS = ("kernel", "layer", "phase", "path")  # path: the longest, by estimated times

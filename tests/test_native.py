@@ -4,6 +4,7 @@ What it shares with other schedulers is in test_schedulers.py and test_same_bits
 """
 
 import contextlib
+import gc
 import itertools
 import os
 import random
@@ -473,6 +474,8 @@ class TestStopping:
         def interrupt(*_):
             raise KeyboardInterrupt
 
+        gc.collect()
+        gc.disable()  # Python drops an interrupt that strikes in a finalizer: other tests' garbage should not be finalized here
         before = signal.signal(signal.SIGALRM, interrupt)
         try:
             for number in range(60):
@@ -491,6 +494,7 @@ class TestStopping:
                     assert arena.x.array.tobytes() == expected.x.array.tobytes()
         finally:
             signal.signal(signal.SIGALRM, before)
+            gc.enable()
 
 
 class TestStress:

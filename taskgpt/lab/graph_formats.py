@@ -5,8 +5,8 @@ from html import escape
 from typing import Any
 from xml.etree import ElementTree
 
-from taskgpt.lab.picture import to_svg
 from taskgpt.tasks import Graph, Task
+from taskgpt.tasks.picture import to_svg
 
 _FIELDS = {"kernel": "string", "phase": "string", "layer": "int", "flops": "long", "bytes": "long", "call": "string"}
 

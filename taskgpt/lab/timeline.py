@@ -5,8 +5,8 @@ from html import escape
 
 import numpy as np
 
-from taskgpt.lab.picture import COLOURS, legend
 from taskgpt.lab.trace import Trace
+from taskgpt.tasks.picture import COLOURS, legend
 
 _LEFT, _ROW, _GAP, _HEAD, _AXIS = 70, 22, 3, 40, 24  # pixels
 

@@ -25,9 +25,8 @@ from typing import Any
 import numpy as np
 
 from taskgpt.errors import UserError
-from taskgpt.schedulers import Scheduler
+from taskgpt.schedulers import Scheduler, loops
 from taskgpt.schedulers._record import RECORD_TYPE
-from taskgpt.schedulers.loops import cut
 from taskgpt.tasks import Graph
 
 VERSION = 1
@@ -69,7 +68,7 @@ class TracedGraph:
             "layer": [task.section[1] for task in tasks],
             "flops": [task.flops for task in tasks],
             "bytes": [task.bytes for task in tasks],
-            "loop": [number for number, loop in enumerate(cut(graph)) for _ in loop],
+            "loop": [number for number, loop in enumerate(loops.cut(graph)) for _ in loop],
             "first": [0, *itertools.accumulate(len(task.predecessors) for task in tasks)],
             "predecessors": [p for task in tasks for p in task.predecessors],
         }
@@ -305,15 +304,15 @@ class Traced:
         records = records.copy()
         records["run"] -= first
         runs = np.array([(graph, step, begin, begin) for graph, step, begin in self._runs[first:]], RUN_TYPE)
-        np.maximum.at(runs["end_ns"], records["run"], records["stop_ns"])
-        first_ready = np.full(len(runs), np.iinfo(np.int64).max)
+        first_ready, last_stop = np.full(len(runs), np.iinfo(np.int64).max), np.zeros(len(runs), np.int64)
         np.minimum.at(first_ready, records["run"], records["ready_ns"])
+        np.maximum.at(last_stop, records["run"], records["stop_ns"])
         has_records = np.isin(np.arange(len(runs)), records["run"])
-        runs["begin_ns"][has_records] = first_ready[has_records]
+        runs["begin_ns"][has_records], runs["end_ns"][has_records] = first_ready[has_records], last_stop[has_records]
         about = {
             **about,
             "scheduler": self.describe(),
             "workers": self.workers,
-            "is_fork_join": type(self.scheduler).__module__.endswith(".loops"),
+            "is_fork_join": isinstance(self.scheduler, loops.Scheduler),
         }
         return Trace(about, list(self._graphs.values()), runs, records, self._lost)

@@ -8,6 +8,7 @@ scratch.py     working memory of kernels
 check.py       the declaration, enforced
 blas.py        matrix products inside compiled kernels
 dask_graph.py  the graph as a Dask graph
+picture.py     the graph as a picture
 """
 
 from taskgpt.tasks.check import check

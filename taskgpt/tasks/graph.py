@@ -269,8 +269,8 @@ class Graph:
 
     def _repr_svg_(self) -> str:
         """In a notebook: the picture; of a graph of many tasks, one task for each phase and layer."""
-        from taskgpt.lab.picture import to_svg  # only to be looked at: nothing in this room needs it
         from taskgpt.tasks.coarsen import by_section
+        from taskgpt.tasks.picture import to_svg
 
         return to_svg(self if len(self.tasks) <= 400 else by_section(self))
 

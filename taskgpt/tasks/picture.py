@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from html import escape
 
-from taskgpt.tasks import Graph, Task
+from taskgpt.tasks.graph import Graph, Task
 
 _COLUMN, _ROW, _WIDTH, _HEIGHT = 22, 15, 15, 10  # distance of columns and rows, size of a task, in pixels
 _MARGIN = 16
