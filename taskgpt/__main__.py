@@ -5,6 +5,7 @@ taskgpt data prepare tinyshakespeare         # = python -m taskgpt.data
 taskgpt bench step --graphs tiny             # = python -m taskgpt.bench
 taskgpt trace check runs/native              # = python -m taskgpt.trace
 taskgpt show graph --graph tiny              # = python -m taskgpt.show
+taskgpt simulate --graph tiny --workers 112  # = python -m taskgpt.simulate
 taskgpt sizes                                # models, parameters, memory
 taskgpt sizes --set model.layers=6 --set model.channels=384 gpt2-124m
 """
@@ -16,7 +17,7 @@ from collections.abc import Sequence
 
 from taskgpt.errors import did_you_mean, run_program
 
-PROGRAMS = ("train", "data", "bench", "trace", "show")
+PROGRAMS = ("train", "data", "bench", "trace", "show", "simulate")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from taskgpt.config import load_graph, load_scheduler, parse_graph_settings, parse_settings
+from taskgpt.config import SchedulerConfig, load_graph, load_scheduler, parse_graph_settings, parse_settings
 from taskgpt.errors import UserError
 from taskgpt.gpt2.model import GPT2
 from taskgpt.gpt2.program import training_graph
@@ -62,7 +62,13 @@ def make(word: str, shared: bool = False) -> GPT2:
 
 
 def named_scheduler(word: str, workers: int | None, **defaults: object) -> Scheduler:
-    """Return the scheduler `NAME[:KEY=VALUE,...]`, with so many workers unless it has one by its configuration.
+    """Return the scheduler that `named_config` describes."""
+    config = named_config(word, workers, **defaults)
+    return open_scheduler(config.scheduler, config.settings)
+
+
+def named_config(word: str, workers: int | None, **defaults: object) -> SchedulerConfig:
+    """Return the configuration `NAME[:KEY=VALUE,...]`, with so many workers unless it has one by its file.
 
     `defaults` stand in for its own where it has such keys.
     """
@@ -73,8 +79,7 @@ def named_scheduler(word: str, workers: int | None, **defaults: object) -> Sched
     settings = load_scheduler(name, overrides).settings
     if workers is not None and settings.workers != 1:
         defaults["workers"] = workers
-    config = load_scheduler(name, {**{key: value for key, value in defaults.items() if hasattr(settings, key)}, **overrides})
-    return open_scheduler(config.scheduler, config.settings)
+    return load_scheduler(name, {**{key: value for key, value in defaults.items() if hasattr(settings, key)}, **overrides})
 
 
 def split_changes(word: str) -> tuple[str, list[str]]:

@@ -159,11 +159,11 @@ def run_task(t, me, entry):
         _record(worker, run, task, start, stop)
     if run[RAN_ON] != 0:
         words_at(run[RAN_ON])[task] = me
-    return _release(t, me, entry)
+    return release(t, me, entry)
 
 
 @compiled
-def _release(t, me, entry):
+def release(t, me, entry):
     """Count the successors of a finished task down, and push all that became ready but the best; return that, or NOTHING."""
     run, task = run_of(t, entry), entry >> 1
     best = NOTHING

@@ -1,0 +1,146 @@
+"""Discrete events, compiled: workers that take tasks, as the native scheduler's do, and finish them when the clock says so.
+
+A running task has seconds left, and a speed of 1 or less. What it moves through memory in a second at full speed is its demand. When the
+demands of a socket's tasks exceed its bandwidth, it is shared out evenly: nobody gets more than he asks for, and who gets less runs slower
+in proportion. The clock goes from one end of a task to the next.
+"""
+
+import numpy as np
+
+from taskgpt.schedulers._pointers import words_at
+from taskgpt.schedulers._ready import NOTHING, REMAINING, compiled, is_anything_ready, run_of, take
+from taskgpt.schedulers._worker import release
+
+# State of the workers, float64, a row each:
+LEFT, SPEED, DEMAND = range(3)
+
+
+@compiled
+def share_bandwidth(state, entries, cores, bandwidth):
+    """Set the speed of each busy worker; `cores` workers share a socket's bandwidth, in bytes a second."""
+    for first in range(0, len(entries), cores):
+        last = min(first + cores, len(entries))
+        wanted, busy = 0.0, 0
+        for w in range(first, last):
+            if entries[w] != NOTHING:
+                state[SPEED, w] = 1.0
+                wanted += state[DEMAND, w]
+                busy += 1
+        if wanted <= bandwidth:
+            continue
+        fair = bandwidth / busy
+        while True:  # who wants less than a fair share gets it, and the others share what is left
+            left, others = bandwidth, 0
+            for w in range(first, last):
+                if entries[w] != NOTHING:
+                    if state[DEMAND, w] <= fair:
+                        left -= state[DEMAND, w]
+                    else:
+                        others += 1
+            if others == 0 or left / others <= fair * (1 + 1e-12):
+                break
+            fair = left / others
+        for w in range(first, last):
+            if entries[w] != NOTHING and state[DEMAND, w] > fair:
+                state[SPEED, w] = fair / state[DEMAND, w]
+
+
+@compiled
+def next_end(state, entries):
+    """Return how long it takes until the first task ends; -1 if none runs."""
+    least = -1.0
+    for w in range(len(entries)):
+        if entries[w] != NOTHING:
+            lasts = state[LEFT, w] / state[SPEED, w]
+            if least < 0 or lasts < least:
+                least = lasts
+    return least
+
+
+@compiled
+def let_pass(state, entries, seconds):
+    for w in range(len(entries)):
+        if entries[w] != NOTHING:
+            state[LEFT, w] -= seconds * state[SPEED, w]
+            if state[LEFT, w] < 1e-12:
+                state[LEFT, w] = 0.0
+
+
+@compiled
+def _begin(state, entries, times, costs, w, entry, now, overhead):
+    """Have worker w begin an entry: a task and its run's slot."""
+    slot, task = entry & 1, entry >> 1
+    entries[w] = entry
+    state[LEFT, w] = costs[slot, 0, task] + overhead
+    state[DEMAND, w] = costs[slot, 1, task] / max(costs[slot, 0, task], 1e-12)
+    times[slot, 0, task] = now
+    times[slot, 2, task] = w
+
+
+@compiled
+def until_over(table, slot, clock, state, entries, times, costs, cores, bandwidth, overhead):
+    """Simulate until the run in `slot` is over; return False if it never will be.
+
+    clock[0]: seconds. entries: of each worker what it runs. costs[slot]: seconds alone on the machine, and bytes through memory, of each
+    task. times[slot]: when each task began and ended, and on which worker.
+    """
+    t, run = words_at(table), run_of(words_at(table), slot)
+    while run[REMAINING] != 0:
+        w = 0
+        while w < len(entries) and is_anything_ready(t):
+            if entries[w] == NOTHING:
+                entry = take(t, w)
+                if entry != NOTHING:
+                    _begin(state, entries, times, costs, w, entry, clock[0], overhead)
+            w += 1
+        share_bandwidth(state, entries, cores, bandwidth)
+        lasts = next_end(state, entries)
+        if lasts < 0:
+            return False
+        clock[0] += lasts
+        let_pass(state, entries, lasts)
+        for w in range(len(entries)):
+            if entries[w] != NOTHING and state[LEFT, w] == 0.0:
+                entry = entries[w]
+                times[entry & 1, 1, entry >> 1] = clock[0]
+                entries[w] = NOTHING
+                entry = release(t, w, entry)
+                if entry != NOTHING:
+                    _begin(state, entries, times, costs, w, entry, clock[0], overhead)
+    return True
+
+
+@compiled
+def fork_join(clock, state, entries, times, costs, loop_first, part_first, tasks, is_static, cores, bandwidth, overhead, barrier):
+    """Simulate loops one after the other: part p of a loop goes to worker p, or, if not static, to whoever is free.
+
+    Loop l has the parts loop_first[l] to loop_first[l + 1], part p the tasks tasks[part_first[p] : part_first[p + 1]]. A loop of more
+    than one part costs `barrier` seconds.
+    """
+    at = np.zeros(len(entries), np.int64)
+    until = np.zeros(len(entries), np.int64)
+    for l in range(len(loop_first) - 1):
+        part, last = loop_first[l], loop_first[l + 1]
+        has_barrier = last - part > 1
+        at[:], until[:] = 0, 0
+        while True:
+            for w in range(len(entries)):
+                if entries[w] == NOTHING:
+                    if at[w] == until[w] and part < last and (not is_static or part - loop_first[l] == w):
+                        at[w], until[w] = part_first[part], part_first[part + 1]
+                        part += 1
+                    if at[w] < until[w]:
+                        _begin(state, entries, times, costs, w, 2 * tasks[at[w]], clock[0], overhead)
+                        at[w] += 1
+            share_bandwidth(state, entries, cores, bandwidth)
+            lasts = next_end(state, entries)
+            if lasts < 0:
+                break
+            clock[0] += lasts
+            let_pass(state, entries, lasts)
+            for w in range(len(entries)):
+                if entries[w] != NOTHING and state[LEFT, w] == 0.0:
+                    times[0, 1, entries[w] >> 1] = clock[0]
+                    entries[w] = NOTHING
+        if has_barrier:
+            clock[0] += barrier

@@ -1,0 +1,209 @@
+"""Simulated schedulers: by hand, never below their bounds, the same every time, and with the native scheduler's own choices."""
+
+import json
+
+import kernels_for_tests as k
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from taskgpt import trace as trace_program
+from taskgpt.config import load_scheduler
+from taskgpt.errors import UserError
+from taskgpt.lab.simulated import Costs, Machine, simulated
+from taskgpt.lab.task_costs import Rates, traffic
+from taskgpt.lab.trace import Trace, Traced
+from taskgpt.schedulers._ready import POLICIES
+from taskgpt.simulate import main as simulate
+from taskgpt.tasks import Graph, InOut, Tensor, dims, kernel
+
+(N,) = dims("N")
+
+
+@kernel
+def work(a: InOut[N]):
+    """Something to be spawned; its costs are given."""
+    a += 1
+
+
+def machine(cores: int, sockets: int = 1, bandwidth_gbs: float = 1e6, task_us: float = 0.0, barrier_us: float = 0.0) -> Machine:
+    return Machine(sockets, cores, 1.0, bandwidth_gbs, 1.0, task_us, barrier_us)
+
+
+def graph_of(edges: list[list[int]]) -> Graph:
+    """Return a graph whose task n works on cell n and those of the tasks that it waits for, which so come before it."""
+    x = Tensor("x", np.zeros(len(edges), np.float32), (1,))
+    graph = Graph()
+    for number, before in enumerate(edges):
+        first = min([number, *before])
+        graph.spawn(work, x[first : number + 1])
+    return graph
+
+
+def run(name: str, graph: Graph, where: Machine, seconds, moved=None, times: int = 1, **keys) -> Trace:
+    costs = Costs(np.array(seconds, float), np.zeros(len(seconds)) if moved is None else np.array(moved, float))
+    config = load_scheduler(name, {"workers": where.cores_per_socket * where.sockets, "record": 1000, **keys})
+    with Traced(simulated(config, where, lambda _: costs)) as traced:
+        for _ in traced.run_each([graph] * times):
+            pass
+        trace = traced.trace({})
+    trace.verify()
+    return trace
+
+
+def spans(trace: Trace) -> list[tuple]:
+    """Return (task, worker, start, stop) in seconds since the beginning."""
+    return [
+        (int(r["task"]), int(r["worker"]), *((int(r[n]) - trace.begin_ns) / 1e9 for n in ("start_ns", "stop_ns"))) for r in trace.records
+    ]
+
+
+def test_a_chain_and_a_free_task_by_hand():
+    """0 then 1, and 2 beside them: worker 0 goes on with 1, which it made ready; worker 1 takes 2.
+
+    w0 |0--|1----|
+    w1 |2-|
+    """
+    x = Tensor("x", np.zeros(3, np.float32), (1,))
+    graph = Graph()
+    for cell in (0, 0, 2):
+        graph.spawn(work, x[cell : cell + 1])
+    trace = run("native", graph, machine(2), [2, 3, 1])
+    assert sorted(spans(trace)) == [(0, 0, 0, 2), (1, 0, 2, 5), (2, 1, 0, 1)]
+
+
+def test_bandwidth_is_shared_by_hand():
+    """Two tasks of 2 s that move 8 GB each, on a socket of 4 GB/s: each wants 4, gets 2, and takes 4 s. On two sockets, 2 s."""
+    x = Tensor("x", np.zeros(2, np.float32), (1,))
+    graph = Graph()
+    for cell in range(2):
+        graph.spawn(work, x[cell : cell + 1])
+    for where, lasts in ((machine(2, bandwidth_gbs=4), 4), (machine(1, sockets=2, bandwidth_gbs=4), 2)):
+        assert [row[3] for row in spans(run("native", graph, where, [2, 2], [8e9, 8e9]))] == pytest.approx([lasts, lasts])
+    # Who wants 1 GB/s gets it; the other has 3 of the 4 that it wants, for 2 s: 6 of 8 GB, then the rest alone.
+    ends = [row[3] for row in spans(run("native", graph, machine(2, bandwidth_gbs=4), [2, 2], [2e9, 8e9]))]
+    assert ends == pytest.approx([2, 2.5])
+
+
+def test_loops_by_hand():
+    """Three tasks of a loop on two workers, then one that waits for the first: 1 + 2 beside 3, a barrier of half a second, then 1.
+
+    Static chunks of three tasks for two workers are {0} and {1, 2}.
+    """
+    x = Tensor("x", np.zeros(3, np.float32), (1,))
+    graph = Graph()
+    for cell in (0, 1, 2, 0):
+        graph.spawn(work, x[cell : cell + 1])
+    trace = run("loops", graph, machine(2, barrier_us=0.5e6), [3, 1, 2, 1])
+    assert sorted(spans(trace)) == [(0, 0, 0, 3), (1, 1, 0, 1), (2, 1, 1, 3), (3, 0, 3.5, 4.5)]
+    assert trace.about["is_fork_join"]
+
+
+def test_overheads_by_hand():
+    """A chain of ten tasks of 1 ms with 100 us each."""
+    trace = run("native", graph_of([[], *([n] for n in range(9))]), machine(1, task_us=100), [1e-3] * 10)
+    assert trace.end_ns - trace.begin_ns == pytest.approx(11e6, abs=20)
+
+
+@st.composite
+def programs(draw):
+    """Return (graph, seconds, bytes) of random intervals of cells."""
+    count = draw(st.integers(1, 30))
+    x = Tensor("x", np.zeros(8, np.float32), (1,))
+    graph = Graph()
+    for _ in range(count):
+        first = draw(st.integers(0, 7))
+        graph.spawn(work, x[first : draw(st.integers(first + 1, 8))])
+    seconds = draw(st.lists(st.floats(1e-6, 1.0), min_size=count, max_size=count))
+    return graph, seconds, draw(st.lists(st.floats(0, 1e9), min_size=count, max_size=count))
+
+
+@given(programs(), st.sampled_from(["loops", "loops-dynamic", *POLICIES]), st.integers(1, 5), st.sampled_from([0.1, 1, 1e6]))
+@settings(max_examples=150, deadline=None)
+def test_no_time_is_below_its_bounds(program, how, workers, bandwidth_gbs):
+    """T1 / p, T-infinity, and bytes over bandwidth, of one run and of several that overlap; and the same every time."""
+    graph, seconds, moved = program
+    name, keys = (how, {}) if how.startswith("loops") else ("native", {"policy": how, "work_stealing": workers % 2 == 0})
+    where = machine(workers, bandwidth_gbs=bandwidth_gbs)
+    trace = run(name, graph, where, seconds, moved, times=3, **keys)
+    took = (trace.end_ns - trace.begin_ns) / 1e9 + 1e-7
+    longest = sum(seconds[n] for n in graph.longest_path(seconds))
+    assert took >= 3 * sum(seconds) / workers
+    assert took >= longest
+    assert took >= 3 * sum(moved) / (bandwidth_gbs * 1e9) * (1 - 1e-9) - 1e-6
+    for _, rows in trace.by_run():
+        assert (rows["stop_ns"].max() - rows["start_ns"].min()) / 1e9 + 1e-7 >= longest
+    again = run(name, graph, where, seconds, moved, times=3, **keys)
+    assert (again.records == trace.records).all()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_one_worker_takes_tasks_in_the_native_schedulers_order(policy):
+    """With one worker the order is all there is, and it is the same."""
+    arena = k.arena(False)
+    graph = k.random_graph(arena, 5)
+    keys = {"policy": policy, "workers": 1, "record": 1000}
+    config = load_scheduler("native", keys)
+    costs = Costs(np.array([task.estimated_seconds + 1e-6 for task in graph.tasks]), np.zeros(len(graph.tasks)))
+    orders = []
+    from taskgpt.schedulers import open_scheduler
+
+    for scheduler in (open_scheduler(config.scheduler, config.settings), simulated(config, machine(1), lambda _: costs)):
+        with scheduler:
+            scheduler.run(graph)
+            orders.append(scheduler.take_records()[0]["task"].tolist())
+    assert orders[0] == orders[1]
+
+
+def test_traffic_by_hand():
+    """A cache of 100 bytes: what was touched 40 bytes ago is there, what was touched longer ago is read, and written back if it changes."""
+    x = Tensor("x", np.zeros(40, np.float32), (10,))  # four cells of 40 bytes, which tasks write
+    graph = Graph()
+    for cell in (0, 0, 1, 2, 3):
+        graph.spawn(work, x[10 * cell : 10 * cell + 10])
+    assert traffic(graph, 100).tolist() == [80, 0, 80, 80, 80]
+    assert traffic(graph, 1000).tolist() == [0] * 5  # all of it stays
+
+
+def test_rates_give_back_what_they_were_made_of():
+    """By kernel: the sum of its tasks' times; twice the bytes take twice as long."""
+    x = Tensor("x", np.zeros(6, np.float32), (1,))
+    graph = Graph()
+    for first, last in ((0, 2), (2, 6)):
+        graph.spawn(work, x[first:last])
+    estimate = Rates.of(graph, [1.0, 5.0]).estimate(graph)
+    assert estimate.sum() == pytest.approx(6)
+    assert estimate[1] == pytest.approx(2 * estimate[0])
+
+
+def test_the_program(tmp_path, capsys):
+    """A table, JSON, and traces that pass their checks; other machines by name; mistakes in a line."""
+    argv = ["--graph", "tiny", "--workers", "1", "112", "--steps", "4", "--machine", "2x56", "--schedulers", "loops", "native"]
+    assert simulate([*argv, "--t1", "100", "--json", str(tmp_path / "s.json"), "--trace", str(tmp_path / "t")]) == 0
+    rows = json.loads((tmp_path / "s.json").read_text())["steps"]
+    assert [(row["scheduler"], row["workers"]) for row in rows] == [("loops", 1), ("loops", 112), ("native", 1), ("native", 112)]
+    for row in rows:
+        assert row["step_ms"] >= max(row["area_ms"], row["tinf_ms"]) * (1 - 1e-9)
+    assert rows[2]["step_ms"] == pytest.approx(100, rel=0.01)
+    assert trace_program.main(["check", str(tmp_path / "t" / "native-112"), str(tmp_path / "t" / "loops-1")]) == 0
+    capsys.readouterr()
+    for wrong, message in {
+        ("--schedulers", "threads"): "cannot be simulated",
+        ("--machine", "2x57"): "did you mean '2x56'",
+        ("--workers", "113"): "2 x 56 cores",
+        ("--workers", "0"): "at least 1",
+    }.items():
+        assert simulate([*argv, *wrong]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_machine_file_is_read_with_care(tmp_path):
+    """Its keys, and their types."""
+    path = tmp_path / "mine.toml"
+    path.write_text("sockets = 1\ncores_per_socket = 0\n")
+    with pytest.raises(UserError, match="cores_per_socket"):
+        Machine.load(str(path))
+    path.write_text("sockets = ")
+    with pytest.raises(UserError, match="cannot be read"):
+        Machine.load(str(path))
