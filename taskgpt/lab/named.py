@@ -4,11 +4,12 @@ small = prepare("gpt2-124m:model.layers=3")
 trace = record(small, "loops:workers=2", steps=4)
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from taskgpt.config import SchedulerConfig, load_graph, load_scheduler, parse_graph_settings, parse_settings
+from taskgpt.config import GraphConfig, SchedulerConfig, load_graph, load_scheduler, parse_graph_settings, parse_settings
 from taskgpt.errors import UserError
 from taskgpt.gpt2.model import GPT2
 from taskgpt.gpt2.program import training_graph
@@ -56,9 +57,14 @@ def record(prepared: Prepared, scheduler: str, steps: int = 4) -> Trace:
 
 def make(word: str, shared: bool = False) -> GPT2:
     """Return the memory of `NAME[:KEY=VALUE,...]`, untouched: enough to record its graph."""
-    name, changes = split_changes(word)
-    config = load_graph(name, parse_graph_settings(changes))
+    config = make_config(word)
     return GPT2(config.model, config.batch, config.tiles, config.options, shared=shared)
+
+
+def make_config(word: str) -> GraphConfig:
+    """Return the configuration `NAME[:KEY=VALUE,...]` of a graph."""
+    name, changes = split_changes(word)
+    return load_graph(name, parse_graph_settings(changes))
 
 
 def named_scheduler(word: str, workers: int | None, **defaults: object) -> Scheduler:
@@ -80,6 +86,11 @@ def named_config(word: str, workers: int | None, **defaults: object) -> Schedule
     if workers is not None and settings.workers != 1:
         defaults["workers"] = workers
     return load_scheduler(name, {**{key: value for key, value in defaults.items() if hasattr(settings, key)}, **overrides})
+
+
+def listed(words: Sequence[str]) -> list[str]:
+    """Return the names of a flag that takes several: `a,b c` is three. A word with a colon is `NAME:KEY=VALUE,...`, one name."""
+    return [name for word in words for name in ([word] if ":" in word else word.split(",")) if name]
 
 
 def split_changes(word: str) -> tuple[str, list[str]]:
