@@ -172,7 +172,7 @@ def test_rates_give_back_what_they_were_made_of():
     graph = Graph()
     for first, last in ((0, 2), (2, 6)):
         graph.spawn(work, x[first:last])
-    estimate = Rates.of(graph, [1.0, 5.0]).estimate(graph)
+    estimate = Rates.of(graph, [1.0, 5.0], lambda _: 1.0).estimate(graph)
     assert estimate.sum() == pytest.approx(6)
     assert estimate[1] == pytest.approx(2 * estimate[0])
 

@@ -1,18 +1,20 @@
 """What each task of a graph costs, alone on a core: seconds, measured or from rates, and the bytes that it moves through memory.
 
-costs = measured(prepare("gpt2-124m"))                     # its steps run on one worker, a median for each task
-rates = Rates.of(graph, costs.seconds)                     # so much a kernel, for tilings that were not measured
-costs = rates.estimate(other_graph)
+seconds = measured(prepare("gpt2-124m"))                   # its steps run on one worker, a median for each task
+rates = Rates.of(graph, seconds, Sgemm())                  # so much a kernel, for tilings that were not measured
+seconds = rates.estimate(other_graph)
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Self
 
 import numpy as np
 
+from taskgpt.lab import machine
 from taskgpt.lab.named import Prepared, record
+from taskgpt.lab.roofline import Product, product_of
 from taskgpt.tasks import Graph, Task
 
 
@@ -50,26 +52,44 @@ def traffic(graph: Graph, cache_bytes: float) -> np.ndarray:
     return moved
 
 
+class Sgemm:
+    """GFLOP/s of this machine's sgemm on one thread, by the shape of the product; each shape is measured once, when it is asked for."""
+
+    def __init__(self, seconds: float = 0.05):
+        self._seconds = seconds
+        self._known: dict[Product, float] = {}
+
+    def __call__(self, product: Product) -> float:
+        if product not in self._known:
+            self._known[product] = machine.sgemm_gflops(1, **asdict(product), seconds=self._seconds)
+        return self._known[product]
+
+
 @dataclass(frozen=True)
 class Rates:
-    """Seconds a unit of work, by kernel: of an operation for matrix products, of a byte for all others."""
+    """How long tasks take by kernel, so that times measured with some tiles, or on fewer layers, say those with others.
+
+    Of matrix products: a multiple of the time that sgemm alone takes for these shapes. Of all other kernels: seconds a byte.
+    """
 
     by_kernel: dict[str, float]
+    sgemm: Callable[[Product], float]  # GFLOP/s
 
     @classmethod
-    def of(cls, graph: Graph, seconds: Sequence[float]) -> Self:
+    def of(cls, graph: Graph, seconds: Sequence[float], sgemm: Callable[[Product], float]) -> Self:
         """Return the rates at which these tasks ran."""
         work, took = defaultdict(float), defaultdict(float)
         for task, each in zip(graph.tasks, seconds, strict=True):
-            work[task.name] += _work(task)
+            work[task.name] += _work(task, sgemm)
             took[task.name] += each
-        return cls({name: took[name] / work[name] for name in work})
+        return cls({name: took[name] / work[name] for name in work}, sgemm)
 
     def estimate(self, graph: Graph) -> np.ndarray:
         """Return the seconds of each task. Raises KeyError for a kernel without a rate."""
-        return np.array([self.by_kernel[task.name] * _work(task) for task in graph.tasks])
+        return np.array([self.by_kernel[task.name] * _work(task, self.sgemm) for task in graph.tasks])
 
 
-def _work(task: Task) -> float:
-    is_product = any("gemm" in call.kernel.tags for call in task.calls)
-    return float(task.flops if is_product else task.bytes) or 1.0
+def _work(task: Task, sgemm: Callable[[Product], float]) -> float:
+    """Return seconds that sgemm takes for the task's products, or, if it has none, its bytes."""
+    products = [product_of(call) for call in task.calls if "gemm" in call.kernel.tags]
+    return sum(product.flops / sgemm(product) / 1e9 for product in products) or float(task.bytes) or 1.0
