@@ -5,6 +5,7 @@ taskgpt data prepare tinyshakespeare         # = python -m taskgpt.data
 taskgpt bench step --graphs tiny             # = python -m taskgpt.bench
 taskgpt trace check runs/native              # = python -m taskgpt.trace
 taskgpt show graph --graph tiny              # = python -m taskgpt.show
+taskgpt compare --graph tiny --workers 1,2   # = python -m taskgpt.compare
 taskgpt simulate --graph tiny --workers 112  # = python -m taskgpt.simulate
 taskgpt sizes                                # models, parameters, memory
 taskgpt sizes --set model.layers=6 --set model.channels=384 gpt2-124m
@@ -17,7 +18,7 @@ from collections.abc import Sequence
 
 from taskgpt.errors import did_you_mean, run_program
 
-PROGRAMS = ("train", "data", "bench", "trace", "show", "simulate")
+PROGRAMS = ("train", "data", "bench", "trace", "show", "compare", "simulate")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

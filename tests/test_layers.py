@@ -19,6 +19,7 @@ ALLOWED = {
     "train": {"config", "data", "gpt2", "lab", "schedulers", "tasks", "errors"},
     "bench": {"config", "gpt2", "lab", "schedulers", "tasks", "errors"},
     "trace": {"lab", "errors"},
+    "compare": {"lab", "errors"},
     "simulate": {"lab", "errors"},
     "show": {"config", "gpt2", "lab", "tasks", "errors"},
     "__main__": {"config", "gpt2", "errors"},

@@ -6,7 +6,10 @@ steps.py       training steps of graphs under schedulers, in turns
 task_bench.py  Task Bench's graphs: what a task costs, and how short tasks may be
 peers.py       PyTorch (peer_torch.py) and JAX (peer_jax.py) on the same model
 named.py       graphs and schedulers as the command line names them
-report.py      tables, quartiles, JSON
+report.py      medians, intervals, JSON; layout.py: tables as text, Markdown, HTML
+cells.py       what `taskgpt compare` compares; turns.py runs it, baselines.py has what is no schedule of tasks
+results.py     what it measured, in a file; compare_report.py and figures.py tell it
+simulated.py   schedulers with simulated workers: a clock (events.py), times (task_costs.py), and machines/
 picture.py     a graph as SVG; graph_formats.py: as JSON, GraphML, DOT, a page
 efficiency.py  what a trace says of time: efficiencies, idle time by cause, the longest path
 page.py        traces as a page (page.html) with a timeline to zoom

@@ -43,6 +43,10 @@ class Cell:
         return _with_changes(self.scheduler, self.settings)
 
     @property
+    def is_sequential(self) -> bool:
+        return self.scheduler.partition(":")[0] == "sequential"
+
+    @property
     def label(self) -> str:
         """Return what tables call the scheduler: baselines by what they are."""
         if self.scheduler == WHOLE_TENSOR:

@@ -5,14 +5,13 @@ print(Comparison.of(Trace.load("runs/loops"), Trace.load("runs/native")))
 
 from collections import Counter
 from dataclasses import dataclass
-from html import escape
 from typing import Any, Self
 
+from taskgpt.lab import layout
 from taskgpt.lab.efficiency import analyse
 from taskgpt.lab.idle import CAUSES
+from taskgpt.lab.layout import Table
 from taskgpt.lab.trace import Trace
-
-Table = dict[str, Any]  # caption; head, words; rows of words
 
 
 @dataclass(frozen=True)
@@ -87,19 +86,10 @@ class Comparison:
         return {"caption": caption, "head": ["", first, second, "difference"], "rows": lines}
 
     def __str__(self) -> str:
-        parts = []
-        for table in self.tables():
-            lines = [table["head"], *table["rows"]]
-            widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-            rows = [
-                "  ".join([f"{first:<{widths[0]}}", *(f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True))]).rstrip()
-                for first, *others in lines
-            ]
-            parts.append("\n".join([table["caption"], *rows]))
-        return "\n\n".join(parts)
+        return "\n\n".join(layout.to_text(table) for table in self.tables())
 
     def _repr_html_(self) -> str:
-        return "".join(_html(table) for table in self.tables())
+        return "".join(layout.to_html(table) for table in self.tables())
 
 
 def _idle(cause: str) -> str:
@@ -139,13 +129,3 @@ def _path(found: dict[str, Any], name: str) -> Table:
 
 def _label(what: str, name: Any) -> str:
     return str(name) if what != "layer" else f"layer {name}" if name >= 0 else "no layer"
-
-
-def _html(table: Table) -> str:
-    def row(cells: list[str], tag: str) -> str:
-        first, *others = (escape(cell) for cell in cells)
-        style = ' style="text-align:right"'
-        return f'<tr><{tag} style="text-align:left">{first}</{tag}>' + "".join(f"<{tag}{style}>{c}</{tag}>" for c in others) + "</tr>"
-
-    body = "".join(row(cells, "td") for cells in table["rows"])
-    return f"<p><b>{escape(table['caption'])}</b></p><table>{row(table['head'], 'th')}{body}</table>"

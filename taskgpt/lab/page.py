@@ -1,7 +1,6 @@
 """Traces as one HTML page that opens from disk: a timeline of the workers to zoom, with what each task read, wrote and waited for."""
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from taskgpt.lab.efficiency import longest_path
+from taskgpt.lab.report import write_whole
 from taskgpt.lab.trace import Trace, TracedGraph
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -21,12 +21,7 @@ def write(traces: Sequence[Trace], path: str | Path, title: str, tables: Sequenc
     """
     data = json.dumps({"title": title, "traces": [_data(trace) for trace in traces], "tables": list(tables)}, separators=(",", ":"))
     text = TEMPLATE.read_text(encoding="utf-8").replace("/*DATA*/", data.replace("<", "\\u003c"))  # nothing ends the script early
-    part = Path(f"{path}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_whole(path, text)
 
 
 def _data(trace: Trace) -> dict[str, Any]:

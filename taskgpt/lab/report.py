@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -9,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from taskgpt.errors import UserError
-from taskgpt.lab import machine
+from taskgpt.lab import layout, machine
 
 
 class Report:
     """What a benchmark prints, line by line, and at the end writes to its `--json` file.
 
-    `columns` of a table map a heading to (key of the row, format): rows are dictionaries, and may hold more than is printed. Text stands
-    left, numbers right; None is shown as a dash. Raises OSError at once, rather than after all rounds, if the file cannot be written.
+    `columns` of a table map a heading to (key of the row, format): rows are dictionaries, and may hold more than is printed. None is
+    shown as a dash. Raises OSError at once, rather than after all rounds, if the file cannot be written.
     """
 
     def __init__(self, flags: argparse.Namespace):
@@ -36,22 +38,28 @@ class Report:
     def table(self, key: str, columns: dict[str, tuple[str, str]], rows: Sequence[dict[str, Any]]) -> None:
         """Print the rows, and keep them whole under `key`."""
         self._record[key] = list(rows)
-        lines = [[_cell(row[name], form) for name, form in columns.values()] for row in rows]
-        is_text = [all(isinstance(row[name], str) for row in rows) for name, _ in columns.values()]
-        widths = [max(map(len, column)) for column in zip(columns, *lines, strict=True)]
-        print()
-        for line in [list(columns), *lines]:
-            cells = (f"{cell:<{width}}" if left else f"{cell:>{width}}" for cell, width, left in zip(line, widths, is_text, strict=True))
-            print("  ".join(cells).rstrip())
+        print(f"\n{layout.to_text(table_of('', columns, rows))}")
 
     def save(self) -> None:
         """Write the JSON file, if one was asked for."""
         if self._file is not None:
-            Path(self._file).write_text(json.dumps(self._record, indent=1) + "\n", encoding="utf-8")
+            write_whole(self._file, json.dumps(self._record, indent=1) + "\n")
 
 
-def _cell(value: Any, form: str) -> str:
-    return "-" if value is None else format(value, form)
+def write_whole(path: str | Path, text: str) -> None:
+    """Write a text file, whole or not at all. Raises OSError."""
+    part = Path(f"{path}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def table_of(caption: str, columns: dict[str, tuple[str, str]], rows: Sequence[dict[str, Any]]) -> layout.Table:
+    """Return the rows as words; `columns` as of `Report`."""
+    words = [["-" if row[name] is None else format(row[name], form) for name, form in columns.values()] for row in rows]
+    return {"caption": caption, "head": list(columns), "rows": words}
 
 
 def quartiles(values: Iterable[float]) -> tuple[float, float, float]:
@@ -59,6 +67,33 @@ def quartiles(values: Iterable[float]) -> tuple[float, float, float]:
     values = list(values)
     q1, _, q3 = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
     return q1, statistics.median(values), q3
+
+
+def median_interval(values: Iterable[float]) -> tuple[float, float]:
+    """Return a confidence interval of the median, of 95 % or more, whatever the distribution: two of the values, by rank.
+
+    The median lies below the k-th smallest of n values with the chance that fewer than k of n coins show heads. Fewer than six values
+    cannot give 95 %: then it is all that they span.
+    """
+    ordered = sorted(values)
+    n, cut, chance = len(ordered), 0, 0.5 ** len(ordered)
+    while chance <= 0.025 and cut < (n - 1) // 2:
+        cut += 1
+        chance += math.comb(n, cut) * 0.5**n
+    return ordered[max(0, cut - 1)], ordered[n - max(1, cut)]
+
+
+def seconds_in(flag: str, text: str) -> float:
+    """Return the seconds of `90s`, `20m`, `1.5h`, or a bare number of seconds. Raises UserError."""
+    units = {"s": 1, "m": 60, "h": 3600}
+    number, unit = (text[:-1], text[-1]) if text[-1:] in units else (text, "s")
+    try:
+        seconds = float(number) * units[unit]
+    except ValueError:
+        seconds = -1.0
+    if not 0 < seconds < math.inf:
+        raise UserError(f"{flag} {text}: wanted a time, for example 90s, 20m or 1.5h")
+    return seconds
 
 
 def at_least(flag: str, number: int | None, smallest: int = 1) -> None:
