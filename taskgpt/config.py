@@ -47,7 +47,7 @@ def load_graph(name: str, overrides: dict[str, Any] | None = None, model: Model 
     `model`, a checkpoint's, takes the place of the file's. Raises UserError for an unknown name, key or value, for overrides of a given
     model, and for sequences longer than the model's maximum.
     """
-    path = _find("graphs", name)
+    path = find_file("graphs", name)
     tables = _read(path)
     sections = {field.name: field.type for field in dataclasses.fields(GraphConfig) if field.name != "name"}
     changes = [(*key.partition("."), value) for key, value in (overrides or {}).items()]
@@ -78,7 +78,7 @@ def load_scheduler(name: str, overrides: dict[str, Any] | None = None) -> Schedu
 
     Raises UserError for an unknown name, key or value.
     """
-    path = _find("scheduler_configs", name)
+    path = find_file("scheduler_configs", name)
     table = _read(path)
     scheduler = table.pop("scheduler", path.stem)
     if not isinstance(scheduler, str):
@@ -87,7 +87,7 @@ def load_scheduler(name: str, overrides: dict[str, Any] | None = None) -> Schedu
     module_name = scheduler.replace("-", "_")
     if module_name not in known:
         raise UserError(f"{path.name}: unknown scheduler '{scheduler}'{did_you_mean(scheduler, [k.replace('_', '-') for k in known])}")
-    defaults = _read(_find("scheduler_configs", scheduler))
+    defaults = _read(find_file("scheduler_configs", scheduler))
     defaults.pop("scheduler", None)
     module = importlib.import_module(f"taskgpt.schedulers.{module_name}")
     settings = fill(module.Settings, {**defaults, **table, **(overrides or {})}, f"{path.name}: ", elsewhere=graph_keys())
@@ -134,6 +134,17 @@ def available(kind: str) -> list[str]:
     return sorted(path.stem for path in folder(kind).glob("*.toml"))
 
 
+def find_file(kind: str, name: str) -> Path:
+    """Return the file of a name in a data folder, or the path that `name` is. Raises UserError for an unknown name."""
+    path = Path(name)
+    if path.suffix == ".toml" or len(path.parts) > 1:
+        return path
+    if name not in available(kind):
+        what = {"graphs": "graph", "scheduler_configs": "scheduler"}[kind]
+        raise UserError(f"unknown {what} '{name}'{did_you_mean(name, available(kind))}")
+    return folder(kind) / f"{name}.toml"
+
+
 def fill(cls: type, table: dict[str, Any], where: str, elsewhere: Sequence[str] = ()) -> Any:
     """Return `cls(**table)`; every field without a default must be there.
 
@@ -164,16 +175,6 @@ def fill(cls: type, table: dict[str, Any], where: str, elsewhere: Sequence[str] 
         return cls(**table)
     except ValueError as error:
         raise UserError(f"{where.rstrip('.: ')}: {error}") from None
-
-
-def _find(kind: str, name: str) -> Path:
-    path = Path(name)
-    if path.suffix == ".toml" or len(path.parts) > 1:
-        return path
-    if name not in available(kind):
-        what = {"graphs": "graph", "scheduler_configs": "scheduler"}[kind]
-        raise UserError(f"unknown {what} '{name}'{did_you_mean(name, available(kind))}")
-    return folder(kind) / f"{name}.toml"
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -118,10 +118,10 @@ def limits(threads: int) -> dict[str, float]:
     return {"sgemm_gflops": sgemm_gflops(threads), "memory_gbs": bandwidth_gbs("update", threads)}
 
 
-def cache_bytes(cpus: Path = Path("/sys/devices/system/cpu")) -> int:
-    """Return the size of all last-level caches (Linux; elsewhere 0)."""
+def cache_bytes(cpus: Path = Path("/sys/devices/system/cpu"), level: int = 3) -> int:
+    """Return the size of all caches of a level together, by default the last (Linux; elsewhere 0)."""
     found = {}
-    for cache in cpus.glob("cpu[0-9]*/cache/index3"):
+    for cache in cpus.glob(f"cpu[0-9]*/cache/index{level}"):
         with contextlib.suppress(OSError, ValueError):
             found[(cache / "shared_cpu_list").read_text()] = int((cache / "size").read_text().strip().removesuffix("K")) << 10
     return sum(found.values())

@@ -35,9 +35,13 @@ class Report:
         self._record["notes"][key] = text
         print(f"{key:10} {text}")
 
+    def keep(self, key: str, value: Any) -> None:
+        """Keep under `key` what is too long to be printed."""
+        self._record[key] = value
+
     def table(self, key: str, columns: dict[str, tuple[str, str]], rows: Sequence[dict[str, Any]]) -> None:
         """Print the rows, and keep them whole under `key`."""
-        self._record[key] = list(rows)
+        self.keep(key, list(rows))
         print(f"\n{layout.to_text(table_of('', columns, rows))}")
 
     def save(self) -> None:
