@@ -7,6 +7,7 @@ taskgpt trace check runs/native              # = python -m taskgpt.trace
 taskgpt show graph --graph tiny              # = python -m taskgpt.show
 taskgpt compare --graph tiny --workers 1,2   # = python -m taskgpt.compare
 taskgpt simulate --graph tiny --workers 112  # = python -m taskgpt.simulate
+taskgpt tune --graph gpt2-124m               # = python -m taskgpt.tune
 taskgpt sizes                                # models, parameters, memory
 taskgpt sizes --set model.layers=6 --set model.channels=384 gpt2-124m
 """
@@ -18,7 +19,7 @@ from collections.abc import Sequence
 
 from taskgpt.errors import did_you_mean, run_program
 
-PROGRAMS = ("train", "data", "bench", "trace", "show", "compare", "simulate")
+PROGRAMS = ("train", "data", "bench", "trace", "show", "compare", "simulate", "tune")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -37,7 +37,7 @@ from taskgpt.gpt2 import checkpoint
 from taskgpt.gpt2.model import GPT2
 from taskgpt.gpt2.program import loss_graph, training_graph
 from taskgpt.gpt2.sampling import Sampler
-from taskgpt.lab import machine
+from taskgpt.lab import machine, tuned
 from taskgpt.lab.formats import save, verify_can_write
 from taskgpt.lab.live import Live
 from taskgpt.lab.trace import RECORD, Traced
@@ -53,6 +53,9 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser("taskgpt train", description=title, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = p.add_argument_group("what runs")
     what.add_argument("--graph", default="gpt2-124m", metavar="NAME", help=f"graph file: {', '.join(available('graphs'))}, or a path")
+    what.add_argument(
+        "--tiles", choices=["auto"], help="auto: those that `taskgpt tune` found for this machine, shape and number of workers"
+    )
     what.add_argument("--init", metavar="MODEL.bin", help="start from an llm.c checkpoint, which also gives the model's shape")
     what.add_argument(
         "--data", default="tinyshakespeare", help="tinyshakespeare, tinystories, a text file, a folder or glob of token files"
@@ -219,7 +222,7 @@ def run_steps(
 
 
 def configure(flags: argparse.Namespace) -> tuple[GraphConfig, SchedulerConfig]:
-    """Return both configurations: files, then `--set`, then the flags that name a key of their own."""
+    """Return both configurations: files, then tiles that tuning found, then `--set`, then the flags that name a key of their own."""
     graph_overrides, scheduler_overrides = parse_settings(flags.set)
     for key, value in (("batch.batch_size", flags.batch_size), ("batch.seq_len", flags.seq_len)):
         if value is not None:
@@ -230,7 +233,13 @@ def configure(flags: argparse.Namespace) -> tuple[GraphConfig, SchedulerConfig]:
         scheduler_overrides["record"] = RECORD
     model = checkpoint.read_shape(flags.init) if flags.init is not None else None
     graph = load_graph(flags.graph, graph_overrides, model)
-    return graph, load_scheduler(flags.scheduler, scheduler_overrides)
+    scheduler = load_scheduler(flags.scheduler, scheduler_overrides)
+    if flags.tiles == "auto":
+        workers = scheduler.settings.workers or machine.usable_cores()
+        tiles = tuned.remembered(graph, workers, tuned.tune_command(flags.graph, graph, flags.workers))
+        found = {f"tiles.{key}": size for key, size in dataclasses.asdict(tiles).items()}
+        graph = load_graph(flags.graph, found | graph_overrides, model)
+    return graph, scheduler
 
 
 def verify_memory(config: GraphConfig) -> None:

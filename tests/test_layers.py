@@ -21,6 +21,7 @@ ALLOWED = {
     "trace": {"lab", "errors"},
     "compare": {"lab", "errors"},
     "simulate": {"lab", "errors"},
+    "tune": {"config", "gpt2", "lab", "schedulers", "errors"},
     "show": {"config", "gpt2", "lab", "tasks", "errors"},
     "__main__": {"config", "gpt2", "errors"},
     "__init__": {"config", "gpt2", "schedulers", "tasks", "errors"},
