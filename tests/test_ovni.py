@@ -101,6 +101,12 @@ def change(letters: str, *, clock: int | None = None, payload: bytes | None = No
     return apply
 
 
+def later(events: list[list]) -> None:
+    """Shift all clocks by two hours."""
+    for event in events:
+        event[1] += 2 * 3600 * 10**9
+
+
 BREAKS = {  # what the checker says: the scheduler, the thread, what is done to its events
     "a time from": ("native", 2, change("VTx", clock=1)),
     "one beginning, on CPU": ("native", 2, change("OHx", payload=struct.pack("<iiQ", 7, 1, 0))),
@@ -113,10 +119,11 @@ BREAKS = {  # what the checker says: the scheduler, the thread, what is done to 
     "a type created before": ("native", 1, change("VTc", payload=struct.pack("<II", 1, 999))),
     "a task created strictly before": ("native", 2, change("VTx", payload=struct.pack("<II", 1 << 30, 0))),
     "rest and progress in turn": ("native", 2, lambda e: e.pop(first(e, "VPr"))),
+    "rest and progress in turn, got VPp": ("native", 2, lambda e: e.insert(first(e, "VHw") + 1, ["VPp", e[0][1], b""])),
     "to leave what was entered last": ("loops", 2, lambda e: e.pop(first(e, "PWs"))),
     "a mark that is not 0": ("loops", 2, change("OM[", payload=struct.pack("<qi", 0, 0))),
     "a thread that is running": ("loops", 2, lambda e: e.pop()),
-    "within an hour": ("native", 1, change("OHx", clock=1)),
+    "within an hour": ("native", 2, later),
     "of a model that stream.json requires": ("loops", 1, lambda e: e.insert(1, ["VYc", e[0][1], struct.pack("<I", 1) + b"x\0"])),
     "an event that taskgpt writes": ("loops", 2, lambda e: e.insert(1, ["VXX", e[0][1], b""])),
     "bytes of payload for": ("loops", 2, lambda e: e.insert(1, ["PBj", e[0][1], b"12"])),

@@ -24,7 +24,7 @@ class _Thread:
     about: dict[str, Any]
     state: str = "unborn"
     cpu: int | None = None
-    rests: bool | None = None
+    rests: bool = False
     stacks: dict[str, list[tuple]] = field(default_factory=dict)
 
 
