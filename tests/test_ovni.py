@@ -145,14 +145,20 @@ def test_broken_rules_are_found(message, tmp_path):
 
 
 def test_a_cut_stream_and_missing_words_are_found(tmp_path):
-    """A file cut short; stream.json without a key that the emulator asks for; no streams at all."""
+    """CPUs named twice; a file cut short; stream.json without a key that the emulator asks for; no streams at all."""
     ovni.write(traced("native"), tmp_path)
-    thread = tmp_path / "loom.taskgpt" / "proc.1" / "thread.2"
+    first, thread = (tmp_path / "loom.taskgpt" / "proc.1" / f"thread.{tid}" for tid in (1, 2))
+    about = json.loads((thread / "stream.json").read_text())
+    about["ovni"]["loom_cpus"] = json.loads((first / "stream.json").read_text())["ovni"]["loom_cpus"]
+    (thread / "stream.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match="got them in 2"):
+        ovni_check.check(tmp_path)
+    del about["ovni"]["loom_cpus"]
+    (thread / "stream.json").write_text(json.dumps(about))
     whole = (thread / "stream.obs").read_bytes()
     (thread / "stream.obs").write_bytes(whole[:-5])
     with pytest.raises(ValueError, match="cut short"):
         ovni_check.check(tmp_path)
-    about = json.loads((thread / "stream.json").read_text())
     del about["ovni"]["lib"]
     (thread / "stream.json").write_text(json.dumps(about))
     with pytest.raises(ValueError, match=r"ovni\.lib\.version"):

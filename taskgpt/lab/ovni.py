@@ -48,7 +48,7 @@ def _put(process: Path, trace: Trace, tid: int, events: Iterator[tuple]) -> None
     """Write a thread's two files. An event is (its letters, when in ns, payload ...)."""
     folder = process / f"thread.{tid}"
     folder.mkdir(parents=True)
-    model = {"openmp": "1.2.0"} if trace.about["is_fork_join"] else {"nosv": "2.4.0"}
+    model = {"openmp": "1.2.0"} if trace.about["is_fork_join"] else {"nosv": "2.3.0"}  # the oldest that know our events and keys
     about = {
         "version": 3,
         "ovni": {
@@ -59,11 +59,12 @@ def _put(process: Path, trace: Trace, tid: int, events: Iterator[tuple]) -> None
             "loom": _LOOM,
             "app_id": 1,
             "require": {"ovni": "1.1.0"} | model,
-            "loom_cpus": [{"index": cpu, "phyid": cpu} for cpu in range(trace.workers)],
             "mark": {str(at): {"title": name, "chan_type": "stack", "labels": _labels(trace, name)} for at, name in enumerate(_MARKS)},
             "finished": 1,
         },
     }
+    if tid == _MAIN:  # once a loom: older emulators refuse to hear it again
+        about["ovni"]["loom_cpus"] = [{"index": cpu, "phyid": cpu} for cpu in range(trace.workers)]
     if "nosv" in model:
         about["nosv"] = {"can_breakdown": True}
     (folder / "stream.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")

@@ -31,15 +31,18 @@ class _Thread:
 def check(path: str | Path) -> dict[str, int]:
     """Return how many threads, events and tasks there are. Raises ValueError, with the file and the byte, for the first broken rule.
 
-    Rules: keys of stream.json; header, known events of required models, whole payloads, times that never go back, starts within an hour;
-    OHx first and OHe last; CPUs that exist, one running thread a CPU; types and tasks created once, strictly before they are used; a task
+    Rules: keys of stream.json, loom_cpus in one of them; header, known events of required models, whole payloads, times that never go back,
+    starts within an hour; OHx first and OHe last; CPUs that exist, one running thread a CPU; types and tasks created once, strictly before they are used; a task
     that executes once at a time; what is entered is left, in order.
     """
     folders = sorted(file.parent for file in Path(path).rglob("stream.json"))
     if not folders:
         raise ValueError(f"{path}: wanted folders with a stream.json, got none")
     threads = [_Thread(folder, _about(folder / "stream.json")) for folder in folders]
-    cpus = {cpu["index"]: cpu["phyid"] for thread in threads for cpu in thread.about["ovni"].get("loom_cpus", [])}
+    with_cpus = [thread for thread in threads if "loom_cpus" in thread.about["ovni"]]
+    if len(with_cpus) != 1:
+        raise ValueError(f"{path}: wanted loom_cpus in one stream.json, got them in {len(with_cpus)}")
+    cpus = {cpu["index"]: cpu["phyid"] for cpu in with_cpus[0].about["ovni"]["loom_cpus"]}
     if sorted(cpus) != list(range(len(cpus))) or len(set(cpus.values())) != len(cpus):
         raise ValueError(f"{path}: wanted loom_cpus with indices 0, 1, ... and a phyid each, got {cpus}")
     counts, created, running = Counter(threads=len(threads), events=0), {"type": {}, "task": {}}, {}
