@@ -32,8 +32,8 @@ def check(path: str | Path) -> dict[str, int]:
     """Return how many threads, events and tasks there are. Raises ValueError, with the file and the byte, for the first broken rule.
 
     Rules: keys of stream.json, loom_cpus in one of them; header, known events of required models, whole payloads, times that never go back,
-    starts within an hour; OHx first and OHe last; CPUs that exist, one running thread a CPU; types and tasks created once, strictly before they are used; a task
-    that executes once at a time; what is entered is left, in order.
+    starts within an hour; OHx first and OHe last; CPUs that exist, one running thread a CPU; types and tasks created once, strictly before
+    they are used; a task that executes once at a time; what is entered is left, in order.
     """
     folders = sorted(file.parent for file in Path(path).rglob("stream.json"))
     if not folders:
