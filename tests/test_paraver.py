@@ -5,6 +5,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from test_efficiency import hand_made
 from test_trace import NAMES, traced
 
 from taskgpt.lab import paraver
@@ -70,6 +71,15 @@ def test_every_field_reads_back(name, tmp_path):
         g["end_ns"] - g["begin_ns"] for g, c in zip(idle, mostly, strict=True) if CAUSES[c] in ("dependency", "between")
     )
     assert states[5] == sum(g["end_ns"] - g["begin_ns"] for g, c in zip(idle, mostly, strict=True) if CAUSES[c] == "barrier")
+
+
+def test_tasks_without_length_begin_before_they_end(tmp_path):
+    """A coarse clock: tasks that take no time, alone, at the beginning or where others end and begin, keep their events in order."""
+    trace = hand_made([(0, 0, 0, 4, []), (0, 4, 4, 4, [0]), (0, 4, 4, 4, []), (0, 4, 4, 6, [1]), (1, 0, 0, 0, []), (1, 2, 2, 2, [])], 2)
+    paraver.write(trace, tmp_path / "paraver.prv")
+    assert paraver.check(tmp_path / "paraver.prv")["events"] == 12
+    events = [line.split(":") for line in (tmp_path / "paraver.prv").read_text().splitlines() if line.startswith("2:1:")]
+    assert [(int(e[5]), int(e[9])) for e in events] == [(0, 1), (4, 0), (4, 2), (4, 0), (4, 3), (4, 0), (4, 4), (6, 0)]
 
 
 BREAKS = {

@@ -11,6 +11,7 @@ moves, their tag the kernel.
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from time import localtime, strftime
 
@@ -56,63 +57,77 @@ def _put(path: Path, lines: Iterator[str]) -> None:
         part.unlink(missing_ok=True)
 
 
+@dataclass(frozen=True)
+class _Lines:
+    """Lines of one form: when, in what order at the same time, and what stands in the form's %d, an array each."""
+
+    times: np.ndarray
+    sequence: np.ndarray
+    form: str
+    values: tuple[np.ndarray, ...]
+
+
 def _prv(trace: Trace) -> Iterator[str]:
     """Yield the lines, by time."""
-    r, begin, workers = trace.records, trace.begin_ns, trace.workers
-    length = trace.end_ns - begin
+    length = trace.end_ns - trace.begin_ns
     now = strftime("%d/%m/%Y at %H:%M", localtime())
-    yield f"#Paraver ({now}):{length}_ns:1({workers}):1:1({workers}:1)"
-    function = OUTLINED if trace.about["is_fork_join"] else TASK_FUNCTION
+    yield f"#Paraver ({now}):{length}_ns:1({trace.workers}):1:1({trace.workers}:1)"
+    parts = [*_states(trace, length), *_tasks(trace), _communications(trace)]
+    part_of = np.repeat(np.arange(len(parts)), [len(part.times) for part in parts])
+    row_of = np.concatenate([np.arange(len(part.times)) for part in parts])
+    order = np.lexsort([np.concatenate([getattr(part, key) for part in parts]) for key in ("sequence", "times")])
+    for begin in range(0, len(order), _CHUNK):
+        chunk = order[begin : begin + _CHUNK]
+        lines = [""] * len(chunk)
+        for number, part in enumerate(parts):
+            here = np.flatnonzero(part_of[chunk] == number)
+            rows = zip(*(values[row_of[chunk[here]]].tolist() for values in part.values), strict=True)
+            for at, row in zip(here.tolist(), rows, strict=True):
+                lines[at] = part.form % row
+        yield from lines
+
+
+def _states(trace: Trace, length: int) -> Iterator[_Lines]:
+    """Yield those of the tasks, of tasks that were left out, and of gaps."""
     idle = gaps(trace)
     idle_state = np.array([STATE_OF[cause] for cause in CAUSES])[np.argmax([idle[cause] for cause in CAUSES], axis=0)]
-    kernel, phase = trace.column("kernel") + 1, trace.column("phase") + 1
-    layer, step = trace.column("layer") + 2, trace.runs["step"][r["run"]] + 1  # 0 means none, so 1 is "no layer"
-    costs = np.stack([trace.column("flops"), trace.column("bytes")], axis=1)
-    starts, stops = r["start_ns"] - begin, r["stop_ns"] - begin
-    lines: list[tuple[np.ndarray, list[str]]] = []
-
-    for worker in range(workers):
-        mine = np.flatnonzero(r["worker"] == worker)
-        at, thread = worker + 1, f"{worker + 1}:1:1:{worker + 1}"
-        waits = idle["worker"] == worker
-        others = trace.others[trace.others["worker"] == worker]
-        busy = [(others[name] - begin).clip(0, length) for name in ("start_ns", "stop_ns")]
-        spans = [(starts[mine], stops[mine], np.full(len(mine), RUNNING)), (*busy, np.full(len(others), RUNNING))]
-        spans.append((idle["begin_ns"][waits] - begin, idle["end_ns"][waits] - begin, idle_state[waits]))
-        for since, until, state in spans:
-            has_length = until > since
-            columns = (column[has_length].tolist() for column in (since, until, state))
-            lines.append((since[has_length], [f"1:{thread}:{a}:{b}:{s}" for a, b, s in zip(*columns, strict=True)]))
-        begins, ends = [], []
-        for n, (flops, moved) in zip(mine.tolist(), costs[mine].tolist(), strict=True):
-            values = f"{TASK_ID}:{r['task'][n] + 1}:{LAYER}:{layer[n]}:{PHASE}:{phase[n]}:{STEP}:{step[n]}:{FLOPS}:{flops}:{BYTES}:{moved}"
-            begins.append(f"2:{at}:1:1:{at}:{starts[n]}:{function}:{kernel[n]}:{values}")
-            ends.append(f"2:{at}:1:1:{at}:{stops[n]}:{function}:0:{TASK_ID}:0:{LAYER}:0:{PHASE}:0:{STEP}:0")
-        lines += [(stops[mine], ends), (starts[mine], begins)]
-    lines.append(_communications(trace))
-    times = np.concatenate([times for times, _ in lines])
-    texts = [text for _, part in lines for text in part]
-    for at in np.argsort(times, kind="stable").tolist():
-        yield texts[at]
+    spans = [(found, "start_ns", "stop_ns", np.full(len(found), RUNNING)) for found in (trace.records, trace.others)]
+    for found, begin, end, state in [*spans, (idle, "begin_ns", "end_ns", idle_state)]:
+        since, until = ((found[name] - trace.begin_ns).clip(0, length) for name in (begin, end))
+        has_length = until > since
+        thread, since, until, state = (column[has_length] for column in (found["worker"] + 1, since, until, state))
+        yield _Lines(since, np.zeros_like(since), "1:%d:1:1:%d:%d:%d:%d", (thread, thread, since, until, state))
 
 
-def _communications(trace: Trace) -> tuple[np.ndarray, list[str]]:
-    times, texts = [], []
-    names = trace.names("kernel")
+def _tasks(trace: Trace) -> Iterator[_Lines]:
+    """Yield the events that begin tasks, and those that end them: each after those of the worker's task before, which may take no time."""
+    r, function = trace.records, OUTLINED if trace.about["is_fork_join"] else TASK_FUNCTION
+    starts, stops, thread, number = r["start_ns"] - trace.begin_ns, r["stop_ns"] - trace.begin_ns, r["worker"] + 1, np.arange(len(r))
+    values = {function: trace.column("kernel") + 1, TASK_ID: r["task"] + 1}
+    values |= {LAYER: trace.column("layer") + 2, PHASE: trace.column("phase") + 1, STEP: trace.runs["step"][r["run"]] + 1}  # 0 ends them
+    costs = {FLOPS: trace.column("flops"), BYTES: trace.column("bytes")}
+    begins, ends = (":".join(["2:%d:1:1:%d:%d", *words]) for words in ([f"{n}:%d" for n in values | costs], [f"{n}:0" for n in values]))
+    yield _Lines(starts, 2 * number, begins, (thread, thread, starts, *values.values(), *costs.values()))
+    yield _Lines(stops, 2 * number + 1, ends, (thread, thread, stops))
+
+
+def _communications(trace: Trace) -> _Lines:
+    """Return a line for each dependency: sent when the one that is waited for stops, received when the one that waits starts."""
+    parts = [np.empty((0, 7), np.int64)]
     for run, records in trace.by_run():
         graph = trace.graphs[trace.runs["graph"][run]]
         place = np.full(len(graph), -1)
         place[records["task"]] = np.arange(len(records))
         receivers = np.repeat(np.arange(len(graph)), np.diff(graph.first))
         known = (place[receivers] >= 0) & (place[graph.predecessors] >= 0)
-        for sender, receiver in zip(graph.predecessors[known].tolist(), receivers[known].tolist(), strict=True):
-            a, b = records[place[sender]], records[place[receiver]]
-            out, ready, start = (int(t) - trace.begin_ns for t in (a["stop_ns"], b["ready_ns"], b["start_ns"]))
-            one, other = a["worker"] + 1, b["worker"] + 1
-            tag = names.index(graph.kernels[graph.kernel[receiver]]) + 1
-            times.append(out)
-            texts.append(f"3:{one}:1:1:{one}:{out}:{out}:{other}:1:1:{other}:{start}:{max(ready, out)}:{graph.bytes[receiver]}:{tag}")
-    return np.array(times, np.int64), texts
+        a, b, task = records[place[graph.predecessors[known]]], records[place[receivers[known]]], receivers[known]
+        tags = np.array([trace.names("kernel").index(name) + 1 for name in graph.kernels], np.int64)[graph.kernel[task]]
+        out, ready, start = (times - trace.begin_ns for times in (a["stop_ns"], b["ready_ns"], b["start_ns"]))
+        columns = a["worker"] + 1, out, b["worker"] + 1, start, np.maximum(ready, out), graph.bytes[task], tags
+        parts.append(np.stack(columns, axis=1))
+    one, out, other, start, ready, size, tag = np.concatenate(parts).T
+    values = one, one, out, out, other, other, start, ready, size, tag
+    return _Lines(out, np.zeros_like(out), "3:%d:1:1:%d:%d:%d:%d:1:1:%d:%d:%d:%d:%d", values)
 
 
 def _pcf(trace: Trace) -> str:
