@@ -1,6 +1,8 @@
 """The page of a trace, in a real browser: it draws, from disk, without a network, and says what a task read, wrote and waited for."""
 
+import dataclasses
 import html
+import itertools
 import json
 import re
 import subprocess
@@ -10,10 +12,13 @@ import kernels_for_tests as k
 import numpy as np
 import pytest
 from browser import BROWSER, needs_browser, visit
+from test_efficiency import hand_made
 from test_trace import traced
 
 from taskgpt.lab import page, timeline
 from taskgpt.lab.efficiency import longest_path
+from taskgpt.lab.trace import RUN_TYPE, Trace
+from taskgpt.tasks.picture import COLOURS
 
 
 def opened(url: str, *flags: str) -> str:
@@ -62,6 +67,78 @@ def test_a_page_shows_the_longest_path(tmp_path):
     found = longest_path(trace)
     assert json.loads(value) == [task["task"] for task in found["path"]]
     assert len(found["path"]) > 5
+
+
+def evaluated(path, js: str, folder) -> object:
+    """Return what the page's JavaScript makes of an expression."""
+    value, _ = visit(path.as_uri(), "document.documentElement.dataset.ready === 'yes'", f"JSON.stringify({js})", folder)
+    return json.loads(value)
+
+
+@needs_browser
+def test_the_costliest_kernels_have_colours_of_their_own(tmp_path):
+    """Those of the pictures of graphs, the longest time first; what takes the least time shares a grey when they run out."""
+    count = len(COLOURS) + 3
+    trace = hand_made([(0, 100 * n, 100 * n, 100 * n + n + 1, []) for n in range(count)], workers=1)
+    graph = trace.graphs[0]
+    graph.kernels[:] = [f"kernel {n}" for n in range(count + 1)]  # one that no task runs
+    graph.kernel[:] = np.arange(count)
+    page.write([trace], tmp_path / "page.html", "many kernels")
+    found = dict(evaluated(tmp_path / "page.html", "names.kernel.map(name => [name, colour(name, 'kernel')])", tmp_path))
+    costliest = [f"kernel {n}" for n in reversed(range(count))]
+    assert list(found) == costliest
+    assert [found[name] for name in costliest[: len(COLOURS)]] == list(COLOURS)
+    assert not {found[name] for name in costliest[len(COLOURS) :]} & set(COLOURS)
+
+
+@needs_browser
+def test_the_longest_paths_of_all_traces_are_in_view(tmp_path):
+    """Each counts from its own beginning, and the second one's is late."""
+    late = [(0, 1000 * n, 1000 * n, 1000 * n + 10, []) for n in range(9)] + [(0, 9000, 9000, 9900, [])]
+    page.write([hand_made([(0, 0, 0, 500, [])], 1), hand_made(late, 1)], tmp_path / "page.html", "two")
+    begin, end = evaluated(tmp_path / "page.html", "(document.getElementById('path').click(), [t0, t1])", tmp_path)
+    assert begin <= 0
+    assert end >= 9900
+
+
+@needs_browser
+def test_what_the_page_writes_stands_apart(tmp_path):
+    """Names of runs do not overlap, of which there are many; a time before the beginning has a unit for its size."""
+    one = hand_made([(0, 100 * n, 100 * n, 100 * n + 90, []) for n in range(200)], workers=1)
+    runs = np.array([(0, n, 100 * n, 100 * n + 90) for n in range(200)], RUN_TYPE)
+    one.records["run"] = np.arange(200)
+    trace = Trace(one.about, [dataclasses.replace(one.graphs[0], name="a graph of a long name")], runs, one.records)
+    page.write([trace], tmp_path / "page.html", "many runs")
+    js = """(() => {
+      const found = [], was = ctx.fillText;
+      ctx.fillText = (text, x, y) => { found.push([text, x, y, ctx.measureText(text).width]); was.call(ctx, text, x, y); };
+      draw();
+      return [found, ms(-16645360)];
+    })()"""
+    words, early = evaluated(tmp_path / "page.html", js, tmp_path)
+    labels = [(x, wide) for text, x, y, wide in words if text.startswith("a graph") and y == 26]
+    assert len(labels) > 2
+    assert all(x + wide < following for (x, wide), (following, _) in itertools.pairwise(labels))
+    assert early == "-16.65 ms"
+
+
+@needs_browser
+def test_runs_that_are_left_out_are_drawn_once_a_pixel(tmp_path):
+    """Grey, on their own worker, at most as many rectangles as the canvas is wide."""
+    whole = hand_made([(n % 2, 10 * n, 10 * n, 10 * n + 4, []) for n in range(20_000)], workers=2)
+    trace = Trace(whole.about, whole.graphs, whole.runs, whole.records[:2], others=whole.records[2:])
+    page.write([trace], tmp_path / "page.html", "others")
+    js = """(() => {
+      const found = [], was = ctx.fillRect, line = getComputedStyle(document.documentElement).getPropertyValue("--line").trim();
+      ctx.fillRect = (...box) => { if (ctx.fillStyle === line) found.push(box); was.apply(ctx, box); };
+      draw();
+      return found;
+    })()"""
+    boxes = evaluated(tmp_path / "page.html", js, tmp_path)
+    assert {y for _, y, _, _ in boxes} == {34, 64}
+    assert 2 <= len(boxes) <= 2 * 1300
+    assert min(x for x, *_ in boxes) < 90
+    assert max(x + wide for x, _, wide, _ in boxes) > 1200
 
 
 @pytest.mark.parametrize("colour_by", ["kernel", "layer", "phase"])

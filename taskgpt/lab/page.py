@@ -10,6 +10,7 @@ import numpy as np
 from taskgpt.lab.efficiency import longest_path
 from taskgpt.lab.report import write_whole
 from taskgpt.lab.trace import Trace, TracedGraph
+from taskgpt.tasks.picture import COLOURS
 
 TEMPLATE = Path(__file__).with_name("page.html")
 
@@ -19,8 +20,9 @@ def write(traces: Sequence[Trace], path: str | Path, title: str, tables: Sequenc
 
     A table has a caption, a head (a list of words) and rows of words. Raises OSError.
     """
-    data = json.dumps({"title": title, "traces": [_data(trace) for trace in traces], "tables": list(tables)}, separators=(",", ":"))
-    text = TEMPLATE.read_text(encoding="utf-8").replace("/*DATA*/", data.replace("<", "\\u003c"))  # nothing ends the script early
+    data = {"title": title, "traces": [_data(trace) for trace in traces], "tables": list(tables), "colours": COLOURS}
+    words = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")  # nothing ends the script early
+    text = TEMPLATE.read_text(encoding="utf-8").replace("/*DATA*/", words)
     write_whole(path, text)
 
 
@@ -39,7 +41,8 @@ def _data(trace: Trace) -> dict[str, Any]:
         "runs": runs,
         "graphs": [_graph(graph) for graph in trace.graphs],
         **times,
-        "others": [(trace.others[name] - (0 if name == "worker" else begin)).tolist() for name in ("worker", "start_ns", "stop_ns")],
+        "others": {"worker": trace.others["worker"].tolist()}
+        | {name: (trace.others[f"{name}_ns"] - begin).tolist() for name in ("start", "stop")},
         **{name: trace.records[name].tolist() for name in ("run", "task", "worker")},
     }
 
