@@ -60,7 +60,8 @@ def show_graph(flags: argparse.Namespace) -> int:
         graph = coarsen(graph, flags.coarsen)
     if flags.by == "section":
         graph = by_section(graph)
-    title = f"one training step of {config.name}"
+    parts = [f"layer {flags.layer}"] * (flags.layer is not None) + [flags.phase] * (flags.phase is not None)
+    title = ", ".join([f"one training step of {config.name}", *parts])
     writers = {
         "text": graph.listing,
         "svg": lambda: to_svg(graph, title, flags.colour),

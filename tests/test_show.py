@@ -82,15 +82,38 @@ def test_sections_keep_the_calls():
     assert by_section(Graph()).tasks == []
 
 
-def test_a_layer_and_a_phase_alone(tmp_path):
-    """Their tasks, with the edges that the whole graph has between them; what is not there is named."""
+def reached(tasks: list[dict]) -> list[set[str]]:
+    """Return the calls of all tasks that come before each, over any path."""
+    found: list[set[str]] = []
+    for task in tasks:
+        found.append(set().union(*(found[p] | {tasks[p]["call"]} for p in task["predecessors"])))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("flags", "is_in"),
+    [
+        (["--layer", "1"], lambda task: task["layer"] == 1),
+        (["--layer", "1", "--phase", "forward"], lambda task: (task["phase"], task["layer"]) == ("forward", 1)),
+        (["--phase", "backward"], lambda task: task["phase"] == "backward"),
+    ],
+)
+def test_a_layer_and_a_phase_alone(flags, is_in, tmp_path):
+    """Their tasks in the order of the whole graph, over paths through others too, without an edge that others imply; named in the title."""
     whole = json.loads(shown(tmp_path, "json"))["tasks"]
-    chosen = [task for task in whole if (task["phase"], task["layer"]) == ("forward", 1)]
-    place = {task["number"]: at for at, task in enumerate(chosen)}
-    part = json.loads(shown(tmp_path, "json", "--layer", "1", "--phase", "forward"))["tasks"]
-    assert [task["call"] for task in part] == [task["call"] for task in chosen]
-    assert [task["predecessors"] for task in part] == [[place[p] for p in task["predecessors"] if p in place] for task in chosen]
-    assert len(json.loads(shown(tmp_path, "json", "--layer", "0"))["tasks"]) == sum(task["layer"] == 0 for task in whole)
+    part = json.loads(shown(tmp_path, "json", *flags))["tasks"]
+    calls = {task["call"] for task in whole if is_in(task)}
+    assert [task["call"] for task in part] == [task["call"] for task in whole if is_in(task)]
+    before = reached(part)
+    assert before == [found & calls for task, found in zip(whole, reached(whole), strict=True) if is_in(task)]
+    for task in part:
+        assert not any(part[p]["call"] in before[q] for p in task["predecessors"] for q in task["predecessors"])
+    title = ", ".join(["one training step of tiny", *(f"layer {word}" if word.isdecimal() else word for word in flags[1::2])])
+    assert f">{title}: {len(part)} tasks" in shown(tmp_path, "svg", *flags)
+
+
+def test_what_is_not_in_the_graph_is_named():
+    """A layer, a phase."""
     assert show(["graph", "--layer", "7"]) == 2
     assert show(["graph", "--phase", "forwrd"]) == 2
 

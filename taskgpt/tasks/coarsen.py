@@ -53,7 +53,7 @@ def by_section(graph: Graph) -> Graph:
 
 
 def part(graph: Graph, is_in: Callable[[Task], bool]) -> Graph:
-    """Return the graph of some of the tasks, with the edges between them: to look at. Paths through other tasks are lost."""
+    """Return the graph of some of the tasks, each after those that come before it in the whole graph, be it through others: to look at."""
     found = _merge(graph, [[task.number] for task in graph.tasks if is_in(task)])
     found.name = f"{graph.name}, a part"
     return found
@@ -119,13 +119,24 @@ def _seconds(graph: Graph, numbers: Iterable[int]) -> float:
 
 
 def _merge(graph: Graph, groups: list[list[int]]) -> Graph:
-    """Return the graph of the groups, each a list of task numbers, in the order of their bands."""
+    """Return the graph of the groups, each a list of task numbers, in an order that no path contradicts.
+
+    A path through tasks that are in no group leads from group to group all the same.
+    """
     group_of = {number: at for at, group in enumerate(groups) for number in group}
+    around: dict[int, set[int]] = {}  # the groups that a task in no group waits for
+
+    def before(task: Task) -> set[int]:
+        return set().union(*({group_of[p]} if p in group_of else around[p] for p in task.predecessors))
+
+    for task in graph.tasks:
+        if task.number not in group_of:
+            around[task.number] = before(task)
     merged = Graph(f"{graph.name}, coarsened", graph.allow_commutative)
     ancestors: list[int] = []
     for at, group in enumerate(groups):
         parts = [graph.tasks[n] for n in group]
-        predecessors = without_implied({group_of[p] for part in parts for p in part.predecessors if p in group_of} - {at}, ancestors)
+        predecessors = without_implied(set().union(*map(before, parts)) - {at}, ancestors)
         costliest = max(parts, key=lambda part: _seconds(graph, [part.number]))
         task = Task(at, tuple(call for part in parts for call in part.calls), costliest.section, predecessors, costliest.name)
         task.flops, task.bytes = sum(part.flops for part in parts), sum(part.bytes for part in parts)
