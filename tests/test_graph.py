@@ -744,17 +744,17 @@ def test_dask_keys_carry_kernel_step_and_number():
 def test_dask_layers_are_phases():
     """A layer for each section, in Dask's own drawings a node, with the dependencies between them.
 
-    tasks --> forward-00 --> forward-01 --> backward-01
+    tasks --> forward_00 --> forward_01 --> backward_01
     """
     tasks, _ = pipeline()[0].to_dask()
     tasks.validate()
     assert {name: set(layer) for name, layer in tasks.layers.items()} == {
         "tasks": {("make", 0, 0), ("make", 0, 1)},
-        "forward-00": {("change", 0, 2), ("change", 0, 3)},
-        "forward-01": {("change", 0, 4), ("change", 0, 5)},
-        "backward-01": {("change", 0, 6), ("change", 0, 7)},
+        "forward_00": {("change", 0, 2), ("change", 0, 3)},
+        "forward_01": {("change", 0, 4), ("change", 0, 5)},
+        "backward_01": {("change", 0, 6), ("change", 0, 7)},
     }
-    assert tasks.dependencies == {"tasks": set(), "forward-00": {"tasks"}, "forward-01": {"forward-00"}, "backward-01": {"forward-01"}}
+    assert tasks.dependencies == {"tasks": set(), "forward_00": {"tasks"}, "forward_01": {"forward_00"}, "backward_01": {"forward_01"}}
 
 
 def test_dask_layers_have_no_cycle():

@@ -60,6 +60,23 @@ def test_a_picture_has_every_task(colour, tmp_path):
     assert words >= (legend | {"path": {"on the longest path", "not on it"}})[colour]
 
 
+def test_few_tasks_have_names(tmp_path):
+    """By section: phase and layer, in the box; a graph of many tasks has none, nor one whose columns would become too high."""
+
+    def names(*flags: str) -> tuple[list[str], list]:
+        picture = ElementTree.fromstring(shown(tmp_path, "svg", *flags))
+        texts = [e.text for e in picture.iter() if e.get("pointer-events") == "none"]
+        return texts, [e for e in picture.iter() if e.get("class") == "task"]
+
+    texts, boxes = names("--by", "section")
+    assert len(texts) == len(boxes)
+    assert {"forward 0", "forward 1", "backward 1", "loss", "update 0"} <= set(texts)
+    assert all(float(box.get("height")) >= 6 * max(map(len, texts)) for box in boxes)
+    texts, boxes = names("--phase", "loss")
+    assert sorted(texts) == sorted(box[0].text.split()[1] for box in boxes) != []
+    assert names()[0] == names("--layer", "0", "--phase", "forward")[0] == []
+
+
 def test_a_large_graph_by_section_is_small(tmp_path):
     """GPT-2 124M: more than a thousand tasks become one for each phase and layer, in an order that no edge contradicts."""
     assert show(["graph", "--graph", "gpt2-124m", "--by", "section", "--format", "json", "--output", str(tmp_path / "graph")]) == 0
@@ -119,9 +136,9 @@ def test_what_is_not_in_the_graph_is_named():
 
 
 def test_dask_shows_its_layers(tmp_path):
-    """Dask's own view is a page by itself."""
+    """Dask's own view is a page by itself, each row with its layer's name."""
     page = shown(tmp_path, "dask")
-    assert "forward-00" in page
+    assert re.search(r"Layer\d+: forward_00\s*<", page)
     assert not re.search(r"""(src|href)=|https?://(?!www.w3.org)""", page)
 
 

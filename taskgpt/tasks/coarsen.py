@@ -80,9 +80,9 @@ def layer_names(graph: Graph) -> list[str]:
 
 
 def layer_name(section: Section) -> str:
-    """Return `forward-03` for ("forward", 3), `forward` for ("forward", -1)."""
+    """Return `forward_03` for ("forward", 3), `forward` for ("forward", -1): Dask's views cut a name at its first dash with a number."""
     phase, layer = section
-    return f"{phase or 'tasks'}-{layer:02d}" if layer >= 0 else phase or "tasks"
+    return f"{phase or 'tasks'}_{layer:02d}" if layer >= 0 else phase or "tasks"
 
 
 def _components(graph: Graph, band_of: Sequence[int]) -> list[list[list[int]]]:

@@ -12,6 +12,7 @@ from taskgpt.tasks.graph import Graph, Task
 
 _COLUMN, _ROW, _WIDTH, _HEIGHT = 22, 15, 15, 10  # distance of columns and rows, size of a task, in pixels
 _MARGIN = 16
+_FEW, _TALLEST = 60, 1000  # so many tasks have their names written on them, upright, unless that makes a column higher than that
 # Told apart in any order, also by people who do not see red and green apart (Okabe and Ito 2008), then lighter ones.
 COLOURS = (
     *("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"),
@@ -31,6 +32,18 @@ def label(task: Task) -> str:
         return str(task)
     phase, layer = task.section
     return f"{task.number} {phase}{f' {layer}' if layer >= 0 else ''}: {len(task.calls)} calls, {task.name} and others"
+
+
+def _name(task: Task) -> str:
+    """Return what is written on a task: its kernel and layer; of a task of several calls, its phase and layer."""
+    phase, layer = task.section
+    return f"{(phase or 'tasks') if len(task.calls) > 1 else task.name}{f' {layer}' if layer >= 0 else ''}"
+
+
+def _ink_on(colour: str) -> str:
+    """Return black or white, whichever is read better on #rrggbb."""
+    red, green, blue = (int(colour[at : at + 2], 16) for at in (1, 3, 5))
+    return "#000000" if 0.299 * red + 0.587 * green + 0.114 * blue > 150 else "#ffffff"
 
 
 def groups(graph: Graph, colour_by: str) -> list[str]:
@@ -54,16 +67,21 @@ def to_svg(graph: Graph, title: str = "", colour_by: str = "kernel") -> str:
     place = {number: (x, y) for x, column in enumerate(columns) for y, number in enumerate(column)}
     tallest = max(map(len, columns), default=1)
     width = 2 * _MARGIN + _COLUMN * max(len(columns), 40)
+    names = [_name(task) for task in graph.tasks]
+    tall = 10 + 6 * max(map(len, names), default=0)
+    has_names = len(names) <= _FEW and tallest * tall <= _TALLEST
+    tall = tall if has_names else _HEIGHT
+    row = tall + _ROW - _HEIGHT
     group = groups(graph, colour_by)
     families = [name for name, _ in Counter(group).most_common()]
     colour = {name: COLOURS[at % len(COLOURS)] for at, name in enumerate(families)}
     colour |= {"on the longest path": "#D55E00", "not on it": "#b9c4cc"}
     keys, header = legend(families, colour, _MARGIN, 33, width - _MARGIN)
-    height = header + _ROW * tallest + 2 * _MARGIN
+    height = header + row * tallest + 2 * _MARGIN
 
     def position(number: int) -> tuple[float, float]:
         x, y = place[number]
-        return _MARGIN + _COLUMN * x, header + _MARGIN + _ROW * (y + (tallest - len(columns[x])) / 2)
+        return _MARGIN + _COLUMN * x, header + _MARGIN + row * (y + (tallest - len(columns[x])) / 2)
 
     edges, nodes = [], []
     for task in graph.tasks:
@@ -71,11 +89,18 @@ def to_svg(graph: Graph, title: str = "", colour_by: str = "kernel") -> str:
         for p in task.predecessors:
             px, py = position(p)
             start, middle, end = px + _WIDTH, (px + _WIDTH + x) / 2, x
-            edges.append(f"M{start:g},{py + 5:g}C{middle:g},{py + 5:g} {middle:g},{y + 5:g} {end:g},{y + 5:g}")
+            one, other = py + tall / 2, y + tall / 2
+            edges.append(f"M{start:g},{one:g}C{middle:g},{one:g} {middle:g},{other:g} {end:g},{other:g}")
+        fill = colour[group[task.number]]
         nodes.append(
-            f'<rect class="task" x="{x:g}" y="{y:g}" width="{_WIDTH}" height="{_HEIGHT}" rx="2.5" fill="{colour[group[task.number]]}">'
+            f'<rect class="task" x="{x:g}" y="{y:g}" width="{_WIDTH}" height="{tall}" rx="2.5" fill="{fill}">'
             f"<title>{escape(label(task))}</title></rect>"
         )
+        if has_names:
+            nodes.append(
+                f'<text transform="translate({x + 11:g},{y + tall - 4:g}) rotate(-90)" font-size="10" fill="{_ink_on(fill)}" '
+                f'pointer-events="none">{escape(names[task.number])}</text>'
+            )
     summary = f"{title or graph.name}: {len(graph.tasks)} tasks, longest chain {len(columns)}"
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" font-family="sans-serif" font-size="12">',
