@@ -49,7 +49,7 @@ def _moments(trace: Trace) -> np.ndarray:
     """Return when anything changes, from the trace's beginning to its end."""
     r, o, runs = trace.records, trace.others, trace.runs
     times = [r["ready_ns"], r["start_ns"], r["stop_ns"], o["start_ns"], o["stop_ns"], runs["begin_ns"], runs["end_ns"]]
-    return np.unique(np.concatenate(times).clip(trace.begin_ns, trace.end_ns))
+    return np.unique(np.concatenate([[trace.begin_ns, trace.end_ns], *times]).clip(trace.begin_ns, trace.end_ns))
 
 
 def _under_way(moments: np.ndarray, begin: np.ndarray, end: np.ndarray) -> np.ndarray:

@@ -95,9 +95,14 @@ def _labels(trace: Trace, mark: str) -> dict[str, str]:
     return {str(n + 1): f"step {n}" for n in range(int(trace.runs["step"].max(initial=-1)) + 1)}
 
 
+def _span(trace: Trace) -> tuple[int, int]:
+    """Return when threads begin and end; a trace without runs is at time 0, and clocks have no sign."""
+    return max(0, trace.begin_ns - _BEFORE_NS), trace.end_ns + _BEFORE_NS
+
+
 def _create(trace: Trace) -> Iterator[tuple]:
     """Yield what thread 1 does: a type a kernel; tasks, before their run begins. The number of a task is that of its record, from 1."""
-    begin = trace.begin_ns - _BEFORE_NS
+    begin, end = _span(trace)
     is_fork_join = trace.about["is_fork_join"]
     yield "OHx", begin, -1, _MAIN, 0
     for number, name in enumerate(trace.names("kernel"), start=1):
@@ -107,11 +112,11 @@ def _create(trace: Trace) -> Iterator[tuple]:
         begins = trace.runs["begin_ns"] - 1  # strictly before they run: ovni orders threads by time alone
         for record in np.argsort(begins[runs], kind="stable").tolist():
             yield "VTc", int(begins[runs[record]]), record + 1, int(kernel[record])
-    yield "OHe", trace.end_ns + _BEFORE_NS
+    yield "OHe", end
 
 
 def _work(trace: Trace, worker: int) -> Iterator[tuple]:
-    begin, end = trace.begin_ns - _BEFORE_NS, trace.end_ns + _BEFORE_NS
+    begin, end = _span(trace)
     yield "OHx", begin, worker, _MAIN, 0
     yield from (_loops if trace.about["is_fork_join"] else _tasks)(trace, worker, begin, end)
     yield "OHe", end
