@@ -78,8 +78,10 @@ def steps_of(path: str, flags: argparse.Namespace) -> Trace:
     """Return the runs asked for of a trace. Raises UserError if there are none."""
     trace = Trace.load(path)
     chosen = trace.select(flags.runs)
-    if not len(chosen.records):
+    if not len(chosen.runs):
         raise UserError(f"{path}: no runs of '{flags.runs}'{did_you_mean(flags.runs, dict.fromkeys(g.name for g in trace.graphs))}")
+    if not len(chosen.records):
+        raise UserError(f"{path}: {len(chosen.runs)} runs of '{flags.runs}' without a task on record; record them again with --trace")
     return chosen.without_first(flags.skip) if len(chosen.runs) > flags.skip else chosen
 
 

@@ -84,7 +84,7 @@ def test_every_task_reads_back(name, tmp_path):
         expected.append((r["worker"], r["start_ns"], r["stop_ns"], kernel, layer, phase, f"step {run['step']}"))
     assert sorted(found) == sorted(expected)
     assert counts["threads"] == trace.workers + 1
-    assert counts.get("tasks", 0) == (0 if name == "loops" else len(expected))
+    assert counts["tasks"] == len(expected)
 
 
 def first(events: list[list], letters: str) -> int:

@@ -1,7 +1,9 @@
 """Traces: what a scheduler did, kept, read back, and checked; and as Chrome JSON for Perfetto."""
 
 import csv
+import dataclasses
 import json
+import re
 
 import kernels_for_tests as k
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 from taskgpt import config, train
 from taskgpt import trace as trace_program
 from taskgpt.errors import UserError
-from taskgpt.lab import perfetto, table
+from taskgpt.lab import formats, perfetto, table
 from taskgpt.lab.idle import CAUSES, gaps
 from taskgpt.lab.trace import Trace, Traced
 from taskgpt.schedulers import open_scheduler
@@ -140,6 +142,102 @@ def test_broken_rules_are_found(message):
         trace.verify()
 
 
+GRAPH_BREAKS = {
+    "about: wanted is_fork_join, scheduler, workers": lambda trace: trace.about.clear(),
+    "about: wanted workers": lambda trace: trace.about.pop("workers"),
+    "a number in kernel": lambda trace: trace.graphs[0].kernel.__setitem__(5, 77),
+    "a number in phase": lambda trace: trace.graphs[0].phase.__setitem__(5, -1),
+    "a number in predecessors": lambda trace: trace.graphs[0].predecessors.__setitem__(-1, len(trace.graphs[0]) - 1),
+    "'flops': 59": lambda trace: replace(trace, flops=trace.graphs[0].flops[:-1]),
+    "'calls': 61": lambda trace: trace.graphs[0].calls.append("one more"),
+    "wanted int64": lambda trace: replace(trace, bytes=trace.graphs[0].bytes.astype(float)),
+    "one part a task": lambda trace: trace.graphs[0].first.__setitem__(-1, 3),
+}
+
+
+def replace(trace: Trace, **arrays: np.ndarray) -> None:
+    trace.graphs[0] = dataclasses.replace(trace.graphs[0], **arrays)
+
+
+@pytest.mark.parametrize("message", GRAPH_BREAKS)
+def test_a_trace_whose_parts_do_not_fit_is_refused(message, tmp_path):
+    """When it is read: graphs, and what is said about the run."""
+    trace = traced("sequential", order=(0, 1))
+    GRAPH_BREAKS[message](trace)
+    trace.save(tmp_path / "trace.npz")
+    with pytest.raises(UserError, match=message):
+        Trace.load(tmp_path)
+
+
+def test_an_empty_trace_is_written_and_read(tmp_path, capsys):
+    """`--steps 0`, without validation and samples: every format passes its check, and the report says that there is nothing."""
+    flags = ["--graph", "tiny", "--steps", "0", "--val-every", "0", "--sample-every", "0", "--data", __file__]
+    assert train.main([*flags, "--trace", str(tmp_path)]) == 0
+    assert trace_program.main(["check", str(tmp_path)]) == 0
+    assert "csv      ok: 0 tasks, 0 gaps" in capsys.readouterr().out
+    assert trace_program.main(["report", str(tmp_path)]) == 2
+
+
+def test_runs_without_records_are_not_called_unknown(tmp_path, capsys):
+    """The report says that nothing was recorded of them."""
+    whole = traced("native")
+    Trace(whole.about, whole.graphs, whole.runs, whole.records[:0]).save(tmp_path / "trace.npz")
+    name = whole.graphs[0].name
+    assert trace_program.main(["report", str(tmp_path), "--runs", name]) == 2
+    error = capsys.readouterr().err
+    assert f"2 runs of '{name}' without a task on record" in error
+    assert "did you mean" not in error
+
+
+def test_one_format_is_checked_by_its_path(tmp_path, capsys):
+    """Of those that are folders too."""
+    formats.save(traced("native"), tmp_path)
+    formats.export(traced("native"), tmp_path, ["parquet"])
+    for name in ("trace.npz", "perfetto.json", "paraver.prv", "ovni", "csv", "parquet"):
+        assert len(formats.check(tmp_path / name)) == 1
+    assert len(formats.check(tmp_path)) == 6
+
+
+def test_formats_of_one_folder_hold_as_many_tasks(tmp_path):
+    """A file that another run left there is found."""
+    formats.save(traced("native"), tmp_path)
+    for name, (write, _, file) in formats.FORMATS.items():
+        write(traced("native", order=(0, 1)), tmp_path / file)
+        with pytest.raises(ValueError, match=rf"{file}: wanted 180 tasks, as trace has, got 120"):
+            formats.check(tmp_path)
+        formats.export(traced("native"), tmp_path, [name])
+
+
+DAMAGES = {  # a file, and what is written into it
+    "perfetto.json event": ("perfetto.json", b'{"traceEvents": [1]}'),
+    "perfetto.json events": ("perfetto.json", b'{"traceEvents": 5}'),
+    "perfetto.json name": ("perfetto.json", b'{"traceEvents": [{"ph": "M"}, {"ph": "C", "ts": 1}]}'),
+    "perfetto.json track": ("perfetto.json", b'{"traceEvents": [{"ph": "X", "ts": 1}]}'),
+    "paraver.prv": ("paraver.prv", b"\xff\xfe"),
+    "paraver.pcf text": ("paraver.pcf", b"\xff\xfe"),
+    "paraver.pcf number": ("paraver.pcf", b"STATES\nfoo\n"),
+    "paraver.row": ("paraver.row", b"\xff\xfe"),
+    "state.cfg": ("paraver.cfgs/state.cfg", b"\xff\xfe"),
+    "stream.json list": ("ovni/loom.taskgpt/proc.1/thread.1/stream.json", b"[]"),
+    "stream.json text": ("ovni/loom.taskgpt/proc.1/thread.1/stream.json", b"{"),
+    "tasks.csv empty": ("csv/tasks.csv", b""),
+    "tasks.csv without rows": ("csv/tasks.csv", ",".join([*table._NUMBERS, *table._WORDS]).encode()),
+    "tasks.csv short": ("csv/tasks.csv", (",".join([*table._NUMBERS, *table._WORDS]) + "\n1,2").encode()),
+    "idle.csv": ("csv/idle.csv", b"worker,begin_ns\n1,2\n"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_named(damage, tmp_path):
+    """Whatever stands in it: one line that begins with its path, no traceback."""
+    formats.save(traced("native"), tmp_path)
+    (tmp_path / "trace.npz").unlink()
+    file, data = DAMAGES[damage]
+    (tmp_path / file).write_bytes(data)
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path / file))):
+        formats.check(tmp_path)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_perfetto_has_every_task_and_every_dependency(name, tmp_path):
     """Read back with nothing but json: worker, times, kernel and costs of each task, and an arrow for each dependency."""
@@ -148,7 +246,7 @@ def test_perfetto_has_every_task_and_every_dependency(name, tmp_path):
     counts = perfetto.check(tmp_path / "perfetto.json")
     events = json.loads((tmp_path / "perfetto.json").read_text())["traceEvents"]
     slices = [e for e in events if e["ph"] == "X"]
-    assert len(slices) == len(trace.records) == counts["slices"]
+    assert len(slices) == len(trace.records) == counts["tasks"]
     for record, kernel, event in zip(trace.records, trace.column("kernel"), slices, strict=True):
         graph = trace.graphs[trace.runs["graph"][record["run"]]]
         assert event["tid"] == record["worker"]

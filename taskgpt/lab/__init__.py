@@ -15,5 +15,6 @@ efficiency.py  what a trace says of time: efficiencies, idle time by cause, the 
 page.py        traces as a page (page.html) with a timeline to zoom
 trace.py       a run as data: which task ran when, on which worker
 formats.py     the formats that a trace is written in: perfetto.py, paraver.py, ovni.py (and ovni_check.py)
+rules.py       what their checkers raise
 tilings.py     tile sizes worth a try, and their forecasts; races.py: what is faster, in turns; tuned.py: what tuning leaves
 """

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from taskgpt.errors import UserError
 from taskgpt.lab import ovni, ovni_check, paraver, perfetto, table
+from taskgpt.lab.rules import RuleError
 from taskgpt.lab.trace import Trace
 
 TRACE = "trace.npz"
@@ -52,11 +53,13 @@ def export(trace: Trace, folder: str | Path, formats: Iterable[str] = USUAL, arr
 
 
 def check(path: str | Path) -> dict[str, dict[str, int]]:
-    """Check every format found in a folder, or one file of it, against its rules; return what each holds.
+    """Check every format found in a folder, or one format's file or folder, against its rules; return what each holds.
 
-    Raises ValueError, which says where, what was wanted and what was found; UserError if there is nothing to check.
+    Raises RuleError, which says where, what was wanted and what was found, also if what a folder holds has not the same number of
+    tasks; UserError if there is nothing to check.
     """
-    is_whole = Path(path).is_dir() and not any(Path(path).glob("loom.*"))  # not ovni's folder inside
+    files = [TRACE, *(file for *_, file in FORMATS.values())]
+    is_whole = any((Path(path) / file).exists() for file in files)
     folder, only = (Path(path), None) if is_whole else (Path(path).parent, Path(path).name)
     found = {}
     if only in (None, TRACE) and (folder / TRACE).exists():
@@ -65,7 +68,9 @@ def check(path: str | Path) -> dict[str, dict[str, int]]:
     for name, (_, check_format, file) in FORMATS.items():
         if only in (None, file) and (folder / file).exists():
             found[name] = check_format(folder / file)
+            first = next(iter(found))
+            if (wanted := found[first]["tasks"]) != (got := found[name]["tasks"]):
+                raise RuleError(f"{folder / file}: wanted {wanted:,} tasks, as {first} has, got {got:,}; convert the trace again")
     if not found:
-        files = ", ".join([TRACE, *(file for *_, file in FORMATS.values())])
-        raise UserError(f"{path}: no trace here; wanted a folder that --trace wrote, or a file of it: {files}")
+        raise UserError(f"{path}: no trace here; wanted a folder that --trace wrote, or a file of it: {', '.join(files)}")
     return found

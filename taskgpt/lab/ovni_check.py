@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from taskgpt.lab.rules import RuleError, reading
+
 _FIXED = "OHx:16 OHe:0 OM[:12 OM]:12 VTc:8 VTx:8 VTe:8 VHw:0 VHW:0 VSh:0 VSf:0 VPp:0 VPr:0 PQx:4 PQe:4 PWs:0 PWS:0 PBj:0 PBJ:0"
 _SIZES = {"VYc": None, "POc": None} | {name: int(size) for name, size in (word.split(":") for word in _FIXED.split())}  # bytes of payload
 _MODELS = {"O": "ovni", "V": "nosv", "P": "openmp"}
@@ -29,23 +31,28 @@ class _Thread:
 
 
 def check(path: str | Path) -> dict[str, int]:
-    """Return how many threads, events and tasks there are. Raises ValueError, with the file and the byte, for the first broken rule.
+    """Return how many threads, events and tasks that ran there are. Raises RuleError, with file and byte, for the first broken rule.
 
     Rules: keys of stream.json, loom_cpus in one of them; header, known events of required models, whole payloads, times that never go back,
     starts within an hour; OHx first and OHe last; CPUs that exist, one running thread a CPU; types and tasks created once, strictly before
     they are used; a task that executes once at a time; what is entered is left, in order.
     """
-    folders = sorted(file.parent for file in Path(path).rglob("stream.json"))
+    with reading(path):
+        return _check(Path(path))
+
+
+def _check(path: Path) -> dict[str, int]:
+    folders = sorted(file.parent for file in path.rglob("stream.json"))
     if not folders:
-        raise ValueError(f"{path}: wanted folders with a stream.json, got none")
+        raise RuleError(f"{path}: wanted folders with a stream.json, got none")
     threads = [_Thread(folder, _about(folder / "stream.json")) for folder in folders]
     with_cpus = [thread for thread in threads if "loom_cpus" in thread.about["ovni"]]
     if len(with_cpus) != 1:
-        raise ValueError(f"{path}: wanted loom_cpus in one stream.json, got them in {len(with_cpus)}")
+        raise RuleError(f"{path}: wanted loom_cpus in one stream.json, got them in {len(with_cpus)}")
     cpus = {cpu["index"]: cpu["phyid"] for cpu in with_cpus[0].about["ovni"]["loom_cpus"]}
     if sorted(cpus) != list(range(len(cpus))) or len(set(cpus.values())) != len(cpus):
-        raise ValueError(f"{path}: wanted loom_cpus with indices 0, 1, ... and a phyid each, got {cpus}")
-    counts, created, running = Counter(threads=len(threads), events=0), {"type": {}, "task": {}}, {}
+        raise RuleError(f"{path}: wanted loom_cpus with indices 0, 1, ... and a phyid each, got {cpus}")
+    counts, created, running = Counter(threads=len(threads), events=0, tasks=0), {"type": {}, "task": {}}, {}
     starts: list[int] = []
 
     def stream(number: int) -> Iterator[tuple]:
@@ -58,8 +65,8 @@ def check(path: str | Path) -> dict[str, int]:
         thread = threads[number]
         counts["events"] += 1
 
-        def wrong(wanted: str, thread=thread, offset=offset, name=name, payload=payload) -> ValueError:
-            return ValueError(f"{thread.folder / 'stream.obs'}: byte {offset}: wanted {wanted}, got {name} {payload}")
+        def wrong(wanted: str, thread=thread, offset=offset, name=name, payload=payload) -> RuleError:
+            return RuleError(f"{thread.folder / 'stream.obs'}: byte {offset}: wanted {wanted}, got {name} {payload}")
 
         if _MODELS[name[0]] not in thread.about["ovni"]["require"]:
             raise wrong(f"an event of a model that stream.json requires: {', '.join(thread.about['ovni']['require'])}")
@@ -79,18 +86,18 @@ def check(path: str | Path) -> dict[str, int]:
                 raise wrong(f"an end with everything left, not within {[s[-1] for s in thread.stacks.values() if s]}")
         elif name in ("VYc", "POc", "VTc"):
             _create(name, clock, payload, created, wrong)
-            counts["tasks"] += name == "VTc"
         elif name in ("VPp", "VPr"):
             if thread.rests == (name == "VPr"):
                 raise wrong("rest and progress in turn")
             thread.rests = name == "VPr"
         else:
             _enter_or_leave(name, clock, payload, thread, created, wrong)
+            counts["tasks"] += name in ("VTx", "PWs")
     if max(starts) - min(starts) > _HOUR_NS:
-        raise ValueError(f"{path}: wanted threads that begin within an hour, got {(max(starts) - min(starts)) / _HOUR_NS:.1f} hours")
+        raise RuleError(f"{path}: wanted threads that begin within an hour, got {(max(starts) - min(starts)) / _HOUR_NS:.1f} hours")
     for thread in threads:
         if thread.state != "dead":
-            raise ValueError(f"{thread.folder / 'stream.obs'}: wanted OHe at the end, got a thread that is {thread.state}")
+            raise RuleError(f"{thread.folder / 'stream.obs'}: wanted OHe at the end, got a thread that is {thread.state}")
     return dict(counts)
 
 
@@ -133,7 +140,12 @@ def _enter_or_leave(name: str, clock: int, payload: bytes, thread: _Thread, crea
 
 def _about(file: Path) -> dict[str, Any]:
     """Return a stream.json that has what the emulator asks for."""
-    about = json.loads(file.read_text(encoding="utf-8"))
+    with reading(file):
+        about = json.loads(file.read_text(encoding="utf-8"))
+        return _verified(about, file)
+
+
+def _verified(about: dict[str, Any], file: Path) -> dict[str, Any]:
     ovni = about.get("ovni", {})
     wanted = {
         "version 3": about.get("version") == 3,
@@ -147,21 +159,21 @@ def _about(file: Path) -> dict[str, Any]:
     }
     for what, holds in wanted.items():
         if not holds:
-            raise ValueError(f"{file}: wanted {what}, got {ovni}")
+            raise RuleError(f"{file}: wanted {what}, got {ovni}")
     return about
 
 
 def _events(file: Path) -> Iterator[tuple[int, int, str, bytes]]:
-    """Yield (clock, offset, letters, payload). Raises ValueError for what is no event, or cut short, or goes back in time."""
+    """Yield (clock, offset, letters, payload). Raises RuleError for what is no event, or cut short, or goes back in time."""
     last = 0
     with open(file, "rb") as opened:
         if opened.read(8) != b"ovni\x01\0\0\0":
-            raise ValueError(f"{file}: wanted ovni, version 1, in its first 8 bytes")
+            raise RuleError(f"{file}: wanted ovni, version 1, in its first 8 bytes")
         while head := opened.read(12):
             offset = opened.tell() - len(head)
 
-            def wrong(wanted: str, offset: int = offset) -> ValueError:
-                return ValueError(f"{file}: byte {offset}: wanted {wanted}")
+            def wrong(wanted: str, offset: int = offset) -> RuleError:
+                return RuleError(f"{file}: byte {offset}: wanted {wanted}")
 
             if len(head) < 12:
                 raise wrong("12 bytes of an event; the file is cut short")

@@ -19,6 +19,7 @@ import numpy as np
 
 from taskgpt.lab import paraver_views
 from taskgpt.lab.idle import CAUSES, gaps
+from taskgpt.lab.rules import RuleError, reading
 from taskgpt.lab.trace import Trace
 
 IDLE, RUNNING, SYNCHRONIZATION, SCHEDULING = 0, 1, 5, 7
@@ -165,26 +166,27 @@ _FIELDS = {"1": 8, "3": 15}
 
 
 def check(path: str | Path) -> dict[str, int]:
-    """Return how many states, events, communications and views there are. Raises ValueError, with the line, for the first broken rule.
+    """Return how many tasks, states, events, arrows and views there are. Raises RuleError, with the line, for the first broken rule.
 
     Rules: the header's form; number and range of fields; order of time; a thread's states without gap or overlap, from 0 to the end; values
     of named types named in the .pcf; intervals that end; communications that arrive after they left; as many names in the .row as threads.
     """
     path = Path(path)
-    named = _named_values(path.with_suffix(".pcf"))
-    counts = {"states": 0, "events": 0, "communications": 0}
-    with open(path, encoding="utf-8") as file:
+    with reading(path.with_suffix(".pcf")):
+        named = _named_values(path.with_suffix(".pcf"))
+    counts = {"tasks": 0, "states": 0, "events": 0, "communications": 0}
+    with reading(path), open(path, encoding="utf-8") as file:
         first = file.readline().rstrip("\n")
         header = _HEADER.fullmatch(first)
         if not header:
-            raise ValueError(f"{path}:1: wanted a header, #Paraver (date):END_ns:1(cpus):1:1(threads:1), got {first[:100]!r}")
+            raise RuleError(f"{path}:1: wanted a header, #Paraver (date):END_ns:1(cpus):1:1(threads:1), got {first[:100]!r}")
         end, cpus, threads = map(int, header.groups())
         covered, open_values, last = [0] * threads, [{} for _ in range(threads)], 0
         for number, line in enumerate(file, start=2):
             text = line.rstrip("\n")
 
-            def wrong(wanted: str, number: int = number, text: str = text) -> ValueError:
-                return ValueError(f"{path}:{number}: wanted {wanted}, got {text[:200]!r}")
+            def wrong(wanted: str, number: int = number, text: str = text) -> RuleError:
+                return RuleError(f"{path}:{number}: wanted {wanted}, got {text[:200]!r}")
 
             words = text.split(":")
             if not all(word.isdecimal() for word in words) or words[0] not in ("1", "2", "3"):
@@ -214,15 +216,17 @@ def check(path: str | Path) -> dict[str, int]:
                     if values and bool(open_values[thread - 1].get(event_type)) == bool(value):
                         raise wrong(f"values of {event_type} that end with 0 before another one begins")
                     open_values[thread - 1][event_type] = value if values else 0
+                    counts["tasks"] += event_type in (OUTLINED, TASK_FUNCTION) and value != 0
             else:
                 counts["communications"] += 1
                 if not time <= rest[0] <= rest[6] <= end or not rest[0] <= rest[5] <= end:
                     raise wrong("a communication that arrives after it left")
     if any(stop != end for stop in covered) or any(any(values.values()) for values in open_values):
-        raise ValueError(f"{path}: wanted states of every thread up to {end} and intervals that end, got {covered} and {open_values}")
-    rows = path.with_suffix(".row").read_text(encoding="utf-8").split(f"LEVEL THREAD SIZE {threads}\n")
+        raise RuleError(f"{path}: wanted states of every thread up to {end} and intervals that end, got {covered} and {open_values}")
+    with reading(path.with_suffix(".row")):
+        rows = path.with_suffix(".row").read_text(encoding="utf-8").split(f"LEVEL THREAD SIZE {threads}\n")
     if len(rows) != 2 or len(rows[1].split("\n")) < threads or not all(rows[1].split("\n")[:threads]):
-        raise ValueError(f"{path.with_suffix('.row')}: wanted LEVEL THREAD SIZE {threads} and as many names")
+        raise RuleError(f"{path.with_suffix('.row')}: wanted LEVEL THREAD SIZE {threads} and as many names")
     return counts | {"views": paraver_views.check(path.with_suffix(".cfgs"), set(named) - {"states"})}
 
 

@@ -7,6 +7,8 @@ a row a worker, a column a value, in each cell the time.
 import re
 from pathlib import Path
 
+from taskgpt.lab.rules import RuleError, reading
+
 _THREAD_OF = {True: "State As Is", False: "Last Evt Val"}  # Paraver's functions that make a timeline of records
 _ANY = "1" + "0" * 18 + ".000000000000"
 
@@ -118,27 +120,28 @@ def _profile(title: str) -> str:
 
 
 def check(folder: Path, known_types: set[int]) -> int:
-    """Return how many views there are. Raises ValueError for one that Paraver would not open, or that shows nothing of this trace.
+    """Return how many views there are. Raises RuleError for one that Paraver would not open, or that shows nothing of this trace.
 
     Rules: the header; as many windows as it says, numbered from 1; braces that count what they hold; histograms of windows that are there;
     types of events that the .pcf names.
     """
     paths = sorted(folder.glob("*.cfg"))
     for path in paths:
-        text = path.read_text(encoding="utf-8")
+        with reading(path):
+            text = path.read_text(encoding="utf-8")
         head = re.match(r"#ParaverCFG\nConfigFile\.Version: 3\.4\nConfigFile\.NumWindows: (\d+)\n", text)
         if not head:
-            raise ValueError(f"{path}: wanted #ParaverCFG, ConfigFile.Version: 3.4 and ConfigFile.NumWindows: N, got {text[:80]!r}")
+            raise RuleError(f"{path}: wanted #ParaverCFG, ConfigFile.Version: 3.4 and ConfigFile.NumWindows: N, got {text[:80]!r}")
         windows = re.findall(r"< NEW DISPLAYING WINDOW .+ >\n#+\nwindow_name .+\nwindow_type single\nwindow_id (\d+)\n", text)
         if windows != [str(n + 1) for n in range(int(head[1]))]:
-            raise ValueError(f"{path}: wanted {head[1]} windows, numbered from 1, got {windows}")
+            raise RuleError(f"{path}: wanted {head[1]} windows, numbered from 1, got {windows}")
         for count, inside in re.findall(r"_functions \{ (\d+), \{ (.*) \} \}\n", text):
             if len(re.findall(r"\{\w+, [^}]+\}", inside)) != int(count):
-                raise ValueError(f"{path}: wanted {count} functions, got {inside}")
+                raise RuleError(f"{path}: wanted {count} functions, got {inside}")
         for window in re.findall(r"Analyzer2D\.(?:Control|Data)Window: (\d+)\n", text):
             if window not in windows:
-                raise ValueError(f"{path}: a histogram of window {window}, which is not there")
+                raise RuleError(f"{path}: a histogram of window {window}, which is not there")
         for event_type in re.findall(r"window_filter_module evt_type 1 (\d+)\n", text):
             if int(event_type) not in known_types:
-                raise ValueError(f"{path}: events of type {event_type}, which the .pcf does not name")
+                raise RuleError(f"{path}: events of type {event_type}, which the .pcf does not name")
     return len(paths)

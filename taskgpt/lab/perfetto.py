@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from taskgpt.lab.rules import RuleError, reading
 from taskgpt.lab.trace import Trace
 
 PROCESS = 1
@@ -110,31 +111,36 @@ def _arrows(trace: Trace) -> Iterator[dict[str, Any]]:
 
 
 def check(path: str | Path) -> dict[str, int]:
-    """Return how many slices, counters and arrows the file has. Raises ValueError for what a viewer would drop or show wrongly."""
+    """Return how many tasks (slices), counters and arrows the file has. Raises RuleError for what a viewer would drop or show wrongly."""
     try:
         events = json.loads(Path(path).read_text(encoding="utf-8"))["traceEvents"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: wanted JSON with traceEvents, got {error!r}") from None
-    counts = {"slices": 0, "counters": 0, "arrows": 0}
+        raise RuleError(f"{path}: wanted JSON with traceEvents, got {error!r}") from None
+    with reading(path):
+        return _check(path, events)
+
+
+def _check(path: str | Path, events: list[dict[str, Any]]) -> dict[str, int]:
+    counts = {"tasks": 0, "counters": 0, "arrows": 0}
     named: set[int] = set()
     last_end: dict[int, tuple[float, int]] = {}
     open_arrows: dict[int, float] = {}
 
-    def wrong(at: int, wanted: str) -> ValueError:
-        return ValueError(f"{path}: event {at}: wanted {wanted}, got {json.dumps(events[at])[:200]}")
+    def wrong(at: int, wanted: str) -> RuleError:
+        return RuleError(f"{path}: event {at}: wanted {wanted}, got {json.dumps(events[at])[:200]}")
 
     slices = []
     for at, event in enumerate(events):
-        kind = event.get("ph")
+        kind = event.get("ph") if isinstance(event, dict) else None
         if kind not in ("M", "X", "C", "s", "f"):
             raise wrong(at, "ph M, X, C, s or f")
         if kind != "M" and not (isinstance(event.get("ts"), (int, float)) and event["ts"] >= 0):
             raise wrong(at, "a time of 0 or more")
-        if kind == "M" and event["name"] == "thread_name":
-            named.add(event["tid"])
+        if kind == "M" and event.get("name") == "thread_name":
+            named.add(event.get("tid"))
         elif kind == "X":
-            counts["slices"] += 1
-            if event["tid"] not in named:
+            counts["tasks"] += 1
+            if event.get("tid") not in named:
                 raise wrong(at, "a track with a name")
             if not event.get("name") or not event.get("dur", -1) >= 0:
                 raise wrong(at, "a name and a duration of 0 or more")
@@ -155,5 +161,5 @@ def check(path: str | Path) -> dict[str, int]:
             raise wrong(at, f"no slice before event {last_end[track][1]} of the same track ends")
         last_end[track] = moment + events[at]["dur"], at
     if open_arrows:
-        raise ValueError(f"{path}: wanted an end for every arrow, got none for {len(open_arrows)}")
+        raise RuleError(f"{path}: wanted an end for every arrow, got none for {len(open_arrows)}")
     return counts

@@ -7,7 +7,7 @@ import csv
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,12 @@ import numpy as np
 
 from taskgpt.errors import UserError
 from taskgpt.lab.idle import CAUSES, gaps
+from taskgpt.lab.rules import RuleError, reading
 from taskgpt.lab.trace import Trace
 
 _WORDS = ("graph", "kernel", "phase", "call")  # columns of text
 _NUMBERS = ("run", "step", "task", "layer", "worker", "ready_ns", "start_ns", "stop_ns", "flops", "bytes")
+_WAITS = ("begin_ns", "end_ns", *(f"{cause}_ns" for cause in CAUSES))
 _ROWS = 20_000  # in memory as text at a time
 Columns = dict[str, np.ndarray]
 
@@ -76,39 +78,53 @@ def _pyarrow() -> tuple[Any, Any]:
     return pyarrow, pyarrow.parquet
 
 
-def _check(read: Callable[[Path], Iterator[dict[str, Any]]], ending: str, path: str | Path) -> dict[str, int]:
-    """Return how many rows there are. Raises ValueError for a row that cannot be: the columns, their order in time, and idle time's sum."""
+def _check(read: Callable[[Path], Iterator[Any]], ending: str, path: str | Path) -> dict[str, int]:
+    """Return how many rows there are. Raises RuleError for a row that cannot be: the columns, their order in time, and idle time's sum."""
     counts = {"tasks": 0, "gaps": 0}
     free: dict[int, int] = {}  # until when a worker is busy
-    for number, row in enumerate(read(Path(path) / f"tasks.{ending}"), start=2):
+    for number, row in _rows(read, Path(path) / f"tasks.{ending}", (*_NUMBERS, *_WORDS)):
         counts["tasks"] += 1
-        if missing := {*_NUMBERS, *_WORDS} - set(row):
-            raise ValueError(f"{path}/tasks.{ending}: wanted columns {', '.join(sorted(missing))}")
-        ready, start, stop = (int(row[name]) for name in ("ready_ns", "start_ns", "stop_ns"))
-        worker = int(row["worker"])
+        ready, start, stop, worker = (int(row[name]) for name in ("ready_ns", "start_ns", "stop_ns", "worker"))
         if not (0 <= ready <= start <= stop and free.get(worker, 0) <= start):
-            raise ValueError(f"{path}/tasks.{ending}:{number}: wanted ready <= start <= stop, after the worker's last task, got {row}")
+            raise RuleError(f"{path}/tasks.{ending}:{number}: wanted ready <= start <= stop, after the worker's last task, got {row}")
         free[worker] = stop
-    for number, row in enumerate(read(Path(path) / f"idle.{ending}"), start=2):
+    for number, row in _rows(read, Path(path) / f"idle.{ending}", ("worker", *_WAITS)):
         counts["gaps"] += 1
-        lasts, causes = int(row["end_ns"]) - int(row["begin_ns"]), sum(int(row[f"{cause}_ns"]) for cause in CAUSES)
-        if lasts <= 0 or abs(lasts - causes) > len(CAUSES):
-            raise ValueError(f"{path}/idle.{ending}:{number}: wanted causes that add up to the time from begin to end, got {row}")
+        begin, end, *causes = (int(row[name]) for name in _WAITS)
+        if end <= begin or abs(end - begin - sum(causes)) > len(CAUSES):
+            raise RuleError(f"{path}/idle.{ending}:{number}: wanted causes that add up to the time from begin to end, got {row}")
+    if counts["gaps"] and not counts["tasks"]:
+        raise RuleError(f"{path}/tasks.{ending}: wanted tasks, as idle.{ending} has gaps between them, got none")
     return counts
 
 
-def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
+def _rows(read: Callable[[Path], Iterator[Any]], path: Path, columns: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (number of the line in a text, row) for each row. Raises RuleError for a missing column or field."""
+    with reading(path):
+        rows = read(path)
+        if missing := set(columns) - set(next(rows)):
+            raise RuleError(f"{path}: wanted columns {', '.join(sorted(missing))}, got none")
+        for number, row in enumerate(rows, start=2):
+            if None in row or None in row.values():
+                raise RuleError(f"{path}:{number}: wanted a field for each column, got {list(row.values())}")
+            yield number, row
+
+
+def _read_csv(path: Path) -> Iterator[Any]:
+    """Yield the names of the columns, then the rows; a row that is too long has a key None, one that is too short a value None."""
     with open(path, newline="", encoding="utf-8") as file:
-        yield from csv.DictReader(file)
+        rows = csv.DictReader(file)
+        yield rows.fieldnames or ()
+        yield from rows
 
 
-def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
-    pyarrow, parquet = _pyarrow()
-    try:
-        for batch in parquet.ParquetFile(path).iter_batches():
+def _read_parquet(path: Path) -> Iterator[Any]:
+    """Yield the names of the columns, then the rows."""
+    _, parquet = _pyarrow()
+    with parquet.ParquetFile(path) as file:
+        yield file.schema_arrow.names
+        for batch in file.iter_batches():
             yield from batch.to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path}: no Parquet file: {error}") from None
 
 
 write_csv, check_csv = partial(_write, _put_csv, "csv"), partial(_check, _read_csv, "csv")

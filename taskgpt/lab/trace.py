@@ -78,6 +78,19 @@ class TracedGraph:
     def __len__(self) -> int:
         return len(self.kernel)
 
+    def verify(self) -> None:
+        """Raise ValueError if arrays do not fit each other, name what is not there, or let a task wait for a later one."""
+        lengths = {name: len(getattr(self, name)) for name in ("calls", *self.ARRAYS)}
+        wanted = dict.fromkeys(lengths, len(self)) | {"first": len(self) + 1, "predecessors": lengths["predecessors"]}
+        if lengths != wanted or any(getattr(self, name).dtype != np.int64 for name in self.ARRAYS):
+            raise ValueError(f"graph {self.name}: wanted int64 arrays of these lengths, {wanted}, got {lengths}")
+        if self.first[0] != 0 or self.first[-1] != len(self.predecessors) or (np.diff(self.first) < 0).any():
+            raise ValueError(f"graph {self.name}: wanted predecessors cut into one part a task")
+        earlier = np.repeat(np.arange(len(self)), np.diff(self.first))
+        for name, limit in {"kernel": len(self.kernels), "phase": len(self.phases), "predecessors": earlier}.items():
+            if not ((getattr(self, name) >= 0) & (getattr(self, name) < limit)).all():
+                raise ValueError(f"graph {self.name}: a number in {name} beyond what there is")
+
 
 @dataclass(frozen=True, eq=False)
 class Trace:
@@ -190,7 +203,14 @@ class Trace:
         return trace
 
     def verify(self) -> None:
-        """Raise ValueError, saying where, if a worker did two things at once, or a task ran twice, or before what it waits for."""
+        """Raise ValueError, saying where, if a part is missing or does not fit the others.
+
+        Also if a worker did two things at once, or a task ran twice, or before what it waits for.
+        """
+        if missing := {"scheduler", "workers", "is_fork_join"} - set(self.about):
+            raise ValueError(f"about: wanted {', '.join(sorted(missing))}, got none")
+        for graph in self.graphs:
+            graph.verify()
         r = self.records
         if r.dtype != RECORD_TYPE or self.others.dtype != RECORD_TYPE or self.runs.dtype != RUN_TYPE:
             raise ValueError("records or runs have other fields")
