@@ -51,6 +51,9 @@ def test_numbers_of_a_run():
     live.validation(0, 2.75)
     assert live.steps == [(0, 2.5, 100.0, live.last_run.efficiency)]
     assert live.validations == [(0, 2.75)]
+    shown = live.last_step
+    live.look(trace.select(trace.graphs[1].name))  # a validation
+    assert live.last_step is shown is not live.last_run
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -62,7 +62,7 @@ def fill(document: Document, live: Live, extra: dict[str, Any]) -> None:
             return
         steps.stream(dict(zip(("step", "loss", "speed", "efficiency"), map(list, zip(*new, strict=True)), strict=True)), KEPT)
         seen["steps"] += len(new)
-        run = live.last_run
+        run = live.last_step
         shown = list(run.kernel_ms)[:BARS][::-1]
         names.factors = shown
         kernels.data = {"kernel": shown, "ms": [run.kernel_ms[name] for name in shown]}

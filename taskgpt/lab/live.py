@@ -16,7 +16,7 @@ POINTS = 240  # at which the number of ready tasks is counted, along a run
 
 @dataclass
 class Run:
-    """What the last run showed. efficiency: time in tasks / (workers x time). kernel_ms: all workers' time, the longest first.
+    """What a run showed. efficiency: time in tasks / (workers x time). kernel_ms: all workers' time, the longest first.
 
     ready: the number of tasks that were ready and not begun, at `ready_at_ms` since the beginning; of the run before, as only the next one
     tells which tasks were ready, but not begun, at its end.
@@ -32,7 +32,8 @@ class Run:
 class Live:
     """What there is to show. Written by one thread; others may read at any time, for nothing that is there ever changes.
 
-    steps: (step, loss, tokens a second, efficiency). validations: (step, loss).
+    steps: (step, loss, tokens a second, efficiency). validations: (step, loss). last_run: whatever ran last; last_step: the last step of
+    training, as validations and samples are other programs.
     """
 
     workers: int
@@ -40,6 +41,7 @@ class Live:
     steps: list[tuple[int, float, float, float]] = field(default_factory=list)
     validations: list[tuple[int, float]] = field(default_factory=list)
     last_run: Run = field(default_factory=Run)
+    last_step: Run = field(default_factory=Run)
     _seen_ns: int = 0
     _window: tuple[int, int] = (0, 0)
     _waits: np.ndarray = field(default_factory=lambda: np.zeros((2, 0), np.int64))  # when tasks were ready, and when they began
@@ -72,7 +74,8 @@ class Live:
 
     def step(self, step: int, loss: float, tokens_per_s: float) -> None:
         """Take note of a step of training, whose run was the last one."""
-        self.steps.append((step, loss, tokens_per_s, self.last_run.efficiency))
+        self.last_step = self.last_run
+        self.steps.append((step, loss, tokens_per_s, self.last_step.efficiency))
 
     def validation(self, step: int, loss: float) -> None:
         """Take note of a validation before a step."""
