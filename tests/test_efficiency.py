@@ -190,6 +190,24 @@ def test_shares_of_the_machine():
     assert (row["of_sgemm"], row["of_memory"]) == pytest.approx((0.05, 0.4))
 
 
+def test_limits_are_those_of_the_machine_and_shown():
+    """The largest that traces of as many workers on one machine measured, for all of them; another machine keeps its own."""
+    traces = []
+    for machine, sgemm in (("here", 4.0), ("here", 2.0), ("there", 1.0), ("here", None)):
+        trace = hand_made([(0, 0, 0, 10_000, [])], workers=2)
+        trace.about["machine"] = {"processor": machine}
+        trace.about["limits"] = sgemm and {"sgemm_gflops": sgemm, "memory_gbs": 1 / sgemm}
+        traces.append(trace)
+    comparison = Comparison.of(*traces)
+    limits = [(found["limits"]["sgemm_gflops"], found["limits"]["memory_gbs"]) for found in comparison.found]
+    assert limits == [(4, 0.5), (4, 0.5), (1, 1), (4, 0.5)]
+    assert [f["by_kernel"][0]["of_sgemm"] for f in comparison.found] == pytest.approx([0.05, 0.05, 0.2, 0.05])
+    [table] = [table for table in comparison.tables() if "limits" in table["caption"]]
+    assert table["rows"] == [["sgemm, GFLOP/s", "4.0", "4.0", "1.0", "4.0"], ["memory, GB/s", "0.5", "0.5", "1.0", "0.5"]]
+    del traces[0].about["limits"]
+    assert not [table for table in Comparison.of(traces[0]).tables() if "limits" in table["caption"]]
+
+
 def test_the_report_compares_traces(tmp_path, capsys):
     """Two traces beside each other, as text, as JSON and as a page; a reference gives computation scaling."""
     for name in ("loops", "native", "sequential"):

@@ -4,6 +4,7 @@ print(Comparison.of(Trace.load("runs/loops"), Trace.load("runs/native")))
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -22,8 +23,11 @@ class Comparison:
 
     @classmethod
     def of(cls, *traces: Trace, reference: Trace | None = None) -> Self:
-        """`reference`: the same steps on one worker. Raises ValueError for a trace without tasks."""
-        return cls([analyse(trace, reference) for trace in traces])
+        """`reference`: the same steps on one worker. Raises ValueError for a trace without tasks.
+
+        Speeds are stated against the same limits for all traces of as many workers on one machine: the largest that any of them measured.
+        """
+        return cls([analyse(trace, reference, _limits(trace, traces)) for trace in traces])
 
     @property
     def names(self) -> list[str]:
@@ -32,7 +36,7 @@ class Comparison:
         return [word if words.count(word) == 1 else f"{word} {at + 1}" for at, word in enumerate(words)]
 
     def tables(self) -> list[Table]:
-        """Return efficiency, times, idle time by cause, what differs, time by kernel, layer and phase, speeds, the longest path."""
+        """Return efficiency, times, idle time by cause, what differs, time by kernel, layer and phase, limits, speeds, longest paths."""
         found = self.found
         times = {
             "a step, median": lambda f: f["step_ms"],
@@ -56,6 +60,10 @@ class Comparison:
             known = sorted({name for each in by_name for name in each}, key=lambda name: -max(each.get(name, 0) for each in by_name))
             rows = {_label(what, name): [each.get(name) for each in by_name] for name in known}
             tables.append(self._beside(f"ms a step by {what}", rows, ".3f"))
+        if any(f["limits"] for f in found):
+            limits = {"sgemm, GFLOP/s": "sgemm_gflops", "memory, GB/s": "memory_gbs"}
+            rows = {label: [f["limits"] and f["limits"][limit] for f in found] for label, limit in limits.items()}
+            tables.append(self._beside("the machine's limits on as many threads as workers, measured after the run", rows, ".1f"))
         for f, name in zip(found, self.names, strict=True):
             tables += [_speeds(f, name), _path(f, name)]
         return tables
@@ -92,6 +100,13 @@ class Comparison:
         return "".join(layout.to_html(table) for table in self.tables())
 
 
+def _limits(trace: Trace, traces: Sequence[Trace]) -> dict[str, float] | None:
+    """Return the largest values of those traces that were recorded where this one was: a limit can be measured too low, never too high."""
+    here = trace.about.get("machine"), trace.workers
+    known = [t.about["limits"] for t in traces if t.about.get("limits") and (t is trace or (t.about.get("machine"), t.workers) == here)]
+    return {name: max(each[name] for each in known) for name in known[0]} if known else None
+
+
 def _idle(cause: str) -> str:
     return f"idle: {cause}" if cause != "between" else "between runs"
 
@@ -113,7 +128,7 @@ def _speeds(found: dict[str, Any], name: str) -> Table:
         ]
         for r in found["by_kernel"]
     ]
-    return {"caption": f"kernels, {name}: a worker's speed, and its share of the machine's limit", "head": head, "rows": rows}
+    return {"caption": f"kernels, {name}: a worker's speed, and its share of the limit", "head": head, "rows": rows}
 
 
 def _path(found: dict[str, Any], name: str) -> Table:

@@ -23,14 +23,16 @@ from taskgpt.lab.idle import CAUSES, gaps, in_runs_ns
 from taskgpt.lab.trace import Trace
 
 
-def analyse(trace: Trace, reference: Trace | None = None) -> dict[str, Any]:
+def analyse(trace: Trace, reference: Trace | None = None, limits: dict[str, float] | None = None) -> dict[str, Any]:
     """Return the numbers, all of them JSON's. `reference`: the same steps on one worker, for computation scaling.
+
+    `limits`: what the machine reaches on as many threads (machine.limits), if not what the trace itself says.
 
     Raises ValueError for a trace without tasks.
     """
     if not len(trace.records):
         raise ValueError("a trace without tasks says nothing; wanted runs with records")
-    r, workers = trace.records, trace.workers
+    r, workers, limits = trace.records, trace.workers, limits or trace.about.get("limits")
     wall_ns, elsewhere = in_runs_ns(trace)
     useful = np.bincount(r["worker"], r["stop_ns"] - r["start_ns"], workers) + elsewhere
     waits = gaps(trace)
@@ -51,6 +53,7 @@ def analyse(trace: Trace, reference: Trace | None = None) -> dict[str, Any]:
         "workers": workers,
         "steps": len(trace.runs),
         "tasks": len(r),
+        "limits": limits,
         "wall_ms": wall_ns / 1e6,
         "step_ms": float(np.median(steps_ns)) / 1e6,
         "efficiency": {name: float(value) for name, value in factors.items()}
@@ -61,7 +64,7 @@ def analyse(trace: Trace, reference: Trace | None = None) -> dict[str, Any]:
         "idle_ms": {cause: float(idle[cause].sum()) / 1e6 for cause in CAUSES},
         "useful_ms": float(useful.sum() - elsewhere.sum()) / 1e6,
         "other_runs_ms": float(elsewhere.sum()) / 1e6,
-        **{f"by_{name}": _by(trace, name) for name in ("kernel", "layer", "phase")},
+        **{f"by_{name}": _by(trace, name, limits) for name in ("kernel", "layer", "phase")},
         "longest_path": longest_path(trace),
     }
 
@@ -70,13 +73,12 @@ def _useful_a_step(trace: Trace) -> float:
     return float((trace.records["stop_ns"] - trace.records["start_ns"]).sum()) / len(trace.runs)
 
 
-def _by(trace: Trace, name: str) -> list[dict[str, Any]]:
+def _by(trace: Trace, name: str, limits: dict[str, float] | None) -> list[dict[str, Any]]:
     """Return count, time and speeds of each kernel, layer or phase, the longest first.
 
-    of_sgemm, of_memory: a worker's speed against its share of the machine's, measured on as many threads, if the trace knows it. Bytes are
+    of_sgemm, of_memory: a worker's speed against its share of the machine's, measured on as many threads, if it is known. Bytes are
     those that tasks declare: what they find in caches makes of_memory larger than 1.
     """
-    limits = trace.about.get("limits")
     column, took = trace.column(name), trace.records["stop_ns"] - trace.records["start_ns"]
     flops, moved = trace.column("flops"), trace.column("bytes")
     rows = []
