@@ -144,12 +144,12 @@ def train(flags: argparse.Namespace, report: "Report", stop: "StopRequest") -> i
             stop.consequence = f"{flags.save} was saved"
         memory = memory_in_use(m)
 
-    if flags.trace is not None:
+    setup = flags, graph_config, scheduler_config, scheduler.workers, data.description
+    report.summary(summarize(*setup, m, step_graphs[0], seconds, memory))
+    if flags.trace is not None:  # after what a full disk cannot take away
         about = {"command": shlex.join(["taskgpt", "train", *flags.argv]), "machine": machine.describe()}
         about["limits"] = machine.limits(scheduler.workers)
         report.say(f"trace      {save(scheduler.trace(about), flags.trace)}")
-    setup = flags, graph_config, scheduler_config, scheduler.workers, data.description
-    report.summary(summarize(*setup, m, step_graphs[0], seconds, memory))
     if not math.isfinite(loss):
         raise UserError(f"after {len(seconds)} steps the loss is {loss}, and nothing was saved; try a smaller --lr, or another --init")
     return 130 if stop.is_requested else 2 if report.has_lost_log else 0

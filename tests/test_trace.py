@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import errno
 import json
 import re
 
@@ -94,9 +95,9 @@ def test_train_writes_a_trace_that_passes_its_checks(tmp_path, capsys):
     text.write_text("to be or not to be, that is the question. " * 200)
     argv = ["--graph", "tiny", "--steps", "3", "--data", str(text), "--sample-every", "2"]
     assert train.main([*argv]) == 0
-    plain = capsys.readouterr().out.splitlines()[-1]
+    plain = re.findall("parameters sha256 .*", capsys.readouterr().out)
     assert train.main([*argv, "--trace", str(tmp_path / "traced")]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == plain
+    assert re.findall("parameters sha256 .*", capsys.readouterr().out) == plain != []
     trace = Trace.load(tmp_path / "traced")
     steps = trace.select("training step")
     assert steps.runs["step"].tolist() == [0, 1, 2]
@@ -116,10 +117,39 @@ def test_train_writes_a_trace_that_passes_its_checks(tmp_path, capsys):
 
 
 def test_a_folder_that_cannot_be_is_refused_before_the_run(tmp_path, capsys):
-    """In one line, with exit code 2."""
+    """In one line, with exit code 2: a file in its place, or in its path."""
     (tmp_path / "file").write_text("")
-    assert train.main(["--graph", "tiny", "--steps", "1", "--data", __file__, "--trace", str(tmp_path / "file" / "x")]) == 2
-    assert "--trace" in capsys.readouterr().err
+    for path, message in ((tmp_path / "file" / "x", "cannot make this folder"), (tmp_path / "file", "wanted a folder, got a file")):
+        assert train.main(["--graph", "tiny", "--steps", "1", "--data", __file__, "--trace", str(path)]) == 2
+        assert f"--trace {path}: {message}" in capsys.readouterr().err
+
+
+def test_a_full_disk_costs_the_trace_alone(tmp_path, capsys, monkeypatch):
+    """The summary of the run was printed before; the message names the folder. So it does when a trace is converted."""
+
+    def fill(*_) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")  # as writes do: without a file's name
+
+    traced("sequential").save(tmp_path / "trace.npz")
+    monkeypatch.setitem(formats.FORMATS, "perfetto", (fill, *formats.FORMATS["perfetto"][1:]))
+    assert trace_program.main(["convert", str(tmp_path), "--format", "perfetto"]) == 2
+    assert f"{tmp_path}: cannot write the trace here: No space left on device" in capsys.readouterr().err
+    monkeypatch.setattr(Trace, "save", fill)
+    assert train.main(["--graph", "tiny", "--steps", "1", "--data", __file__, "--trace", str(tmp_path)]) == 2
+    out, err = capsys.readouterr()
+    assert "parameters sha256" in out
+    assert f"{tmp_path}: cannot write the trace here: No space left on device" in err
+
+
+def test_reports_that_cannot_be_are_refused(tmp_path, capsys):
+    """A negative number of runs to skip; a page in a folder that is not there, called what the user called it."""
+    trace = traced("sequential")
+    trace.save(tmp_path / "trace.npz")
+    argv = ["report", str(tmp_path), "--runs", trace.graphs[0].name]
+    assert trace_program.main([*argv, "--skip", "-1"]) == 2
+    assert "--skip: wanted at least 0, got -1" in capsys.readouterr().err
+    assert trace_program.main([*argv, "--html", str(tmp_path / "none" / "x.html")]) == 2
+    assert f"No such file or directory: '{tmp_path}/none/x.html'" in capsys.readouterr().err
 
 
 BREAKS = {

@@ -1,7 +1,8 @@
 """The formats that a trace is written in, and the checkers of each."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from taskgpt.errors import UserError
@@ -22,6 +23,8 @@ USUAL = ("perfetto", "paraver", "ovni", "csv")
 
 def verify_can_write(folder: str) -> None:
     """Make the folder. Raises UserError if nothing can be written there: better before the run than after it."""
+    if Path(folder).is_file():
+        raise UserError(f"--trace {folder}: wanted a folder, got a file; choose another name")
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -31,9 +34,9 @@ def verify_can_write(folder: str) -> None:
 
 
 def save(trace: Trace, folder: str | Path) -> str:
-    """Write the trace and its usual formats into a folder; return a line that says so. Raises OSError."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    trace.save(Path(folder) / TRACE)
+    """Write the trace and its usual formats into a folder; return a line that says so. Raises UserError."""
+    with _writing(folder):
+        trace.save(Path(folder) / TRACE)
     files = [TRACE, *(path.name for path in export(trace, folder))]
     return f"{len(trace.records):,} tasks of {len(trace.runs)} runs in {folder}: {', '.join(files)}"
 
@@ -41,15 +44,25 @@ def save(trace: Trace, folder: str | Path) -> str:
 def export(trace: Trace, folder: str | Path, formats: Iterable[str] = USUAL, arrows: bool = False) -> list[Path]:
     """Write the trace in these formats into a folder; return what was written. `arrows`: Perfetto's too has the dependencies.
 
-    Raises OSError, or UserError if a format needs a package that is missing.
+    Raises UserError if the folder cannot be written, or if a format needs a package that is missing.
     """
-    Path(folder).mkdir(parents=True, exist_ok=True)
     paths = []
-    for name in formats:
-        write, _, file = FORMATS[name]
-        paths.append(Path(folder) / file)
-        write(trace, paths[-1], **({"arrows": True} if arrows and name == "perfetto" else {}))
+    with _writing(folder):
+        for name in formats:
+            write, _, file = FORMATS[name]
+            paths.append(Path(folder) / file)
+            write(trace, paths[-1], **({"arrows": True} if arrows and name == "perfetto" else {}))
     return paths
+
+
+@contextmanager
+def _writing(folder: str | Path) -> Iterator[None]:
+    """Make the folder; what the system refuses, a full disk say, becomes a message that names it."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise UserError(f"{folder}: cannot write the trace here: {error.strerror or error}; make room, or choose another folder") from None
 
 
 def check(path: str | Path) -> dict[str, dict[str, int]]:

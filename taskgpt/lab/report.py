@@ -56,6 +56,8 @@ def write_whole(path: str | Path, text: str) -> None:
     try:
         part.write_text(text, encoding="utf-8")
         os.replace(part, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None  # the part's name means nothing to the user
     finally:
         part.unlink(missing_ok=True)
 
