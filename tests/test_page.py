@@ -157,8 +157,9 @@ def test_a_still_picture_has_every_task(colour_by):
     assert len(tasks(wide)) > 0.9 * total
     assert len(tasks(narrow)) < len(tasks(wide))
     for svg, width in ((wide, 10**6), (narrow, 300)):
-        shown = sum(float(rect.get("width")) + 0.2 for rect in tasks(svg)) * longest / (width - 70)
-        assert shown == pytest.approx(took, rel=0.05 if width > 300 else 0.3)
+        shown, pixel = sum(float(rect.get("width")) + 0.2 for rect in tasks(svg)), longest / (width - 70)
+        least = 0.5 * len(tasks(svg))  # what is shorter than half a pixel is drawn that wide; 0.01: words have two digits
+        assert -0.01 * len(tasks(svg)) <= shown - took / pixel <= least + 0.01 * len(tasks(svg))
 
 
 def test_graphs_and_traces_display_themselves():
