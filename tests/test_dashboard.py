@@ -14,12 +14,13 @@ import kernels_for_tests as k
 import numpy as np
 import pytest
 from browser import needs_browser, visit
+from test_efficiency import hand_made
 from test_trace import traced
 
 from taskgpt import config, train
 from taskgpt.errors import UserError
 from taskgpt.lab.live import Live
-from taskgpt.lab.trace import Traced
+from taskgpt.lab.trace import Trace, Traced
 from taskgpt.schedulers import open_scheduler
 
 plt = pytest.importorskip("matplotlib.image", reason="screenshots are read with matplotlib: pip install 'taskgpt[notebooks]'")
@@ -54,6 +55,17 @@ def test_numbers_of_a_run():
     shown = live.last_step
     live.look(trace.select(trace.graphs[1].name))  # a validation
     assert live.last_step is shown is not live.last_run
+
+
+def test_a_task_counts_since_the_last_look():
+    """One that began long before it, and ends now: its worker was busy the whole time, not longer."""
+    trace = hand_made([(0, 0, 0, 100, []), (1, 0, 0, 120, [])], workers=2)
+    live = Live(2)
+    so_far = trace.runs.copy()
+    so_far["end_ns"] = 100
+    live.look(Trace(trace.about, trace.graphs, so_far, trace.records[:1]))
+    live.look(Trace(trace.about, trace.graphs, trace.runs, trace.records[1:]))
+    assert live.last_run.efficiency == 0.5
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -58,7 +58,7 @@ class Live:
         waits = np.stack([r["ready_ns"], r["start_ns"]])
         at, ready = self._ready(np.concatenate([self._waits, waits], axis=1))
         self.last_run = Run(
-            efficiency=float(took.sum()) / (self.workers * max(1, end - begin)),
+            efficiency=float((r["stop_ns"] - np.maximum(r["start_ns"], begin)).sum()) / (self.workers * max(1, end - begin)),
             kernel_ms={name: ns / 1e6 for ns, name in by_kernel if ns},
             ready_at_ms=at,
             ready=ready,
