@@ -23,9 +23,10 @@ import numpy as np
 from taskgpt.errors import run_program
 from taskgpt.lab import machine as this
 from taskgpt.lab.formats import save, verify_can_write
+from taskgpt.lab.machine_file import Machine
 from taskgpt.lab.named import Prepared, named_config, named_scheduler, prepare
 from taskgpt.lab.report import Report, at_least
-from taskgpt.lab.simulated import Costs, Machine, Simulated, SimulatedLoops, simulated
+from taskgpt.lab.simulated import Clocked, Costs, simulated
 from taskgpt.lab.task_costs import measured, traffic
 from taskgpt.lab.trace import RECORD, Traced
 
@@ -74,7 +75,7 @@ def simulate(flags: argparse.Namespace) -> int:
         verify_can_write(flags.trace)
     machine = Machine.load(flags.machine)
     if flags.machine == "here":
-        machine = _large(machine, max(flags.workers))
+        machine = machine.with_room_for(max(flags.workers))
     costs: list[Costs] = []  # of the one graph, as soon as they are measured
     schedulers = {
         (name, n): simulated(named_config(name, n, record=RECORD), machine, lambda _: costs[0])
@@ -99,13 +100,7 @@ def simulate(flags: argparse.Namespace) -> int:
     return 0
 
 
-def _large(machine: Machine, workers: int) -> Machine:
-    """Return this machine with more cores than it has, and as much more bandwidth."""
-    sockets = -(-workers // machine.cores_per_socket)
-    return Machine(**{**vars(machine), "sockets": max(machine.sockets, sockets)})
-
-
-def one(flags, prepared: Prepared, costs: Costs, name: str, workers: int, scheduler: Simulated | SimulatedLoops) -> dict[str, Any]:
+def one(flags, prepared: Prepared, costs: Costs, name: str, workers: int, scheduler: Clocked) -> dict[str, Any]:
     """Return the row of one simulation."""
     graph, machine, start = prepared.graphs[0], scheduler.machine, time.perf_counter()
     with Traced(scheduler) as traced:

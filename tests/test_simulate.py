@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from taskgpt import trace as trace_program
 from taskgpt.config import load_scheduler
 from taskgpt.errors import UserError
-from taskgpt.lab.simulated import Costs, Machine, simulated
+from taskgpt.lab.machine_file import Machine
+from taskgpt.lab.simulated import Costs, simulated
 from taskgpt.lab.task_costs import Rates, traffic
 from taskgpt.lab.trace import Trace, Traced
+from taskgpt.schedulers import open_scheduler
 from taskgpt.schedulers._ready import POLICIES
 from taskgpt.simulate import main as simulate
 from taskgpt.tasks import Graph, InOut, Tensor, dims, kernel
@@ -27,8 +29,12 @@ def work(a: InOut[N]):
     a += 1
 
 
-def machine(cores: int, sockets: int = 1, bandwidth_gbs: float = 1e6, task_us: float = 0.0, barrier_us: float = 0.0) -> Machine:
-    return Machine(sockets, cores, 1.0, bandwidth_gbs, 1.0, task_us, barrier_us)
+OVERHEADS = [name for name in Machine.__dataclass_fields__ if name.endswith("_us")]
+
+
+def machine(cores: int, sockets: int = 1, bandwidth_gbs: float = 1e6, busy_gflops: float = 1.0, **overheads: float) -> Machine:
+    """Return a machine without overheads but these."""
+    return Machine(sockets, cores, 1.0, busy_gflops, bandwidth_gbs, 1.0, **{**dict.fromkeys(OVERHEADS, 0.0), **overheads})
 
 
 def graph_of(edges: list[list[int]]) -> Graph:
@@ -101,9 +107,63 @@ def test_loops_by_hand():
 
 
 def test_overheads_by_hand():
-    """A chain of ten tasks of 1 ms with 100 us each."""
-    trace = run("native", graph_of([[], *([n] for n in range(9))]), machine(1, task_us=100), [1e-3] * 10)
-    assert trace.end_ns - trace.begin_ns == pytest.approx(11e6, abs=20)
+    """A chain of ten tasks of 1 ms: what a scheduler adds to each; Dask's, before the first and between any two."""
+    chain = graph_of([[], *([n] for n in range(9))])
+    for name, overheads, adds_ms in (
+        ("native", {"task_us": 100}, 1.0),
+        ("sequential", {"call_us": 100}, 1.0),
+        ("threads", {"dask_begin_us": 10, "dask_task_us": 100}, 0.1 + 0.9),
+        ("local-cluster", {"distributed_begin_us": 10, "distributed_task_us": 100, "distributed_hop_us": 1000}, 0.1 + 0.9 + 9.0),
+    ):
+        trace = run(name, chain, machine(1, **overheads), [1e-3] * 10)
+        assert trace.end_ns - trace.begin_ns == pytest.approx(10e6 + adds_ms * 1e6, abs=30), name
+
+
+def test_a_busy_socket_is_slower_by_hand():
+    """Two tasks of 1 s on two cores that do half as much when both are busy take 2 s; on three cores of that kind, 4 / 3 s."""
+    x = Tensor("x", np.zeros(2, np.float32), (1,))
+    graph = Graph()
+    for cell in range(2):
+        graph.spawn(work, x[cell : cell + 1])
+    for cores, lasts in ((2, 2.0), (3, 4 / 3)):
+        assert [row[3] for row in spans(run("native", graph, machine(cores, busy_gflops=0.5), [1, 1]))] == pytest.approx([lasts] * 2)
+
+
+def test_dask_hands_out_one_after_the_other_by_hand():
+    """Three free tasks of 1 s, then of two workers the first is free again when the end of its task was served: after 0.1 s, the other 0.2.
+
+    Two threads of work and one that serves need three cores; on two they take turns, so that 0.1 s of serving beside one task last 0.1 s.
+    """
+    x = Tensor("x", np.zeros(4, np.float32), (1,))
+    graph = Graph()
+    for cell in range(4):
+        graph.spawn(work, x[cell : cell + 1])
+    starts = sorted(row[2] for row in spans(run("threads", graph, machine(3, dask_task_us=1e5), [1] * 4, workers=2)))
+    assert starts == pytest.approx([0, 0, 1.1, 1.2])
+    crowded = sorted(row[2] for row in spans(run("threads", graph, machine(2, dask_task_us=1e5), [1, 1.05, 1, 1])))
+    assert crowded == pytest.approx([0, 0, 1.1, 1.2])
+
+
+def test_dask_takes_tasks_in_its_own_order():
+    """With one worker simulated and real runs of dask.threaded take the tasks in the same order."""
+    for seed in range(5):
+        graph = k.random_graph(k.arena(False), seed)
+        config = load_scheduler("threads", {"workers": 1, "record": 1000, "coarsen": 0})
+        costs = Costs(np.ones(len(graph.tasks)), np.zeros(len(graph.tasks)))
+        orders = []
+        for scheduler in (open_scheduler(config.scheduler, config.settings), simulated(config, machine(1), lambda _, costs=costs: costs)):
+            with scheduler:
+                scheduler.run(graph)
+                orders.append(scheduler.take_records()[0]["task"].tolist())
+        assert orders[0] == orders[1]
+
+
+def test_coarsened_tasks_cost_what_their_parts_do():
+    """The trace shows the coarsened graph, whose tasks take as long as all of the others."""
+    chain = graph_of([[], *([n] for n in range(9))])
+    trace = run("threads", chain, machine(1), [1e-3] * 10, coarsen=2)
+    assert len(trace.graphs[0]) == 2
+    assert trace.end_ns - trace.begin_ns == pytest.approx(10e6, abs=20)
 
 
 @st.composite
@@ -119,13 +179,27 @@ def programs(draw):
     return graph, seconds, draw(st.lists(st.floats(0, 1e9), min_size=count, max_size=count))
 
 
-@given(programs(), st.sampled_from(["loops", "loops-dynamic", *POLICIES]), st.integers(1, 5), st.sampled_from([0.1, 1, 1e6]))
-@settings(max_examples=150, deadline=None)
-def test_no_time_is_below_its_bounds(program, how, workers, bandwidth_gbs):
+OTHERS = ["sequential", "loops", "loops-dynamic", "threads", "local-cluster"]
+
+
+@given(
+    programs(),
+    st.sampled_from([*OTHERS, *POLICIES]),
+    st.integers(1, 5),
+    st.sampled_from([0.1, 1, 1e6]),
+    st.sampled_from([0.3, 1.0]),
+    st.sampled_from([0.0, 100.0]),
+)
+@settings(max_examples=300, deadline=None)
+def test_no_time_is_below_its_bounds(program, how, workers, bandwidth_gbs, busy_gflops, overhead_us):
     """T1 / p, T-infinity, and bytes over bandwidth, of one run and of several that overlap; and the same every time."""
     graph, seconds, moved = program
-    name, keys = (how, {}) if how.startswith("loops") else ("native", {"policy": how, "work_stealing": workers % 2 == 0})
-    where = machine(workers, bandwidth_gbs=bandwidth_gbs)
+    if how in POLICIES:
+        name, keys = "native", {"policy": how, "work_stealing": workers % 2 == 0}
+    else:
+        name, keys = how, {"coarsen": 1 + workers} if how in ("threads", "local-cluster") else {}
+    workers = 1 if how == "sequential" else workers
+    where = machine(workers, 1, bandwidth_gbs, busy_gflops, **dict.fromkeys(OVERHEADS, overhead_us))
     trace = run(name, graph, where, seconds, moved, times=3, **keys)
     took = (trace.end_ns - trace.begin_ns) / 1e9 + 1e-7
     longest = sum(seconds[n] for n in graph.longest_path(seconds))
@@ -147,8 +221,6 @@ def test_one_worker_takes_tasks_in_the_native_schedulers_order(policy):
     config = load_scheduler("native", keys)
     costs = Costs(np.array([task.estimated_seconds + 1e-6 for task in graph.tasks]), np.zeros(len(graph.tasks)))
     orders = []
-    from taskgpt.schedulers import open_scheduler
-
     for scheduler in (open_scheduler(config.scheduler, config.settings), simulated(config, machine(1), lambda _: costs)):
         with scheduler:
             scheduler.run(graph)
@@ -189,9 +261,11 @@ def test_the_program(tmp_path, capsys):
     assert trace_program.main(["check", str(tmp_path / "t" / "native-112"), str(tmp_path / "t" / "loops-1")]) == 0
     capsys.readouterr()
     for wrong, message in {
-        ("--schedulers", "threads"): "cannot be simulated",
+        ("--schedulers", "thread"): "did you mean 'threads'",
         ("--machine", "2x57"): "did you mean '2x56'",
-        ("--workers", "113"): "2 x 56 cores",
+        ("--workers", "113"): "2 x 56 cores; choose fewer workers, another --machine, or one of more sockets, --machine NAME:sockets=3",
+        ("--machine", "2x56:cores=5"): "unknown key",
+        ("--machine", "2x56:sgemm_busy_gflops=151"): "wanted at most sgemm_gflops",
         ("--workers", "0"): "at least 1",
     }.items():
         assert simulate([*argv, *wrong]) == 2

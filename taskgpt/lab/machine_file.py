@@ -1,0 +1,97 @@
+"""A machine as the simulator knows it: sockets of equal cores, what these share, and what schedulers cost on them.
+
+Machine.load("2x56")                         # lab/machines/2x56.toml
+Machine.load("2x56:sockets=5,task_us=1")     # with changes
+Machine.load("here")                         # this one, measured in a second or two
+
+Overheads are microseconds. dask.threaded and distributed plan a whole graph before its first task begins, which takes so much a task of it
+(`begin`); then one thread serves all workers: it hears that a task ended, and finds out what can begin, so much a task. In distributed
+messages wait to be sent in batches besides (`hop`): from the end of a task to the start of a successor.
+"""
+
+import tomllib
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Self
+
+from taskgpt.config import fill, parse_settings
+from taskgpt.errors import UserError, did_you_mean
+from taskgpt.lab import machine as this
+from taskgpt.lab.named import split_changes
+
+MACHINES = Path(__file__).with_name("machines")
+# Measured on two cores of an AMD EPYC (family 26), with empty tasks: Task Bench's patterns, 1 to 32 workers.
+OVERHEADS_US = {
+    "task_us": 0.3,
+    "call_us": 2.2,
+    "barrier_us": 30.0,
+    "dask_begin_us": 9.0,
+    "dask_task_us": 24.0,
+    "distributed_begin_us": 100.0,
+    "distributed_task_us": 650.0,
+    "distributed_hop_us": 5000.0,
+}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a machine file says. Bandwidth and cache are a socket's."""
+
+    sockets: int = field(metadata={"at_least": 1})
+    cores_per_socket: int = field(metadata={"at_least": 1})
+    sgemm_gflops: float  # of one core, the others idle, in fp32: task times measured elsewhere are scaled by it
+    sgemm_busy_gflops: float  # of one core, all of its socket busy: then clocks are lower. Never more than alone
+    bandwidth_gbs: float  # of one socket, all its cores streaming
+    cache_mib: float  # last-level cache of one socket
+    task_us: float  # what the native scheduler adds to a task
+    call_us: float  # what calling a kernel from Python adds, which all but the native scheduler do
+    barrier_us: float  # what a fork and its barrier add to a parallel loop
+    dask_begin_us: float  # dask.threaded: before a run begins, for each of its tasks
+    dask_task_us: float  # dask.threaded: its thread's time for each task
+    distributed_begin_us: float  # distributed, likewise
+    distributed_task_us: float
+    distributed_hop_us: float  # distributed: from the end of a task to the start of a successor, besides
+
+    def __post_init__(self):
+        if not 0 < self.sgemm_busy_gflops <= self.sgemm_gflops:
+            raise ValueError(f"sgemm_busy_gflops: wanted at most sgemm_gflops, {self.sgemm_gflops:.4g}, got {self.sgemm_busy_gflops:.4g}")
+
+    @property
+    def cores(self) -> int:
+        return self.sockets * self.cores_per_socket
+
+    @property
+    def busy_speed(self) -> float:
+        """How fast a core is when its whole socket is busy, against alone: at most 1."""
+        return self.sgemm_busy_gflops / self.sgemm_gflops
+
+    @classmethod
+    def here(cls) -> Self:
+        """Measure this machine, taken for one socket. Overheads are those measured on the author's."""
+        cores = this.usable_cores()
+        alone, together = this.sgemm_gflops(1), this.sgemm_gflops(cores) / cores
+        cache_mib = this.cache_bytes() / 2**20 or 32.0
+        return cls(1, cores, alone, min(alone, together), this.bandwidth_gbs("update", cores), cache_mib, **OVERHEADS_US)
+
+    @classmethod
+    def load(cls, word: str) -> Self:
+        """Return the machine `NAME[:KEY=VALUE,...]`: of machines/NAME.toml, of a .toml file by its path, or `here`. Raises UserError."""
+        name, changes = split_changes(word)
+        _, changed = parse_settings(changes)
+        table = asdict(cls.here()) if name == "here" else _read(name)
+        return fill(cls, {**table, **changed}, f"--machine {name}: ")
+
+    def with_room_for(self, workers: int) -> Self:
+        """Return this machine with as many sockets as it takes."""
+        return replace(self, sockets=max(self.sockets, -(-workers // self.cores_per_socket)))
+
+
+def _read(name: str) -> dict:
+    path = Path(name) if name.endswith(".toml") else MACHINES / f"{name}.toml"
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        known = ["here", *sorted(path.stem for path in MACHINES.glob("*.toml"))]
+        raise UserError(f"--machine {name}: no such machine{did_you_mean(name, known)}; or give a path that ends in .toml") from None
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"--machine {path}: cannot be read: {error}") from None
