@@ -1,28 +1,59 @@
 """What each task of a graph costs, alone on a core: seconds, measured or from rates, and the bytes that it moves through memory.
 
 seconds = measured(prepare("gpt2-124m"))                   # its steps run on one worker, a median for each task
+seconds = traced(Trace.load(folder), folder, graph)        # the same, from the trace of a run
 rates = Rates.of(graph, seconds, Sgemm())                  # so much a kernel, for tilings that were not measured
 seconds = rates.estimate(other_graph)
+times = Times("rates")                                     # whichever `--times` says, for one graph after the other
 """
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Self
 
 import numpy as np
 
+from taskgpt.errors import UserError
+from taskgpt.gpt2.program import training_graph
 from taskgpt.lab import machine
-from taskgpt.lab.named import Prepared, record
+from taskgpt.lab.named import Prepared, make, prepare, record
 from taskgpt.lab.roofline import Product, product_of
+from taskgpt.lab.trace import Trace, TracedGraph
 from taskgpt.tasks import Graph, Task
+
+COLD = 2  # runs, the first ones, whose times do not count: memory and caches are cold
 
 
 def measured(prepared: Prepared, steps: int = 6) -> np.ndarray:
-    """Return the median seconds of each task, of steps on one native worker; the first two, which meet cold memory, are left out."""
-    trace = record(prepared, "native:workers=1,idle=busy", steps + 2).without_first(2)
-    seconds = np.empty((steps, len(prepared.graphs[0].tasks)))
-    for run, rows in trace.by_run():
+    """Return the median seconds of each task, of so many steps on one native worker."""
+    return _medians(record(prepared, "native:workers=1,idle=busy", steps + COLD), len(prepared.graphs[0].tasks))
+
+
+def traced(trace: Trace, where: str, graph: Graph) -> np.ndarray:
+    """Return the same from the trace of a training run. Raises UserError unless it ran this graph, on one worker, for three steps."""
+    steps = trace.select(graph.name)
+    do = f"record it: taskgpt train --graph NAME --scheduler native --workers 1 --steps 8 --trace {where}"
+    if trace.workers != 1:
+        raise UserError(f"--times {where}: wanted a trace of one worker, got one of {trace.workers}, which slow each other down; {do}")
+    if len(steps.runs) <= COLD or steps.lost:
+        raise UserError(f"--times {where}: wanted {COLD + 1} whole steps of training or more, got {len(steps.runs)}; {do}")
+    expected = TracedGraph.of(graph)
+    for found in (steps.graphs[at] for at in sorted(set(steps.runs["graph"]))):
+        if not np.array_equal(found.bytes, expected.bytes) or not np.array_equal(found.predecessors, expected.predecessors):
+            raise UserError(
+                f"--times {where}: a trace of another graph, of {len(found)} tasks, {found.flops.sum() / 1e9:.1f} GFLOP; this one has "
+                f"{len(expected)}, {expected.flops.sum() / 1e9:.1f} GFLOP; give the same --graph with its changes, or {do}"
+            )
+    return _medians(steps, len(graph.tasks))
+
+
+def _medians(trace: Trace, tasks: int) -> np.ndarray:
+    """Return the median seconds of each task, of all runs but the first, which meet cold memory."""
+    runs = list(trace.without_first(COLD).by_run())
+    seconds = np.empty((len(runs), tasks))
+    for run, rows in runs:
         seconds[run, rows["task"]] = (rows["stop_ns"] - rows["start_ns"]) / 1e9
     return np.median(seconds, axis=0)
 
@@ -50,6 +81,53 @@ def traffic(graph: Graph, cache_bytes: float) -> np.ndarray:
                         touched += share
                         last[place] = touched
     return moved
+
+
+class Times:
+    """Where the times of tasks come from, as `--times` says.
+
+    measured: every graph's own, here, on one worker. rates: those of the first graph so, then the others' at its rates. A folder: those of
+    the first graph from a trace that is there, then the others' at its rates. Only what is measured needs memory.
+    """
+
+    def __init__(self, source: str):
+        self._source = source
+        self._first: tuple[Graph, np.ndarray] | None = None
+        self._trace = None if source in ("measured", "rates") else Trace.load(source)
+
+    @cached_property
+    def _rates(self) -> "Rates":
+        return Rates.of(*self._first, Sgemm())
+
+    @property
+    def sgemm_gflops(self) -> float:
+        """How fast one core was where times were taken. Raises UserError for a trace that does not know."""
+        if self._trace is None:
+            return machine.sgemm_gflops(1)
+        if "limits" not in self._trace.about:
+            raise UserError(f"--times {self._source}: the trace does not say how fast its machine was; give --t1, the ms of a step")
+        return float(self._trace.about["limits"]["sgemm_gflops"])
+
+    def of(self, word: str) -> tuple[list[Graph], np.ndarray]:
+        """Return the graphs `NAME[:KEY=VALUE,...]`, one a slot of the inputs, and the seconds of their tasks. Raises UserError."""
+        if self._source == "measured" or (self._trace is None and self._first is None):
+            prepared = prepare(word)
+            graphs, seconds = prepared.graphs, measured(prepared)
+        else:
+            m = make(word)
+            graphs = [training_graph(m, slot) for slot in range(len(m.slots))]
+            seconds = self._estimate(word, graphs[0]) if self._first else traced(self._trace, self._source, graphs[0])
+        if self._source != "measured" and self._first is None:
+            self._first = graphs[0], seconds
+        return graphs, seconds
+
+    def _estimate(self, word: str, graph: Graph) -> np.ndarray:
+        try:
+            return self._rates.estimate(graph)
+        except KeyError as error:
+            raise UserError(
+                f"{word}: no rate for {error}, which the first graph does not call; choose --times measured, or another first graph"
+            ) from None
 
 
 class Sgemm:
