@@ -1,36 +1,38 @@
-"""Simulate a graph on machines that are not there: more workers, other policies, loops against tasks.
+"""Simulate graphs on machines that are not there: more workers, other policies and tiles, loops against tasks.
 
-python -m taskgpt.simulate --graph tiny --workers 1 2 4 8                                         # on more cores than this machine has
-python -m taskgpt.simulate --graph gpt2-124m --machine 2x56 --workers 1 14 56 112 --schedulers loops native native-longest-path
-python -m taskgpt.simulate --graph tiny --machine here --workers 1 2 --measure                    # beside what is measured here
-python -m taskgpt.simulate --graph gpt2-124m:tiles.rows=32 --machine 2x56 --workers 112 --trace runs/simulated
+python -m taskgpt.simulate --graph tiny --workers 1,2,4,8                                       # on more cores than this machine has
+python -m taskgpt.simulate --graph gpt2-124m --machine 2x56 --workers 1,14,56,112 --schedulers loops,native,threads
+python -m taskgpt.simulate --machine 2x56:sockets=5 --workers 256 --policy oldest_first,longest_path_first --tiles rows=32,64 --times rates
+python -m taskgpt.simulate --graph tiny --workers 1,2 --measure                                 # beside what is measured here
+python -m taskgpt.simulate --graph gpt2-124m --times runs/one-worker --machine 2x56 --workers 112 --trace runs/simulated
 
-Task times are measured here, on one worker, and scaled to the machine's sgemm; --t1 scales them to a whole step that is known. Policies and
-queues are the native scheduler's own, and loops are cut and dealt by theirs. Memory's bandwidth is shared by the tasks of a socket.
+Task times are measured here, on one worker, and scaled to the machine's sgemm; --t1 scales them to a whole step that is known. --times says
+where else they come from: `rates` measures those of the first graph alone, and estimates the others; a folder holds the trace of a training
+on one worker, which gives the same results every time. All choices are the schedulers' own. Beside stand the bounds that no schedule beats:
+T1 / p, all tasks shared out without a gap; T-inf, the longest path; bandwidth, what moves through memory.
 """
 
 import argparse
 import shlex
-import statistics
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from taskgpt.errors import run_program
-from taskgpt.lab import machine as this
+from taskgpt.errors import UserError, run_program
+from taskgpt.lab import validation
+from taskgpt.lab.cells import Cell, product_of
 from taskgpt.lab.formats import save, verify_can_write
 from taskgpt.lab.machine_file import Machine
-from taskgpt.lab.named import Prepared, named_config, named_scheduler, prepare
+from taskgpt.lab.named import listed, named_config
 from taskgpt.lab.report import Report, at_least
 from taskgpt.lab.simulated import Clocked, Costs, simulated
-from taskgpt.lab.task_costs import measured, traffic
+from taskgpt.lab.task_costs import Times, traffic
 from taskgpt.lab.trace import RECORD, Traced
 
 COLUMNS = {
+    "graph": ("graph", ""),
     "scheduler": ("scheduler", ""),
     "workers": ("workers", "d"),
     "ms a step": ("step_ms", ".2f"),
@@ -40,9 +42,10 @@ COLUMNS = {
     "T-inf": ("tinf_ms", ".2f"),
     "bandwidth": ("bandwidth_ms", ".2f"),
     "measured": ("measured_ms", ".2f"),
+    "first quartile": ("q1_ms", ".2f"),
+    "third": ("q3_ms", ".2f"),
     "simulated / measured": ("ratio", ".3f"),
 }
-MEASURED = ("measured_ms", "ratio")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,13 +55,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         "taskgpt simulate", description=title, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     named = "NAME[:KEY=VALUE,...]"
-    p.add_argument("--graph", default="gpt2-124m", metavar=named, help="graph file, with changes (default gpt2-124m)")
-    p.add_argument("--schedulers", nargs="+", default=["loops", "native"], metavar=named, help="native, loops and their variants")
-    p.add_argument("--workers", nargs="+", type=int, default=[1, 2, 4, 8], metavar="N", help="numbers of workers (default 1 2 4 8)")
-    p.add_argument("--machine", default="here", metavar="NAME", help="here, 2x56, or a path of a .toml file (default here)")
-    p.add_argument("--steps", type=int, default=10, metavar="N", help="steps, which may overlap; the median counts (default 10)")
-    p.add_argument("--t1", type=float, metavar="MS", help="scale task times so that all of a step's tasks take so long")
+    p.add_argument("--graph", nargs="+", default=["gpt2-124m"], metavar=named, help="graph files, with changes (default gpt2-124m)")
+    p.add_argument("--tiles", nargs="+", action="extend", default=[], metavar="KEY=V,V", help="tile sizes, rows=64,128 for example")
+    p.add_argument("--schedulers", nargs="+", default=["loops", "native"], metavar=named, help="any (default loops,native)")
+    p.add_argument("--policy", nargs="+", metavar="NAME", help="policies of native, instead of its own")
+    p.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=V,V", help="settings, for the schedulers that have them")
+    p.add_argument("--workers", nargs="+", default=["1,2,4,8"], metavar="N", help="numbers of workers (default 1,2,4,8)")
+    p.add_argument("--machine", default="here", metavar=named, help="here, 2x56, or a path of a .toml file (default here)")
+    p.add_argument("--times", default="measured", metavar="FROM", help="measured, rates, or a folder with a trace (default measured)")
+    p.add_argument("--t1", type=float, metavar="MS", help="scale task times so that all of the first graph's take so long a step")
+    p.add_argument("--steps", type=int, default=10, metavar="N", help="steps, which may overlap; their mean counts (default 10)")
     p.add_argument("--measure", action="store_true", help="also run for real where this machine has the cores, in turns")
+    p.add_argument("--rounds", type=int, default=5, metavar="N", help="of --measure (default 5)")
     p.add_argument("--trace", metavar="DIR", help="write a trace of each simulation, for `taskgpt trace` and viewers")
     p.add_argument("--json", metavar="FILE", help="write every number")
     flags = p.parse_args(argv)
@@ -67,80 +75,90 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def simulate(flags: argparse.Namespace) -> int:
-    """Print a line for each scheduler and number of workers. Raises UserError or OSError."""
+    """Print a line for each graph, scheduler and number of workers. Raises UserError or OSError."""
     at_least("--steps", flags.steps, 3)
-    for number in flags.workers:
-        at_least("--workers", number)
+    at_least("--rounds", flags.rounds)
+    settings = flags.set + ([f"policy={','.join(listed(flags.policy))}"] if flags.policy else [])
+    cells = product_of(listed(flags.graph), flags.tiles, listed(flags.schedulers), workers_of(flags.workers), settings)
     if flags.trace is not None:
         verify_can_write(flags.trace)
-    machine = Machine.load(flags.machine)
-    if flags.machine == "here":
-        machine = machine.with_room_for(max(flags.workers))
-    costs: list[Costs] = []  # of the one graph, as soon as they are measured
-    schedulers = {
-        (name, n): simulated(named_config(name, n, record=RECORD), machine, lambda _: costs[0])
-        for name in flags.schedulers
-        for n in flags.workers
-    }
-    report = Report(flags)
+    times, machine = Times(flags.times), Machine.load(flags.machine)
+    is_here = flags.machine.partition(":")[0] == "here"
+    if is_here:
+        machine = machine.with_room_for(max(cell.workers for cell in cells))
+    costs: dict[str, Costs] = {}  # by graph, as soon as they are known
+    schedulers = [
+        simulated(named_config(cell.scheduler_word, cell.workers, record=RECORD), machine, lambda _, word=cell.graph_word: costs[word])
+        for cell in cells
+    ]
+    report, rows, scale = Report(flags), [], 1.0
     report.line("simulated", f"{flags.machine}: " + ", ".join(f"{key} {value:.4g}" for key, value in vars(machine).items()))
-    prepared = prepare(flags.graph)
-    graph = prepared.graphs[0]
-    seconds = measured(prepared)
-    speed = 1.0 if flags.machine == "here" else this.sgemm_gflops(1) / machine.sgemm_gflops
-    scale = flags.t1 / 1e3 / seconds.sum() if flags.t1 else speed
-    costs.append(Costs(seconds * scale, traffic(graph, machine.cache_mib * 2**20 * machine.sockets)))
-    total_ms = costs[0].seconds.sum() * 1e3
-    report.line("tasks", f"{len(graph.tasks)}, measured here on one worker, times {scale:.3f}: {total_ms:.1f} ms a step")
-    rows = [one(flags, prepared, costs[0], name, n, scheduler) for (name, n), scheduler in schedulers.items()]
+    if not is_here and not flags.t1:
+        scale = times.sgemm_gflops / machine.sgemm_gflops
+    for word in dict.fromkeys(cell.graph_word for cell in cells):
+        graphs, alone = times.of(word)
+        if flags.t1 and not costs:
+            scale = flags.t1 / 1e3 / alone.sum()
+        seconds = alone * scale
+        costs[word] = Costs(seconds, traffic(graphs[0], machine.cache_mib * 2**20 * machine.sockets))
+        report.line(f"tasks of {word}", f"{len(seconds)}, {flags.times}, times {scale:.3f}: {seconds.sum() * 1e3:.1f} ms a step")
+        tinf_ms = sum(seconds[n] for n in graphs[0].longest_path(seconds)) * 1e3
+        mine = [(cell, each) for cell, each in zip(cells, schedulers, strict=True) if cell.graph_word == word]
+        rows += [one(flags, cell, each, graphs, costs[word], tinf_ms) for cell, each in mine]
     if flags.measure:
-        beside(rows, flags, prepared)
-    report.table("steps", {head: column for head, column in COLUMNS.items() if flags.measure or column[0] not in MEASURED}, rows)
+        validation.measure(cells, rows, flags.rounds, flags.steps)
+    shown = {head: column for head, column in COLUMNS.items() if flags.measure or column[0] not in validation.NOT_MEASURED}
+    report.table("steps", shown, rows)
+    if flags.measure:
+        judge(report, rows)
     report.save()
     return 0
 
 
-def one(flags, prepared: Prepared, costs: Costs, name: str, workers: int, scheduler: Clocked) -> dict[str, Any]:
+def one(flags: argparse.Namespace, cell: Cell, scheduler: Clocked, graphs: list, costs: Costs, tinf_ms: float) -> dict[str, Any]:
     """Return the row of one simulation."""
-    graph, machine, start = prepared.graphs[0], scheduler.machine, time.perf_counter()
+    machine, start = scheduler.machine, time.perf_counter()
     with Traced(scheduler) as traced:
-        prepared.run(traced, flags.steps)
+        for _ in traced.run_each(graphs[step % len(graphs)] for step in range(flags.steps)):
+            pass
         trace = traced.trace({"command": shlex.join(["taskgpt", "simulate", *flags.argv]), "machine": vars(machine)})
     if flags.trace is not None:
-        print(f"trace      {save(trace, Path(flags.trace) / f'{name}-{workers}'.replace(':', '_'))}", file=sys.stderr)
-    t1_ms, step_ms = costs.seconds.sum() * 1e3, float(np.median(np.diff(np.sort(trace.runs["end_ns"]))[1:])) / 1e6
-    sockets = min(machine.sockets, -(-workers // machine.cores_per_socket))
+        name = f"{cell.scheduler_word}-{cell.workers}".replace(":", "_")
+        print(f"trace      {save(trace, Path(flags.trace) / cell.graph_word.replace(':', '_') / name)}", file=sys.stderr)
+    t1_ms, step_ms = costs.seconds.sum() * 1e3, (trace.end_ns - trace.begin_ns) / flags.steps / 1e6
+    sockets = min(machine.sockets, -(-cell.workers // machine.cores_per_socket))
     return {
-        "scheduler": name,
-        "workers": workers,
+        "graph": cell.graph_word,
+        "scheduler": cell.label,
+        "workers": cell.workers,
         "step_ms": step_ms,
         "speedup": t1_ms / step_ms,
-        "efficiency": t1_ms / step_ms / workers,
-        "area_ms": t1_ms / workers,
-        "tinf_ms": sum(costs.seconds[n] for n in graph.longest_path(costs.seconds)) * 1e3,
+        "efficiency": t1_ms / step_ms / cell.workers,
+        "area_ms": t1_ms / cell.workers,
+        "tinf_ms": tinf_ms,
         "bandwidth_ms": costs.bytes.sum() / (sockets * machine.bandwidth_gbs * 1e6),
         "simulation_s": time.perf_counter() - start,
-        "measured_ms": None,
-        "ratio": None,
+        **validation.NOT_MEASURED,
     }
 
 
-def beside(rows: list[dict[str, Any]], flags: argparse.Namespace, prepared: Prepared) -> None:
-    """Run what this machine has the cores for, in turns, and put it beside."""
-    real = [row for row in rows if row["workers"] <= this.usable_cores()]
-    taken: dict[int, list[float]] = {at: [] for at in range(len(real))}
-    for round_number in range(6):
-        for at, row in enumerate(real):
-            with named_scheduler(row["scheduler"], row["workers"]) as scheduler:
-                prepared.run(scheduler, 2)
-                start = time.perf_counter()
-                prepared.run(scheduler, flags.steps)
-                if round_number:
-                    taken[at].append((time.perf_counter() - start) / flags.steps * 1e3)
-        print(f"measured round {round_number} of 5", file=sys.stderr)
-    for at, row in enumerate(real):
-        row["measured_ms"] = statistics.median(taken[at])
-        row["ratio"] = row["step_ms"] / row["measured_ms"]
+def judge(report: Report, rows: list[dict[str, Any]]) -> None:
+    """Print how right the predictions are."""
+    error = validation.median_error(rows)
+    count, wrong = validation.ranks(rows)
+    print()
+    report.line("median error", "nothing was measured" if error is None else f"{error:.1%} of what was measured")
+    report.line("ranks", f"{count - len(wrong)} of {count} pairs that differ by more than their spreads are predicted in that order")
+    for number, line in enumerate(wrong, 1):
+        report.line(f"wrong {number}", line)
+
+
+def workers_of(words: Sequence[str]) -> list[int]:
+    """Return the numbers of `--workers`. Raises UserError."""
+    for word in (found := listed(words)):
+        if not word.isdecimal() or int(word) < 1:
+            raise UserError(f"--workers {word}: wanted numbers of at least 1, for example --workers 1,2,112")
+    return [int(word) for word in found]
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from taskgpt import trace as trace_program
 from taskgpt.config import load_scheduler
 from taskgpt.errors import UserError
+from taskgpt.lab import machine as this
+from taskgpt.lab import validation
 from taskgpt.lab.machine_file import Machine
 from taskgpt.lab.simulated import Costs, simulated
 from taskgpt.lab.task_costs import Rates, traffic
@@ -19,6 +21,7 @@ from taskgpt.schedulers import open_scheduler
 from taskgpt.schedulers._ready import POLICIES
 from taskgpt.simulate import main as simulate
 from taskgpt.tasks import Graph, InOut, Tensor, dims, kernel
+from taskgpt.train import main as train
 
 (N,) = dims("N")
 
@@ -251,14 +254,16 @@ def test_rates_give_back_what_they_were_made_of():
 
 def test_the_program(tmp_path, capsys):
     """A table, JSON, and traces that pass their checks; other machines by name; mistakes in a line."""
-    argv = ["--graph", "tiny", "--workers", "1", "112", "--steps", "4", "--machine", "2x56", "--schedulers", "loops", "native"]
+    argv = ["--graph", "tiny", "--workers", "1,112", "--steps", "4", "--machine", "2x56", "--schedulers", "loops", "native"]
     assert simulate([*argv, "--t1", "100", "--json", str(tmp_path / "s.json"), "--trace", str(tmp_path / "t")]) == 0
     rows = json.loads((tmp_path / "s.json").read_text())["steps"]
-    assert [(row["scheduler"], row["workers"]) for row in rows] == [("loops", 1), ("loops", 112), ("native", 1), ("native", 112)]
+    assert [(row["scheduler"], row["workers"]) for row in rows] == [
+        (name, n) for name in ("loops coverage=all", "native") for n in (1, 112)
+    ]
     for row in rows:
-        assert row["step_ms"] >= max(row["area_ms"], row["tinf_ms"]) * (1 - 1e-9)
+        assert row["step_ms"] >= max(row["area_ms"], row["tinf_ms"]) * (1 - 1e-6)
     assert rows[2]["step_ms"] == pytest.approx(100, rel=0.01)
-    assert trace_program.main(["check", str(tmp_path / "t" / "native-112"), str(tmp_path / "t" / "loops-1")]) == 0
+    assert trace_program.main(["check", str(tmp_path / "t" / "tiny" / "native-112"), str(tmp_path / "t" / "tiny" / "loops-1")]) == 0
     capsys.readouterr()
     for wrong, message in {
         ("--schedulers", "thread"): "did you mean 'threads'",
@@ -270,6 +275,78 @@ def test_the_program(tmp_path, capsys):
     }.items():
         assert simulate([*argv, *wrong]) == 2
         assert message in capsys.readouterr().err
+
+
+ONE_WORKER = ["--graph", "tiny", "--scheduler", "native", "--workers", "1", "--val-every", "0", "--sample-every", "0", "--data", __file__]
+
+
+def test_times_from_a_trace_give_the_same_output_every_time(tmp_path, capsys):
+    """Of tilings too, every scheduler, and policy; a trace of another graph, of more workers or of few steps is refused in a line."""
+    assert train([*ONE_WORKER, "--steps", "4", "--trace", str(tmp_path / "t")]) == 0
+    base = ["--graph", "tiny", "--machine", "2x56:sockets=5", "--steps", "4", "--times", str(tmp_path / "t")]
+    argv = [*base, "--schedulers", "sequential,loops,threads,local-cluster", "native", "--workers", "1,256"]
+    rows = []
+    for name in ("a", "b"):
+        assert simulate([*argv, "--policy", "oldest_first,newest_first", "--json", str(tmp_path / name)]) == 0
+        rows.append(json.loads((tmp_path / name).read_text())["steps"])
+        for row in rows[-1]:
+            row.pop("simulation_s")
+            assert row["step_ms"] >= max(row["area_ms"], row["bandwidth_ms"]) * (1 - 1e-6)
+    assert len(rows[0]) == 1 + 2 * 5
+    assert rows[0] == rows[1]
+    assert simulate([*base, "--tiles", "rows=64,128", "--workers", "2"]) == 2  # neither is tiny's own
+    assert "a trace of another graph" in capsys.readouterr().err
+    assert train([*ONE_WORKER, "--steps", "2", "--trace", str(tmp_path / "short")]) == 0
+    assert simulate([*base[:-1], str(tmp_path / "short")]) == 2
+    assert "wanted 3 whole steps" in capsys.readouterr().err
+    assert simulate([*base[:-1], str(tmp_path / "none")]) == 2
+    assert "no such file" in capsys.readouterr().err
+
+
+def test_tilings_are_estimated_from_the_first_graphs_tasks(tmp_path, capsys):
+    """One table of several; a kernel that the first does not call has no rate, and the message says so."""
+    argv = ["--machine", "2x56", "--workers", "4", "--steps", "3", "--times", "rates"]
+    assert simulate([*argv, "--graph", "tiny", "--tiles", "rows=64,128", "columns=32,64", "--json", str(tmp_path / "s")]) == 0
+    rows = json.loads((tmp_path / "s").read_text())["steps"]
+    assert len({row["graph"] for row in rows}) == 4
+    capsys.readouterr()
+    assert simulate([*argv, "--graph", "tiny", "tiny:options.kernels=separate"]) == 2
+    assert "no rate for" in capsys.readouterr().err
+
+
+def test_how_right_predictions_are():
+    """Half of the errors are smaller than the median; pairs rank if their quartiles do not overlap, and wrongly if predicted otherwise."""
+
+    def row(scheduler: str, step_ms: float, measured: tuple, graph: str = "g") -> dict:
+        q1, middle, q3 = measured
+        found = {"step_ms": step_ms, "measured_ms": middle, "q1_ms": q1, "q3_ms": q3, "ratio": middle and step_ms / middle}
+        return {"graph": graph, "workers": 2, "scheduler": scheduler, **found}
+
+    rows = [
+        row("a", 9, (9, 10, 11)),
+        row("b", 20, (19, 20, 21)),
+        row("c", 30, (20, 21, 22)),  # overlaps b
+        row("d", 8, (39, 40, 41)),  # the slowest, predicted to be the fastest
+        row("e", 1, (99, 100, 101), graph="h"),
+        row("f", 1, (None, None, None)),
+    ]
+    assert validation.median_error(rows) == pytest.approx(0.43, abs=0.01)  # of 0.1, 0, 0.43, 0.8, 0.99
+    count, wrong = validation.ranks(rows)
+    assert (count, len(wrong)) == (5, 3)
+    assert wrong[0].startswith("a before d")
+
+
+def test_the_program_measures_beside_what_it_predicts(tmp_path):
+    """A row that this machine has the cores for is measured, and an error comes of it; the other is not."""
+    more = this.usable_cores() + 1
+    argv = ["--graph", "tiny", "--workers", f"1,{more}", "--schedulers", "native", "--steps", "3", "--measure", "--rounds", "2"]
+    assert simulate([*argv, "--json", str(tmp_path / "s.json")]) == 0
+    found = json.loads((tmp_path / "s.json").read_text())
+    one, other = found["steps"]
+    assert one["q1_ms"] <= one["measured_ms"] <= one["q3_ms"]
+    assert one["ratio"] == pytest.approx(one["step_ms"] / one["measured_ms"])
+    assert other["ratio"] is None
+    assert "%" in found["notes"]["median error"]
 
 
 def test_a_machine_file_is_read_with_care(tmp_path):
