@@ -9,6 +9,7 @@ runs slower in proportion. The clock goes from one event to the next: a task's e
 import heapq
 
 import numpy as np
+from numba import types
 
 from taskgpt.schedulers._pointers import words_at
 from taskgpt.schedulers._ready import NOTHING, REMAINING, compiled, is_anything_ready, run_of, take
@@ -213,3 +214,17 @@ def central(clock, state, entries, times, costs, first, successor, indegree, ord
                 times[0, 1, ends[ended]] = clock[0]
                 entries[w] = NOTHING
                 ended += 1
+
+
+_SECONDS, _NUMBERS = types.float64[::1], types.int64[::1]
+_SHARED = (
+    _SECONDS,
+    types.float64[:, ::1],
+    _NUMBERS,
+    types.float64[:, :, ::1],
+    types.float64[:, :, ::1],
+)  # clock, state, entries, times, costs
+_SOCKET = types.Tuple((types.int64, types.float64, types.float64))
+UNTIL_OVER = {until_over: types.boolean(types.int64, types.int64, *_SHARED, _SOCKET, types.float64)}
+FORK_JOIN = {fork_join: types.void(*_SHARED, _NUMBERS, _NUMBERS, _NUMBERS, types.boolean, _SOCKET, types.float64)}
+CENTRAL = {central: types.boolean(*_SHARED, _NUMBERS, _NUMBERS, _NUMBERS, _NUMBERS, types.boolean, _SOCKET, _SOCKET)}

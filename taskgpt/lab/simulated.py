@@ -45,6 +45,8 @@ class Costs:
 class Clocked:
     """What simulated schedulers share: the machine, the clock, the costs of graphs, and records."""
 
+    _signatures = events.FORK_JOIN  # of what is to be compiled
+
     def __init__(self, settings: Any, machine: Machine, costs_of: Callable[[Graph], Costs]):
         super().__init__(settings)
         self.machine, self._costs_of = machine, costs_of
@@ -57,6 +59,8 @@ class Clocked:
         self._numbers = itertools.count()  # of runs, for those that run one at a time
 
     def __enter__(self) -> Self:
+        for function, signature in self._signatures.items():
+            compile_function(function, signature)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -132,11 +136,11 @@ def _let_wait(ready: np.ndarray, stops: np.ndarray, first: np.ndarray, successor
 class Simulated(Clocked, native.Scheduler):
     """The native scheduler: `_finish`, which waits for its workers, is replaced by the clock."""
 
+    _signatures = events.UNTIL_OVER | _worker.SIGNATURES
     _before: tuple[Any, np.ndarray] | None = None  # the run that was over last, and when its tasks ended
 
     def __enter__(self) -> Self:
-        for function, signature in _worker.SIGNATURES.items():
-            compile_function(function, signature)
+        super().__enter__()
         self._make_table()
         return self
 
@@ -182,6 +186,7 @@ class SimulatedLoops(Clocked, loops.Scheduler):
 class SimulatedThreads(Clocked, threads.Scheduler):
     """dask.threaded on the coarsened graph: the ready task that became ready last is next, of several the first in `dask.order.order`."""
 
+    _signatures = events.CENTRAL
     is_newest_first = True
 
     def __init__(self, *args: Any):
