@@ -281,7 +281,7 @@ ONE_WORKER = ["--graph", "tiny", "--scheduler", "native", "--workers", "1", "--v
 
 
 def test_times_from_a_trace_give_the_same_output_every_time(tmp_path, capsys):
-    """Of tilings too, every scheduler, and policy; a trace of another graph, of more workers or of few steps is refused in a line."""
+    """Of tilings too, every scheduler, and policy; a trace of another graph or of few steps is refused in a line."""
     assert train([*ONE_WORKER, "--steps", "4", "--trace", str(tmp_path / "t")]) == 0
     base = ["--graph", "tiny", "--machine", "2x56:sockets=5", "--steps", "4", "--times", str(tmp_path / "t")]
     argv = [*base, "--schedulers", "sequential,loops,threads,local-cluster", "native", "--workers", "1,256"]
