@@ -157,12 +157,13 @@ def fork_join(clock, state, entries, times, costs, loop_first, part_first, tasks
 def central(clock, state, entries, times, costs, first, successor, indegree, order, is_newest_first, socket, server):
     """Simulate workers that one thread serves; return False if a task is never ready.
 
-    A task that ended waits until that thread has served those that ended before it. `service` seconds later its worker is free, and `hop`
-    seconds after that its successors are ready. Of the ready tasks the one that comes first in `order` is next, or the one that became
-    ready last: of several at once, those of the highest order become ready first, as they stand in `successor`. The thread needs a core
-    as workers do: more threads than cores share them evenly. server: cores of the machine, service, hop.
+    A task that ended waits until that thread has served those that ended before it. `service` seconds later its worker is free, and its
+    successors are ready with the next message to the workers: at once, or `batch` seconds after the one before. Of the ready tasks the one
+    that comes first in `order` is next, or the one that became ready last: of several at once, those of the highest order become ready
+    first, as they stand in `successor`. The thread needs a core as workers do: more threads than cores share them evenly.
+    server: cores of the machine, service, batch.
     """
-    all_cores, service, hop = server
+    all_cores, service, batch = server
     count, workers = len(order), len(entries)
     ready = [(0, 0) for _ in range(0)]  # a heap of (rank, task)
     waits_for = indegree.copy()
@@ -173,7 +174,7 @@ def central(clock, state, entries, times, costs, first, successor, indegree, ord
     is_free = np.ones(workers, np.bool_)
     ends, due = np.empty(count, np.int64), np.empty(count)  # tasks as they ended; when their successors are ready
     ended = served = known = 0
-    left = service
+    left, sent = service, -np.inf
     while True:
         while known < served and due[known] <= clock[0] + 1e-12:
             for at in range(first[ends[known]], first[ends[known] + 1]):
@@ -204,7 +205,11 @@ def central(clock, state, entries, times, costs, first, successor, indegree, ord
         if is_serving:
             left -= lasts * share
             if left <= 1e-12:
-                due[served] = clock[0] + hop
+                if clock[0] >= sent + batch:
+                    sent = clock[0]
+                elif clock[0] > sent:
+                    sent += batch
+                due[served] = sent
                 is_free[int(times[0, 2, ends[served]])] = True
                 served += 1
                 left = service

@@ -195,17 +195,17 @@ class SimulatedThreads(Clocked, threads.Scheduler):
 
     @property
     def _overheads_us(self) -> tuple[float, float, float]:
-        """Before a run begins, of each of its tasks; of each task that ended; from then until its successors can begin."""
+        """Before a run begins, of each of its tasks; of each task that ended; between two messages to workers."""
         return self.machine.dask_begin_us, self.machine.dask_task_us, 0.0
 
     def run(self, graph: Graph) -> None:
         coarse, costs = self.as_run(graph), self._costs_of(graph)
         self._lay_out_calls(coarse, costs if coarse is graph else costs.coarsened(graph, coarse))
         since = float(self.clock[0])
-        begin, service, hop = (us * 1e-6 for us in self._overheads_us)
+        begin, service, batch = (us * 1e-6 for us in self._overheads_us)
         self.clock[0] += begin * len(coarse.tasks)
         order = *self._orders(graph), self.is_newest_first
-        over = events.central(*self._shared, *order, self._socket, (self.machine.cores, service, hop))
+        over = events.central(*self._shared, *order, self._socket, (self.machine.cores, service, batch))
         assert over, f"{graph.name}: tasks wait for each other"
         self._keep(next(self._numbers), 0, coarse, self._ready(coarse, 0, since))
 
@@ -230,7 +230,7 @@ class SimulatedCluster(SimulatedThreads):
 
     @property
     def _overheads_us(self) -> tuple[float, float, float]:
-        return self.machine.distributed_begin_us, self.machine.distributed_task_us, self.machine.distributed_hop_us
+        return self.machine.distributed_begin_us, self.machine.distributed_task_us, self.machine.distributed_batch_us
 
 
 KINDS = {
