@@ -2,7 +2,7 @@
 
 The map of the house; imports point one way, from the programs down to the tasks.
 
-    train.py data.py bench.py show.py trace.py   the programs: `python -m taskgpt.train`, or `taskgpt train`
+    train.py data.py bench.py show.py trace.py compare.py tune.py simulate.py   the programs: `python -m taskgpt.train`, or `taskgpt train`
     config.py errors.py                 TOML files and flags to frozen dataclasses; the user's mistakes
     tasks/        room 1: kernels, accesses, tiles, graphs. Has heard of neither transformers nor threads
     schedulers/   room 2: ways to run a graph, one file per value of --scheduler

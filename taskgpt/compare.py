@@ -13,25 +13,21 @@ loops), `whole-tensor` (NumPy on tensors that are not cut, threads inside the BL
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from taskgpt.errors import UserError, run_program
 from taskgpt.lab import compare_report, layout, machine
 from taskgpt.lab.cells import product_of
-from taskgpt.lab.named import listed
-from taskgpt.lab.report import seconds_in
+from taskgpt.lab.named import listed, worker_counts
+from taskgpt.lab.report import progress, seconds_in
 from taskgpt.lab.results import LEAST_TURNS, Result, Results
 from taskgpt.lab.roofline import team_sizes
 from taskgpt.lab.turns import CellFailed, Turns
 
 SCHEDULERS = ["sequential", "whole-tensor", "loops-llmc", "loops", "threads", "native"]
 FIRST_STEPS = 4  # from fresh parameters, on record, after warm-up: loss, bits, efficiencies
-LEAST_STEPS = 3  # in a turn
+LEAST_STEPS = 2  # in a turn
 MOST_STEPS = 2000
 
 
@@ -46,8 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=V,V", help="settings, for the schedulers that have them")
     p.add_argument("--tiles", nargs="+", action="extend", default=[], metavar="KEY=V,V", help="tile sizes, rows=64,128 for example")
     p.add_argument("--precision", type=float, default=0.01, metavar="P", help="until all medians are known to this part (default 0.01)")
-    p.add_argument("--budget", default="10m", metavar="TIME", help="or until it is spent: 90s, 10m, 1h (default 10m)")
-    p.add_argument("--turn", default="1s", metavar="TIME", help="how long a turn of a cell lasts, three steps at least (default 1s)")
+    p.add_argument("--budget", default="15m", metavar="TIME", help="or until it is spent: 90s, 10m, 1h (default 15m)")
+    p.add_argument("--turn", default="1s", metavar="TIME", help="how long a turn of a cell lasts, two steps at least (default 1s)")
     p.add_argument("--output", default="runs/compare", metavar="DIR", help="where results go (default runs/compare)")
     p.add_argument("--resume", action="store_true", help="go on with the results that the output folder holds")
     p.add_argument("--diff", nargs=2, metavar=("BEFORE", "AFTER"), help="measure nothing; say what changed between two output folders")
@@ -60,15 +56,16 @@ def compare(flags: argparse.Namespace) -> int:
     if not 0 < flags.precision < 1:
         raise UserError(f"--precision {flags.precision:g}: wanted a part of the median, such as 0.01")
     budget_s, turn_s = seconds_in("--budget", flags.budget), seconds_in("--turn", flags.turn)
-    cells = product_of(listed(flags.graph), flags.tiles, listed(flags.schedulers), workers_of(flags.workers), flags.set)
+    workers = worker_counts(flags.workers) if flags.workers else team_sizes(machine.usable_cores())
+    cells = product_of(listed(flags.graph), flags.tiles, listed(flags.schedulers), workers, flags.set)
     results = Results.begin(flags.output, cells, flags.resume)
     for key, value in results.machine.items():
         print(f"{key:10} {value}")
     print(f"cells      {len(cells)}, in turns of {flags.turn}, until medians are known to {flags.precision:.1%} or {flags.budget} are over")
     mine = [results.found[cell] for cell in cells]
     try:
-        with progress(budget_s) as show, Turns() as turns:
-            measure(mine, turns, results, flags.precision, time.monotonic() + budget_s, turn_s, show)
+        with progress(budget_s, pause_s=10) as say, Turns() as turns:
+            measure(mine, turns, results, flags.precision, budget_s, turn_s, say)
     except KeyboardInterrupt:
         compare_report.write(results)
         raise KeyboardInterrupt(f"interrupted; {flags.output} holds what was measured, go on with --resume") from None
@@ -81,12 +78,17 @@ def compare(flags: argparse.Namespace) -> int:
 
 
 def measure(
-    mine: Sequence[Result], turns: Turns, results: Results, precision: float, end: float, turn_s: float, show: Callable[..., None]
+    mine: Sequence[Result], turns: Turns, results: Results, precision: float, budget_s: float, turn_s: float, say: Callable[..., None]
 ) -> None:
     """Give every cell a first run and then turns, round after round, all of them in every round, so that all see the same machine."""
+    begun, before = time.monotonic(), sum(len(r.ms) for r in mine)
+    end = begun + budget_s
 
-    def attempt(r: Result, what: Callable[[], None], say: str) -> None:
-        show(say, mine, precision)
+    def attempt(r: Result, what: Callable[[], None], doing: str) -> None:
+        live = [r for r in mine if not r.failed]
+        done = sum(len(r.ms) for r in mine) - before
+        total_s = (time.monotonic() - begun) * (turns_needed(live, precision) - before) / done if done else budget_s
+        say(f"{doing}: {r.cell}; {sum(r.is_tight(precision) for r in live)} of {len(live)} medians known", total_s)
         try:
             what()
         except CellFailed as error:
@@ -103,7 +105,7 @@ def measure(
 
     for at, r in enumerate(mine):
         if not r.steps and time.monotonic() < end:
-            attempt(r, partial(begin, r), f"first run {at + 1} of {len(mine)}: {r.cell}")
+            attempt(r, partial(begin, r), f"first run {at + 1} of {len(mine)}")
     while True:
         live = [r for r in mine if r.steps and not r.failed]
         if not live or time.monotonic() >= end or all(r.is_tight(precision) for r in live):
@@ -111,50 +113,7 @@ def measure(
         number = min(len(r.ms) for r in live)
         for r in live:
             if len(r.ms) == number and time.monotonic() < end:  # else ahead, since a round was interrupted
-                attempt(r, partial(turn, r), f"round {number + 1}: {r.cell}")
-
-
-def workers_of(words: Sequence[str] | None) -> list[int]:
-    """Return the numbers of `--workers`. Raises UserError."""
-    if words is None:
-        return team_sizes(machine.usable_cores())
-    found = listed(words)
-    for word in found:
-        if not word.isdecimal() or int(word) < 1:
-            raise UserError(f"--workers {word}: wanted numbers of 1 or more, for example --workers 1,2,4")
-    return [int(word) for word in found]
-
-
-@contextmanager
-def progress(budget_s: float) -> Iterator[Callable[[str, Sequence[Result], float], None]]:
-    """Yield what shows how far a measurement is: a bar with the time left on a terminal, elsewhere a line now and then."""
-    console, begin, said = Console(stderr=True, highlight=False), time.monotonic(), [-60.0]
-
-    def known(cells: Sequence[Result], precision: float) -> str:
-        live = [r for r in cells if not r.failed]
-        return f"{sum(r.is_tight(precision) for r in live)} of {len(live)} medians known"
-
-    if not console.is_terminal:
-
-        def line(say: str, cells: Sequence[Result], precision: float) -> None:
-            passed = time.monotonic() - begin
-            if passed - said[0] >= 10:
-                said[0] = passed
-                print(f"{passed:4.0f} s  {say}; {known(cells, precision)}, at most {max(0, budget_s - passed):.0f} s left", file=sys.stderr)
-
-        yield line
-        return
-    columns = (BarColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=None)
-
-        def step(say: str, cells: Sequence[Result], precision: float) -> None:
-            passed = time.monotonic() - begin
-            done, all_turns = sum(len(r.ms) for r in cells), turns_needed(cells, precision)
-            total = min(budget_s, passed * all_turns / done) if done else budget_s
-            bar.update(task, total=total, completed=passed, description=f"{say}; {known(cells, precision)}")
-
-        yield step
+                attempt(r, partial(turn, r), f"round {number + 1}")
 
 
 def turns_needed(cells: Sequence[Result], precision: float) -> int:

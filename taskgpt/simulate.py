@@ -20,16 +20,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from taskgpt.errors import UserError, run_program
+from taskgpt.errors import run_program
 from taskgpt.lab import validation
 from taskgpt.lab.cells import Cell, product_of
 from taskgpt.lab.formats import save, verify_can_write
 from taskgpt.lab.machine_file import Machine
-from taskgpt.lab.named import listed, named_config
+from taskgpt.lab.named import listed, named_config, worker_counts
 from taskgpt.lab.report import Report, at_least
 from taskgpt.lab.simulated import Clocked, Costs, simulated
 from taskgpt.lab.task_costs import Times, traffic
 from taskgpt.lab.trace import RECORD, Traced
+from taskgpt.tasks import Graph
 
 COLUMNS = {
     "graph": ("graph", ""),
@@ -79,7 +80,7 @@ def simulate(flags: argparse.Namespace) -> int:
     at_least("--steps", flags.steps, 3)
     at_least("--rounds", flags.rounds)
     settings = flags.set + ([f"policy={','.join(listed(flags.policy))}"] if flags.policy else [])
-    cells = product_of(listed(flags.graph), flags.tiles, listed(flags.schedulers), workers_of(flags.workers), settings)
+    cells = product_of(listed(flags.graph), flags.tiles, listed(flags.schedulers), worker_counts(flags.workers), settings)
     if flags.trace is not None:
         verify_can_write(flags.trace)
     times, machine = Times(flags.times), Machine.load(flags.machine)
@@ -96,15 +97,15 @@ def simulate(flags: argparse.Namespace) -> int:
     if not is_here and not flags.t1:
         scale = times.sgemm_gflops / machine.sgemm_gflops
     for word in dict.fromkeys(cell.graph_word for cell in cells):
-        graphs, alone = times.of(word)
+        graph, alone = times.of(word)
         if flags.t1 and not costs:
             scale = flags.t1 / 1e3 / alone.sum()
         seconds = alone * scale
-        costs[word] = Costs(seconds, traffic(graphs[0], machine.cache_mib * 2**20 * machine.sockets))
+        costs[word] = Costs(seconds, traffic(graph, machine.cache_mib * 2**20 * machine.sockets))
         report.line(f"tasks of {word}", f"{len(seconds)}, {flags.times}, times {scale:.3f}: {seconds.sum() * 1e3:.1f} ms a step")
-        tinf_ms = sum(seconds[n] for n in graphs[0].longest_path(seconds)) * 1e3
+        tinf_ms = sum(seconds[n] for n in graph.longest_path(seconds)) * 1e3
         mine = [(cell, each) for cell, each in zip(cells, schedulers, strict=True) if cell.graph_word == word]
-        rows += [one(flags, cell, each, graphs, costs[word], tinf_ms) for cell, each in mine]
+        rows += [one(flags, cell, each, graph, costs[word], tinf_ms) for cell, each in mine]
     if flags.measure:
         validation.measure(cells, rows, flags.rounds, flags.steps)
     shown = {head: column for head, column in COLUMNS.items() if flags.measure or column[0] not in validation.NOT_MEASURED}
@@ -115,11 +116,11 @@ def simulate(flags: argparse.Namespace) -> int:
     return 0
 
 
-def one(flags: argparse.Namespace, cell: Cell, scheduler: Clocked, graphs: list, costs: Costs, tinf_ms: float) -> dict[str, Any]:
+def one(flags: argparse.Namespace, cell: Cell, scheduler: Clocked, graph: Graph, costs: Costs, tinf_ms: float) -> dict[str, Any]:
     """Return the row of one simulation."""
     machine, start = scheduler.machine, time.perf_counter()
     with Traced(scheduler) as traced:
-        for _ in traced.run_each(graphs[step % len(graphs)] for step in range(flags.steps)):
+        for _ in traced.run_each([graph] * flags.steps):
             pass
         trace = traced.trace({"command": shlex.join(["taskgpt", "simulate", *flags.argv]), "machine": vars(machine)})
     if flags.trace is not None:
@@ -151,14 +152,6 @@ def judge(report: Report, rows: list[dict[str, Any]]) -> None:
     report.line("ranks", f"{count - len(wrong)} of {count} pairs that differ by more than their spreads are predicted in that order")
     for number, line in enumerate(wrong, 1):
         report.line(f"wrong {number}", line)
-
-
-def workers_of(words: Sequence[str]) -> list[int]:
-    """Return the numbers of `--workers`. Raises UserError."""
-    for word in (found := listed(words)):
-        if not word.isdecimal() or int(word) < 1:
-            raise UserError(f"--workers {word}: wanted numbers of at least 1, for example --workers 1,2,112")
-    return [int(word) for word in found]
 
 
 if __name__ == "__main__":

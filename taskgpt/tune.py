@@ -11,20 +11,15 @@ turns once more: if the winner is not faster beyond noise, the shipped tiles and
 """
 
 import argparse
-import contextlib
 import dataclasses
 import datetime
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from taskgpt.config import GraphConfig, parse_graph_settings
 from taskgpt.errors import UserError, run_program
@@ -33,7 +28,7 @@ from taskgpt.lab import machine, tuned
 from taskgpt.lab.cells import Cell
 from taskgpt.lab.named import make_config, named_config, split_changes
 from taskgpt.lab.races import FASTER, FINAL_ROUNDS, Race, Search, Track, changes_of
-from taskgpt.lab.report import Report, at_least, median_interval, seconds_in
+from taskgpt.lab.report import Report, at_least, median_interval, progress, seconds_in
 from taskgpt.lab.tilings import KEYS, Forecast, Space
 from taskgpt.lab.turns import CellFailed, Turns
 from taskgpt.schedulers._ready import POLICIES
@@ -191,27 +186,6 @@ def leave(flags: argparse.Namespace, config: GraphConfig, cell: Cell, gain: str,
 
 def _listed(tiles: Tiles) -> str:
     return ", ".join(f"{key} {size}" for key, size in dataclasses.asdict(tiles).items())
-
-
-@contextlib.contextmanager
-def progress(budget_s: float) -> Iterator[Callable[[str], None]]:
-    """Show on stderr what is tried and the time left of the budget: a bar on a terminal, else lines. Yields `say(line)`."""
-    begin, count = time.monotonic(), 0
-
-    def told(line: str) -> str:
-        nonlocal count
-        count += 1
-        spent = time.monotonic() - begin
-        left = datetime.timedelta(seconds=round(max(0.0, budget_s - spent)))
-        return f"{line} ({spent / count:.1f} s each, at most {left} left)"
-
-    if not sys.stderr.isatty():
-        yield lambda line: print(told(line), file=sys.stderr, flush=True)
-        return
-    columns: list[Any] = [TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn()]
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("measuring what is shipped", total=budget_s)
-        yield lambda line: bar.update(task, description=told(line), completed=time.monotonic() - begin)
 
 
 if __name__ == "__main__":

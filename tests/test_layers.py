@@ -20,7 +20,7 @@ ALLOWED = {
     "bench": {"config", "gpt2", "lab", "schedulers", "tasks", "errors"},
     "trace": {"lab", "errors"},
     "compare": {"lab", "errors"},
-    "simulate": {"lab", "errors"},
+    "simulate": {"lab", "tasks", "errors"},
     "tune": {"config", "gpt2", "lab", "schedulers", "errors"},
     "show": {"config", "gpt2", "lab", "tasks", "errors"},
     "__main__": {"config", "gpt2", "errors"},

@@ -93,6 +93,15 @@ def listed(words: Sequence[str]) -> list[str]:
     return [name for word in words for name in ([word] if ":" in word else word.split(",")) if name]
 
 
+def worker_counts(words: Sequence[str]) -> list[int]:
+    """Return the numbers of `--workers`. Raises UserError."""
+    found = listed(words)
+    for word in found:
+        if not word.isdecimal() or int(word) < 1:
+            raise UserError(f"--workers {word}: wanted numbers of at least 1, for example --workers 1,2,4")
+    return [int(word) for word in found]
+
+
 def split_changes(word: str) -> tuple[str, list[str]]:
     """Return (name, its changes) of `NAME[:KEY=VALUE,...]`."""
     name, _, changes = word.partition(":")

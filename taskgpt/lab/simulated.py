@@ -242,6 +242,15 @@ KINDS = {
 }
 
 
+def ms_a_step(scheduler: Clocked, graph: Graph, steps: int, overlap: bool = True) -> float:
+    """Simulate so many steps; return all their time, shared out. `overlap`: the next may begin before one is over, where it can."""
+    since = float(scheduler.clock[0])
+    for graphs in [[graph] * steps] if overlap else [[graph]] * steps:
+        for _ in scheduler.run_each(graphs):
+            pass
+    return (float(scheduler.clock[0]) - since) / steps * 1e3
+
+
 def simulated(config: SchedulerConfig, machine: Machine, costs_of: Callable[[Graph], Costs]) -> Clocked:
     """Return that scheduler with simulated workers. Raises UserError for one that has too many."""
     found = KINDS[config.scheduler](config.settings, machine, costs_of)

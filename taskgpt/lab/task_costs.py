@@ -110,18 +110,17 @@ class Times:
             raise UserError(f"--times {self._source}: the trace does not say how fast its machine was; give --t1, the ms of a step")
         return float(self._trace.about["limits"]["sgemm_gflops"])
 
-    def of(self, word: str) -> tuple[list[Graph], np.ndarray]:
-        """Return the graphs `NAME[:KEY=VALUE,...]`, one a slot of the inputs, and the seconds of their tasks. Raises UserError."""
+    def of(self, word: str) -> tuple[Graph, np.ndarray]:
+        """Return the graph `NAME[:KEY=VALUE,...]`, and the seconds of its tasks. Raises UserError."""
         if self._source == "measured" or (self._trace is None and self._first is None):
             prepared = prepare(word)
-            graphs, seconds = prepared.graphs, measured(prepared)
+            graph, seconds = prepared.graphs[0], measured(prepared)
         else:
-            m = make(word)
-            graphs = [training_graph(m, slot) for slot in range(len(m.slots))]
-            seconds = self._estimate(word, graphs[0]) if self._first else traced(self._trace, self._source, graphs[0])
+            graph = training_graph(make(word))
+            seconds = self._estimate(word, graph) if self._first else traced(self._trace, self._source, graph)
         if self._source != "measured" and self._first is None:
-            self._first = graphs[0], seconds
-        return graphs, seconds
+            self._first = graph, seconds
+        return graph, seconds
 
     def _estimate(self, word: str, graph: Graph) -> np.ndarray:
         try:

@@ -11,15 +11,14 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Self
 
-import numpy as np
-
 from taskgpt.config import GraphConfig
 from taskgpt.gpt2.model import Batch, Model, Tiles
 from taskgpt.gpt2.program import training_graph
 from taskgpt.lab import machine
 from taskgpt.lab.cells import Cell
+from taskgpt.lab.machine_file import Machine
 from taskgpt.lab.named import make, make_config, named_config, prepare
-from taskgpt.lab.simulated import Costs, Machine, simulated
+from taskgpt.lab.simulated import Costs, ms_a_step, simulated
 from taskgpt.lab.task_costs import Rates, Sgemm, measured, traffic
 from taskgpt.tasks import Graph
 
@@ -28,7 +27,7 @@ PARTS = sorted({n << power for n in (2, 3) for power in range(12)} | {1})
 MEASURED_LAYERS = 2  # whose tasks' times make the rates of all: layers are alike
 MEASURED_STEPS = 3
 TAKES, TAKE_SECONDS = 3, 0.02  # of sgemm at each shape; the best counts, as other programs can only slow it down
-SIMULATED_STEPS = 8  # the first two meet an empty machine
+SIMULATED_STEPS = 8
 
 
 @dataclass(frozen=True)
@@ -121,5 +120,4 @@ class Forecast:
             self._last = cell.graph_word, graph, Costs(seconds, traffic(graph, self._machine.cache_mib * 2**20))
         _, graph, costs = self._last
         with simulated(named_config(cell.scheduler_word, cell.workers), self._machine, lambda _: costs) as scheduler:
-            ends = [float(scheduler.clock[0]) for _ in scheduler.run_each([graph] * SIMULATED_STEPS)]
-        return float(np.median(np.diff(ends)[1:])) * 1e3
+            return ms_a_step(scheduler, graph, SIMULATED_STEPS)
