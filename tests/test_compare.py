@@ -216,6 +216,7 @@ def test_tables_stand_as_text_markdown_and_html():
     table = {"caption": "c", "head": ["name", "what", "n"], "rows": [["a|b", "<x>", "1.5"], ["c", "-", "10"]]}
     assert layout.to_text(table).splitlines() == ["c", "name  what    n", "a|b   <x>   1.5", "c     -      10"]
     assert "| :-- | :-- | --: |" in layout.to_markdown(table)
+    assert layout.stand_left({"rows": [["x", "9fd60d", "-1.5", "12%", "1.2-3.4", "1,024", "-"]]}) == [True, True] + 5 * [False]
     assert r"a\|b" in layout.to_markdown(table)
     assert '<td style="text-align:left">&lt;x&gt;</td><td style="text-align:right">1.5</td>' in layout.to_html(table)
 

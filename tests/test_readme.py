@@ -22,6 +22,9 @@ COMMANDS = [
 ]
 
 SMALL = {
+    "compare": ("--budget", "3s"),
+    "tune": ("--budget", "6s"),
+    "simulate": ("--steps", "3", "--rounds", "1"),
     "step": ("--graphs", "tiny"),
     "roofline": ("--graphs", "tiny"),
     "overhead": ("--steps", "20"),
@@ -48,12 +51,14 @@ def test_a_command_of_the_readme_runs(command, here):
     """In the README's order, with the graph tiny in place of a larger one, one step and one round."""
     words = [sys.executable, "-m", "taskgpt", *shlex.split(command)[1:]] if command.startswith("taskgpt") else shlex.split(command)
     words[0] = sys.executable
-    words = [re.sub(r"^gpt2-[\w-]+", "tiny", word) for word in words]
+    words = [re.sub(r"\bgpt2-[a-z\d]+(-(t\d+|b\d+|llmc))?", "tiny", word) for word in words]
     if "train" in command:
         words += [] if "--graph" in words else ["--graph", "tiny"]
         words += ["--steps", "1", "--data", str(ROOT / "README.md"), "--val-batches", "1"]
-    if "bench" in command:
-        small, value = SMALL[words[words.index("bench") + 1] if "bench" in words else words[3]]
+    if (verb := words[3]) in SMALL:
+        words += SMALL[verb]
+    if verb == "bench":
+        small, value = SMALL[words[4]]
         words += ["--rounds", "1"] + ([] if small in words else [small, value])
     result = subprocess.run(words, cwd=here, env=environment(), capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr

@@ -15,7 +15,7 @@ from taskgpt.errors import UserError
 from taskgpt.lab import machine as this
 from taskgpt.lab import validation
 from taskgpt.lab.machine_file import Machine
-from taskgpt.lab.simulated import Costs, simulated
+from taskgpt.lab.simulated import Costs, ms_a_step, simulated
 from taskgpt.lab.task_costs import Rates, traffic
 from taskgpt.lab.trace import Trace, Traced
 from taskgpt.schedulers import open_scheduler
@@ -171,6 +171,18 @@ def test_coarsened_tasks_cost_what_their_parts_do():
     trace = run("threads", chain, machine(1), [1e-3] * 10, coarsen=2)
     assert len(trace.graphs[0]) == 2
     assert trace.end_ns - trace.begin_ns == pytest.approx(10e6, abs=20)
+
+
+def test_steps_overlap_by_hand():
+    """Three free tasks of a second on two workers: 1.5 s a step if the next one may begin, 2 s with a barrier between steps."""
+    x = Tensor("x", np.zeros(3, np.float32), (1,))
+    graph = Graph()
+    for cell in range(3):
+        graph.spawn(work, x[cell : cell + 1])
+    costs = Costs(np.ones(3), np.zeros(3))
+    for overlap, ms in ((True, 1500), (False, 2000)):
+        with simulated(load_scheduler("native", {"workers": 2}), machine(2), lambda _: costs) as scheduler:
+            assert ms_a_step(scheduler, graph, 4, overlap) == pytest.approx(ms)
 
 
 @st.composite

@@ -7,7 +7,7 @@ from typing import Any
 
 Table = dict[str, Any]  # caption; head, a list of words; rows, lists of words
 
-_NUMBER = re.compile(r"[-+]?[\d.]")
+_NUMBER = re.compile(r"[-+]?[\d.,]+%?(-[\d.,]+)?")  # and ranges of two
 
 
 def to_text(table: Table) -> str:
@@ -49,4 +49,4 @@ def to_html(table: Table) -> str:
 def stand_left(table: Table) -> list[bool]:
     """Say of each column whether it stands left: the first one does, and those that hold anything but numbers and dashes."""
     columns = list(zip(*table["rows"], strict=True)) or [()] * len(table["head"])
-    return [at == 0 or any(c not in ("", "-") and not _NUMBER.match(c) for c in column) for at, column in enumerate(columns)]
+    return [at == 0 or any(c not in ("", "-") and not _NUMBER.fullmatch(c) for c in column) for at, column in enumerate(columns)]

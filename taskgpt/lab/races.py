@@ -149,11 +149,13 @@ class Search:
         while self.forecast(best) < before_ms * (1 - MARGIN):
             before_ms = self.forecast(best)
             for line in lines:
+                known = len(self.forecasts)
                 for cell in line(best):
                     if self._track.clock() > until:
                         return
                     best = min(best, cell, key=self.forecast)
-                self._say(f"simulated {len(self.forecasts)} tilings: best {self.forecast(best):.1f} ms, {changes_of(best)}")
+                if len(self.forecasts) > known:
+                    self._say(f"simulated {len(self.forecasts)} tilings: best {self.forecast(best):.1f} ms, {changes_of(best)}")
 
     def climb(self, phase: str, near: Callable[[Cell], list[Cell]], until: float) -> None:
         """Race what is near the champion and was not raced yet, the best forecast first, until nothing is left or time is up."""
