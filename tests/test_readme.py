@@ -22,7 +22,7 @@ COMMANDS = [
 ]
 
 SMALL = {
-    "compare": ("--budget", "3s"),
+    "compare": ("--turn", "0.01s", "--precision", "0.9", "--budget", "60s"),  # until six rounds are over
     "tune": ("--budget", "6s"),
     "simulate": ("--steps", "3", "--rounds", "1"),
     "step": ("--graphs", "tiny"),

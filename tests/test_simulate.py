@@ -174,14 +174,17 @@ def test_coarsened_tasks_cost_what_their_parts_do():
 
 
 def test_steps_overlap_by_hand():
-    """Three free tasks of a second on two workers: 1.5 s a step if the next one may begin, 2 s with a barrier between steps."""
+    """Three free tasks of a second on two workers: 1.5 s a step if the next one may begin, 2 s with a barrier between steps.
+
+    Oldest first, and no worker goes on with the same task of the next step: else the third of a step waits for both.
+    """
     x = Tensor("x", np.zeros(3, np.float32), (1,))
     graph = Graph()
     for cell in range(3):
         graph.spawn(work, x[cell : cell + 1])
     costs = Costs(np.ones(3), np.zeros(3))
     for overlap, ms in ((True, 1500), (False, 2000)):
-        with simulated(load_scheduler("native", {"workers": 2}), machine(2), lambda _: costs) as scheduler:
+        with simulated(load_scheduler("native", {"workers": 2, "immediate_successor": False}), machine(2), lambda _: costs) as scheduler:
             assert ms_a_step(scheduler, graph, 4, overlap) == pytest.approx(ms)
 
 
