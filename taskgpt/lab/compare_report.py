@@ -68,7 +68,7 @@ def row_of(result: Result, results: Results) -> dict[str, Any]:
     if result.ms:
         low, high = result.interval
         mean, sequential = statistics.mean(result.ms), results.sequential_ms(cell.graph)
-        row |= {"mean_ms": mean, "median_ms": result.median, "low_ms": low, "high_ms": high, "interval": f"{low:.2f}-{high:.2f}"}
+        row |= {"mean_ms": mean, "median_ms": result.median, "low_ms": low, "high_ms": high, "interval": result.interval_text}
         row |= {"total_s": mean * STEPS / 1e3, "tokens_per_second": make_config(cell.graph_word).batch.rows / result.median * 1e3}
         if sequential:
             row |= {"speedup": sequential / result.median, "efficiency": sequential / result.median / cell.workers}
@@ -125,9 +125,9 @@ def changes_table(a: Results, b: Results) -> Table:
             {
                 "cell": str(cell),
                 "before_ms": before.median,
-                "before": f"{low:.2f}-{high:.2f}",
+                "before": before.interval_text,
                 "after_ms": after.median,
-                "after": f"{later_low:.2f}-{later_high:.2f}",
+                "after": after.interval_text,
                 "ratio": after.median / before.median,
                 "verdict": "faster" if later_high < low else "slower" if later_low > high else "no",
                 "bits": "yes" if same else "NO",

@@ -1,7 +1,7 @@
 """What `taskgpt compare` measured: the turns of each cell, in one file, from which a later run goes on and every report is made.
 
 results = Results.begin(folder, cells, resume=False)
-results.of(cell).ms.append(...)
+results.found[cell].ms.append(...)
 results.save()                       # after every turn: nothing measured is lost
 """
 
@@ -42,6 +42,11 @@ class Result:
     def interval(self) -> tuple[float, float]:
         """The median's confidence interval, 95 %."""
         return median_interval(self.ms)
+
+    @property
+    def interval_text(self) -> str:
+        low, high = self.interval
+        return f"{low:.2f}-{high:.2f}"
 
     @property
     def precision(self) -> float:
