@@ -13,10 +13,20 @@ class UserError(Exception):
     """A mistake in a flag, a file or a configuration."""
 
 
+def shorten(text: object, most: int = 200) -> str:
+    """Return `str(text)`, what a message repeats of a user's own, on one line of at most `most` characters: longer, its middle is cut out.
+
+    What a terminal would not print as it is, line ends and escapes, is written as Python writes it.
+    """
+    text = str(text)
+    text = text if len(text) <= most else f"{text[: most // 2 - 3]}...{text[-(most // 2) :]}"
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `; did you mean 'x'?` for the nearest known word, else the list of known words."""
     known = [str(k) for k in known]
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(shorten(word), known, n=1, cutoff=0.5)
     return f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(known) or 'none'}"
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from taskgpt.config import available, load_graph, load_scheduler, parse_settings
-from taskgpt.errors import UserError
+from taskgpt.errors import UserError, shorten
 
 
 @pytest.mark.parametrize(
@@ -96,3 +96,11 @@ def test_every_file_that_comes_along_is_right():
         assert load_graph(name).name == name
     for name in available("scheduler_configs"):
         assert load_scheduler(name).name == name
+
+
+def test_what_a_message_repeats_is_short_and_on_one_line():
+    """However long the value is, and whatever it does to a terminal; its ends are what it is recognized by."""
+    assert shorten(Path("runs/native")) == "runs/native"
+    assert shorten("é" * 200) == "é" * 200
+    assert shorten("a" * 5000 + "b" * 5000, most=20) == "aaaaaaa...bbbbbbbbbb"
+    assert shorten("two\nlines\x1b[31m") == r"two\nlines\x1b[31m"
