@@ -1,0 +1,66 @@
+"""What data and checkpoints are read from: token files, tokenizers, llm.c's checkpoints, texts."""
+
+import struct
+from pathlib import Path
+
+from taskgpt.data import open_data
+from taskgpt.gpt2 import checkpoint
+from taskgpt.gpt2.model import GPT2, Batch, Options, Tiles
+from taskgpt.gpt2.tokenizer import read_tokenizer
+from taskgpt.gpt2.tokens import read_tokens, write_tokens
+
+from . import Case
+
+PARITY = Path(__file__).parents[1] / "parity"
+WORDS = "It was a bright cold day in April,\nand the clocks were striking thirteen.\n\n"
+
+
+def _header(*words: int) -> bytes:
+    return struct.pack("<256i", *words, *[0] * (256 - len(words)))
+
+
+def _make_tokens(folder: Path) -> None:
+    write_tokens(folder / "tokens.bin", [i % 200 for i in range(500)])
+
+
+def _make_tokenizer(folder: Path) -> None:
+    pieces = [bytes([i]) * (i % 5) for i in range(200)]
+    table = b"".join(bytes([len(piece)]) + piece for piece in pieces)
+    (folder / "tokenizer.bin").write_bytes(_header(20240328, 2, len(pieces), 0) + table)
+
+
+def _make_folder(folder: Path) -> None:
+    write_tokens(folder / "a_train.bin", [i % 200 for i in range(300)])
+    write_tokens(folder / "a_val.bin", [i % 200 for i in range(100)])
+    _make_tokenizer(folder)
+
+
+def _make_text(folder: Path) -> None:
+    (folder / "text.txt").write_text(WORDS * 20)
+
+
+def _make_checkpoint(folder: Path) -> None:
+    (folder / "model.bin").write_bytes((PARITY / "model.bin").read_bytes())
+
+
+def _make_half_checkpoint(folder: Path) -> None:
+    words = (PARITY / "model.bin").read_bytes()
+    halves = b"".join(words[at + 2 : at + 4] for at in range(1024, len(words), 4))
+    (folder / "model.bin").write_bytes(words[:4] + struct.pack("<i", 5) + words[8:1024] + halves)
+
+
+def _read_checkpoint(folder: Path) -> None:
+    path = folder / "model.bin"
+    tiles = Tiles(rows=64, columns=64, pointwise_rows=64, heads=1, vocabulary=64)
+    checkpoint.load(path, GPT2(checkpoint.read_shape(path), Batch(1, 1), tiles, Options("matrices")))
+
+
+CASES = (
+    Case("token_file", _make_tokens, lambda folder: read_tokens(folder / "tokens.bin").sum()),
+    Case("tokenizer_file", _make_tokenizer, lambda folder: read_tokenizer(folder / "tokenizer.bin").decode(range(210))),
+    Case("token_folder", _make_folder, lambda folder: open_data(str(folder), 1, 8, 200)),
+    Case("text", _make_text, lambda folder: open_data(str(folder / "text.txt"), 1, 8, 50257)),
+    Case("text_as_bytes", _make_text, lambda folder: open_data(str(folder / "text.txt"), 1, 8, 300)),
+    Case("checkpoint", _make_checkpoint, _read_checkpoint),
+    Case("checkpoint_bfloat16", _make_half_checkpoint, _read_checkpoint),
+)
