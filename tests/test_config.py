@@ -1,12 +1,15 @@
 """Configurations: whatever a person writes into a file or behind `--set` is taken, or its mistake told in one line."""
 
 import errno
+import os
+import re
 from pathlib import Path
 
 import pytest
 
-from taskgpt.config import available, load_graph, load_scheduler, parse_settings
+from taskgpt.config import available, find_file, load_graph, load_scheduler, parse_settings
 from taskgpt.errors import UserError, shorten
+from taskgpt.lab.named import named_config
 
 
 @pytest.mark.parametrize(
@@ -58,9 +61,58 @@ def test_a_file_that_cannot_be_read_is_told(tmp_path, load, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr("taskgpt.files.os.open", refuse)
     with pytest.raises(UserError, match=r"latin\.toml: cannot read: Permission denied; choose"):
         load(str(tmp_path / "latin.toml"))
+
+
+@pytest.mark.parametrize("load", [load_graph, load_scheduler])
+def test_a_file_that_never_ends_is_not_read(tmp_path, load):
+    """Neither a pipe that nobody writes into, nor a device, nor a link to one."""
+    os.mkfifo(tmp_path / "pipe.toml")
+    (tmp_path / "zero.toml").symlink_to("/dev/zero")
+    for name, reason in {"pipe": "Is a pipe", "zero": "Is a device"}.items():
+        with pytest.raises(UserError, match=rf"{name}\.toml: cannot read: {reason}"):
+            load(str(tmp_path / f"{name}.toml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"", "it is empty"),
+        (b" \r\n", "it is empty"),
+        (b"a = " + b"[" * 900, "nested too deeply"),
+        (b"a = " + b"[" * 100_000, "more than 65,536 bytes"),
+        (b"a = " + b"[" * 2_000, "line 1 has 2,004 characters, wanted at most 1,000"),
+        (b"a.b." * 10_000 + b"c = 1", "line 1 has 40,005 characters"),
+        (b"[tiles]\nrows = 1\nrows = 2", "Cannot overwrite a value"),
+        (b"\xff\xfe[\0", "can't decode byte 0xff"),
+        (b"\0", "Invalid statement"),
+    ],
+)
+@pytest.mark.parametrize("load", [load_graph, load_scheduler])
+def test_a_file_that_is_no_toml_is_told_in_a_short_line(tmp_path, load, text, message):
+    """Whatever is in it: in no time, in a line that names the file."""
+    (tmp_path / "x.toml").write_bytes(text)
+    with pytest.raises(UserError, match=re.escape(message)) as told:
+        load(str(tmp_path / "x.toml"))
+    assert str(tmp_path / "x.toml") in str(told.value)
+    assert len(str(told.value)) < 400 and "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("change", [lambda text: b"\xef\xbb\xbf" + text, lambda text: text.replace(b"\n", b"\r\n")])
+def test_files_of_other_systems_are_read(tmp_path, change):
+    """A byte order mark, and line ends with a carriage return."""
+    (tmp_path / "tiny.toml").write_bytes(change(find_file("graphs", "tiny").read_bytes()))
+    assert load_graph(str(tmp_path / "tiny.toml")) == load_graph("tiny")
+
+
+@pytest.mark.parametrize("address", ["tcp://10.0.0.1:8786", "tls://x:1", "localhost:8786", "[::1]:8786"])
+def test_a_cluster_by_address_is_no_file(address):
+    """Said at once, where a scheduler's name is wanted."""
+    for load in (load_scheduler, lambda name: named_config(name, 2)):
+        with pytest.raises(UserError, match=f"scheduler {re.escape(address)}: clusters by address are not supported yet; local-cluster"):
+            load(address)
 
 
 def test_values_are_what_toml_says_or_words():

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import kernels_for_tests as k
 import numpy as np
@@ -371,12 +372,30 @@ def test_the_program_measures_beside_what_it_predicts(tmp_path):
     assert "%" in found["notes"]["median error"]
 
 
-def test_a_machine_file_is_read_with_care(tmp_path):
-    """Its keys, and their types."""
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sockets = 1\ncores_per_socket = 0\n", "cores_per_socket: wanted at least 1, got 0"),
+        ("sockets = ", "not a TOML file: Invalid value"),
+        ("sgemm_gflops = nan", "sgemm_gflops: wanted a finite number, got nan"),
+        ("bandwidth_gbs = -1", "bandwidth_gbs: wanted at least 0.001, got -1.0"),
+        ("bandwidth_gbs = inf", "bandwidth_gbs: wanted a finite number, got inf"),
+        ("bandwidth_gbs = 0", "bandwidth_gbs: wanted at least 0.001, got 0.0"),
+        ("task_us = -0.1", "task_us: wanted at least 0, got -0.1"),
+        ("barrier_us = 1e300", "barrier_us: wanted at most 1,000,000,000, got 1e+300"),
+        (f"cache_mib = 1{'0' * 500}", "cache_mib: wanted a finite number, got 1"),
+        (f"cache_mib = 0x{'f' * 900}", "cache_mib: wanted a finite number, got "),
+        ("sockets = 1000000000", "sockets: wanted at most 4,096, got 1000000000"),
+        ("sockets = true", "sockets: wanted int, got True"),
+        ("[sockets]", "sockets: wanted int, got {}"),
+        ("a = " + "[" * 900, "nested too deeply"),
+    ],
+)
+def test_a_machine_file_is_read_with_care(tmp_path, text, message):
+    """Its keys, their types, and numbers that a machine can have; told with the file and the key."""
     path = tmp_path / "mine.toml"
-    path.write_text("sockets = 1\ncores_per_socket = 0\n")
-    with pytest.raises(UserError, match="cores_per_socket"):
+    path.write_text(text)
+    with pytest.raises(UserError, match=re.escape(message)) as told:
         Machine.load(str(path))
-    path.write_text("sockets = ")
-    with pytest.raises(UserError, match="cannot be read"):
-        Machine.load(str(path))
+    assert str(path) in str(told.value)
+    assert len(str(told.value)) < 500

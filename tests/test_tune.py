@@ -313,7 +313,7 @@ def test_tiles_are_remembered_for_machine_shape_and_workers(monkeypatch, cache):
     """Another model, batch, option, number of workers or machine has its own; another name or tiling of the file has not."""
     config = make_config(UNSEEN)
     tiles = Tiles(96, 192, 32, 3, 1024)
-    assert tuned.remember(config, 2, tiles, {"gain": "none"}).parent == cache
+    assert tuned.remember(config, 2, tiles, {}, "today").parent == cache
     assert tuned.remembered(config, 2, "") == tiles
     assert tuned.remembered(make_config(UNSEEN + ",tiles.rows=64"), 2, "") == tiles
     for other in ("batch.seq_len=64", "model.layers=7", "options.update=separate", "tiles.logits_rows=64"):
@@ -327,18 +327,18 @@ def test_tiles_are_remembered_for_machine_shape_and_workers(monkeypatch, cache):
         tuned.remembered(config, 2, "")
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", "{}", '{"key": 1}', "\x00", "rows", "more"])
+@pytest.mark.parametrize("damage", ["", "{", "[]", "{}", '{"key": 1}', "\x00", '{"a":' * 9999, "rows", "more"])
 def test_a_damaged_memory_is_told_apart(damage):
     """With the file, and what to run; whatever stands in it."""
     config = load_graph("tiny")
-    path = tuned.remember(config, 2, config.tiles, {})
+    path = tuned.remember(config, 2, config.tiles, {}, "today")
     saved = json.loads(path.read_text())
     if damage == "rows":
         saved["tiles"]["rows"] = 0
     elif damage == "more":
         saved["tiles"]["depth"] = 1
     path.write_text(json.dumps(saved) if damage in ("rows", "more") else damage)
-    with pytest.raises(UserError, match=r"\.json: is damaged: .*; delete it and run: taskgpt tune"):
+    with pytest.raises(UserError, match=r"what was remembered is damaged: .*\.json: .*; delete it and run: taskgpt tune"):
         tuned.remembered(config, 2, "taskgpt tune")
 
 

@@ -9,14 +9,14 @@ Overheads are microseconds. dask.threaded and distributed plan a whole graph bef
 then has to say goes out in batches, so far apart (`batch`): a chain of short tasks waits for one at every link, long tasks hardly ever.
 """
 
-import tomllib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Self
 
-from taskgpt.config import fill, parse_settings
-from taskgpt.errors import UserError, did_you_mean
+from taskgpt.config import parse_settings
+from taskgpt.errors import UserError, did_you_mean, shorten
+from taskgpt.files import fill, read_toml
 from taskgpt.lab import machine as this
 from taskgpt.lab.named import split_changes
 
@@ -34,27 +34,42 @@ OVERHEADS_US = {
 }
 
 
+MOST_SPEED, MOST_US = 1e9, 1e9  # far beyond any machine; and simulated times stay within 64 bits of ns
+
+
+def _count():
+    return field(metadata={"at_least": 1, "at_most": 4096})
+
+
+def _speed():
+    return field(metadata={"at_least": 1e-3, "at_most": MOST_SPEED})
+
+
+def _overhead():
+    return field(metadata={"at_least": 0, "at_most": MOST_US})
+
+
 @dataclass(frozen=True)
 class Machine:
     """What a machine file says. Bandwidth and cache are a socket's."""
 
-    sockets: int = field(metadata={"at_least": 1})
-    cores_per_socket: int = field(metadata={"at_least": 1})
-    sgemm_gflops: float  # of one core, the others idle, in fp32: task times measured elsewhere are scaled by it
-    sgemm_busy_gflops: float  # of one core, all of its socket busy: then clocks are lower. Never more than alone
-    bandwidth_gbs: float  # of one socket, all its cores streaming
-    cache_mib: float  # last-level cache of one socket
-    task_us: float  # what the native scheduler adds to a task
-    call_us: float  # what calling a kernel from Python adds, which all but the native scheduler do
-    barrier_us: float  # what a fork and its barrier add to a parallel loop
-    dask_begin_us: float  # dask.threaded: before a run begins, for each of its tasks
-    dask_task_us: float  # dask.threaded: its thread's time for each task
-    distributed_begin_us: float  # distributed, likewise
-    distributed_task_us: float
-    distributed_batch_us: float  # distributed: between two messages to the workers
+    sockets: int = _count()
+    cores_per_socket: int = _count()
+    sgemm_gflops: float = _speed()  # of one core, the others idle, in fp32: task times measured elsewhere are scaled by it
+    sgemm_busy_gflops: float = _speed()  # of one core, all of its socket busy: then clocks are lower. Never more than alone
+    bandwidth_gbs: float = _speed()  # of one socket, all its cores streaming
+    cache_mib: float = field(metadata={"at_least": 0, "at_most": MOST_SPEED})  # last-level cache of one socket
+    task_us: float = _overhead()  # what the native scheduler adds to a task
+    call_us: float = _overhead()  # what calling a kernel from Python adds, which all but the native scheduler do
+    barrier_us: float = _overhead()  # what a fork and its barrier add to a parallel loop
+    dask_begin_us: float = _overhead()  # dask.threaded: before a run begins, for each of its tasks
+    dask_task_us: float = _overhead()  # dask.threaded: its thread's time for each task
+    distributed_begin_us: float = _overhead()  # distributed, likewise
+    distributed_task_us: float = _overhead()
+    distributed_batch_us: float = _overhead()  # distributed: between two messages to the workers
 
     def __post_init__(self):
-        if not 0 < self.sgemm_busy_gflops <= self.sgemm_gflops:
+        if self.sgemm_busy_gflops > self.sgemm_gflops:
             raise ValueError(f"sgemm_busy_gflops: wanted at most sgemm_gflops, {self.sgemm_gflops:.4g}, got {self.sgemm_busy_gflops:.4g}")
 
     @property
@@ -95,10 +110,7 @@ def _best(measure: Callable[[], float]) -> float:
 
 def _read(name: str) -> dict:
     path = Path(name) if name.endswith(".toml") else MACHINES / f"{name}.toml"
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         known = ["here", *sorted(path.stem for path in MACHINES.glob("*.toml"))]
-        raise UserError(f"--machine {name}: no such machine{did_you_mean(name, known)}; or give a path that ends in .toml") from None
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"--machine {path}: cannot be read: {error}") from None
+        raise UserError(f"--machine {shorten(name)}: no such machine{did_you_mean(name, known)}; or give a path that ends in .toml")
+    return read_toml(path)

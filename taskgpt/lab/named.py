@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from taskgpt.config import GraphConfig, SchedulerConfig, load_graph, load_scheduler, parse_graph_settings, parse_settings
+from taskgpt.config import GraphConfig, SchedulerConfig, is_address, load_graph, load_scheduler, parse_graph_settings, parse_settings
 from taskgpt.errors import UserError
 from taskgpt.gpt2.model import GPT2
 from taskgpt.gpt2.program import training_graph
@@ -103,6 +103,8 @@ def worker_counts(words: Sequence[str]) -> list[int]:
 
 
 def split_changes(word: str) -> tuple[str, list[str]]:
-    """Return (name, its changes) of `NAME[:KEY=VALUE,...]`."""
+    """Return (name, its changes) of `NAME[:KEY=VALUE,...]`; an address, with its colons, is a name."""
+    if is_address(word):
+        return word, []
     name, _, changes = word.partition(":")
     return name, [change for change in changes.split(",") if change]

@@ -10,14 +10,15 @@ import hashlib
 import json
 import os
 import re
-import tomllib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import platformdirs
 
-from taskgpt.config import GraphConfig, fill, find_file, load_graph
+from taskgpt.config import GraphConfig, find_file, load_graph
 from taskgpt.errors import UserError
+from taskgpt.files import fill, parse_toml, read_json, read_text, read_toml
 from taskgpt.gpt2.model import Tiles
 from taskgpt.gpt2.tokens import cannot_write
 from taskgpt.lab import machine
@@ -27,6 +28,16 @@ from taskgpt.lab.report import write_whole
 _LINE = re.compile(r"(?P<key>\w+)(?P<equals>\s*=\s*)(?P<value>\"[^\"]*\"|[^#\s]+)(?P<gap>\s*)(?P<comment>#.*)?$")
 
 
+@dataclass(frozen=True)
+class _Remembered:
+    """A file of the cache. `key`: what the tiles are good for. `settings`: of native, that won with them. `made`: when, and how."""
+
+    key: dict[str, Any]
+    tiles: Tiles
+    settings: dict[str, str]
+    made: str
+
+
 def graph_text(name: str, changes: dict[str, Any], first_line: str) -> str:
     """Return the text of a graph file with other values, {"tiles.rows": 64, ...}, its comments kept, and another first line.
 
@@ -34,18 +45,18 @@ def graph_text(name: str, changes: dict[str, Any], first_line: str) -> str:
     """
     path = find_file("graphs", name)
     load_graph(name, changes)
-    old = path.read_text(encoding="utf-8")
+    old = read_text(path)
     lines = old.splitlines()[1 if old.startswith("#") else 0 :]
     for key, value in changes.items():
         _put(lines, *key.split("."), json.dumps(value))
-    wanted = tomllib.loads(old)
+    wanted = read_toml(path)
     for key, value in changes.items():
         table, _, field = key.partition(".")
         wanted.setdefault(table, {})[field] = value
     text = "\n".join([first_line, *lines, ""])
     try:
-        is_right = tomllib.loads(text) == wanted
-    except tomllib.TOMLDecodeError:
+        is_right = parse_toml(text) == wanted
+    except ValueError:
         is_right = False
     if not is_right:
         raise UserError(f"{path}: cannot put other values into this text; write a line key = value for each below its [table]")
@@ -95,11 +106,11 @@ def write(path: Path, text: str) -> None:
     write_whole(path, text)
 
 
-def remember(config: GraphConfig, workers: int, tiles: Tiles, found: dict[str, Any]) -> Path:
-    """Keep tiles in the cache, with what was found about them; return the file. Raises UserError or OSError."""
+def remember(config: GraphConfig, workers: int, tiles: Tiles, settings: dict[str, str], made: str) -> Path:
+    """Keep tiles in the cache, with what else `_Remembered` has; return the file. Raises UserError or OSError."""
     key = _key(config, workers)
     path = _path(key)
-    write(path, json.dumps({"key": key, "tiles": dataclasses.asdict(tiles), **found}, indent=1) + "\n")
+    write(path, json.dumps(dataclasses.asdict(_Remembered(key, tiles, settings, made)), indent=1) + "\n")
     return path
 
 
@@ -107,21 +118,19 @@ def remembered(config: GraphConfig, workers: int, command: str) -> Tiles:
     """Return the tiles for such a graph on this machine. Raises UserError, saying what to run: `command`, if there are none."""
     key = _key(config, workers)
     path = _path(key)
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        if saved["key"] != key:
-            raise ValueError("made for something else")
-        return fill(Tiles, saved["tiles"], "")
-    except FileNotFoundError:
+    if not path.exists():
         batch = f"B {config.batch.batch_size}, T {config.batch.seq_len}"
         raise UserError(
             f"--tiles auto: {config.name} ({batch}) was not tuned on this machine for {workers} worker{'s' if workers > 1 else ''}; "
             f"run: {command}"
-        ) from None
-    except OSError as error:
-        raise UserError(f"--tiles auto: {path}: cannot read: {error.strerror or error}") from None
-    except (ValueError, KeyError, TypeError, UserError) as error:
-        raise UserError(f"--tiles auto: {path}: is damaged: {error}; delete it and run: {command}") from None
+        )
+    try:
+        saved = fill(_Remembered, read_json(path), f"{path}: ")
+        if saved.key != key:
+            raise UserError(f"{path}: made for something else")
+        return saved.tiles
+    except UserError as error:
+        raise UserError(f"--tiles auto: what was remembered is damaged: {error}; delete it and run: {command}") from None
 
 
 def tune_command(graph: str, config: GraphConfig, workers: int | None) -> str:
