@@ -14,6 +14,7 @@ import dask.threaded
 import numpy as np
 import pytest
 from dask.highlevelgraph import HighLevelGraph
+from dask.utils import key_split
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -733,12 +734,23 @@ def pipeline() -> tuple[Graph, Tensor]:
     return graph, x
 
 
-def test_dask_keys_carry_kernel_step_and_number():
-    """Kernel first, for the dashboard's groups; the step, lest Distributed take a task for one that it ran; the number makes it unique."""
+def without_token(name: str) -> str:
+    """Return the name of a layer, or the first item of a key, as it was before to_dask made it unique."""
+    name, token = name.rsplit("-", 1)
+    assert len(token) == 32
+    return name
+
+
+def test_dask_keys():
+    """Kernel first, by which the dashboard groups; a token that every call draws anew; the number makes it unique."""
     graph, _ = pipeline()
-    tasks, last = graph.to_dask(step=7)
-    assert set(tasks) == {(task.name, 7, task.number) for task in graph.tasks}
-    assert last == [("change", 7, 6), ("change", 7, 7)]
+    runs = [graph.to_dask() for _ in range(2)] + [pipeline()[0].to_dask()]
+    for tasks, last in runs:
+        assert [(without_token(name), number) for name, number in tasks] == [(task.name, task.number) for task in graph.tasks]
+        assert [key_split(key) for key in tasks] == [task.name for task in graph.tasks]
+        assert [number for _, number in last] == [6, 7]
+    assert len({key for tasks, _ in runs for key in tasks}) == 3 * len(graph.tasks)
+    assert len({layer for tasks, _ in runs for layer in tasks.layers}) == 3 * 4
 
 
 def test_dask_layers_are_phases():
@@ -748,13 +760,17 @@ def test_dask_layers_are_phases():
     """
     tasks, _ = pipeline()[0].to_dask()
     tasks.validate()
-    assert {name: set(layer) for name, layer in tasks.layers.items()} == {
-        "tasks": {("make", 0, 0), ("make", 0, 1)},
-        "forward_00": {("change", 0, 2), ("change", 0, 3)},
-        "forward_01": {("change", 0, 4), ("change", 0, 5)},
-        "backward_01": {("change", 0, 6), ("change", 0, 7)},
+    assert {without_token(name): [number for _, number in layer] for name, layer in tasks.layers.items()} == {
+        "tasks": [0, 1],
+        "forward_00": [2, 3],
+        "forward_01": [4, 5],
+        "backward_01": [6, 7],
     }
-    assert tasks.dependencies == {"tasks": set(), "forward_00": {"tasks"}, "forward_01": {"forward_00"}, "backward_01": {"forward_01"}}
+    assert needs_of(tasks) == {"tasks": set(), "forward_00": {"tasks"}, "forward_01": {"forward_00"}, "backward_01": {"forward_01"}}
+
+
+def needs_of(tasks: HighLevelGraph) -> dict[str, set[str]]:
+    return {without_token(name): set(map(without_token, needs)) for name, needs in tasks.dependencies.items()}
 
 
 def test_dask_layers_have_no_cycle():
@@ -766,7 +782,7 @@ def test_dask_layers_have_no_cycle():
     for phase in "abab":
         graph.spawn(change, x[:], section=(phase, -1))
     tasks, last = graph.to_dask()
-    assert tasks.dependencies == {"a": set(), "b": {"a"}, "a.2": {"b"}, "b.2": {"a.2"}}
+    assert needs_of(tasks) == {"a": set(), "b": {"a"}, "a.2": {"b"}, "b.2": {"a.2"}}
     assert len(tasks.cull(last)) == 4
 
 
@@ -781,10 +797,8 @@ def test_dask_dependencies_are_the_edges(program):
     tasks, last = graph.to_dask()
     assert isinstance(tasks, HighLevelGraph)
     tasks.validate()
-    keys = [task.key for task in graph.tasks]
-    for task in graph.tasks:
-        wanted_keys = {(keys[p][0], 0, p) for p in task.predecessors}
-        assert tasks.get_all_dependencies()[task.name, 0, task.number] == wanted_keys
+    needs = {number: {p for _, p in keys} for (_, number), keys in tasks.get_all_dependencies().items()}
+    assert needs == {task.number: set(task.predecessors) for task in graph.tasks}
     assert set(tasks.cull(last)) == set(tasks)
     assert all(result is None for result in dask.get(tasks, last))
     assert bits(got) == bits(wanted)

@@ -6,7 +6,6 @@ as a Dask graph whose callable is that function.
 """
 
 import argparse
-import itertools
 import math
 import sys
 import zlib
@@ -147,10 +146,9 @@ def opened(system: str, workers: int) -> Iterator[Callable[[str, int, int], Case
 
         def dask_case(pattern: str, width: int, steps: int) -> Case:
             graph, _ = record(pattern, width, steps)
-            run_ids = itertools.count()  # distributed would not run a key again
 
             def run(count: int) -> float:
-                layers, last = graph.to_dask(next(run_ids), lambda _: (spin_and_return, count))
+                layers, last = graph.to_dask(lambda _: (spin_and_return, count))
                 tasks = layers.to_dict()
                 return seconds_of(lambda: get(tasks, last))
 

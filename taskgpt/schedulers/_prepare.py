@@ -1,4 +1,4 @@
-"""What schedulers share: the number of workers, BLAS on one thread, runs in turn, and plans that are made once per graph."""
+"""What schedulers share: the number of workers, runs in turn, and plans that are made once per graph."""
 
 import os
 import weakref
@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar
 
 import numpy as np
-import scipy.linalg  # noqa: F401  brings SciPy's BLAS, so that it is there to be limited; numba or a kernel would load it later
-from threadpoolctl import threadpool_limits
 
 from taskgpt.tasks import Graph
 
@@ -22,11 +20,6 @@ def usable_cores() -> int:
 def worker_count(setting: int) -> int:
     """Return the setting, or for 0 the number of usable cores."""
     return setting or usable_cores()
-
-
-def one_blas_thread() -> threadpool_limits:
-    """Let BLAS use one thread, as the tasks are what runs in parallel; return the context manager that undoes it."""
-    return threadpool_limits(1)
 
 
 class InTurn:

@@ -1,8 +1,8 @@
 """dask.distributed on this machine: its scheduler and its dashboard, with worker threads or worker processes.
 
 Distributed takes tasks for pure functions with precious results; ours work in place and return None. So every worker gets a graph once,
-and tasks are integers that point into it; keys carry the number of the run, for a key that Distributed knows it does not run again; and a
-worker that is lost ends the run, as what it was writing is half written. A task costs 0.75 ms: it wants few, large tasks.
+and tasks are integers that point into it; keys are new in every run, for a key that Distributed knows it does not run again; and a worker
+that is lost ends the run, as what it was writing is half written. A task costs 0.75 ms: it wants few, large tasks.
 """
 
 import asyncio
@@ -26,9 +26,9 @@ from distributed.gc import disable_gc_diagnosis
 
 from taskgpt.errors import UserError
 from taskgpt.schedulers import WorkerError
-from taskgpt.schedulers._prepare import InTurn, OncePerGraph, one_blas_thread, worker_count
+from taskgpt.schedulers._prepare import InTurn, OncePerGraph, worker_count
 from taskgpt.schedulers._record import Recorder, ThreadTimes, Times
-from taskgpt.tasks import Graph, coarsen, compile_kernels
+from taskgpt.tasks import Graph, coarsen, compile_kernels, one_blas_thread
 
 _CONFIG = {
     "distributed.scheduler.allowed-failures": 0,  # a task must not run again on another worker
@@ -65,7 +65,7 @@ class Scheduler(InTurn):
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
-            stack.enter_context(one_blas_thread())
+            stack.enter_context(one_blas_thread)
             # In a thread of its own: Ctrl-C in the middle of a start waits for its end, and then finds a cluster that can be closed.
             with ThreadPoolExecutor(1) as starter:
                 starter.submit(self._start, stack).result()
@@ -119,7 +119,7 @@ class Scheduler(InTurn):
         graph_id, coarse = self._sent(graph)
         run_id = next(_ids)
         times = self._id, self.recorder.count(coarse), self.settings.record
-        tasks, last = coarse.to_dask(run_id, lambda task: (_run_task, run_id, graph_id, task.number, times))
+        tasks, last = coarse.to_dask(lambda task: (_run_task, run_id, graph_id, task.number, times))
         self._watch.lost_worker = ""
         try:
             self._watch.futures = self._client.get(tasks, last, sync=False)
@@ -215,7 +215,7 @@ class _Prepare(WorkerPlugin):
     def setup(self, worker: object) -> None:
         graph = pickle.loads(self.pickled)
         compile_kernels(graph.kernels)
-        one_blas_thread()
+        one_blas_thread.acquire()  # for good
         _graphs[self.graph_id] = graph
 
 

@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Self
 
-from taskgpt.schedulers._prepare import InTurn, OncePerGraph, one_blas_thread, worker_count
+from taskgpt.schedulers._prepare import InTurn, OncePerGraph, worker_count
 from taskgpt.schedulers._record import Recorder
-from taskgpt.tasks import Graph, Task
+from taskgpt.tasks import Graph, Task, one_blas_thread
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Scheduler(InTurn):
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
-            stack.enter_context(one_blas_thread())
+            stack.enter_context(one_blas_thread)
             self._helpers = [stack.enter_context(_Helper(self._work)) for _ in range(self.workers - 1)]
             self._close = stack.pop_all().close
         return self

@@ -24,9 +24,9 @@ from taskgpt.schedulers import _ready as r
 from taskgpt.schedulers import _worker
 from taskgpt.schedulers._plan import Plan, edges_to_next
 from taskgpt.schedulers._pointers import OPAQUE_WORDS
-from taskgpt.schedulers._prepare import OncePerGraph, one_blas_thread, worker_count
+from taskgpt.schedulers._prepare import OncePerGraph, worker_count
 from taskgpt.schedulers._record import RECORD_TYPE
-from taskgpt.tasks import Graph, TaskError
+from taskgpt.tasks import Graph, TaskError, one_blas_thread
 from taskgpt.tasks.kernel import compile_function
 from taskgpt.tasks.native_entry import take_exception
 from taskgpt.tasks.tensor import ALIGNMENT_BYTES, aligned
@@ -90,7 +90,7 @@ class Scheduler:
         for function, signature in _worker.SIGNATURES.items():
             compile_function(function, signature)
         with ExitStack() as undo:
-            undo.enter_context(one_blas_thread())
+            undo.enter_context(one_blas_thread)
             self._make_table()
             undo.callback(self._join)
             for me in range(self.workers):

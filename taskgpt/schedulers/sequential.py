@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Self
 
-from taskgpt.schedulers._prepare import InTurn, one_blas_thread
+from taskgpt.schedulers._prepare import InTurn
 from taskgpt.schedulers._record import Recorder
-from taskgpt.tasks import Graph
+from taskgpt.tasks import Graph, one_blas_thread
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,11 @@ class Scheduler(InTurn):
         self.recorder = Recorder(settings.record)
 
     def __enter__(self) -> Self:
-        self._blas = one_blas_thread()
+        one_blas_thread.acquire()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._blas.restore_original_limits()
+        one_blas_thread.release()
 
     def describe(self) -> str:
         return "sequential: program order, in the calling thread"

@@ -10,9 +10,9 @@ from typing import Self
 
 import dask.threaded
 
-from taskgpt.schedulers._prepare import InTurn, OncePerGraph, one_blas_thread, worker_count
+from taskgpt.schedulers._prepare import InTurn, OncePerGraph, worker_count
 from taskgpt.schedulers._record import Recorder
-from taskgpt.tasks import Graph, Task, coarsen
+from taskgpt.tasks import Graph, Task, coarsen, one_blas_thread
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,13 @@ class Scheduler(InTurn):
         self._pool = ThreadPoolExecutor(self.workers, "taskgpt-threads")
 
     def __enter__(self) -> Self:
-        self._blas = one_blas_thread()
+        one_blas_thread.acquire()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._coordinator.shutdown()
         self._pool.shutdown()
-        self._blas.restore_original_limits()
+        one_blas_thread.release()
 
     def describe(self) -> str:
         size = f"at most {self.settings.coarsen} tasks a step" if self.settings.coarsen else "tasks as recorded"

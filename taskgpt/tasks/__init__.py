@@ -1,16 +1,19 @@
 """Room 1: kernels, accesses, tiles and graphs. It has heard of neither transformers nor threads.
 
-kernel.py      @kernel with In / Out / InOut / Commutative / Scratch; NumPy body and compiled twin
-tensor.py      tensors cut into grids, tiles, arenas (also shared between processes)
-graph.py       spawn: calls become tasks with dependencies
-coarsen.py     fewer, larger tasks
-scratch.py     working memory of kernels
-check.py       the declaration, enforced
-blas.py        matrix products inside compiled kernels
-dask_graph.py  the graph as a Dask graph
-picture.py     the graph as a picture
+kernel.py           @kernel with In / Out / InOut / Commutative / Scratch; NumPy body and compiled twin
+tensor.py           tensors cut into grids, tiles, arenas (also shared between processes)
+graph.py            spawn: calls become tasks with dependencies
+coarsen.py          fewer, larger tasks
+scratch.py          working memory of kernels
+check.py            the declaration, enforced
+blas.py             matrix products inside compiled kernels
+blas_threads.py     BLAS on one thread while tasks run
+dask_graph.py       the graph as a Dask graph
+dask_collection.py  the graph as a Dask collection
+picture.py          the graph as a picture
 """
 
+from taskgpt.tasks.blas_threads import one_blas_thread
 from taskgpt.tasks.check import check
 from taskgpt.tasks.coarsen import by_section, coarsen, part
 from taskgpt.tasks.graph import Call, Graph, Section, Task, TaskError, run_now
@@ -56,6 +59,7 @@ __all__ = [
     "dense",
     "dims",
     "kernel",
+    "one_blas_thread",
     "part",
     "run_now",
 ]

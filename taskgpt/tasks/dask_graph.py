@@ -1,37 +1,48 @@
 """Graphs to Dask and from Dask. The only file that imports Dask's private names, so that one file breaks when they move.
 
     to_dask             a Graph as a Dask graph
+    Run                 a Dask collection of that: one run of a Graph
     nodes, constants    any Dask graph as a flat dictionary; the values of those nodes that are data
     evaluate            what a node gives
     find_priorities     the `priority` annotations of any Dask graph
 
-All but the first serve `taskgpt.get`.
+All but the first two serve `taskgpt.get`.
 """
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
+import os
+import uuid
+import weakref
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
 import dask
+import dask.threaded
 from dask._task_spec import DataNode, Dict, GraphNode, List, Set, TaskRef, Tuple, _execute_subgraph, convert_legacy_graph
 from dask._task_spec import Task as DaskTask
+from dask.base import DaskMethodsMixin, replace_name_in_key
 from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
 
 from taskgpt.tasks.coarsen import layer_names
 from taskgpt.tasks.graph import Graph, Task
 
+Key = tuple[str, int]
 
-def to_dask(graph: Graph, step: int = 0, call: Callable[[Task], tuple] | None = None) -> tuple[HighLevelGraph, list[tuple]]:
-    """Return the Dask graph of one step and the keys of the tasks that nothing waits for.
 
-    Keys are `(kernel, step, number)`: the dashboard groups and colours by the first item, and the step keeps `distributed` from taking a
-    task for one that it already ran. Dependencies are passed as arguments, in whose place Dask puts the predecessors' result, None.
+def to_dask(graph: Graph, call: Callable[[Task], tuple] | None = None) -> tuple[HighLevelGraph, list[Key]]:
+    """Return the Dask graph of one run, and the keys of the tasks that nothing waits for. See Graph.to_dask.
+
+    Dependencies are passed as arguments, in whose place Dask puts the predecessors' result, None. Names of layers carry the token, too: of
+    two layers of one name that are computed together, Dask would keep one.
     """
-    call = call or _call_here
-    keys = [(task.name, step, task.number) for task in graph.tasks]
+    token = uuid.uuid4().hex
+    call = call or _known_here(graph).call
+    names = {name: f"{name}-{token}" for name in {task.name for task in graph.tasks}}
+    keys = [(names[task.name], task.number) for task in graph.tasks]
     layers: dict[str, dict] = {}
     needs: dict[str, set[str]] = {}
-    for task, key, layer in zip(graph.tasks, keys, (layer_of := layer_names(graph)), strict=True):
+    layer_of = [f"{layer}-{token}" for layer in layer_names(graph)]
+    for task, key, layer in zip(graph.tasks, keys, layer_of, strict=True):
         function, *arguments = call(task)
         layers.setdefault(layer, {})[key] = DaskTask(key, function, *arguments, *(TaskRef(keys[p]) for p in task.predecessors))
         needs.setdefault(layer, set()).update({layer_of[p] for p in task.predecessors} - {layer})
@@ -39,12 +50,139 @@ def to_dask(graph: Graph, step: int = 0, call: Callable[[Task], tuple] | None = 
     return HighLevelGraph({name: MaterializedLayer(layer) for name, layer in layers.items()}, needs), last
 
 
-def _call_here(task: Task) -> tuple:
-    return _run, task
+class Run(DaskMethodsMixin):
+    """One run of a Graph as a Dask collection: a Dask graph, and the keys of its last tasks. Computed, it gives None."""
+
+    __dask_scheduler__ = staticmethod(dask.threaded.get)  # as arrays and delayed calls, to be computed with them
+
+    def __init__(self, layers: Mapping, keys: Sequence[Key], rename: Mapping[str, str] | None = None):
+        self._layers = layers
+        self._keys = [replace_name_in_key(key, rename or {}) for key in keys]
+
+    def __dask_graph__(self) -> Mapping:
+        return self._layers
+
+    def __dask_keys__(self) -> list[Key]:
+        return self._keys
+
+    def __dask_layers__(self) -> tuple[str, ...]:
+        if not isinstance(self._layers, HighLevelGraph):
+            return ()
+        last = set(self._keys)
+        return tuple(name for name, layer in self._layers.layers.items() if not last.isdisjoint(layer))
+
+    @staticmethod
+    def __dask_optimize__(layers: Mapping, keys: Sequence[Key], **_: object) -> Mapping:
+        """Leave everything as it is: tasks work in place, and Dask may neither drop nor repeat nor join them."""
+        return layers
+
+    def __dask_postcompute__(self) -> tuple[Callable, tuple]:
+        return _nothing, ()
+
+    def __dask_postpersist__(self) -> tuple[Callable, tuple]:
+        return Run, (self._keys,)
+
+    def __dask_tokenize__(self) -> tuple:
+        return "taskgpt", tuple(self._keys)
 
 
-def _run(task: Task, *_predecessors) -> None:
+def _nothing(_results: Sequence) -> None:
+    """What the tasks made is in their tensors."""
+
+
+# How a task reaches the process that runs it --------------------------------------------------------------------------------------------
+
+
+def _run(task: "Task | _Sendable | _Named", *_predecessors: None) -> None:
     task.run()
+
+
+class _Known:
+    """The tasks of a Graph, and the name under which this process knows them."""
+
+    def __init__(self, graph: Graph):
+        self.tasks = graph.tasks  # not the graph, which then would wait for the garbage collector
+        self.name = uuid.uuid4().hex
+        self._obstacle = 0, ""
+
+    def call(self, task: Task) -> tuple:
+        return _run, _Sendable(self, task)
+
+    @property
+    def obstacle(self) -> str:
+        """Why other processes cannot run these tasks, and what to do, or an empty string."""
+        if self._obstacle[0] != len(self.tasks):
+            self._obstacle = len(self.tasks), _find_obstacle(self.tasks)
+        return self._obstacle[1]
+
+
+_known: "weakref.WeakKeyDictionary[Graph, _Known]" = weakref.WeakKeyDictionary()
+_by_name: "weakref.WeakValueDictionary[str, _Known]" = weakref.WeakValueDictionary()
+
+
+def _known_here(graph: Graph) -> _Known:
+    known = _known.get(graph)
+    if known is None:
+        known = _known[graph] = _Known(graph)
+        _by_name[known.name] = known
+    return known
+
+
+def _find_obstacle(tasks: Sequence[Task]) -> str:
+    calls = [call for task in tasks for call in task.calls]
+    for tensor in {id(tile.tensor): tile.tensor for call in calls for _, tile in call.tiles()}.values():
+        if not tensor.is_shared:
+            return tensor.not_shared
+    if any(task.locks for task in tasks):
+        return "commutative tasks lock their tiles, and a lock does not reach another process; allow_commutative=False, or use threads"
+    for kernel in dict.fromkeys(call.kernel for call in calls):
+        if not kernel.is_importable:
+            return f"another process cannot import {kernel.module}.{kernel.name}; move it to a module, at its top level, or use threads"
+    return ""
+
+
+class _Sendable:
+    """A task that is pickled whole where other processes can run it, else by its name, which means something in this process alone.
+
+    A Client pickles tasks even for workers of its own process.
+    """
+
+    __slots__ = ("_known", "_task")
+
+    def __init__(self, known: _Known, task: Task):
+        self._known, self._task = known, task
+
+    def run(self) -> None:
+        self._task.run()
+
+    def __reduce__(self) -> tuple:
+        if obstacle := self._known.obstacle:
+            return _Named, (os.getpid(), self._known.name, self._task.number, obstacle)
+        return _itself, (self._task,)
+
+
+def _itself(task: Task) -> Task:
+    return task
+
+
+class _Named:
+    """A task by its name. Raises TypeError when it is run in another process; until then it may pass through any."""
+
+    __slots__ = ("_known", "_what")
+
+    def __init__(self, *what: Any):
+        self._what = what
+        pid, name, *_ = what
+        self._known = _by_name.get(name) if pid == os.getpid() else None  # a forked process knows the name, and has copies of the tensors
+
+    def run(self) -> None:
+        pid, _, number, obstacle = self._what
+        if self._known is None:
+            raise TypeError("the graph was dropped before it ran; keep a reference to it" if pid == os.getpid() else obstacle)
+        self._known.tasks[number].run()
+
+    def __reduce__(self) -> tuple:
+        return _Named, self._what
 
 
 # From Dask ------------------------------------------------------------------------------------------------------------------------------

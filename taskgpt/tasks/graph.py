@@ -16,6 +16,8 @@ from contextlib import ExitStack, nullcontext
 
 import numpy as np
 
+from taskgpt.tasks.blas_threads import one_blas_thread
+from taskgpt.tasks.dask_collection import DaskCollection
 from taskgpt.tasks.kernel import AccessError, Kernel, ShapeError
 from taskgpt.tasks.scratch import Shapes, scratch_arrays
 from taskgpt.tasks.tensor import GridError, Tensor, Tile
@@ -107,8 +109,8 @@ class Task:
         return self.flops / 1e11 + self.bytes / 1e10
 
     def run(self) -> None:
-        """Run the calls. Raises TaskError, naming the call, from whatever a kernel raises."""
-        with ExitStack() if self.locks else nullcontext() as held:
+        """Run the calls, with BLAS on one thread. Raises TaskError, naming the call, from whatever a kernel raises."""
+        with one_blas_thread, ExitStack() if self.locks else nullcontext() as held:
             for _, lock in self.locks:
                 held.enter_context(lock)
             for call in self.calls:
@@ -121,8 +123,8 @@ class Task:
         return f"{self.number} " + "; ".join(map(str, self.calls))
 
 
-class Graph:
-    """Tasks in program order with their dependencies.
+class Graph(DaskCollection):
+    """Tasks in program order with their dependencies; to Dask a collection.
 
     `allow_commutative=True` lets tasks that declare Commutative on a tile run in any order, one at a time: faster, and the rounding of sums
     then depends on that order. Otherwise Commutative means InOut.
@@ -292,14 +294,19 @@ class Graph:
         lines = [f"{task}" + (f" <- {' '.join(map(str, task.predecessors))}" if task.predecessors else "") for task in self.tasks]
         return "\n".join(lines) + "\n"
 
-    def to_dask(self, step: int = 0, call: Callable[[Task], tuple] | None = None):
-        """Return (HighLevelGraph, keys of the last tasks): a layer per section, keys `(kernel, step, number)`.
+    def to_dask(self, call: Callable[[Task], tuple] | None = None):
+        """Return (HighLevelGraph, keys of the last tasks) of one run, for any `get` of Dask's: a layer for each section.
 
-        `call(task)` gives (function, *arguments) for the Dask task; by default it runs the task here.
+        Keys are `(kernel-token, number)`: Dask's dashboard groups and colours by the kernel. The token is a new one every time, for
+        Distributed does not run a key again that it still knows, be it of an earlier step or of another graph: ask anew for every run.
+
+        `call(task)` gives (function, *arguments) for the Dask task. By default that is the task itself, with BLAS on one thread. It runs in
+        this process, on threads or in a Client(processes=False); and in other processes of this machine if all tensors are shared. If they
+        are not, it raises TypeError there.
         """
         from taskgpt.tasks.dask_graph import to_dask  # Dask loads slowly, and only those who ask need it
 
-        return to_dask(self, step, call)
+        return to_dask(self, call)
 
     def __repr__(self) -> str:
         edges = sum(len(task.predecessors) for task in self.tasks)
@@ -373,5 +380,6 @@ def without_implied(waits: Iterable[int], ancestors: list[int]) -> tuple[int, ..
 
 
 def run_now(kernel: Kernel, *args, section: Section = ("", -1)) -> None:
-    """The spawn of a program that runs without a graph: calls the kernel."""
-    Call(kernel, args).run()
+    """The spawn of a program that runs without a graph: calls the kernel, with BLAS on one thread, for the bits that a graph gives."""
+    with one_blas_thread:
+        Call(kernel, args).run()

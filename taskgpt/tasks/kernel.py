@@ -180,6 +180,11 @@ class Kernel:
     def __call__(self, *args) -> None:
         self.function(*args, *(scratch_arrays(self.scratch_shapes(args)) if self.scratch else ()))
 
+    @property
+    def is_importable(self) -> bool:
+        """True if another process finds it under its name. `__main__` is another module there."""
+        return self.module != "__main__" and getattr(sys.modules.get(self.module), self.name, None) is self
+
     def __reduce__(self):
         if getattr(sys.modules.get(self.module), self.name, None) is not self:
             raise pickle.PicklingError(f"kernels are sent by name, and {self.module}.{self.name} is another object")

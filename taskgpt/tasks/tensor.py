@@ -82,9 +82,21 @@ class Tensor:
     def __repr__(self) -> str:
         return f"{self.name}{list(self.array.shape)} cut {' x '.join(map(str, self.grid))}"
 
+    @property
+    def is_shared(self) -> bool:
+        return self._block is not None and self._block.is_shared
+
+    @property
+    def not_shared(self) -> str:
+        """What to say where another process is given a tensor that is not shared."""
+        return (
+            f"tensor '{self.name}' lives in the memory of one process, and another would work on a copy; make it with "
+            "Arena(..., shared=True) or GPT2(..., shared=True), or use threads"
+        )
+
     def __reduce__(self):
-        if self._block is None or not self._block.is_shared:
-            raise TypeError(f"tensor '{self.name}' lives in this process' own memory; a process can share only Arena(..., shared=True)")
+        if not self.is_shared:
+            raise TypeError(self.not_shared)
         return _Block.tensor, (self._block, self.name)
 
     def address_range(self) -> tuple[int, int]:
