@@ -1,16 +1,19 @@
 """Get training data ready, and open it.
 
-    python -m taskgpt.data prepare tinyshakespeare                    # download 1.1 MB, write 0.7 MB of tokens into the cache
-    python -m taskgpt.data prepare tinyshakespeare --from input.txt   # the same on a machine without network
-    python -m taskgpt.data prepare tinystories --folder /scratch/me   # download 1.6 GB, write 1.9 GB of tokens
+    python -m taskgpt.data prepare tinystories                        # download 1.6 GB, write 1.9 GB of tokens into the cache
+    python -m taskgpt.data prepare tinystories --from FILE.tar.gz     # the same on a machine without network
+    python -m taskgpt.data prepare tinyshakespeare --folder DIR       # comes with the package: 0.7 MB of tokens, here or for llm.c
     python -m taskgpt.data list                                       # what is prepared, and where
 
 Training opens data by one word: a name above, a text file, or a folder or pattern of llm.c's token files.
 """
 
 import argparse
+import codecs
+import errno
 import glob
 import os
+import stat
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,15 +22,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import psutil
 
-from taskgpt.errors import UserError, did_you_mean, run_program
+from taskgpt.errors import UserError, did_you_mean, run_program, shorten
 from taskgpt.gpt2.datasets import DATASETS, VAL_TOKENS, Dataset, prepare, split_sections
+from taskgpt.gpt2.kinds import LOOK_BYTES, encoding_of, refuse_another_kind
 from taskgpt.gpt2.tokenizer import BYTE_VOCAB_SIZE, GPT2_VOCAB_SIZE, Tokenizer, byte_tokenizer, gpt2_tokenizer, read_tokenizer
-from taskgpt.gpt2.tokens import Loader, read_tokens
+from taskgpt.gpt2.tokens import Loader, TokenFile
 
-SMALL_DOWNLOAD_BYTES = 10_000_000  # up to here training fetches a dataset unasked
-SECONDS_TO_CONNECT = 5  # then training goes on without the network
 TRAIN_FILES, VAL_FILES, TOKENIZER_FILES = "*train*.bin", "*val*.bin", "*tokenizer*.bin"
+END_OF_TEXT = "<|endoftext|>"
+READ_BYTES = 1 << 20
+TEXT_MEMORY = 6  # bytes for each byte of a text: itself, up to 4 as a str, and its ids
 MOST_TOKENS_AS_BYTES = 4_000_000  # of each part of a prepared dataset: about 16 MB of text
 
 
@@ -49,11 +55,11 @@ def open_data(spec: str, batch_size: int, seq_len: int, vocab_size: int, say: Ca
 
     `spec` is one of:
 
-    - `tinyshakespeare`, `tinystories`: from the cache. The small one is downloaded if it is not there; without a network, training goes on
-      with the reference of the Python language that comes with Python, and `say` tells so;
-    - a text file in UTF-8: documents end at empty lines; validation gets the first tenth of the tokens, at most 32,768, at least one batch;
+    - `tinyshakespeare`, which comes with the package, or `tinystories`, which must have been prepared;
+    - a text file in UTF-8: documents end at empty lines, or where `<|endoftext|>` is written, if it is (`say` tells so); validation gets
+      the first tenth of the tokens, at most 32,768, at least one batch;
     - a folder, or a pattern such as `data/fineweb_*.bin`: llm.c's token files `*train*.bin` and `*val*.bin`, in the order of their names,
-      and `*tokenizer*.bin` if there is one, to decode what is sampled.
+      and `*tokenizer*.bin` if there is one, to decode what is sampled. Hidden files, such as a Mac's `._a_train.bin`, do not count.
 
     Text is in GPT-2's encoding if vocab_size has room for its 50,257 ids, else in bytes (257 ids); token files are taken as they are.
 
@@ -62,21 +68,20 @@ def open_data(spec: str, batch_size: int, seq_len: int, vocab_size: int, say: Ca
     """
     sizes = Sizes(batch_size, seq_len, vocab_size)
     if spec in DATASETS:
-        return _open_dataset(DATASETS[spec], sizes, say)
+        return _open_dataset(DATASETS[spec], sizes)
     path = Path(os.path.expanduser(spec))  # Path.expanduser would raise RuntimeError for an unknown user
     try:
-        is_folder, exists = path.is_dir(), path.exists()
+        if stat.S_ISDIR(path.stat().st_mode):
+            return _open_files(spec, sorted(path.glob("*.bin")), sizes)
+        return _open_text(spec, _read_text(path), sizes, say)
+    except FileNotFoundError:
+        pass
     except OSError as error:
-        raise _cannot_read(spec, error) from error
-    if is_folder:
-        return _open_files(spec, sorted(path.glob("*.bin")), sizes)
-    if exists and path.suffix == ".bin":
-        raise UserError(f"{spec}: one token file is not enough; give its folder, or a pattern that matches a train and a val file")
-    if exists:
-        return _open_text(spec, _read_text(path), sizes)
+        reason = error.strerror or error
+        raise UserError(f"{shorten(spec)}: cannot read: {reason}; choose a file or folder that you may read") from error
     if any(c in spec for c in "*?["):
         return _open_files(spec, [Path(file) for file in sorted(glob.glob(str(path)))], sizes)
-    raise UserError(f"data '{spec}': no such file or folder, and no such dataset{did_you_mean(spec, DATASETS)}")
+    raise UserError(f"data '{shorten(spec)}': no such file or folder, and no such dataset{did_you_mean(spec, DATASETS)}")
 
 
 class Sizes(NamedTuple):
@@ -87,49 +92,61 @@ class Sizes(NamedTuple):
     vocab_size: int
 
 
-def _open_dataset(dataset: Dataset, sizes: Sizes, say: Callable[[str], None]) -> Data:
+def _open_dataset(dataset: Dataset, sizes: Sizes) -> Data:
     tokenizer, encoding = _text_encoding(dataset.name, sizes.vocab_size)
-    how_to = f"python -m taskgpt.data prepare {dataset.name}"
-    if not dataset.is_in(dataset.folder):
-        if dataset.num_bytes > SMALL_DOWNLOAD_BYTES:
-            raise UserError(f"{dataset.name} is not in {dataset.folder}; do: {how_to} (downloads {dataset.num_bytes / 1e9:.1f} GB)")
-        try:
-            prepare(dataset.name, seconds=SECONDS_TO_CONNECT, say=say)
-        except UserError as error:
-            say(
-                f"{dataset.name} is not cached and cannot be fetched ({error}): training on Python's own language reference "
-                f"(pydoc_data.topics) instead; to get {dataset.name}, do: {how_to}"
-            )
-            return _open_text("Python's language reference", _python_reference(), sizes)
-    train, val = dataset.folder / dataset.train, dataset.folder / dataset.val
-    if sizes.vocab_size >= GPT2_VOCAB_SIZE:
-        return _open_shards(dataset.name, [train], [val], sizes, tokenizer, encoding)
-    extent = f" (the first {MOST_TOKENS_AS_BYTES:,} GPT-2 tokens of each file)" if dataset.num_bytes > SMALL_DOWNLOAD_BYTES else ""
-    return _open_shards(dataset.name + extent, [_as_bytes(train)], [_as_bytes(val)], sizes, tokenizer, encoding)
+    try:
+        folder = dataset.folder
+    except UserError:
+        if dataset.shipped is None:
+            raise
+        folder = None
+    if folder and dataset.is_in(folder):
+        train, val = TokenFile(folder / dataset.train), TokenFile(folder / dataset.val)
+    elif dataset.shipped:
+        train, val = dataset.tokens(dataset.shipped)
+    else:
+        how_to = f"python -m taskgpt.data prepare {dataset.name}"
+        raise UserError(f"{dataset.name} is not in {folder}; do: {how_to} (downloads {dataset.num_bytes / 1e9:.1f} GB)")
+    name = dataset.name
+    if sizes.vocab_size < GPT2_VOCAB_SIZE:
+        if len(train) > MOST_TOKENS_AS_BYTES:
+            name += f" (the first {MOST_TOKENS_AS_BYTES:,} GPT-2 tokens of each file)"
+        train, val = _as_bytes(train), _as_bytes(val)
+    return _open_shards(name, [train], [val], sizes, tokenizer, encoding)
 
 
-def _open_text(name: str, text: str, sizes: Sizes) -> Data:
+def _open_text(name: str, text: str, sizes: Sizes, say: Callable[[str], None]) -> Data:
     tokenizer, encoding = _text_encoding(name, sizes.vocab_size)
     if not text.strip():
-        raise UserError(f"{name}: the text is empty")
-    ids = tokenizer.encode_documents(split_sections(text))
+        raise UserError(f"{shorten(name)}: the text is empty")
+    documents = split_sections(text)
+    if count := text.count(END_OF_TEXT):
+        # Who writes it means the token, as Hugging Face's tokenizer does, too; as letters, a model would learn to spell it.
+        say(f"{shorten(name)}: documents end where {END_OF_TEXT} is written, which is {count:,} times, and not at empty lines")
+        documents = filter(None, text.split(END_OF_TEXT))
+    ids = tokenizer.encode_documents(documents)
     num_val = max(min(VAL_TOKENS, len(ids) // 10), min(sizes.B * sizes.T + 1, len(ids) // 2))
     return _open_shards(name, [ids[num_val:]], [ids[:num_val]], sizes, tokenizer, encoding)
 
 
 def _open_files(spec: str, files: list[Path], sizes: Sizes) -> Data:
+    files = [file for file in files if not file.name.startswith(".")]
     train, val = ([file for file in files if fnmatch(file.name, pattern)] for pattern in (TRAIN_FILES, VAL_FILES))
     if not train or not val:
         found = f"{len(train)} and {len(val)} of them among {len(files)} files"
-        raise UserError(f"data '{spec}': looked for token files {TRAIN_FILES} and {VAL_FILES}, found {found}; give a text by its file")
+        raise UserError(
+            f"data '{shorten(spec)}': looked for token files {TRAIN_FILES} and {VAL_FILES}, found {found}; give a text by its file"
+        )
     if both := set(train) & set(val):
-        raise UserError(f"{min(both)}: is it for training or for validation? Its name matches {TRAIN_FILES} and {VAL_FILES}; rename it")
-    tokenizers = sorted(train[0].parent.glob(TOKENIZER_FILES))
+        raise UserError(
+            f"{shorten(min(both))}: is it for training or for validation? Its name matches {TRAIN_FILES} and {VAL_FILES}; rename it"
+        )
+    tokenizers = sorted(file for file in train[0].parent.glob(TOKENIZER_FILES) if not file.name.startswith("."))
     if tokenizers:
         tokenizer = read_tokenizer(tokenizers[0])
         if tokenizer.end_of_text >= sizes.vocab_size:
             raise UserError(
-                f"{tokenizers[0]}: end of text is {tokenizer.end_of_text}, outside the model's vocabulary of {sizes.vocab_size}; "
+                f"{shorten(tokenizers[0])}: end of text is {tokenizer.end_of_text}, outside the model's vocabulary of {sizes.vocab_size}; "
                 "choose a graph with the vocabulary of this tokenizer"
             )
         if tokenizer.pieces == gpt2_tokenizer().pieces:
@@ -143,7 +160,7 @@ def _open_files(spec: str, files: list[Path], sizes: Sizes) -> Data:
 def _open_shards(name: str, train: Sequence, val: Sequence, sizes: Sizes, tokenizer: Tokenizer, encoding: str) -> Data:
     train_loader = Loader(train, *sizes, shuffle=True, name=f"{name}, train part")
     val_loader = Loader(val, *sizes, name=f"{name}, val part")
-    description = f"{name}: {train_loader.num_tokens:,} train and {val_loader.num_tokens:,} val tokens, {encoding}"
+    description = f"{shorten(name)}: {train_loader.num_tokens:,} train and {val_loader.num_tokens:,} val tokens, {encoding}"
     return Data(train_loader, val_loader, tokenizer, description)
 
 
@@ -153,50 +170,70 @@ def _text_encoding(name: str, vocab_size: int) -> tuple[Tokenizer, str]:
     if vocab_size >= BYTE_VOCAB_SIZE:
         return byte_tokenizer(), f"in bytes, as a vocabulary of {vocab_size} is too small for GPT-2's encoding"
     raise UserError(
-        f"{name}: the model's vocabulary of {vocab_size} is too small for GPT-2's encoding of {GPT2_VOCAB_SIZE} ids, "
+        f"{shorten(name)}: the model's vocabulary of {vocab_size} is too small for GPT-2's encoding of {GPT2_VOCAB_SIZE} ids, "
         f"and even for bytes, which take {BYTE_VOCAB_SIZE}; choose a graph with a larger one"
     )
 
 
-def _as_bytes(path: Path) -> np.ndarray:
-    """Read a token file in GPT-2's encoding as byte tokens, uint16 (n,)."""
+def _as_bytes(tokens: Sequence) -> np.ndarray:
+    """Return tokens in GPT-2's encoding, of which there may be too many, as byte tokens, uint16 (n,)."""
     values = [np.frombuffer(piece, np.uint8) for piece in gpt2_tokenizer().pieces]
     values[gpt2_tokenizer().end_of_text] = np.array([byte_tokenizer().end_of_text], np.uint16)
-    return np.concatenate([values[i] for i in read_tokens(path)[:MOST_TOKENS_AS_BYTES].tolist()], dtype=np.uint16)
+    return np.concatenate([values[i] for i in tokens[:MOST_TOKENS_AS_BYTES].tolist()], dtype=np.uint16)
 
 
 def _read_text(path: Path) -> str:
+    """Return a text, its line ends as \n. Raises: OSError; UserError if it is no text in UTF-8, or too large for the memory."""
+    with open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:  # never waits for a writer
+        kind = os.fstat(file.fileno()).st_mode
+        if not (stat.S_ISREG(kind) or stat.S_ISFIFO(kind)):  # a pipe is what the shell makes of <(zcat text.gz)
+            raise OSError(errno.EINVAL, "Not a regular file")
+        os.set_blocking(file.fileno(), True)
+        content = bytearray(file.read(LOOK_BYTES))
+        refuse_another_kind(path, content, "a text", "give a text in UTF-8, or a folder of llm.c's token files")
+        most = psutil.virtual_memory().available // TEXT_MEMORY
+        size = os.fstat(file.fileno()).st_size
+        while size <= most and (block := file.read(READ_BYTES)):
+            content += block
+            size = max(size, len(content))
+    if size > most:
+        raise UserError(
+            f"{shorten(path)}: a text of {size / 1e9:,.1f} GB or more needs {TEXT_MEMORY} times as much memory to be tokenized, and "
+            f"{most * TEXT_MEMORY / 1e9:,.1f} GB are free; take a part of it, or tokenize it into llm.c's token files"
+        )
+    if content.startswith(codecs.BOM_UTF8):  # as some editors begin a file
+        del content[: len(codecs.BOM_UTF8)]
     try:
-        return path.read_text("utf-8-sig")  # some editors begin a file with a byte-order mark
+        text = content.decode()
+        at = content.find(0)
     except UnicodeDecodeError as error:
-        found = f"byte {error.object[error.start]:#04x} at position {error.start:,}"
-        raise UserError(f"{path}: not a text in UTF-8: {found}; convert it, for instance with iconv") from error
-    except OSError as error:
-        raise _cannot_read(path, error) from error
-
-
-def _cannot_read(name: str | Path, error: OSError) -> UserError:
-    return UserError(f"{name}: cannot read: {error.strerror or error}; choose a file or folder that you may read")
-
-
-def _python_reference() -> str:
-    from pydoc_data.topics import topics
-
-    return "\n\n".join(topics[key] for key in sorted(topics))
+        at = error.start
+    if at >= 0:
+        if encoding := encoding_of(content[:LOOK_BYTES]):
+            problem = f"it looks like {encoding}; convert it: iconv -f {encoding} -t UTF-8"
+        elif 0 in content:
+            problem = f"byte 0x00 at position {content.find(0):,}, which no text has; give a text, or a folder of llm.c's token files"
+        else:
+            problem = f"byte {content[at]:#04x} at position {at:,}; convert it, for instance: iconv -f WINDOWS-1252 -t UTF-8"
+        raise UserError(f"{shorten(path)}: not a text in UTF-8: {problem}")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def list_datasets() -> str:
     """Return what is in the cache, a line per dataset."""
     lines = []
     for dataset in DATASETS.values():
-        if dataset.is_in(dataset.folder):
-            train, val = (len(read_tokens(dataset.folder / file)) for file in (dataset.train, dataset.val))
-            state = f"{train:,} train and {val:,} val tokens"
-        else:
-            state = f"not prepared; a download of {dataset.num_bytes / 1e6:,.1f} MB"
-            if (part := dataset.part(dataset.folder)).is_file():
+        state = "comes with taskgpt" if dataset.shipped else f"not prepared; a download of {dataset.num_bytes / 1e6:,.1f} MB"
+        try:
+            place = folder = dataset.folder
+            if dataset.is_in(folder):
+                train, val = (len(TokenFile(folder / file)) for file in (dataset.train, dataset.val))
+                state = f"{train:,} train and {val:,} val tokens"
+            elif (part := dataset.part(folder)).is_file():
                 state += f", of which {part.stat().st_size / 1e6:,.1f} MB are here"
-        lines.append(f"{dataset.name:15} {state:56} {dataset.folder}")
+        except UserError as error:
+            place = error
+        lines.append(f"{dataset.name:15} {state:56} {place}")
     return "\n".join(lines)
 
 

@@ -7,7 +7,9 @@ import http.server
 import io
 import json
 import os
+import pwd
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import platformdirs
+import psutil
 import pytest
 from test_tokens import batches, header
 
@@ -26,38 +29,29 @@ from taskgpt.errors import UserError
 from taskgpt.gpt2 import datasets
 from taskgpt.gpt2.datasets import DATASETS, UNPACKED, download, prepare, write_tinystories
 from taskgpt.gpt2.tokenizer import GPT2_VOCAB_SIZE, byte_tokenizer, gpt2_tokenizer
-from taskgpt.gpt2.tokens import TokenWriter, read_tokens, write_tokens
+from taskgpt.gpt2.tokens import TokenFile, TokenWriter, write_tokens
 
-TINYSHAKESPEARE = (
-    Path(__file__).parents[2] / "shared" / "data" / "tinyshakespeare.txt",
-    DATASETS["tinyshakespeare"].folder / "input.txt",
-)
 V = GPT2_VOCAB_SIZE
 TEXT = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n\n" * 3000
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
-    """An empty cache folder, and no way out to the network: nobody listens on port 9 of this machine."""
+    """An empty cache folder, a dataset `small` that does not come with the package, and no way out to the network: nobody listens on port 9
+    of this machine."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(platformdirs, "user_cache_dir", lambda *_, **__: str(tmp_path / "cache"))
+    whole = TEXT.encode()
+    small = {"num_bytes": len(whole), "sha256": hashlib.sha256(whole).hexdigest(), "token_sha256": {}, "shipped": None}
+    monkeypatch.setitem(DATASETS, "small", dataclasses.replace(DATASETS["tinyshakespeare"], name="small", **small))
     for name, dataset in DATASETS.items():
         monkeypatch.setitem(DATASETS, name, dataclasses.replace(dataset, url=f"http://127.0.0.1:9/{name}.txt"))
     return tmp_path / "cache"
 
 
 @pytest.fixture
-def shakespeare() -> Path:
-    """The real text, where this machine has it."""
-    for path in TINYSHAKESPEARE:
-        if path.is_file():
-            return path
-    pytest.skip(f"no tinyshakespeare text; put it into {' or '.join(map(str, TINYSHAKESPEARE))}")
-
-
-@pytest.fixture
-def serve(monkeypatch):
-    """serve(body) makes a local server the source of tinyshakespeare, and returns the list of ranges that it is asked for.
+def serve(cache, monkeypatch):
+    """serve(body) makes a local server the source of the dataset `small`, and returns the list of ranges that it is asked for.
 
     drop_after: bytes after which it drops each connection.
     """
@@ -81,10 +75,8 @@ def serve(monkeypatch):
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         servers.append(server)
-        whole = TEXT.encode()
-        source = {"num_bytes": len(whole), "sha256": hashlib.sha256(whole).hexdigest(), "token_sha256": {}}
         url = f"http://127.0.0.1:{server.server_port}/input.txt"
-        monkeypatch.setitem(DATASETS, "tinyshakespeare", dataclasses.replace(DATASETS["tinyshakespeare"], url=url, **source))
+        monkeypatch.setitem(DATASETS, "small", dataclasses.replace(DATASETS["small"], url=url))
         return asked
 
     yield start
@@ -94,37 +86,38 @@ def serve(monkeypatch):
 
 
 def prepared_text(folder: Path) -> str:
-    ids = np.concatenate([read_tokens(folder / f"tiny_shakespeare_{part}.bin") for part in ("val", "train")])
+    ids = np.concatenate([TokenFile(folder / f"tiny_shakespeare_{part}.bin")[:] for part in ("val", "train")])
     return gpt2_tokenizer().decode(ids[ids != 50256])
 
 
 # Preparing datasets
 
 
-def test_tinyshakespeare_tokens_are_the_published_ones(shakespeare, tmp_path, capsys):
-    """From the real text come llm.c's two files to the byte, and training's first shuffled batch begins as llm.c's."""
-    prepare("tinyshakespeare", tmp_path, shakespeare)
-    assert f"wrote {tmp_path / 'tiny_shakespeare_train.bin'}" in capsys.readouterr().out
-    hashes = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in tmp_path.glob("*.bin")}
+def test_tinyshakespeare_comes_with_the_package(cache, tmp_path, capsys):
+    """Without network, from the text in the package, come llm.c's two files to the byte, and training's first batch begins as llm.c's."""
+    folder = tmp_path / "tokens"
+    prepare("tinyshakespeare", folder)
+    assert f"wrote {folder / 'tiny_shakespeare_train.bin'}" in capsys.readouterr().out
+    hashes = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.glob("*.bin")}
     assert hashes == {
         "tiny_shakespeare_train.bin": "8a70606be574040c26d225694f5f9759973b419852d22f7fe5c118e1b359dcc8",
         "tiny_shakespeare_val.bin": "fe99db720dc7c83e694806d4e047a952909411da1daccde4ccc2e55f40882a62",
     }
-    assert read_tokens(tmp_path / "tiny_shakespeare_val.bin")[:8].tolist() == [50256, 5962, 22307, 25, 198, 8421, 356, 5120]
-    opened = open_data(str(tmp_path), 4, 64, V)
+    assert TokenFile(folder / "tiny_shakespeare_val.bin")[:8].tolist() == [50256, 5962, 22307, 25, 198, 8421, 356, 5120]
+    opened = open_data(str(folder), 4, 64, V)
     assert batches(opened.train, 1).ravel()[:6].tolist() == [673, 438, 13482, 1334, 477, 4302]
-    as_text = open_data(str(shakespeare), 4, 64, V)
-    np.testing.assert_array_equal(batches(as_text.train, 3), batches(open_data(str(tmp_path), 4, 64, V).train, 3))
+    as_text = open_data(str(DATASETS["tinyshakespeare"].shipped), 4, 64, V)
+    np.testing.assert_array_equal(batches(as_text.train, 3), batches(open_data(str(folder), 4, 64, V).train, 3))
 
 
 def test_a_download_is_fetched_checked_tokenized_and_removed(cache, capsys, serve):
     """One request brings the file; afterwards the two token files are there, and no download; a second prepare asks for nothing."""
     asked = serve(TEXT.encode())
-    assert main(["prepare", "tinyshakespeare"]) == 0
-    folder = cache / "tinyshakespeare"
+    assert main(["prepare", "small"]) == 0
+    folder = cache / "small"
     assert prepared_text(folder) == TEXT
     assert sorted(os.listdir(folder)) == [".lock", "tiny_shakespeare_train.bin", "tiny_shakespeare_val.bin"]
-    assert main(["prepare", "tinyshakespeare"]) == 0
+    assert main(["prepare", "small"]) == 0
     assert asked == [None]
     shown = capsys.readouterr()
     assert "already prepared" in shown.out
@@ -134,20 +127,20 @@ def test_a_download_is_fetched_checked_tokenized_and_removed(cache, capsys, serv
 def test_a_dropped_connection_is_taken_up_where_it_broke(cache, serve):
     """When the server drops every connection after 100,000 bytes, the rest is asked for from there, until all has come."""
     asked = serve(TEXT.encode(), drop_after=100_000)
-    prepare("tinyshakespeare")
+    prepare("small")
     assert asked == [None, "bytes=100000-", "bytes=200000-"]
-    assert prepared_text(cache / "tinyshakespeare") == TEXT
+    assert prepared_text(cache / "small") == TEXT
 
 
 def test_a_part_of_an_earlier_run_is_continued(cache, serve):
     """A `.part` file from before is kept, and only the rest is asked for."""
-    part = DATASETS["tinyshakespeare"].folder / "input.txt.part"
+    part = DATASETS["small"].folder / "input.txt.part"
     part.parent.mkdir(parents=True)
     part.write_bytes(TEXT.encode()[:1000])
     asked = serve(TEXT.encode())
-    prepare("tinyshakespeare")
+    prepare("small")
     assert asked == ["bytes=1000-"]
-    assert prepared_text(cache / "tinyshakespeare") == TEXT
+    assert prepared_text(cache / "small") == TEXT
 
 
 def test_a_server_without_ranges_sends_all_again(cache, tmp_path, serve):
@@ -155,12 +148,12 @@ def test_a_server_without_ranges_sends_all_again(cache, tmp_path, serve):
     part = tmp_path / "x.part"
     part.write_bytes(b"something else")
     serve(TEXT.encode(), ranges=False)
-    download(DATASETS["tinyshakespeare"].url, part, len(TEXT), seconds=5)
+    download(DATASETS["small"].url, part, len(TEXT), seconds=5)
     assert part.read_text() == TEXT
     part.unlink()
     asked = serve(TEXT.encode(), ranges=False, drop_after=500)
     with pytest.raises(UserError, match=r"stopped sending; 500 of 2\d\d,\d+ bytes are here, run again to go on"):
-        download(DATASETS["tinyshakespeare"].url, part, len(TEXT), seconds=5)
+        download(DATASETS["small"].url, part, len(TEXT), seconds=5)
     assert asked == [None, "bytes=500-"]
 
 
@@ -168,18 +161,18 @@ def test_a_damaged_download_is_deleted(cache, serve):
     """Content with another SHA-256 is not used and not kept, so that the next run begins clean."""
     serve(TEXT.upper().encode())
     with pytest.raises(UserError, match=r"damaged and is deleted: wanted SHA-256 .* got .* run again"):
-        prepare("tinyshakespeare")
-    assert os.listdir(cache / "tinyshakespeare") == [".lock"]
+        prepare("small")
+    assert os.listdir(cache / "small") == [".lock"]
 
 
 def test_no_answer_is_told(cache, capsys, serve):
     """A closed port and an error page end in exit code 2 and one line with the reason and the way out."""
-    assert main(["prepare", "tinyshakespeare"]) == 2
+    assert main(["prepare", "small"]) == 2
     line = capsys.readouterr().err
-    assert line.startswith("taskgpt.data: error: http://127.0.0.1:9/tinyshakespeare.txt: Connection refused; ")
+    assert line.startswith("taskgpt.data: error: http://127.0.0.1:9/small.txt: Connection refused; ")
     assert "--from FILE" in line
     serve(b"", status=404)
-    assert main(["prepare", "tinyshakespeare"]) == 2
+    assert main(["prepare", "small"]) == 2
     assert "the server answers 404 Not Found" in capsys.readouterr().err
 
 
@@ -187,17 +180,17 @@ def test_a_silent_server_is_given_up_in_time(cache, monkeypatch):
     """An address that never answers costs the seconds that were given, and no more."""
     monkeypatch.setattr(datasets.urllib.request, "urlopen", lambda *_, **__: threading.Event().wait())
     with pytest.raises(UserError, match=r"no answer within 0\.1 seconds"):
-        prepare("tinyshakespeare", seconds=0.1)
+        prepare("small", seconds=0.1)
 
 
 def test_another_source_file_is_refused(cache, tmp_path):
     """--from takes only the file with the dataset's SHA-256, and never deletes it."""
-    (tmp_path / "mine.txt").write_text(TEXT)
-    with pytest.raises(UserError, match=r"mine.txt: this is not tinyshakespeare's tinyshakespeare.txt: wanted SHA-256 86c4e6aa"):
-        prepare("tinyshakespeare", source=tmp_path / "mine.txt")
+    (tmp_path / "mine.txt").write_text(TEXT.upper())
+    with pytest.raises(UserError, match=r"mine.txt: this is not small's small.txt: wanted SHA-256 "):
+        prepare("small", source=tmp_path / "mine.txt")
     assert (tmp_path / "mine.txt").is_file()
     with pytest.raises(UserError, match=r"none.txt: cannot read: No such file"):
-        prepare("tinyshakespeare", source=tmp_path / "none.txt")
+        prepare("small", source=tmp_path / "none.txt")
 
 
 def test_runs_started_together_prepare_once(cache, serve):
@@ -209,12 +202,12 @@ def test_runs_started_together_prepare_once(cache, serve):
         said.append(line)
         waits.set()
 
-    with datasets._only_one(cache / "tinyshakespeare", print):
-        second = threading.Thread(target=prepare, args=["tinyshakespeare"], kwargs={"say": say})
+    with datasets._only_one(cache / "small", print):
+        second = threading.Thread(target=prepare, args=["small"], kwargs={"say": say})
         second.start()
         assert waits.wait(5)
         for part in ("train", "val"):
-            write_tokens(cache / "tinyshakespeare" / f"tiny_shakespeare_{part}.bin", [1])
+            write_tokens(cache / "small" / f"tiny_shakespeare_{part}.bin", [1])
     second.join(5)
     assert ["waiting for another run" in said[0], "already prepared" in said[1]] == [True, True]
     assert asked == []
@@ -253,7 +246,7 @@ def test_tinystories_are_shuffled_as_in_llmc_and_in_the_order_of_names(archive, 
             told = stories(shard)
             random.Random(1337 + place).shuffle(told)
             expected += [entry["story"].strip() for entry in told]
-        ids = read_tokens(folder / f"TinyStories_{part}.bin")
+        ids = TokenFile(folder / f"TinyStories_{part}.bin")[:]
         assert gpt2_tokenizer().decode(ids).split("<|endoftext|>") == ["", *expected]
     assert sorted(os.listdir(folder)) == ["TinyStories_train.bin", "TinyStories_val.bin"]
     assert os.listdir(tmp_path / "a") == ["b"]
@@ -293,17 +286,46 @@ def test_a_stopped_tokenization_leaves_nothing(archive, tmp_path, monkeypatch):
 # Opening data
 
 
-def test_without_network_training_reads_pythons_reference(cache):
-    """An empty cache and no network: tinyshakespeare gives way to pydoc_data.topics, and one line says so and what to do."""
+@pytest.mark.parametrize("vocab_size", [V, 300])
+def test_training_needs_neither_network_nor_cache(cache, vocab_size):
+    """tinyshakespeare is the same, prepared or not, in both encodings; opening it writes nothing and says nothing."""
     said = []
-    opened = open_data("tinyshakespeare", 4, 64, V, said.append)
-    assert len(said) == 1
-    assert "Connection refused" in said[0]
-    assert "training on Python's own language reference (pydoc_data.topics) instead" in said[0]
-    assert "python -m taskgpt.data prepare tinyshakespeare" in said[0]
-    assert opened.description.startswith("Python's language reference: ")
-    assert opened.val.num_tokens == min(32768, (opened.val.num_tokens + opened.train.num_tokens) // 10)
-    assert opened.tokenizer is gpt2_tokenizer()
+    unprepared = open_data("tinyshakespeare", 4, 64, vocab_size, said.append)
+    assert not cache.exists()
+    prepare("tinyshakespeare")
+    prepared = open_data("tinyshakespeare", 4, 64, vocab_size, said.append)
+    assert not said
+    assert unprepared.description == prepared.description
+    for one, other in ((unprepared.train, prepared.train), (unprepared.val, prepared.val)):
+        assert one.num_tokens == other.num_tokens
+        np.testing.assert_array_equal(batches(one, 50), batches(other, 50))
+    if vocab_size == V:
+        assert prepared.description == "tinyshakespeare: 305,260 train and 32,768 val tokens, GPT-2's encoding"
+
+
+@pytest.mark.parametrize("home", [None, "", "relative"])
+def test_where_there_is_no_home(home, tmp_path, monkeypatch, capsys):
+    """A user whom the system does not know, HOME unset, empty or relative: tinyshakespeare opens; the rest says in a line what to set."""
+
+    def unknown(user):
+        raise KeyError(f"getpwuid(): uid not found: {user}")
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative/folder")  # which does not count
+    monkeypatch.delenv("HOME") if home is None else monkeypatch.setenv("HOME", home)
+    monkeypatch.chdir(tmp_path)
+    assert open_data("tinyshakespeare", 4, 64, V).train.num_tokens == 305_260
+    complaint = "no cache folder: HOME is not set, and user 0 has no home; set XDG_CACHE_HOME to a folder's full path".replace(
+        "0", str(os.getuid())
+    )
+    with pytest.raises(UserError, match=complaint):
+        open_data("tinystories", 4, 64, V)
+    assert main(["prepare", "tinyshakespeare"]) == 2
+    assert capsys.readouterr().err == f"taskgpt.data: error: {complaint}\n"
+    assert main(["list"]) == 0
+    assert capsys.readouterr().out.count(complaint) == 2
+    assert main(["prepare", "tinyshakespeare", "--folder", str(tmp_path / "here")]) == 0
+    assert os.listdir(tmp_path) == ["here"]
 
 
 def test_a_large_dataset_is_never_downloaded_unasked(cache):
@@ -320,7 +342,8 @@ def test_a_small_vocabulary_reads_bytes(cache, tmp_path, serve):
     assert "in bytes, as a vocabulary of 257 is too small" in opened.description
 
     serve(TEXT.encode())
-    opened = open_data("tinyshakespeare", 1, 16, 300)
+    prepare("small")
+    opened = open_data("small", 1, 16, 300)
     assert batches(opened.val, 1)[0, 0].ravel().tolist() == [256, *b"First Citizen:\n"]
     assert opened.train.num_tokens + opened.val.num_tokens == len(TEXT) + TEXT.count("\n\n") + 1
     assert opened.tokenizer is byte_tokenizer()
@@ -343,11 +366,89 @@ def test_validation_gets_the_first_tenth_of_a_text_but_a_batch_at_least(tmp_path
 
 
 def test_text_as_people_have_it(tmp_path):
-    """Windows line ends and a byte-order mark are taken as what they mean."""
+    """Line ends of Windows and of old Macs, and a byte-order mark, are taken as what they mean."""
     (tmp_path / "unix.txt").write_bytes(b"one\n\ntwo\n" * 50)
     (tmp_path / "windows.txt").write_bytes(b"\xef\xbb\xbf" + b"one\r\n\r\ntwo\r\n" * 50)
-    unix, windows = (open_data(str(tmp_path / f"{name}.txt"), 2, 8, V) for name in ("unix", "windows"))
-    np.testing.assert_array_equal(batches(unix.val, 5), batches(windows.val, 5))
+    (tmp_path / "mac.txt").write_bytes(b"one\r\rtwo\r" * 50)
+    unix, windows, mac = (batches(open_data(str(tmp_path / f"{name}.txt"), 2, 8, V).val, 5) for name in ("unix", "windows", "mac"))
+    np.testing.assert_array_equal(unix, windows)
+    np.testing.assert_array_equal(unix, mac)
+
+
+@pytest.mark.parametrize(("vocab_size", "end"), [(V, 50256), (257, 256)])
+def test_end_of_text_in_a_text_ends_a_document(tmp_path, vocab_size, end):
+    """Where a text has `<|endoftext|>`, it is the token, empty lines are none, nothing is spelt out or doubled, and a line tells so."""
+    (tmp_path / "x.txt").write_text("<|endoftext|>One.\n\nStill one.\n<|endoftext|>\nTwo.<|endoftext|>" * 40)
+    said = []
+    opened = open_data(str(tmp_path / "x.txt"), 1, 16, vocab_size, said.append)
+    assert said == [f"{tmp_path / 'x.txt'}: documents end where <|endoftext|> is written, which is 120 times, and not at empty lines"]
+    ids = opened.val._tokens[0].tolist() + opened.train._tokens[0].tolist()
+    assert opened.tokenizer.decode(ids) == "<|endoftext|>One.\n\nStill one.\n<|endoftext|>\nTwo." * 40
+    assert ids.count(end) == 80
+
+
+LETTERS = "First Citizen:\nBefore we proceed, hear me speak.\n"
+
+
+@pytest.mark.parametrize("mark", [False, True], ids=["without_mark", "with_mark"])
+@pytest.mark.parametrize("text", [LETTERS * 40, LETTERS.translate({c: c + 0x390 for c in range(64, 128)}) * 40], ids=["latin", "greek"])
+@pytest.mark.parametrize("encoding", ["UTF-16LE", "UTF-16BE", "UTF-32LE", "UTF-32BE"])
+def test_a_text_in_wide_characters_is_named(tmp_path, encoding, text, mark):
+    """UTF-16 and UTF-32 of both byte orders, with a byte-order mark or not: what it is, and the command that converts it."""
+    (tmp_path / "x.txt").write_bytes(("\ufeff" * mark + text).encode(encoding))
+    with pytest.raises(UserError, match=f"x.txt: not a text in UTF-8: it looks like {encoding}; convert it: iconv -f {encoding} -t UTF-8$"):
+        open_data(str(tmp_path / "x.txt"), 1, 8, V)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("né".encode("latin-1"), "byte 0xe9 at position 1; convert it, for instance: iconv -f WINDOWS-1252 -t UTF-8$"),
+        (b"\xef\xbb\xbf" + "né".encode("latin-1"), "byte 0xe9 at position 1; convert it"),
+        (b"a\0b" + LETTERS.encode(), "byte 0x00 at position 1, which no text has"),
+        (np.random.default_rng(0).zipf(1.3, 5000).clip(0, 50256).astype("<u2").tobytes(), r"byte 0x00 at position \d+, which no text has"),
+    ],
+    ids=["latin1", "latin1_after_a_mark", "zero", "nanogpt_tokens"],
+)
+def test_what_is_no_text_is_told(tmp_path, content, message):
+    """Text in another encoding of single bytes, and binary files, token ids without llm.c's header among them."""
+    (tmp_path / "x.txt").write_bytes(content)
+    with pytest.raises(UserError, match=f"x.txt: not a text in UTF-8: {message}"):
+        open_data(str(tmp_path / "x.txt"), 1, 8, V)
+
+
+def test_a_text_larger_than_the_memory_is_refused(tmp_path, monkeypatch):
+    """Before it is read: with the sizes, and what to do."""
+    (tmp_path / "x.txt").write_bytes(b"text\n" * 1000)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 29_999}))
+    with pytest.raises(UserError, match=r"x.txt: a text of 0.0 GB or more needs 6 times as much memory .* take a part of it"):
+        open_data(str(tmp_path / "x.txt"), 1, 8, V)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 30_000}))
+    open_data(str(tmp_path / "x.txt"), 1, 8, V)
+
+
+def test_a_text_comes_through_a_pipe(tmp_path):
+    """What the shell makes of `--data <(zcat text.gz)` is read to its end; a pipe without a writer is an empty text, and waits for none."""
+    reading, writing = os.pipe()
+    os.write(writing, b"one\n\ntwo\n" * 50)
+    os.close(writing)
+    assert open_data(f"/dev/fd/{reading}", 1, 8, V).train.num_tokens > 50
+    os.close(reading)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe: the text is empty"):
+        open_data(str(tmp_path / "pipe"), 1, 8, V)
+
+
+def test_strange_file_names_stay_in_one_line(tmp_path):
+    """Names with line ends, escapes and bytes that are no UTF-8: read, and shown as one printable line."""
+    for name in (b"two\nlines", b"\x1b[31mred", b"\xff\xfe", "naïve name".encode()):
+        path = os.fsdecode(os.path.join(os.fsencode(tmp_path), name))
+        Path(path).write_bytes(LETTERS.encode() * 10)
+        assert open_data(path, 1, 8, V).description.isprintable()
+        Path(path).write_bytes(b"")
+        with pytest.raises(UserError) as error:
+            open_data(path, 1, 8, V)
+        assert str(error.value).isprintable()
 
 
 def test_folders_and_patterns_of_token_files(tmp_path):
@@ -366,6 +467,20 @@ def test_folders_and_patterns_of_token_files(tmp_path):
         open_data(str(tmp_path), 1, 8, 1)
 
 
+def test_hidden_files_do_not_count(tmp_path):
+    """A Mac's `._` files beside token files and tokenizers, and unfinished files, are passed over in folders and patterns."""
+    for part in ("train", "val"):
+        write_tokens(tmp_path / f"a_{part}.bin", [1] * 9)
+        (tmp_path / f"._a_{part}.bin").write_bytes(b"\0\5\x16\7 attributes of a Mac")
+    (tmp_path / "._tokenizer.bin").write_bytes(b"\0\5\x16\7 attributes of a Mac")
+    for spec in (tmp_path, tmp_path / "*.bin", tmp_path / ".*.bin"):
+        if spec.name == ".*.bin":
+            with pytest.raises(UserError, match="found 0 and 0 of them among 0 files"):
+                open_data(str(spec), 1, 8, V)
+        else:
+            assert open_data(str(spec), 1, 8, V).train.num_tokens == 9
+
+
 def test_gpt2s_own_tokenizer_file_can_also_encode(tmp_path):
     """A folder with llm.c's gpt2_tokenizer.bin gets the tokenizer that encodes, too."""
     write_tokens(tmp_path / "train.bin", [1] * 9)
@@ -379,8 +494,9 @@ def test_data_that_is_not_there_is_told(tmp_path, cache):
     """Each way to miss the data has its message: a misspelt name, no file, an empty or foreign text, half a folder, one file of two."""
     write_tokens(tmp_path / "train.bin", [1] * 9)
     (tmp_path / "empty.txt").write_text("\n \n")
-    (tmp_path / "latin.txt").write_bytes("né".encode("latin-1"))
-    (tmp_path / "none").mkdir()
+    (tmp_path / "loop.txt").symlink_to("loop.txt")
+    (tmp_path / "nowhere.txt").symlink_to("none")
+    (tmp_path / "folder").mkdir()
     (tmp_path / "both").mkdir()
     for name in ("train", "val", "train_val"):
         write_tokens(tmp_path / "both" / f"{name}.bin", [1] * 9)
@@ -388,11 +504,14 @@ def test_data_that_is_not_there_is_told(tmp_path, cache):
         "tinyshakespere": "no such file or folder, and no such dataset; did you mean 'tinyshakespeare'",
         "none.txt": "no such file or folder",
         f"{tmp_path}/empty.txt": "empty.txt: the text is empty",
-        f"{tmp_path}/latin.txt": "not a text in UTF-8: byte 0xe9 at position 1",
-        f"{tmp_path}/none": r"looked for .*\*train\*.bin and \*val\*.bin, found 0 and 0 of them among 0 files",
+        f"{tmp_path}/loop.txt": "loop.txt: cannot read: Too many levels of symbolic links",
+        f"{tmp_path}/nowhere.txt": "no such file or folder",
+        f"{tmp_path}/empty.txt/x": "cannot read: Not a directory",
+        "/dev/zero": "/dev/zero: cannot read: Not a regular file",
+        f"{tmp_path}/folder": r"looked for .*\*train\*.bin and \*val\*.bin, found 0 and 0 of them among 0 files",
         f"{tmp_path}": "found 1 and 0 of them among 1 files",
         f"{tmp_path}/val*.bin": "found 0 and 0 of them among 0 files",
-        f"{tmp_path}/train.bin": "one token file is not enough",
+        f"{tmp_path}/train.bin": "train.bin: this is an llm.c token file, and a text is wanted; give its folder to --data, or a pattern",
         f"{tmp_path}/both": "both/train_val.bin: is it for training or for validation",
         "~nosuchuser/x.txt": "no such file or folder",
         "x" * 300: "File name too long",
@@ -408,9 +527,9 @@ def test_data_that_may_not_be_read_is_told(tmp_path, cache, monkeypatch):
         raise PermissionError(errno.EACCES, "Permission denied")
 
     (tmp_path / "x.txt").write_text("x")
-    for method in ("read_text", "is_dir"):
+    for module, function in ((os, "open"), (Path, "stat")):
         with monkeypatch.context() as patch, pytest.raises(UserError, match=r"x\.txt: cannot read: Permission denied; choose"):
-            patch.setattr(Path, method, refuse)
+            patch.setattr(module, function, refuse)
             open_data(str(tmp_path / "x.txt"), 1, 8, V)
     with monkeypatch.context() as patch, pytest.raises(UserError, match="tinystories is not in"):
         patch.setattr(os, "stat", refuse)
@@ -444,9 +563,10 @@ def test_list_shows_what_is_where(cache, capsys):
     folder.mkdir(parents=True)
     DATASETS["tinystories"].part(folder).write_bytes(bytes(2_500_000))
     assert main(["list"]) == 0
-    first, second = capsys.readouterr().out.splitlines()
-    assert "not prepared; a download of 1.1 MB  " in first
-    assert "not prepared; a download of 1,608.0 MB, of which 2.5 MB are here" in second
+    shown = capsys.readouterr().out
+    assert re.search(r"^tinyshakespeare +comes with taskgpt  ", shown, re.M)
+    assert re.search(r"^small +not prepared; a download of 0.2 MB  ", shown, re.M)
+    assert re.search(r"^tinystories +not prepared; a download of 1,608.0 MB, of which 2.5 MB are here", shown, re.M)
     write_tokens(folder / "TinyStories_train.bin", [1, 2, 3])
     write_tokens(folder / "TinyStories_val.bin", [1])
     assert main(["list"]) == 0

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from taskgpt.data import open_data
 from taskgpt.errors import UserError
 from taskgpt.gpt2.tokenizer import GPT2_VOCAB_SIZE, byte_tokenizer, gpt2_tokenizer, read_tokenizer
-from taskgpt.gpt2.tokens import Loader, TokenWriter, read_tokens, write_tokens
+from taskgpt.gpt2.tokens import Loader, TokenFile, TokenWriter, write_tokens
 
 V = GPT2_VOCAB_SIZE
 
@@ -42,7 +42,7 @@ def test_a_token_file_reads_as_it_was_written(tmp_path_factory, ids, cut):
     assert struct.unpack_from("<3i", whole) == (20240520, 1, len(ids))
     assert whole[12:1024] == bytes(1012)
     assert whole[1024:] == struct.pack(f"<{len(ids)}H", *ids)
-    assert read_tokens(path).tolist() == ids
+    assert TokenFile(path)[:].tolist() == ids
     with TokenWriter.open(path) as writer:
         writer.append(ids[:cut])
         writer.append(np.array(ids[cut:]))
@@ -62,7 +62,7 @@ def header(*words: int) -> bytes:
         (header(20240326, 3), "model checkpoint"),
         (header(20240328, 2), "tokenizer"),
         (header(20240522, 1), "evaluation file"),
-        (header(7), "no llm.c token file, which begins with 20240520"),
+        (header(7), "no llm.c token file, which begins with 20240520, not 7"),
         (header(20240520, 7, 1) + bytes(2), "version 7, wanted 1"),
         (header(20240520, 1, 0), "counts 0 tokens"),
         (header(20240520, 1, 3) + bytes(5), "3 tokens need 1,030 bytes, but the file has 1,029"),
@@ -73,17 +73,17 @@ def test_another_file_is_refused_by_its_kind(tmp_path, content, message):
     """A file that is no whole token file is refused, and the message says what it is."""
     (tmp_path / "x.bin").write_bytes(content)
     with pytest.raises(UserError, match=f"x.bin: .*{message}"):
-        read_tokens(tmp_path / "x.bin")
+        TokenFile(tmp_path / "x.bin")
 
 
 def test_unreadable_token_files_are_told(tmp_path):
     """A path that is missing, a folder or a device gives a UserError with the reason."""
     with pytest.raises(UserError, match="Not a regular file"):
-        read_tokens(os.devnull)
+        TokenFile(os.devnull)
     with pytest.raises(UserError, match="No such file"):
-        read_tokens(tmp_path / "x.bin")
+        TokenFile(tmp_path / "x.bin")
     with pytest.raises(UserError, match="Is a directory"):
-        read_tokens(tmp_path)
+        TokenFile(tmp_path)
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
@@ -111,7 +111,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
         write_tokens(path, [5])
     with pytest.raises(UserError, match="cannot write: No such file or directory"):
         write_tokens(tmp_path / "none" / "x.bin", [5])
-    assert read_tokens(path).tolist() == [1, 2, 3]
+    assert TokenFile(path)[:].tolist() == [1, 2, 3]
     assert os.listdir(tmp_path) == ["x.bin"]
 
 
@@ -123,7 +123,7 @@ def test_a_link_stays_and_its_file_is_written(tmp_path):
     for ids in ([1], [2, 3]):
         write_tokens(link, ids)
         assert link.is_symlink()
-        assert read_tokens(file).tolist() == ids
+        assert TokenFile(file)[:].tolist() == ids
     assert os.listdir(tmp_path / "disk") == ["y.bin"]
 
 
@@ -232,7 +232,7 @@ def test_first_batches_of_the_parity_case(parity_folder):
     opened = open_data(str(parity_folder), 4, 64, 200)
     debug = np.fromfile(parity_folder / "debug_state.bin", "<i4", 512, offset=1024)
     np.testing.assert_array_equal(batches(opened.val, 1).ravel(), debug)
-    expected = llmc_samples([read_tokens(parity_folder / "tokens_train.bin")], 4, 64, epochs=1)
+    expected = llmc_samples([TokenFile(parity_folder / "tokens_train.bin")[:]], 4, 64, epochs=1)
     for sample, (inputs, _) in zip(expected, batches(opened.train, 78), strict=True):
         np.testing.assert_array_equal(inputs.ravel(), sample[:-1])
     assert (opened.tokenizer.end_of_text, opened.tokenizer.decode([45, 38, 199, 200])) == (0, "<45><38><199><|200|>")
@@ -246,6 +246,32 @@ def test_too_few_tokens_say_what_would_fit(num_tokens, fits):
     """Less than one sample is refused with the count and the sizes that would do: T=128 here."""
     with pytest.raises(UserError, match=f"x: {num_tokens} tokens, but batch size 4 .* 128 need at least 513; .*{fits}"):
         Loader([np.zeros(num_tokens, np.uint16)], B=4, T=128, vocab_size=10, name="x")
+
+
+def test_a_file_that_changes_under_a_run_is_told(tmp_path):
+    """Cut short, as by a copy that overwrites it, or with other ids: an error at the next batch that needs them, no crash; deleted, it
+    still serves."""
+    path = tmp_path / "x.bin"
+    write_tokens(path, [1] * 33)
+    loader = Loader([path], B=1, T=8, vocab_size=200)
+    batches(loader, 1)
+    with path.open("r+b") as file:
+        file.truncate(1024 + 2 * 20)
+    batches(loader, 1)
+    with pytest.raises(UserError, match=r"x.bin: the file became shorter while it was read"):
+        batches(loader, 1)
+    write_tokens(path, [1] * 33)
+    loader = Loader([path], B=1, T=8, vocab_size=200)
+    with path.open("r+b") as file:
+        file.seek(1024 + 2 * 9)
+        file.write(b"\xff\xff")
+    batches(loader, 1)
+    with pytest.raises(UserError, match=r"x.bin: token 65535 at position 9 is outside the model's vocabulary of 200"):
+        batches(loader, 1)
+    write_tokens(path, [2] * 33)
+    loader = Loader([path], B=1, T=8, vocab_size=200)
+    path.unlink()
+    assert batches(loader, 2).min() == 2
 
 
 def test_an_id_outside_the_vocabulary_is_pointed_out(tmp_path):
@@ -319,7 +345,8 @@ def test_tokenizer_files_of_both_versions_read(tmp_path):
     ("content", "message"),
     [
         (b"abc", "3 bytes are too few"),
-        (header(20240520, 1), "wanted magic number 20240328, found 20240520"),
+        (header(20240520, 1), "this is an llm.c token file, and an llm.c tokenizer is wanted"),
+        (header(7, 2), "wanted magic number 20240328, found 7"),
         (header(20240328, 3), "version 3, wanted 1 or 2"),
         (header(20240328, 2, 3, 3), "end-of-text id 3 is outside"),
         (header(20240328, 2, 3, 0) + b"\1a\3bc", "ends inside token 1 of 3"),

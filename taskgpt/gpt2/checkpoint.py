@@ -4,6 +4,7 @@ Version 3 holds float32, version 5 bfloat16; both have the vocabulary padded to 
 (`write_model`) and `train_gpt2.c` (`gpt2_build_from_checkpoint`).
 """
 
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,12 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
-from taskgpt.errors import UserError
+from taskgpt.errors import UserError, shorten
+from taskgpt.gpt2.kinds import CHECKPOINT, refuse_another_kind
 from taskgpt.gpt2.model import GPT2, Model
 from taskgpt.gpt2.tokens import HEADER_BYTES, HEADER_WORDS, atomic_file, cannot_write, file_size, write_target
 
 MAGIC, FLOAT32, BFLOAT16 = 20240326, 3, 5
-_CHUNK = 1 << 22  # elements converted from bfloat16 at a time
+ADVICE = "llm.c's train_gpt2.py writes one, also from Hugging Face's models: python train_gpt2.py --model gpt2"
+_CHUNK = 1 << 22  # elements read at a time
 
 
 def read_shape(path: str | Path) -> Model:
@@ -30,36 +33,36 @@ def read_shape(path: str | Path) -> Model:
     )
     for name, value in fields.items():
         if value < 1:
-            raise UserError(f"{path}: damaged header: {name} = {value}; get the file again")
+            raise UserError(f"{shorten(path)}: damaged header: {name} = {value}; get the file again")
     try:
         model = Model(**fields)
     except ValueError as error:
-        raise UserError(f"{path}: damaged header: {error}; get the file again") from None
+        raise UserError(f"{shorten(path)}: damaged header: {error}; get the file again") from None
     element = 4 if header[1] == FLOAT32 else 2
-    wanted = HEADER_BYTES + element * sum(int(np.prod(shape)) for shape in model.parameter_shapes().values())
+    wanted = HEADER_BYTES + element * sum(map(math.prod, model.parameter_shapes().values()))
     with _reading(path):
         got = file_size(path)
     if got != wanted:
         what = "truncated" if got < wanted else "too long"
-        raise UserError(f"{path}: {what}: a checkpoint of this shape has {wanted:,} bytes, got {got:,}; get the file again")
+        raise UserError(f"{shorten(path)}: {what}: a checkpoint of this shape has {wanted:,} bytes, got {got:,}; get the file again")
     return model
 
 
 def load(path: str | Path, m: GPT2) -> None:
     """Fill the parameters from a checkpoint of the model's shape. Raises UserError as `read_shape` does."""
     version = _header(path)[1]
-    offset = HEADER_BYTES
-    with _reading(path):
+    with _reading(path), open(path, "rb") as file:
+        file.seek(HEADER_BYTES)
         for tensor in m.p.tensors.values():
             flat = tensor.array.reshape(-1)
-            if version == FLOAT32:
-                flat[:] = np.memmap(path, "<f4", "r", offset, flat.shape)
-                offset += 4 * flat.size
-            else:
-                halves = np.memmap(path, "<u2", "r", offset, flat.shape)
-                for at in range(0, flat.size, _CHUNK):  # a bfloat16 is the upper half of a float32
-                    flat[at : at + _CHUNK] = (halves[at : at + _CHUNK].astype(np.uint32) << 16).view(np.float32)
-                offset += 2 * flat.size
+            for at in range(0, flat.size, _CHUNK):
+                part = flat[at : at + _CHUNK]
+                # Read, not mapped: where a mapped file became shorter, the system would kill the program.
+                words = np.empty(part.size, "<f4" if version == FLOAT32 else "<u2")
+                if file.readinto(words.data) < words.nbytes:
+                    raise UserError(f"{shorten(path)}: truncated: it became shorter while it was read; get the file again")
+                # A bfloat16 is the upper half of a float32.
+                part[:] = words if version == FLOAT32 else (words.astype(np.uint32) << 16).view(np.float32)
 
 
 def save(path: str | Path, m: GPT2) -> None:
@@ -78,12 +81,12 @@ def verify_can_save(path: str | Path, m: GPT2) -> None:
     path = Path(path)
     try:
         if path.is_dir():
-            raise UserError(f"{path}: is a folder; name the file to write, for example {path / 'model.bin'}")
+            raise UserError(f"{shorten(path)}: is a folder; name the file to write, for example {path / 'model.bin'}")
         if not path.parent.is_dir():
-            raise UserError(f"{path}: there is no folder {path.parent}; make it first")
+            raise UserError(f"{shorten(path)}: there is no folder {path.parent}; make it first")
         target = write_target(path)
         if target.exists() and np.fromfile(target, "<i4", 1).tolist() != [MAGIC]:
-            raise UserError(f"{path}: is there already and is no checkpoint; name another file")
+            raise UserError(f"{shorten(path)}: is there already and is no checkpoint; name another file")
         probe = target.with_name(f".{target.name}.probe")
         probe.touch()
         probe.unlink()
@@ -91,7 +94,7 @@ def verify_can_save(path: str | Path, m: GPT2) -> None:
     except OSError as error:
         raise cannot_write(path, error) from None
     if free < m.p.nbytes + HEADER_BYTES:
-        raise UserError(f"{path}: the checkpoint needs {m.p.nbytes:,} bytes, the disk has {free:,} left; free some space")
+        raise UserError(f"{shorten(path)}: the checkpoint needs {m.p.nbytes:,} bytes, the disk has {free:,} left; free some space")
 
 
 @contextmanager
@@ -99,22 +102,26 @@ def _reading(path: str | Path) -> Iterator[None]:
     """Answer what the system refuses inside the block."""
     try:
         yield
-    except (OSError, ValueError) as error:  # ValueError: from mmap, the file became shorter
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: cannot read the checkpoint: {reason}; name a checkpoint file that you may read") from None
+    except OSError as error:
+        raise UserError(
+            f"{shorten(path)}: cannot read the checkpoint: {error.strerror or error}; name a checkpoint file that you may read"
+        ) from None
 
 
 def _header(path: str | Path) -> np.ndarray:
     with _reading(path):
         size = file_size(path)
-        header = np.fromfile(path, "<i4", min(HEADER_WORDS, size // 4))
-    if len(header) < HEADER_WORDS:
-        raise UserError(f"{path}: truncated: a checkpoint begins with {HEADER_BYTES} bytes, got {size}; get the file again")
+        with open(path, "rb") as file:
+            beginning = file.read(HEADER_BYTES)
+    refuse_another_kind(path, beginning, CHECKPOINT, ADVICE)
+    if len(beginning) < HEADER_BYTES:
+        raise UserError(f"{shorten(path)}: truncated: a checkpoint begins with {HEADER_BYTES} bytes, got {size}; get the file again")
+    header = np.frombuffer(beginning, "<i4")
     if header[0] != MAGIC:
-        raise UserError(f"{path}: not an llm.c checkpoint: wanted magic number {MAGIC}, got {header[0]}")
+        raise UserError(f"{shorten(path)}: not an llm.c checkpoint: wanted magic number {MAGIC}, got {header[0]}; {ADVICE}")
     if header[1] not in (FLOAT32, BFLOAT16):
         raise UserError(
-            f"{path}: checkpoint version {header[1]}; wanted {FLOAT32} (float32) or {BFLOAT16} (bfloat16), both with a padded vocabulary; "
-            "write it again with a current llm.c: python train_gpt2.py"
+            f"{shorten(path)}: checkpoint version {header[1]}; wanted {FLOAT32} (float32) or {BFLOAT16} (bfloat16), both with a padded "
+            "vocabulary; write it again with a current llm.c: python train_gpt2.py"
         )
     return header

@@ -22,13 +22,16 @@ from pathlib import Path
 
 import numpy as np
 
-from taskgpt.errors import UserError
+from taskgpt.errors import UserError, shorten
+from taskgpt.gpt2.kinds import TOKENIZER, refuse_another_kind
+from taskgpt.gpt2.tokens import file_size
 
 GPT2_VOCAB_SIZE = 50257
 BYTE_VOCAB_SIZE = 257
 
 TOKENIZER_MAGIC = 20240328
 HEADER = struct.Struct("<256I")  # llm.c's files all begin with 256 little-endian 32-bit words
+MOST_BYTES = HEADER.size + 256 * 2**16  # an id is a uint16, a piece has up to 255 bytes
 
 ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 # How GPT-2 cuts text into pieces before it merges bytes (openai/gpt-2, src/encoder.py).
@@ -96,28 +99,32 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
     """Read llm.c's `tokenizer.bin`: a header of 256 uint32 {20240328, version, number of tokens, end of text}, then the tokens, each as a
     length byte and its bytes. Version 1 does not name the end of text: it is GPT-2's.
 
-    Raises: UserError if the file cannot be read, is another kind of file, or is cut short. Source: llm.c, `llmc/tokenizer.h`.
+    Raises: UserError if the file cannot be read, is another kind of file, or is cut short or too long. Source: llm.c, `llmc/tokenizer.h`.
     """
     try:
-        data = Path(path).read_bytes()
+        size = file_size(path)
+        data = Path(path).read_bytes() if size <= MOST_BYTES else b""
     except OSError as error:
-        raise UserError(f"{path}: cannot read the tokenizer: {error.strerror}") from error
-    if len(data) < HEADER.size:
-        raise UserError(f"{path}: {len(data)} bytes are too few for a tokenizer file's header of {HEADER.size}; copy the file again")
+        raise UserError(f"{shorten(path)}: cannot read the tokenizer: {error.strerror or error}") from error
+    if size > MOST_BYTES:
+        raise UserError(f"{shorten(path)}: {size:,} bytes are too many for a tokenizer file, {MOST_BYTES:,} at most; copy the file again")
+    refuse_another_kind(path, data, TOKENIZER, "llm.c's train_gpt2.py writes one")
+    if size < HEADER.size:
+        raise UserError(f"{shorten(path)}: {size} bytes are too few for a tokenizer file's header of {HEADER.size}; copy the file again")
     magic, version, count, end_of_text = HEADER.unpack_from(data)[:4]
     if magic != TOKENIZER_MAGIC:
-        raise UserError(f"{path}: not an llm.c tokenizer file: wanted magic number {TOKENIZER_MAGIC}, found {magic}")
+        raise UserError(f"{shorten(path)}: not an llm.c tokenizer file: wanted magic number {TOKENIZER_MAGIC}, found {magic}")
     if version not in (1, 2):
-        raise UserError(f"{path}: tokenizer file version {version}, wanted 1 or 2; write it again with llm.c's train_gpt2.py")
+        raise UserError(f"{shorten(path)}: tokenizer file version {version}, wanted 1 or 2; write it again with llm.c's train_gpt2.py")
     if version == 1:
         end_of_text = GPT2_VOCAB_SIZE - 1
     if end_of_text >= count:
-        raise UserError(f"{path}: end-of-text id {end_of_text} is outside the table of {count} tokens; write the file again")
+        raise UserError(f"{shorten(path)}: end-of-text id {end_of_text} is outside the table of {count} tokens; write the file again")
     pieces, at = [], HEADER.size
     for i in range(count):
         end = at + 1 + data[at] if at < len(data) else at + 1
         if end > len(data):
-            raise UserError(f"{path}: the file ends inside token {i} of {count}; copy it again")
+            raise UserError(f"{shorten(path)}: the file ends inside token {i} of {count}; copy it again")
         pieces.append(data[at + 1 : end])
         at = end
     return Tokenizer(Path(path).name, pieces, end_of_text)

@@ -1,13 +1,14 @@
 """llm.c's token files, and the loader that cuts them into batches in llm.c's order.
 
 A token file is a header of 256 int32 {20240520, 1, number of tokens, 0...} and then the ids as uint16, all little-endian.
-`TokenWriter` and `write_tokens` write one whole or not at all; `read_tokens` maps one into memory after checking it; `Loader` serves
-batches from one or more of them, a *shard* each. Source: llm.c, `dev/data/data_common.py`, `llmc/dataloader.h` and `llmc/rand.h`.
+`TokenWriter` and `write_tokens` write one whole or not at all; `TokenFile` reads one, having checked it; `Loader` serves batches from one
+or more of them, a *shard* each. Source: llm.c, `dev/data/data_common.py`, `llmc/dataloader.h` and `llmc/rand.h`.
 """
 
 import errno
 import os
 import stat
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,19 +16,13 @@ from typing import BinaryIO
 
 import numpy as np
 
-from taskgpt.errors import UserError
+from taskgpt.errors import UserError, shorten
+from taskgpt.gpt2.kinds import TOKENS, refuse_another_kind
 
 HEADER_WORDS = 256
 HEADER_BYTES = 4 * HEADER_WORDS
 TOKENS_MAGIC, TOKENS_VERSION = 20240520, 1
 MOST_TOKENS = 2**31 - 1  # the header counts them in an int32
-OTHER_MAGICS = {
-    20240801: "a token file of llm.c's llama-3 variant (uint32); tokenize the text for GPT-2 instead",
-    20240522: "an llm.c evaluation file (HellaSwag, MMLU), which holds no running text",
-    20240326: "an llm.c model checkpoint",
-    20240327: "an llm.c debug state",
-    20240328: "an llm.c tokenizer",
-}
 SHUFFLE_SEED = 42
 CHECK_TOKENS = 1 << 20  # ids are checked in chunks of this many: 2 MB fit the cache
 
@@ -78,8 +73,8 @@ def file_size(path: str | Path) -> int:
 def cannot_write(path: str | Path, error: OSError) -> UserError:
     """Return the UserError that says why a file could not be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(f"{path}: the disk is full; free some space, or choose another folder")
-    return UserError(f"{path}: cannot write: {error.strerror or error}; choose another place, where you may write")
+        return UserError(f"{shorten(path)}: the disk is full; free some space, or choose another folder")
+    return UserError(f"{shorten(path)}: cannot write: {error.strerror or error}; choose another place, where you may write")
 
 
 class TokenWriter:
@@ -98,7 +93,7 @@ class TokenWriter:
             writer = cls(file)
             yield writer
             if not 1 <= writer.num_tokens <= MOST_TOKENS:
-                raise UserError(f"{path}: a token file holds 1 to {MOST_TOKENS:,} tokens, not {writer.num_tokens:,}")
+                raise UserError(f"{shorten(path)}: a token file holds 1 to {MOST_TOKENS:,} tokens, not {writer.num_tokens:,}")
             file.seek(0)
             file.write(np.array([TOKENS_MAGIC, TOKENS_VERSION, writer.num_tokens], "<i4").tobytes())
 
@@ -117,29 +112,64 @@ def write_tokens(path: str | Path, ids: Sequence[int] | np.ndarray):
         writer.append(ids)
 
 
-def read_tokens(path: str | Path) -> np.ndarray:
-    """Return the ids of an llm.c token file, uint16 (n,), mapped from the disk and read-only.
+class TokenFile(Sequence):
+    """The ids of an llm.c token file: `len` tells how many, a slice reads some of them, uint16 (n,), and nothing is held in memory.
 
-    Raises: UserError if it cannot be read, is another kind of file, holds no token, or is longer or shorter than its header says.
+    Read, not mapped: where a mapped file became shorter, the system would kill the program. The file stays open, so that it may be deleted.
     """
-    try:
-        size = file_size(path)
-        header = np.fromfile(path, "<i4", min(HEADER_WORDS, size // 4))
-    except OSError as error:
-        raise UserError(f"{path}: cannot read tokens: {error.strerror or error}; choose a token file that you may read") from error
-    if size < HEADER_BYTES:
-        raise UserError(f"{path}: {size} bytes are too few for a token file's header of {HEADER_BYTES}; copy or prepare the file again")
-    magic, version, num_tokens = (int(word) for word in header[:3])
-    if magic != TOKENS_MAGIC:
-        kind = OTHER_MAGICS.get(magic, f"no llm.c token file, which begins with {TOKENS_MAGIC}; nanoGPT's files have no header")
-        raise UserError(f"{path}: magic number {magic}: this is {kind}")
-    if version != TOKENS_VERSION:
-        raise UserError(f"{path}: token file version {version}, wanted {TOKENS_VERSION} (uint16, GPT-2); tokenize the text again")
-    if num_tokens < 1:
-        raise UserError(f"{path}: the header counts {num_tokens} tokens; tokenize the text again")
-    if size != (wanted := HEADER_BYTES + 2 * num_tokens):
-        raise UserError(f"{path}: {num_tokens:,} tokens need {wanted:,} bytes, but the file has {size:,}; copy or prepare the file again")
-    return np.memmap(path, "<u2", "r", offset=HEADER_BYTES)
+
+    def __init__(self, path: str | Path):
+        """Raises: UserError if it cannot be read, is another kind of file, holds no token, or is longer or shorter than its header says."""
+        self.path = path
+        try:
+            size = file_size(path)  # before it is opened: to open a pipe is to wait for its writer
+            self._descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise self._cannot_read(error) from error
+        weakref.finalize(self, os.close, self._descriptor)
+        header = self._read(0, min(size, HEADER_BYTES))
+        refuse_another_kind(path, header, TOKENS, "tokenize the text for GPT-2, or give the text itself to --data")
+        if size < HEADER_BYTES:
+            raise UserError(
+                f"{shorten(path)}: {size} bytes are too few for a token file's header of {HEADER_BYTES}; copy or prepare the file again"
+            )
+        magic, version, self._count = np.frombuffer(header, "<i4", 3).tolist()
+        if magic != TOKENS_MAGIC:
+            raise UserError(
+                f"{shorten(path)}: no llm.c token file, which begins with {TOKENS_MAGIC}, not {magic}; nanoGPT's files have no header"
+            )
+        if version != TOKENS_VERSION:
+            raise UserError(
+                f"{shorten(path)}: token file version {version}, wanted {TOKENS_VERSION} (uint16, GPT-2); tokenize the text again"
+            )
+        if self._count < 1:
+            raise UserError(f"{shorten(path)}: the header counts {self._count} tokens; tokenize the text again")
+        if size != (wanted := HEADER_BYTES + 2 * self._count):
+            raise UserError(
+                f"{shorten(path)}: {self._count:,} tokens need {wanted:,} bytes, but the file has {size:,}; copy or prepare the file again"
+            )
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        """Return the ids of a slice without a step. Raises: UserError if the file cannot be read, or has become shorter."""
+        start, stop, _ = part.indices(self._count)
+        return np.frombuffer(self._read(HEADER_BYTES + 2 * start, 2 * max(stop - start, 0)), "<u2")
+
+    def _read(self, offset: int, count: int) -> bytes:
+        content = b""
+        try:
+            while len(content) < count and (more := os.pread(self._descriptor, count - len(content), offset + len(content))):
+                content += more
+        except OSError as error:
+            raise self._cannot_read(error) from error
+        if len(content) < count:
+            raise UserError(f"{shorten(self.path)}: the file became shorter while it was read; copy or prepare it again")
+        return content
+
+    def _cannot_read(self, error: OSError) -> UserError:
+        return UserError(f"{shorten(self.path)}: cannot read tokens: {error.strerror or error}; choose a token file that you may read")
 
 
 class Loader:
@@ -151,19 +181,29 @@ class Loader:
     """
 
     def __init__(
-        self, shards: Sequence[str | Path | np.ndarray], B: int, T: int, vocab_size: int, *, shuffle: bool = False, name: str = "tokens"
+        self,
+        shards: Sequence[str | Path | TokenFile | np.ndarray],
+        B: int,
+        T: int,
+        vocab_size: int,
+        *,
+        shuffle: bool = False,
+        name: str = "tokens",
     ):
         """Open all shards and check that each holds a sample and no strange id: better now than half way through a run.
 
-        Args: shards: token files, or uint16 arrays (n,), which errors call `name`. B, T: sequences per batch, tokens per sequence.
-        Raises: UserError if a file is no good (`read_tokens`), if a shard is too short, or if an id is >= vocab_size.
+        Args: shards: token files, by name or open, or uint16 arrays (n,), which errors call `name`.
+        B, T: sequences per batch, tokens per sequence.
+        Raises: UserError if a file is no good (`TokenFile`), if a shard is too short, or if an id is >= vocab_size.
         """
         self.B, self.T, self.shuffle = B, T, shuffle
-        self._tokens = [shard if isinstance(shard, np.ndarray) else read_tokens(shard) for shard in shards]
-        for shard, tokens in zip(shards, self._tokens, strict=True):
-            shard_name = name if isinstance(shard, np.ndarray) else str(shard)
+        self._vocab_size = vocab_size
+        self._tokens = [TokenFile(shard) if isinstance(shard, str | Path) else shard for shard in shards]
+        self._names = [shorten(tokens.path if isinstance(tokens, TokenFile) else name) for tokens in self._tokens]
+        for shard_name, tokens in zip(self._names, self._tokens, strict=True):
             _check_length(shard_name, len(tokens), B, T)
-            _check_ids(shard_name, tokens, vocab_size)
+            for start in range(0, len(tokens), CHECK_TOKENS):
+                _check_ids(shard_name, tokens[start : start + CHECK_TOKENS], start, vocab_size)
         self._random = np.random.RandomState(SHUFFLE_SEED)
         self._shard_order = np.arange(len(shards))
         self.reset()
@@ -185,9 +225,14 @@ class Loader:
         self._begin_shard(0)
 
     def next_batch(self, inputs: np.ndarray, targets: np.ndarray):
-        """Fill inputs and targets, int32 (B, T) each, with the next batch; after the last one of an epoch the next epoch begins."""
+        """Fill inputs and targets, int32 (B, T) each, with the next batch; after the last one of an epoch the next epoch begins.
+
+        Raises: UserError if a file became shorter, or was changed so that an id is >= vocab_size: kernels would index with it.
+        """
         start = self._next_sample() * self.B * self.T
-        sample = self._current[start : start + self.B * self.T + 1]
+        shard = self._shard_order[self._turn]
+        sample = self._tokens[shard][start : start + self.B * self.T + 1]
+        _check_ids(self._names[shard], sample, start, self._vocab_size)
         inputs[:] = sample[:-1].reshape(self.B, self.T)
         targets[:] = sample[1:].reshape(self.B, self.T)
 
@@ -202,12 +247,11 @@ class Loader:
 
     def _begin_shard(self, turn: int):
         self._turn, self._place = turn, 0
-        self._current = self._tokens[self._shard_order[turn]]
-        self._samples = np.arange(self._num_samples(self._current))
+        self._samples = np.arange(self._num_samples(self._tokens[self._shard_order[turn]]))
         if self.shuffle:
             self._permute(self._samples)
 
-    def _num_samples(self, tokens: np.ndarray) -> int:
+    def _num_samples(self, tokens: Sequence) -> int:
         return (len(tokens) - 1) // (self.B * self.T)
 
     def _permute(self, order: np.ndarray):
@@ -232,12 +276,11 @@ def _check_length(name: str, num_tokens: int, B: int, T: int):
     raise UserError(f"{name}: {num_tokens:,} tokens, but batch size {B} and sequence length {T} need at least {B * T + 1:,}; {fits}")
 
 
-def _check_ids(name: str, tokens: np.ndarray, vocab_size: int):
-    for start in range(0, len(tokens), CHECK_TOKENS):
-        chunk = tokens[start : start + CHECK_TOKENS]
-        if chunk.max() >= vocab_size:
-            at = int(np.argmax(chunk >= vocab_size))
-            raise UserError(
-                f"{name}: token {int(chunk[at])} at position {start + at:,} is outside the model's vocabulary of {vocab_size}; "
-                "choose a graph with the vocabulary that these tokens were made for (GPT-2's is 50257)"
-            )
+def _check_ids(name: str, ids: np.ndarray, start: int, vocab_size: int):
+    """Raise UserError if one of the ids, which stand in their shard from position `start` on, is outside the vocabulary."""
+    if ids.max() >= vocab_size:
+        at = int(np.argmax(ids >= vocab_size))
+        raise UserError(
+            f"{name}: token {int(ids[at])} at position {start + at:,} is outside the model's vocabulary of {vocab_size}; "
+            "choose a graph with the vocabulary that these tokens were made for (GPT-2's is 50257)"
+        )

@@ -7,7 +7,7 @@ from taskgpt.data import open_data
 from taskgpt.gpt2 import checkpoint
 from taskgpt.gpt2.model import GPT2, Batch, Options, Tiles
 from taskgpt.gpt2.tokenizer import read_tokenizer
-from taskgpt.gpt2.tokens import read_tokens, write_tokens
+from taskgpt.gpt2.tokens import TokenFile, write_tokens
 
 from . import Case
 
@@ -56,7 +56,7 @@ def _read_checkpoint(folder: Path) -> None:
 
 
 CASES = (
-    Case("token_file", _make_tokens, lambda folder: read_tokens(folder / "tokens.bin").sum()),
+    Case("token_file", _make_tokens, lambda folder: TokenFile(folder / "tokens.bin")[:].sum()),
     Case("tokenizer_file", _make_tokenizer, lambda folder: read_tokenizer(folder / "tokenizer.bin").decode(range(210))),
     Case("token_folder", _make_folder, lambda folder: open_data(str(folder), 1, 8, 200)),
     Case("text", _make_text, lambda folder: open_data(str(folder / "text.txt"), 1, 8, 50257)),
