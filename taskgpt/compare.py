@@ -16,19 +16,18 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from taskgpt.errors import UserError, run_program
+from taskgpt.errors import UserError, run_program, shorten
 from taskgpt.lab import compare_report, layout, machine
 from taskgpt.lab.cells import product_of
 from taskgpt.lab.named import listed, worker_counts
-from taskgpt.lab.report import progress, seconds_in
-from taskgpt.lab.results import LEAST_TURNS, Result, Results
+from taskgpt.lab.report import LEAST_TURNS, progress, seconds_in
+from taskgpt.lab.results import MOST_STEPS, Result, Results
 from taskgpt.lab.roofline import team_sizes
 from taskgpt.lab.turns import CellFailed, Turns
 
 SCHEDULERS = ["sequential", "whole-tensor", "loops-llmc", "loops", "threads", "native"]
 FIRST_STEPS = 4  # from fresh parameters, on record, after warm-up: loss, bits, efficiencies
 LEAST_STEPS = 2  # in a turn
-MOST_STEPS = 2000
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,6 +69,11 @@ def compare(flags: argparse.Namespace) -> int:
         compare_report.write(results)
         raise KeyboardInterrupt(f"interrupted; {flags.output} holds what was measured, go on with --resume") from None
     print("\n" + "\n\n".join(map(layout.to_text, compare_report.tables(results))) + "\n")
+    reached, failed = sum(r.is_tight(flags.precision) for r in mine), sum(bool(r.failed) for r in mine)
+    notes = [f"{reached} of {len(mine)} are known to {flags.precision:.1%}"]
+    notes += [f"{failed} could not be run"] * bool(failed)
+    notes += [f"--budget {flags.budget} ended first, --resume goes on"] * (reached + failed < len(mine))
+    print(f"medians    {'; '.join(notes)}")
     for path in [results.path, *compare_report.write(results)]:
         print(f"wrote      {path}")
     wrong = compare_report.agreement(results)
@@ -92,8 +96,8 @@ def measure(
         try:
             what()
         except CellFailed as error:
-            r.failed = str(error)
-            print(f"failed     {r.cell}: {error}", file=sys.stderr)
+            r.failed = shorten(error)
+            print(f"failed     {r.cell}: {r.failed}", file=sys.stderr)
         results.save()
 
     def begin(r: Result) -> None:
@@ -118,7 +122,7 @@ def measure(
 
 def turns_needed(cells: Sequence[Result], precision: float) -> int:
     """Guess how many turns all cells take together: an interval shrinks with the root of their number."""
-    needed = [len(r.ms) * (r.precision / precision) ** 2 for r in cells if len(r.ms) >= 3]
+    needed = [len(r.ms) * (r.precision / precision) ** 2 for r in cells if r.precision is not None]
     return len(cells) * max([LEAST_TURNS, *map(round, needed)])
 
 
@@ -127,7 +131,7 @@ def diff(before: str, after: str) -> int:
     a, b = Results.load(before), Results.load(after)
     for key in a.machine:
         if a.machine[key] != b.machine.get(key):
-            print(f"{key:10} before {a.machine[key]}, after {b.machine.get(key)}")
+            print(f"{shorten(key):10} before {shorten(a.machine[key])}, after {shorten(b.machine.get(key))}")
     table = compare_report.changes_table(a, b)
     if not table["rows"]:
         raise UserError(f"--diff {before} {after}: no cell was measured in both")

@@ -13,12 +13,14 @@ import pytest
 
 from taskgpt.compare import main as compare
 from taskgpt.errors import UserError
+from taskgpt.files import fill
 from taskgpt.lab import compare_report, layout
 from taskgpt.lab.cells import Cell, product_of
 from taskgpt.lab.figures import figures
+from taskgpt.lab.idle import CAUSES
 from taskgpt.lab.report import median_interval, seconds_in
 from taskgpt.lab.results import Results
-from taskgpt.lab.turns import CellFailed, Turns
+from taskgpt.lab.turns import FACTORS, CellFailed, First, Turns, Watched
 
 
 def test_the_product_has_every_combination_once():
@@ -37,7 +39,7 @@ def test_the_product_has_every_combination_once():
         "tiny:tiles.rows=64,tiles.columns=32 native policy=newest_first, 2 workers",
         "tiny:tiles.rows=128,tiles.columns=64 native policy=oldest_first, 1 worker",
     }
-    assert all(Cell.of(json.loads(json.dumps(dataclasses.asdict(cell)))) == cell for cell in cells)
+    assert all(fill(Cell, json.loads(json.dumps(dataclasses.asdict(cell))), "") == cell for cell in cells)
 
 
 def test_baselines_are_named_so_that_nobody_confuses_them():
@@ -83,12 +85,12 @@ def one(scheduler: str, graph: str = "tiny", workers: int = 1) -> Cell:
 def test_a_first_run_tells_bits_and_efficiencies(turns):
     """The same bits as in order; the whole tensor's to rounding; POP's factors multiply."""
     found = {name: turns.first(one(name), 2) for name in ("sequential", "loops", "native", "whole-tensor")}
-    assert found["native"]["sha256"] == found["loops"]["sha256"] == found["sequential"]["sha256"] != found["whole-tensor"]["sha256"]
-    assert found["whole-tensor"]["loss"] == pytest.approx(found["sequential"]["loss"], abs=1e-5)
-    factors = found["native"]["trace"]["efficiency"]
+    assert found["native"].sha256 == found["loops"].sha256 == found["sequential"].sha256 != found["whole-tensor"].sha256
+    assert found["whole-tensor"].loss == pytest.approx(found["sequential"].loss, abs=1e-5)
+    factors = found["native"].trace.efficiency
     product = factors["load balance"] * factors["dependency efficiency"] * factors["scheduling efficiency"]
     assert factors["parallel efficiency"] == pytest.approx(product)
-    assert found["native"]["trace"]["steps"] == 2
+    assert found["native"].trace.steps == 2
     assert turns.timed(one("native"), 3) > 0
 
 
@@ -98,7 +100,7 @@ def test_a_cell_that_kills_its_process_does_not_take_the_others_along(turns):
     os.kill(turns._process.pid, signal.SIGKILL)
     with pytest.raises(CellFailed, match="its process died of SIGKILL"):
         turns.timed(one("sequential"), 1)
-    assert turns.first(one("sequential"), 1)["sha256"] == before["sha256"]
+    assert turns.first(one("sequential"), 1).sha256 == before.sha256
 
 
 def test_a_cell_that_hangs_is_given_up(tmp_path):
@@ -107,9 +109,9 @@ def test_a_cell_that_hangs_is_given_up(tmp_path):
         impatient.timed(one("sequential"), 1)
 
 
-@pytest.mark.parametrize(("n", "ranks"), [(1, (1, 1)), (5, (1, 5)), (6, (1, 6)), (9, (2, 8)), (20, (6, 15)), (100, (40, 61))])
+@pytest.mark.parametrize(("n", "ranks"), [(1, None), (5, None), (6, (1, 6)), (9, (2, 8)), (20, (6, 15)), (100, (40, 61))])
 def test_the_medians_interval_is_that_of_the_sign_test(n, ranks):
-    """As in tables of it; by the binomial distribution it holds 95 %, and one rank less on each side does not."""
+    """As in tables of it: it holds 95 % by the binomial distribution, one rank less on each side does not; nor do fewer than six values."""
     assert median_interval(range(n, 0, -1)) == ranks
 
     def holds(low: int) -> float:
@@ -127,12 +129,15 @@ def test_times_are_read_with_their_units():
             seconds_in("--budget", text)
 
 
+WATCHED = Watched(12.0, dict.fromkeys(FACTORS, 0.9), dict.fromkeys(CAUSES, 1.0), 10.0, 4, 10.0, 5.0)
+
+
 def made_up(folder, ms: dict[str, list[float]], sha256: dict[str, str] | None = None) -> Results:
     """Return results of tiny under these schedulers."""
     results = Results.begin(str(folder), [one(name, workers=2) for name in ms], resume=False)
     for result, (name, values) in zip(results.found.values(), ms.items(), strict=True):
         result.ms, result.steps = values, 3
-        result.first = {"loss": 1.0, "sha256": (sha256 or {}).get(name, "aa" * 32), "tasks": 10}
+        result.first = First(1.0, (sha256 or {}).get(name, "aa" * 32), 10)
     results.save()
     return results
 
@@ -179,12 +184,117 @@ def test_results_are_read_with_care(tmp_path):
     file.write_text(json.dumps(saved | {"machine": saved["machine"] | {"processor": "Z80"}}))
     with pytest.raises(UserError, match="measured with processor Z80"):
         Results.begin(str(tmp_path), [one("native")], resume=True)
-    for text in ("", "[]", '{"taskgpt_compare": 2}', '{"taskgpt_compare": 1, "machine": {}, "cells": [{}]}'):
-        file.write_text(text)
-        with pytest.raises(UserError):
-            Results.load(tmp_path)
     with pytest.raises(UserError, match="no such file"):
         Results.load(tmp_path / "nowhere")
+
+
+def change(saved: dict, path: str, value: object) -> None:
+    """Put a value where `cells.0.steps` says."""
+    *above, last = [int(part) if part.isdecimal() else part for part in path.split(".")]
+    for part in above:
+        saved = saved[part]
+    saved[last] = value
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("taskgpt_compare", 2, "results of version 2, and this taskgpt reads 1"),
+        ("taskgpt_compare", None, "no results of `taskgpt compare`"),
+        ("taskgpt_compare", True, "taskgpt_compare: wanted int, got True"),
+        ("machine", [], "machine: wanted dict, got []"),
+        ("machine.cores", 2, "machine.cores: wanted str, got 2"),
+        ("cells", {}, "cells: wanted list, got {}"),
+        ("cells.0", [], "cells[0]: wanted a table, got []"),
+        ("cells.0.cell.graph", "tinny", "unknown graph 'tinny'; did you mean 'tiny'?"),
+        ("cells.0.cell.tiles", [["rows", "64", "1"]], "cells[0].cell.tiles[0]: wanted tuple, got ['rows', '64', '1']"),
+        ("cells.0.cell.tiles", [["rows", "0"]], "tiles.rows: wanted at least 1, got 0"),
+        ("cells.0.cell.scheduler", "nativ", "unknown scheduler 'nativ'"),
+        ("cells.0.cell.settings", [["policy", "none"]], "policy: unknown key"),
+        ("cells.0.cell.workers", 10**9, "cells[0].cell.workers: wanted at most 4,096"),
+        ("cells.1.cell", {"graph": "tiny", "tiles": [], "scheduler": "sequential", "settings": [], "workers": 1}, "stands there twice"),
+        ("cells.0.first", {"loss": 1.0}, "cells[0].first.sha256: missing"),
+        ("cells.0.first.loss", "nan", "cells[0].first.loss: wanted a finite number or nothing"),
+        ("cells.0.first.sha256", None, "cells[0].first.sha256: wanted str, got None"),
+        ("cells.0.first.trace.efficiency", {}, "cells[0].first.trace: wanted parallel efficiency"),
+        ("cells.0.first.trace.idle_ms.barrier", 1e300, "cells[0].first.trace: wanted times and efficiencies that can be"),
+        ("cells.0.first.trace.steps", 0, "cells[0].first.trace.steps: wanted at least 1"),
+        ("cells.0.steps", 10**9, "cells[0].steps: wanted at most 2,000"),
+        ("cells.0.ms", [-1.0], "cells[0]: ms: wanted times of a step above 0"),
+        ("cells.0.ms", [10**400], "cells[0].ms[0]: wanted a finite number, got "),
+        ("cells.0.depth", 1, "cells[0].depth: unknown key"),
+        ("cells.0.failed", None, "cells[0].failed: wanted str, got None"),
+    ],
+)
+def test_damaged_results_are_refused_at_the_door(path, value, message, tmp_path, capsys):
+    """By `--diff` and by `--resume`: exit code 2, and one line that names the file, the place, what was wanted and what is there."""
+    results = made_up(tmp_path, {"sequential": [1.0], "native": [1.0]})
+    for result in results.found.values():
+        result.first.trace = WATCHED
+    results.save()
+    saved = json.loads((tmp_path / "compare.json").read_text())
+    change(saved, path, value)
+    (tmp_path / "compare.json").write_text(json.dumps(saved))
+    for argv in (["--diff", str(tmp_path), str(tmp_path)], ["--graph", "tiny", "--resume", "--output", str(tmp_path)]):
+        assert compare(argv) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert "compare.json: " in line
+        assert message in line
+        assert len(line) < 600
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "\x00", "NaN", '{"a":' * 5000, '{"taskgpt_compare": 1, "taskgpt_compare": 1}'])
+def test_what_is_no_json_is_refused_too(text, tmp_path):
+    """Whatever stands in the file."""
+    (tmp_path / "compare.json").write_text(text)
+    with pytest.raises(UserError, match=r"compare\.json: "):
+        Results.load(tmp_path)
+
+
+def test_a_loss_that_is_no_number_is_kept(tmp_path):
+    """As null, which JSON has, and tables say so."""
+    results = made_up(tmp_path, {"native": [1.0]})
+    next(iter(results.found.values())).first.loss = None
+    results.save()
+    assert Results.load(tmp_path).measured[0].first.loss is None
+    assert "no number" in str(compare_report.tables(results))
+
+
+def test_speedups_have_one_base_or_there_are_none(tmp_path):
+    """Without sequential, a scheduler that is slower everywhere stands above, in ms; each one's own fewest workers are no base."""
+    cells = product_of(["tiny"], [], ["sequential", "loops", "native"], [1, 2], [])
+    ms = {("sequential", 1): 30.0, ("loops", 1): 60.0, ("loops", 2): 20.0, ("native", 1): 20.0, ("native", 2): 15.0}
+    for wanted, measured in (("speedup over the fastest sequential, 30 ms", cells), ("ms a step; no sequential was measured", cells[1:])):
+        results = Results.begin(str(tmp_path / str(len(measured))), measured, resume=False)
+        for cell, result in results.found.items():
+            result.ms = [ms[cell.scheduler, cell.workers]] * 6
+        [svg] = [svg for title, svg in figures(results) if wanted in title]
+        has_base = "speedup over sequential" in svg
+        assert has_base == (measured is cells)
+        assert ("ideal" in svg) == has_base
+        [table] = [table for table in compare_report.tables(results) if table["caption"].startswith("a training step")]
+        assert ("speedup" in table["head"]) == ("over the fastest sequential" in table["caption"]) == has_base
+
+
+def test_too_few_turns_tell_no_interval(tmp_path):
+    """Five turns: `not known yet` in every table, nothing in CSV, no line in the picture, no change beyond noise; six tell one."""
+    few = made_up(tmp_path / "few", {"sequential": [10.0, 11.0, 12.0, 13.0, 14.0]})
+    more = made_up(tmp_path / "more", {"sequential": [20.0, 21.0, 22.0, 23.0, 24.0, 25.0]})
+    [result] = few.found.values()
+    assert result.interval is None
+    assert not result.is_tight(0.99)
+    csv_path, markdown, page = compare_report.write(few)
+    with open(csv_path, newline="") as file:
+        [row] = csv.DictReader(file)
+    assert (row["median_ms"], row["low_ms"], row["high_ms"]) == ("12.0", "", "")
+    for text in (markdown.read_text(), page.read_text(), layout.to_text(compare_report.tables(few)[0])):
+        assert "not known yet" in text
+        assert "fewer than 6 turns" in text
+        assert "where it lies with 95 %" not in text
+    assert "0 of 1 medians are known; 1 had fewer than 6 turns" in page.read_text()
+    assert compare_report.changes_table(few, more)["rows"][0][6] == "not known yet"
+    assert "20.00-25.00" in layout.to_text(compare_report.tables(more)[0])
+    assert "1 of 1 medians are known, to 11.1% at best" in compare_report.write(more)[2].read_text()
 
 
 def test_every_picture_that_has_something_to_show(tmp_path):
@@ -192,8 +302,7 @@ def test_every_picture_that_has_something_to_show(tmp_path):
     cells = product_of(["tiny"], ["rows=64,128", "columns=32,64"], ["sequential", "native"], [1, 2], ["policy=oldest_first,newest_first"])
     results = Results.begin(str(tmp_path), cells, resume=False)
     for at, r in enumerate(results.found.values()):
-        idle = {"barrier": 1.0, "dependency": 2.0, "scheduling": 3.0, "between": 0.0}
-        r.ms, r.first = [float(10 + at)] * 6, {"loss": 1.0, "sha256": "", "tasks": 1, "trace": {"useful_ms": 10.0, "idle_ms": idle}}
+        r.ms, r.first = [float(10 + at)] * 6, First(1.0, "", 1, WATCHED)
     found = figures(results)
     titles = " ".join(title for title, _ in found)
     for what in (
@@ -225,8 +334,9 @@ def test_the_program(tmp_path, capsys):
     """Rounds, a cell that cannot run beside those that can, every file; then it goes on where it was."""
     large = "tiny:model.layers=1000000,model.channels=1024"
     argv = ["--graph", "tiny", large, "--schedulers", "sequential,native", "--workers", "2", "--turn", "0.01s", "--output", str(tmp_path)]
-    assert compare([*argv, "--budget", "8s", "--precision", "0.9"]) == 0
+    assert compare([*argv, "--budget", "90s", "--precision", "0.9"]) == 0
     printed = capsys.readouterr()
+    assert re.search(r"^medians    2 of 4 are known to 90.0%; 2 could not be run$", printed.out, re.MULTILINE)
     assert "bits       the same" in printed.out
     assert "GiB are free; choose a smaller graph or batch" in printed.err
     results = Results.load(tmp_path)
@@ -241,8 +351,13 @@ def test_the_program(tmp_path, capsys):
     assert not re.search(r"""(src|href)=["']?http|@import""", page)
     assert "not measured" in (tmp_path / "compare.md").read_text()
     assert compare([*argv, "--budget", "8s"]) == 2
-    assert compare(["--graph", "tiny", *argv[3:], "--budget", "2s", "--precision", "0.0001", "--resume"]) == 0
-    assert all(len(r.ms) > before for r, before in zip(Results.load(tmp_path).found.values(), turns_taken[:2], strict=False))
+    for result in results.measured:
+        del result.ms[2:]
+    results.save()
+    assert compare(["--graph", "tiny", *argv[3:], "--budget", "90s", "--precision", "0.9", "--resume"]) == 0
+    resumed = Results.load(tmp_path)
+    assert all(len(r.ms) >= 6 for r in resumed.measured)
+    assert [r.ms[:2] for r in resumed.measured] == [r.ms for r in results.measured]
 
 
 @pytest.mark.parametrize(

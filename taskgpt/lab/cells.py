@@ -6,13 +6,12 @@ cells = product_of(["gpt2-124m"], ["rows=64,128"], ["sequential", "loops", "nati
 import dataclasses
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Self
+from dataclasses import dataclass, field
 
 from taskgpt.config import parse_settings
 from taskgpt.errors import UserError, did_you_mean
 from taskgpt.gpt2.model import Tiles
-from taskgpt.lab.named import make_config, named_config
+from taskgpt.lab.named import MOST_WORKERS, make_config, named_config
 
 WHOLE_TENSOR = "whole-tensor"  # no scheduler of the house: see baselines.py
 Changes = tuple[tuple[str, str], ...]  # (key, value) as on the command line
@@ -26,13 +25,7 @@ class Cell:
     tiles: Changes
     scheduler: str
     settings: Changes
-    workers: int
-
-    @classmethod
-    def of(cls, saved: dict) -> Self:
-        """Return the cell that `dataclasses.asdict` made JSON of."""
-        changes = {key: tuple((name, value) for name, value in saved[key]) for key in ("tiles", "settings")}
-        return cls(saved["graph"], changes["tiles"], saved["scheduler"], changes["settings"], saved["workers"])
+    workers: int = field(metadata={"at_least": 1, "at_most": MOST_WORKERS})
 
     @property
     def graph_word(self) -> str:

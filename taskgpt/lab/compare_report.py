@@ -1,7 +1,8 @@
 """The results of a comparison told: tables, CSV, Markdown, and one HTML page with pictures.
 
 The table is the study's: ms of a step, of 40 steps, speedup over sequential, efficiency = speedup / workers; with the median, and the
-interval in which it lies with 95 % confidence. Speedups are over the fastest sequential cell of the same graph, whatever its tiles.
+interval in which it lies with 95 % confidence, which six turns tell and fewer do not. Speedups are over the fastest sequential cell of the
+same graph, whatever its tiles; where none was measured there are none.
 """
 
 import csv
@@ -15,11 +16,11 @@ from taskgpt.lab.figures import figures
 from taskgpt.lab.idle import CAUSES
 from taskgpt.lab.layout import Table, to_html, to_markdown
 from taskgpt.lab.named import make_config
-from taskgpt.lab.report import table_of, write_whole
+from taskgpt.lab.report import LEAST_TURNS, NOT_YET, table_of, write_whole
 from taskgpt.lab.results import Result, Results
+from taskgpt.lab.turns import FACTORS
 
 STEPS = 40  # of the study's runs
-FACTORS = ("parallel efficiency", "load balance", "dependency efficiency", "scheduling efficiency")
 IDLE = [cause for cause in CAUSES if cause != "between"]
 
 TIMES = {
@@ -59,22 +60,22 @@ CHANGES = {
 
 def row_of(result: Result, results: Results) -> dict[str, Any]:
     """Return all numbers of a cell, None for those that it does not have."""
-    cell, first = result.cell, result.first or {}
-    trace = first.get("trace")
+    cell, first = result.cell, result.first
+    trace = first and first.trace
     row: dict[str, Any] = {"graph": cell.graph_word, "scheduler": cell.label, "workers": cell.workers, "turns": len(result.ms)}
-    row |= {name: first.get(name) for name in ("tasks", "loss", "sha256")}
+    row |= {name: first and getattr(first, name) for name in ("tasks", "loss", "sha256")}
     row |= dict.fromkeys(("mean_ms", "median_ms", "low_ms", "high_ms", "total_s", "tokens_per_second", "speedup", "efficiency"))
     row["interval"] = "-"
     if result.ms:
-        low, high = result.interval
+        low, high = result.interval or (None, None)
         mean, sequential = statistics.mean(result.ms), results.sequential_ms(cell.graph)
         row |= {"mean_ms": mean, "median_ms": result.median, "low_ms": low, "high_ms": high, "interval": result.interval_text}
         row |= {"total_s": mean * STEPS / 1e3, "tokens_per_second": make_config(cell.graph_word).batch.rows / result.median * 1e3}
         if sequential:
             row |= {"speedup": sequential / result.median, "efficiency": sequential / result.median / cell.workers}
-    row |= {name: trace["efficiency"][name] if trace else None for name in FACTORS}
-    row |= {f"idle_{cause}_ms": trace["idle_ms"][cause] / trace["steps"] if trace else None for cause in IDLE}
-    row |= {name: trace[name] if trace else None for name in ("t1_ms", "tinf_ms")}
+    row |= {name: trace and trace.efficiency[name] for name in FACTORS}
+    row |= {f"idle_{cause}_ms": trace and trace.idle_ms[cause] / trace.steps for cause in IDLE}
+    row |= {name: trace and getattr(trace, name) for name in ("t1_ms", "tinf_ms")}
     return row | {"failed": result.failed}
 
 
@@ -82,9 +83,16 @@ def tables(results: Results) -> list[Table]:
     """Return times, why, bits, and what failed or was not reached, where there is any."""
     rows = [row_of(result, results) for result in results.found.values()]
     measured, traced = [row for row in rows if row["turns"]], [row for row in rows if row["t1_ms"]]
-    found = [table_of("a training step: speedups over the fastest sequential cell of the graph", TIMES, measured)]
+    if any(row["speedup"] for row in measured):
+        caption, columns = "a training step: speedups over the fastest sequential cell of the same graph", TIMES
+    else:
+        caption = "a training step: no speedups, as no sequential cell was measured"
+        columns = {head: column for head, column in TIMES.items() if head not in ("speedup", "efficiency")}
+    if any(row["low_ms"] is None for row in measured):
+        caption += f"; fewer than {LEAST_TURNS} turns do not tell in which interval a median lies"
+    found = [table_of(caption, columns, measured)]
     if traced:
-        caption = "why: of some steps with every task on record, POP's efficiencies, and all workers' idle time by cause, ms a step"
+        caption = "why: of the first steps, with every task on record, POP's efficiencies, and all workers' idle time by cause, ms a step"
         found.append(table_of(caption, WHY, traced))
     found.append(_bits([row for row in rows if row["sha256"]]))
     missing = [[row["graph"], row["scheduler"], str(row["workers"]), row["failed"] or "not reached"] for row in rows if not row["turns"]]
@@ -93,11 +101,24 @@ def tables(results: Results) -> list[Table]:
     return [table for table in found if table["rows"]]
 
 
+def known(results: Results) -> str:
+    """Return in words how well the medians are known."""
+    measured = results.measured
+    told = sorted(r.precision for r in measured if r.precision is not None)
+    few = len(measured) - len(told)
+    words = [
+        f"{len(told)} of {len(measured)} medians are known" + (f", to {told[0]:.1%} at best and {told[-1]:.1%} at worst" if told else "")
+    ]
+    return "; ".join(words + [f"{few} had fewer than {LEAST_TURNS} turns"] * bool(few))
+
+
 def _bits(rows: list[dict[str, Any]]) -> Table:
     """Return who computed which bits."""
     groups: dict[tuple, list[str]] = {}
     for row in rows:
-        groups.setdefault((row["graph"], f"{row['loss']:.6f}", row["sha256"]), []).append(row["scheduler"])
+        groups.setdefault((row["graph"], "no number" if row["loss"] is None else f"{row['loss']:.6f}", row["sha256"]), []).append(
+            row["scheduler"]
+        )
     words = [[graph, loss, sha256[:16], ", ".join(dict.fromkeys(names))] for (graph, loss, sha256), names in groups.items()]
     head = ["graph", "loss", "parameters sha256", "computed by"]
     return {"caption": "bits after six steps: the same wherever graph and tiles are, but for NumPy's", "head": head, "rows": words}
@@ -107,7 +128,7 @@ def agreement(results: Results) -> list[str]:
     """Return a line on each graph whose cells differ in their bits and should not."""
     lines = []
     for group in results.disagreements():
-        found = ", ".join(f"{r.first['sha256'][:8]} {r.cell.label} ({r.cell.workers})" for r in group)
+        found = ", ".join(f"{r.first.sha256[:8]} {r.cell.label} ({r.cell.workers})" for r in group)
         lines.append(f"{group[0].cell.graph_word}: DIFFERENT BITS: {found}")
     return lines
 
@@ -119,8 +140,7 @@ def changes_table(a: Results, b: Results) -> Table:
         after = b.found.get(cell)
         if not (after and before.ms and after.ms):
             continue
-        (low, high), (later_low, later_high) = before.interval, after.interval
-        same = before.first and after.first and before.first["sha256"] == after.first["sha256"]
+        same = before.first and after.first and before.first.sha256 == after.first.sha256
         rows.append(
             {
                 "cell": str(cell),
@@ -129,19 +149,25 @@ def changes_table(a: Results, b: Results) -> Table:
                 "after_ms": after.median,
                 "after": after.interval_text,
                 "ratio": after.median / before.median,
-                "verdict": "faster" if later_high < low else "slower" if later_low > high else "no",
+                "verdict": _verdict(before.interval, after.interval),
                 "bits": "yes" if same else "NO",
             }
         )
-    rows.sort(key=lambda row: (row["verdict"] == "no", -abs(row["ratio"] - 1)))
+    rows.sort(key=lambda row: (row["verdict"] in ("no", NOT_YET), -abs(row["ratio"] - 1)))
     return table_of("beyond noise is a change where the intervals of the medians do not meet", CHANGES, rows)
+
+
+def _verdict(before: tuple[float, float] | None, after: tuple[float, float] | None) -> str:
+    if before is None or after is None:
+        return NOT_YET
+    return "faster" if after[1] < before[0] else "slower" if after[0] > before[1] else "no"
 
 
 def write(results: Results) -> list[Path]:
     """Write compare.csv, compare.md and compare.html beside the results; return their paths. Raises OSError."""
     found, folder = tables(results), results.path.parent
     machine = {"caption": "machine", "head": ["", ""], "rows": [[key, value] for key, value in results.machine.items()]}
-    markdown = "\n\n".join(to_markdown(table) for table in [*found, machine])
+    markdown = "\n\n".join([to_markdown(found[0]), f"{known(results)}.", *map(to_markdown, [*found[1:], machine])])
     texts = {"csv": _csv(results), "md": markdown + "\n", "html": _page(results, [*found, machine])}
     paths = [folder / f"compare.{kind}" for kind in texts]
     for path, text in zip(paths, texts.values(), strict=True):
@@ -177,5 +203,5 @@ def _page(results: Results, found: list[Table]) -> str:
     return (
         f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<meta name="viewport" content="width=device-width">\n'
         f"<title>taskgpt compare: {escape(graphs)}</title>\n<style>{STYLE}</style>\n<h1>{escape(graphs)}: schedulers compared</h1>\n"
-        f"{wrong}{first}{pictures}{''.join(others)}\n</html>\n"
+        f"{wrong}{first}<p>{known(results)}.</p>{pictures}{''.join(others)}\n</html>\n"
     )

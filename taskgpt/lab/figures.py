@@ -36,23 +36,29 @@ def figures(results: Results) -> list[tuple[str, str]]:
 def _figures(results: Results) -> Iterator[tuple[str, str]]:
     for graph in dict.fromkeys(r.cell.graph for r in results.measured):
         cells = [r for r in results.measured if r.cell.graph == graph]
-        yield f"{graph}: ms a step; the thin line is the interval of the median", bars(cells)
-        if traced := [r for r in cells if r.first and "trace" in r.first]:
+        lines_drawn = "the thin line is where it lies with 95 %" if any(r.interval for r in cells) else "of too few turns to say how sure"
+        yield f"{graph}: median of ms a step; {lines_drawn}", bars(cells)
+        if traced := [r for r in cells if r.first and r.first.trace]:
             yield f"{graph}: where the workers' time goes", shares(traced)
         if lines := _lines(cells):
-            yield f"{graph}: scaling, speedup over the fastest sequential", scaling(lines, results.sequential_ms(graph))
+            base = results.sequential_ms(graph)
+            title = (
+                f"speedup over the fastest sequential, {base:.4g} ms" if base else "ms a step; no sequential was measured, so no speedup"
+            )
+            yield f"{graph}: scaling, {title}", scaling(lines, base)
         yield from _tile_maps(graph, cells)
         yield from _setting_maps(graph, cells)
 
 
 def bars(cells: Sequence[Result]) -> str:
-    """Draw the median of each cell, with its interval."""
+    """Draw the median of each cell, with its interval where that is known."""
     figure, axes = _rows(cells)
     longest = max(r.median for r in cells)
     for at, r in enumerate(cells):
-        low, high = r.interval
+        low, high = r.interval or (r.median, r.median)
         axes.barh(at, r.median, color=_colour(r, cells), height=0.75)
-        axes.plot([low, high], [at, at], color="black", linewidth=1.2)
+        if r.interval:
+            axes.plot([low, high], [at, at], color="black", linewidth=1.2)
         axes.text(min(high, 1.1 * longest), at, f"  {r.median:.4g}", va="center", fontsize=9)
     axes.set_xlabel("ms a step")
     axes.set_xlim(0, 1.2 * longest)
@@ -63,8 +69,8 @@ def shares(cells: Sequence[Result]) -> str:
     """Draw how much of all workers' time of a traced run was in tasks, and what the rest was lost to."""
     figure, axes = _rows(cells)
     for at, r in enumerate(cells):
-        trace = r.first["trace"]
-        parts = {"in tasks": trace["useful_ms"]} | {f"idle: {cause}": trace["idle_ms"][cause] for cause in IDLE}
+        trace = r.first.trace
+        parts = {"in tasks": trace.useful_ms} | {f"idle: {cause}": trace.idle_ms[cause] for cause in IDLE}
         total, left = sum(parts.values()), 0.0
         for name, colour in zip(parts, ("#0072B2", *IDLE.values()), strict=True):
             wide = parts[name] / total
@@ -77,19 +83,22 @@ def shares(cells: Sequence[Result]) -> str:
 
 
 def scaling(lines: dict[str, list[Result]], sequential_ms: float | None) -> str:
-    """Draw the speedup of each scheduler by workers, of its fastest tiling: over sequential, or else over its own fewest workers."""
+    """Draw each scheduler by workers, of its fastest tiling: speedups over these ms of sequential, or, where there is no such base, ms.
+
+    A line's own fewest workers are no base: a scheduler that is slow alone would look better than one that is fast.
+    """
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()
-    most = max(r.cell.workers for line in lines.values() for r in line)
-    axes.plot([1, most], [1, most], color="#bbb", linewidth=1, linestyle="--", label="ideal")
+    counts = sorted({r.cell.workers for line in lines.values() for r in line})
+    if sequential_ms:
+        axes.plot([1, counts[-1]], [1, counts[-1]], color="#bbb", linewidth=1, linestyle="--", label="ideal")
     for at, (name, line) in enumerate(lines.items()):
-        base = sequential_ms or line[0].median * line[0].cell.workers
-        axes.plot(
-            [r.cell.workers for r in line], [base / r.median for r in line], marker="o", markersize=4, color=COLOURS[at % 8], label=name
-        )
+        values = [sequential_ms / r.median if sequential_ms else r.median for r in line]
+        axes.plot([r.cell.workers for r in line], values, marker="o", markersize=4, color=COLOURS[at % 8], label=name)
     axes.set_xlabel("workers")
-    axes.set_ylabel("speedup")
-    axes.set_xticks(sorted({r.cell.workers for line in lines.values() for r in line}))
+    axes.set_ylabel("speedup over sequential" if sequential_ms else "ms a step")
+    axes.set_ylim(bottom=0)
+    axes.set_xticks(counts)
     figure.legend(loc="outside right upper", fontsize=9)
     return _svg(figure)
 

@@ -10,13 +10,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from taskgpt.config import GraphConfig, SchedulerConfig, is_address, load_graph, load_scheduler, parse_graph_settings, parse_settings
-from taskgpt.errors import UserError
+from taskgpt.errors import UserError, shorten
 from taskgpt.gpt2.model import GPT2
 from taskgpt.gpt2.program import training_graph
 from taskgpt.lab import machine
 from taskgpt.lab.trace import RECORD, Trace, Traced
 from taskgpt.schedulers import Scheduler, open_scheduler
 from taskgpt.tasks import Graph, compile_kernels
+
+MOST_WORKERS = 4096
 
 
 @dataclass
@@ -97,8 +99,8 @@ def worker_counts(words: Sequence[str]) -> list[int]:
     """Return the numbers of `--workers`. Raises UserError."""
     found = listed(words)
     for word in found:
-        if not word.isdecimal() or int(word) < 1:
-            raise UserError(f"--workers {word}: wanted numbers of at least 1, for example --workers 1,2,4")
+        if not (word.isascii() and word.isdecimal() and len(word) < 10 and 1 <= int(word) <= MOST_WORKERS):
+            raise UserError(f"--workers {shorten(word)}: wanted numbers from 1 to {MOST_WORKERS:,}, for example --workers 1,2,4")
     return [int(word) for word in found]
 
 

@@ -34,8 +34,8 @@ def verdict(ratios: list[float]) -> str | None:
 
 def final_verdict(ratios: list[float]) -> str | None:
     """Return FASTER if the median, which six rounds tell to 95 %, is below 1 beyond noise, and by more than the margin; or None."""
-    is_faster = len(ratios) >= 3 and median(ratios) < 1 - MARGIN and median_interval(ratios)[1] < 1
-    return FASTER if is_faster else None
+    interval = median_interval(ratios)
+    return FASTER if interval and interval[1] < 1 and median(ratios) < 1 - MARGIN else None
 
 
 @dataclass

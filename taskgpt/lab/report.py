@@ -20,6 +20,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from taskgpt.errors import UserError
 from taskgpt.lab import layout, machine
 
+LEAST_TURNS = 6  # with fewer, no interval of the median holds 95 %
+NOT_YET = "not known yet"
+
 
 class Report:
     """What a benchmark prints, line by line, and at the end writes to its `--json` file.
@@ -112,18 +115,23 @@ def quartiles(values: Iterable[float]) -> tuple[float, float, float]:
     return q1, statistics.median(values), q3
 
 
-def median_interval(values: Iterable[float]) -> tuple[float, float]:
+def median_interval(values: Iterable[float]) -> tuple[float, float] | None:
     """Return a confidence interval of the median, of 95 % or more, whatever the distribution: two of the values, by rank.
 
-    The median lies below the k-th smallest of n values with the chance that fewer than k of n coins show heads. Fewer than six values
-    cannot give 95 %: then it is all that they span.
+    The median lies below the k-th smallest of n values with the chance that fewer than k of n coins show heads. Fewer than LEAST_TURNS
+    values cannot give 95 %, wherever they lie: None, as it is not known yet.
     """
     ordered = sorted(values)
     n, cut, chance = len(ordered), 0, 0.5 ** len(ordered)
-    while chance <= 0.025 and cut < (n - 1) // 2:
+    while chance <= 0.025:
         cut += 1
         chance += math.comb(n, cut) * 0.5**n
-    return ordered[max(0, cut - 1)], ordered[n - max(1, cut)]
+    return (ordered[cut - 1], ordered[n - cut]) if cut else None
+
+
+def interval_words(interval: tuple[float, float] | None, form: str = ".2f") -> str:
+    """Return `1.00-1.20`, or that the interval is not known yet."""
+    return NOT_YET if interval is None else f"{interval[0]:{form}}-{interval[1]:{form}}"
 
 
 def seconds_in(flag: str, text: str) -> float:

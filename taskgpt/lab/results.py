@@ -10,52 +10,66 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
-from taskgpt.errors import UserError
+from taskgpt.errors import UserError, shorten
+from taskgpt.files import fill, read_json
 from taskgpt.lab import machine
 from taskgpt.lab.cells import WHOLE_TENSOR, Cell
 from taskgpt.lab.named import make_config
-from taskgpt.lab.report import median_interval, write_whole
+from taskgpt.lab.report import interval_words, median_interval, write_whole
+from taskgpt.lab.turns import MOST_MS, First
 
 VERSION = 1
 FILE = "compare.json"
-LEAST_TURNS = 6  # with fewer, no interval of the median holds 95 %
+MOST_STEPS = 2000  # in a turn
 FORGOTTEN = ("system", "memory")  # of a machine's description: what may differ from day to day
 
 
 @dataclass
 class Result:
-    """A cell's measurements. `first`: see turns.py, None until it ran. `steps`: in a turn. `ms`: a step, of each turn. `failed`: why."""
+    """A cell's measurements. `first`: None until it ran. `steps`: in a turn. `ms`: a step, of each turn. `failed`: why."""
 
     cell: Cell
-    first: dict[str, Any] | None = None
-    steps: int = 0
+    first: First | None = None
+    steps: int = field(default=0, metadata={"at_least": 0, "at_most": MOST_STEPS})
     ms: list[float] = field(default_factory=list)
     failed: str = ""
+
+    def __post_init__(self):
+        for ms in self.ms:
+            if not 0 < ms < MOST_MS:
+                raise ValueError(f"ms: wanted times of a step above 0 and below {MOST_MS:g} ms, got {ms:g}")
 
     @property
     def median(self) -> float:
         return statistics.median(self.ms)
 
     @property
-    def interval(self) -> tuple[float, float]:
-        """The median's confidence interval, 95 %."""
+    def interval(self) -> tuple[float, float] | None:
+        """The median's confidence interval, 95 %; None if there are too few turns for one."""
         return median_interval(self.ms)
 
     @property
     def interval_text(self) -> str:
-        low, high = self.interval
-        return f"{low:.2f}-{high:.2f}"
+        return interval_words(self.interval)
 
     @property
-    def precision(self) -> float:
+    def precision(self) -> float | None:
         """Half of the interval, as a part of the median."""
-        low, high = self.interval
-        return (high - low) / 2 / self.median
+        return None if self.interval is None else (self.interval[1] - self.interval[0]) / 2 / self.median
 
     def is_tight(self, precision: float) -> bool:
-        return len(self.ms) >= LEAST_TURNS and self.precision <= precision
+        return self.precision is not None and self.precision <= precision
+
+
+@dataclass
+class _Saved:
+    """What the file holds."""
+
+    taskgpt_compare: int
+    machine: dict[str, str]
+    cells: list[Result]
 
 
 @dataclass
@@ -83,7 +97,8 @@ class Results:
             for key in before.machine.keys() | here.keys():
                 if key not in FORGOTTEN and before.machine.get(key) != here.get(key):
                     raise UserError(
-                        f"--resume {path}: measured with {key} {before.machine.get(key)}, this is {here.get(key)}; choose another --output"
+                        f"--resume {path}: measured with {shorten(key)} {shorten(before.machine.get(key))}, this is {here.get(key)}; "
+                        "choose another --output"
                     )
             known = before.found
             for result in known.values():
@@ -97,24 +112,29 @@ class Results:
     def load(cls, path: str | Path) -> Self:
         """Read the file, or the one in the folder, of that name. Raises UserError if it is none, or a damaged one."""
         file = Path(path) / FILE if Path(path).is_dir() else Path(path)
+        if not file.exists():
+            raise UserError(f"{file}: no such file; wanted results, as `taskgpt compare --output DIR` writes them")
+        saved = read_json(file)
+        if not isinstance(saved, dict) or (version := saved.get("taskgpt_compare")) is None:
+            raise UserError(f"{file}: no results of `taskgpt compare`; choose the folder that it wrote them into")
+        if version != VERSION:
+            raise UserError(f"{file}: results of version {shorten(version)}, and this taskgpt reads {VERSION}; measure again")
         try:
-            saved = json.loads(file.read_text(encoding="utf-8"))
-            if saved["taskgpt_compare"] != VERSION:
-                raise UserError(f"{file}: results of version {saved['taskgpt_compare']}, and this taskgpt reads {VERSION}; measure again")
-            results = [
-                Result(Cell.of(each["cell"]), each["first"], int(each["steps"]), [float(ms) for ms in each["ms"]], str(each["failed"]))
-                for each in saved["cells"]
-            ]
-            return cls(file, dict(saved["machine"]), {result.cell: result for result in results})
-        except FileNotFoundError:
-            raise UserError(f"{file}: no such file; wanted results, as `taskgpt compare --output DIR` writes them") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{file}: no results of `taskgpt compare`, or damaged ones ({error}); measure again") from None
+            cells = fill(_Saved, saved, "").cells
+            found = {result.cell: result for result in cells}
+            for at, result in enumerate(cells):
+                if found[result.cell] is not result:
+                    raise UserError(f"cells[{at}]: the same cell stands there twice")
+                make_config(result.cell.graph_word)
+                str(result.cell)  # names its scheduler
+        except UserError as error:
+            raise UserError(f"{file}: {error}; damaged, or of another taskgpt: measure again") from None
+        return cls(file, saved["machine"], found)
 
     def save(self) -> None:
         """Write the file, whole or not at all. Raises OSError."""
-        saved = {"taskgpt_compare": VERSION, "machine": self.machine, "cells": [asdict(result) for result in self.found.values()]}
-        write_whole(self.path, json.dumps(saved, indent=1) + "\n")
+        saved = asdict(_Saved(VERSION, self.machine, list(self.found.values())))
+        write_whole(self.path, json.dumps(saved, indent=1, allow_nan=False) + "\n")
 
     @property
     def measured(self) -> list[Result]:
@@ -131,4 +151,4 @@ class Results:
         for result in self.found.values():
             if result.first and result.cell.scheduler != WHOLE_TENSOR and not make_config(result.cell.graph_word).options.commutative:
                 groups.setdefault(result.cell.graph_word, []).append(result)
-        return [group for group in groups.values() if len({r.first["sha256"] for r in group}) > 1]
+        return [group for group in groups.values() if len({r.first.sha256 for r in group}) > 1]

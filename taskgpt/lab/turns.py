@@ -9,11 +9,13 @@ long as there is room for the others. A cell that fails, or with which the proce
 """
 
 import contextlib
+import math
 import multiprocessing
 import os
 import signal
 import sys
 import traceback
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any, Self
 
@@ -23,6 +25,7 @@ from taskgpt.lab import machine
 from taskgpt.lab.baselines import CHANGES, WholeTensor
 from taskgpt.lab.cells import WHOLE_TENSOR, Cell
 from taskgpt.lab.efficiency import analyse
+from taskgpt.lab.idle import CAUSES
 from taskgpt.lab.named import Prepared, make_config, named_scheduler, prepare
 from taskgpt.lab.report import seconds_of
 from taskgpt.lab.trace import RECORD, Traced
@@ -31,6 +34,38 @@ from taskgpt.tasks import AccessError, TaskError
 
 WARM_UP = 2  # steps before the clock starts, in every turn: threads, plans, caches
 LIMIT_S = 900.0  # of a turn; one that takes longer hangs
+FACTORS = ("parallel efficiency", "load balance", "dependency efficiency", "scheduling efficiency")
+MOST_MS = 1e9  # eleven days: no time that a turn can take
+
+
+@dataclass
+class Watched:
+    """Steps of a cell with every task on record, as `efficiency.analyse` tells them: all times in ms, idle time by cause over all steps."""
+
+    step_ms: float
+    efficiency: dict[str, float | None]
+    idle_ms: dict[str, float]
+    useful_ms: float
+    steps: int = field(metadata={"at_least": 1})
+    t1_ms: float
+    tinf_ms: float
+
+    def __post_init__(self):
+        factors, idle = ([found.get(name) for name in wanted] for found, wanted in ((self.efficiency, FACTORS), (self.idle_ms, CAUSES)))
+        if None in factors or None in idle:
+            raise ValueError(f"wanted {', '.join(FACTORS)}, and idle time of {', '.join(CAUSES)}, got less")
+        if not all(-1 < each < MOST_MS for each in (self.step_ms, self.t1_ms, self.tinf_ms, *factors, *idle)) or self.useful_ms <= 0:
+            raise ValueError("wanted times and efficiencies that can be")
+
+
+@dataclass
+class First:
+    """What a cell's first run tells. `loss`: of its last step; None if it is no number. `trace`: None where there are no tasks to watch."""
+
+    loss: float | None
+    sha256: str
+    tasks: int = field(metadata={"at_least": 0})
+    trace: Watched | None = None
 
 
 class CellFailed(RuntimeError):
@@ -54,7 +89,7 @@ class Turns:
                 os.kill(self._process.pid, signal.SIGINT)
             self._end(20.0)
 
-    def first(self, cell: Cell, steps: int) -> dict[str, Any]:
+    def first(self, cell: Cell, steps: int) -> First:
         """Run a cell for the first time; see `_Bench.first`. Raises CellFailed."""
         return self._ask("first", cell, steps)
 
@@ -123,7 +158,7 @@ class _Bench:
     def __init__(self):
         self._prepared: dict[tuple[str, bool], Prepared] = {}
 
-    def first(self, cell: Cell, steps: int) -> dict[str, Any]:
+    def first(self, cell: Cell, steps: int) -> First:
         """Run so many steps after warm-up from fresh parameters; return loss, parameters' hash, tasks, and efficiencies of those steps."""
         with self._opened(cell, record=RECORD) as scheduler:
             prepared = self._prepare(cell, scheduler)
@@ -134,12 +169,12 @@ class _Bench:
             traced = Traced(scheduler) if cell.scheduler != WHOLE_TENSOR else scheduler
             prepared.run(traced, WARM_UP + steps)
             loss = float(m.slots[(WARM_UP + steps - 1) % len(m.slots)].loss.array[0])
-            found = {"loss": loss, "sha256": m.parameters_sha256(), "tasks": len(prepared.graphs[0].tasks)}
+            found = First(loss if math.isfinite(loss) else None, m.parameters_sha256(), len(prepared.graphs[0].tasks))
             if traced is not scheduler:
                 numbers = analyse(traced.trace({}).without_first(WARM_UP))
                 path = numbers.pop("longest_path")
                 kept = {name: numbers[name] for name in ("step_ms", "efficiency", "idle_ms", "useful_ms", "steps")}
-                found["trace"] = kept | {"t1_ms": path["t1_ms"], "tinf_ms": path["tinf_ms"]}
+                found.trace = Watched(**kept, t1_ms=path["t1_ms"], tinf_ms=path["tinf_ms"])
             return found
 
     def timed(self, cell: Cell, steps: int) -> float:
