@@ -181,7 +181,10 @@ def leave(flags: argparse.Namespace, config: GraphConfig, cell: Cell, gain: str,
     first_line = f"# For {graph_file.name}. Tuned {made} Says what it changes of native."
     tuned.write(scheduler_file, tuned.scheduler_text(cell.settings, flags.workers, first_line))
     report.line("wrote", f"{graph_file}, {scheduler_file}")
-    report.line("remembered", str(tuned.remember(config, cell.workers, tiles, dict(cell.settings), made)))
+    try:
+        report.line("remembered", str(tuned.remember(config, cell.workers, tiles, dict(cell.settings), made)))
+    except (UserError, OSError) as error:  # the files above are what the time was spent for
+        report.line("remembered", f"nothing, so --tiles auto will not find it: {error}")
 
 
 def _listed(tiles: Tiles) -> str:

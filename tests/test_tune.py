@@ -1,7 +1,9 @@
 """Tuning: which tilings are tried, how races are decided, that the end is never worse than the beginning, and what is left behind."""
 
+import argparse
 import itertools
 import json
+import re
 import tomllib
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from taskgpt.lab import tuned
 from taskgpt.lab.cells import Cell
 from taskgpt.lab.named import make_config
 from taskgpt.lab.races import FASTER, MARGIN, SLOWER, Track, final_verdict, verdict
+from taskgpt.lab.report import Report
 from taskgpt.lab.tilings import KEYS, Forecast, Space
 from taskgpt.lab.turns import CellFailed
 from taskgpt.train import main as train
@@ -386,6 +389,24 @@ def test_the_program_from_tuning_to_training(tmp_path, capsys):
     assert train([*auto, "--batch-size", "2"]) == 2
     expected = "run: taskgpt tune --graph tiny:model.layers=1,batch.batch_size=2 --workers 1"
     assert capsys.readouterr().err.strip().endswith(expected)
+
+
+@pytest.mark.parametrize("trouble", ["no_home", "file_in_place_of_the_cache"])
+def test_files_are_left_where_the_cache_cannot_be_written(tmp_path, capsys, monkeypatch, trouble):
+    """What minutes of tuning found is in the files, a line says why `--tiles auto` will not find it, and that is told, too."""
+    if trouble == "no_home":
+        monkeypatch.setattr(platformdirs, "user_cache_dir", lambda *_, **__: "~/.cache/taskgpt")  # as platformdirs had it before 4.14
+        reason = "no cache folder: HOME is not set"
+    else:
+        (tmp_path / "cache").write_text("")
+        reason = "cannot write: Not a directory"
+    flags = argparse.Namespace(graph="tiny", output=str(tmp_path), workers=1, argv=[], json=None)
+    program.leave(flags, load_graph("tiny"), Cell("tiny", (), "native", (), 1), "none", Report(flags))
+    assert {"tiny-tuned.toml", "native-tuned.toml"} <= {path.name for path in tmp_path.iterdir()}
+    shown = capsys.readouterr().out
+    assert re.search(f"^remembered nothing, so --tiles auto will not find it: .*{reason}", shown, re.M)
+    assert train(["--graph", "tiny", "--workers", "1", "--tiles", "auto"]) == 2
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_ctrl_c_leaves_nothing(tmp_path, capsys, monkeypatch):

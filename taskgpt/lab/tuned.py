@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import platformdirs
-
 from taskgpt.config import GraphConfig, find_file, load_graph
 from taskgpt.errors import UserError
 from taskgpt.files import fill, parse_toml, read_json, read_text, read_toml
+from taskgpt.gpt2.datasets import user_cache
 from taskgpt.gpt2.model import Tiles
 from taskgpt.gpt2.tokens import cannot_write
 from taskgpt.lab import machine
@@ -158,4 +157,4 @@ def _key(config: GraphConfig, workers: int) -> dict[str, Any]:
 
 def _path(key: dict[str, Any]) -> Path:
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    return Path(platformdirs.user_cache_dir("taskgpt", appauthor=False), "tiles", f"{name}.json")
+    return user_cache() / "tiles" / f"{name}.json"
