@@ -33,6 +33,7 @@ from dask.utils_test import GetFunctionTestMixin, add, inc
 
 import taskgpt
 from taskgpt import get
+from taskgpt.schedulers import _dask_get
 from taskgpt.schedulers._dask_plan import POLICIES
 from taskgpt.tasks.dask_graph import nodes
 
@@ -209,13 +210,28 @@ class TestPolicies:
         assert ran(FAN, "p q", policy="longest_path_first") == "a b u p q"
         assert ran(self.CHAINS, "end", policy="longest_path_first") == "b1 a1 b2 a2 b3 end"
 
+    @staticmethod
+    def order_of(get, graph, keys, **options) -> list:
+        seen: list = []
+        with Callback(pretask=lambda key, *_: seen.append(key)):
+            get(graph, keys, **options)
+        return seen
+
     def test_dask_order(self):
-        """Exactly the order of dask.order."""
-        for seed in range(5):
-            seen: list = []
-            with Callback(pretask=lambda key, *_, seen=seen: seen.append(key)):
-                ONE(graph := random_graph(seed), list(graph), policy="dask_order")
-            assert seen == sorted(seen, key=dask.order.order(graph).get)
+        """On one worker exactly the order of Dask's own schedulers: what became ready last goes first, in dask.order's order."""
+        assert ran(FAN, "p q", policy="dask_order") == "a u q b p"
+        for seed in range(100):
+            draw = random.Random(seed)
+            graph = random_graph(seed, draw.randrange(2, 120))
+            keys = draw.sample(list(graph), draw.randrange(1, min(len(graph), 8) + 1))
+            assert self.order_of(ONE, graph, keys, policy="dask_order") == self.order_of(dask.get, graph, keys)
+
+    def test_dask_order_of_arrays(self):
+        x = da.random.random((60, 60), chunks=13)
+        for y in (x.sum(), (x - x.mean(0)).std(), x @ x.T, x.rechunk((5, 60)).cumsum(0)):
+            graph, keys = y.__dask_graph__(), y.__dask_keys__()
+            wanted = self.order_of(dask.threaded.get, graph, keys, num_workers=1)
+            assert self.order_of(ONE, graph, keys, policy="dask_order") == wanted
 
     def test_depth_first_frees(self):
         """A result whose last users are all ready is used up at once: r and s, needed only later, follow p. The heaviest key comes first.
@@ -368,7 +384,25 @@ class TestCallbacks:
         assert seen == ["given"]
 
 
+def fails_on(block):
+    raise LookupError("nothing there")
+
+
 class TestErrors:
+    @pytest.mark.parametrize("workers", [1, 2])
+    def test_short_traceback(self, workers):
+        """The traceback of a failing collection has no frame more than under Dask's own scheduler."""
+        array = da.ones(10, chunks=5).map_blocks(fails_on, dtype=float, meta=da.ones(1)._meta).sum()
+
+        def frames(scheduler) -> list[tuple]:
+            with pytest.raises(LookupError) as caught:
+                array.compute(scheduler=scheduler, num_workers=workers)
+            return [(frame.filename, frame.name) for frame in traceback.extract_tb(caught.value.__traceback__)]
+
+        assert frames(get) == frames("threads")
+        with dask.config.set({"admin.traceback.shorten": []}):
+            assert any("_dask_get.py" in filename for filename, _ in frames(get))
+
     @pytest.mark.parametrize("workers", [1, 3])
     def test_traceback(self, workers):
         """The error is the one that was raised, and its traceback leads to the line that did; nothing of Dask's between."""
@@ -376,7 +410,7 @@ class TestErrors:
             get({("x", i): (inc, i) for i in range(9)} | {"y": (fails, ("x", 8))}, "y", num_workers=workers)
         frames = traceback.extract_tb(caught.value.__traceback__)
         assert frames[-1].name == "fails"
-        assert not any(os.sep + "dask" + os.sep in frame.filename for frame in frames)
+        assert not any(frame.filename.startswith(os.path.dirname(dask.__file__)) for frame in frames)
 
     def test_first_error_ends_the_run(self):
         """No task starts after it, and those that run are waited for."""
@@ -558,11 +592,13 @@ class TestThreads:
         graph = {("x", i): (lambda *_: threading.get_ident(), *([("x", i - 1)] if i else [])) for i in range(30)}
         assert set(get(graph, list(graph), num_workers=8)) == {threading.get_ident()}
 
-    def test_as_many_as_workers(self):
-        """num_workers tasks run at a time, where so many are ready, and no more; from the call or from Dask's settings."""
+    def test_as_many_as_workers(self, monkeypatch):
+        """num_workers tasks run at a time, where so many are ready, and no more; from the call, Dask's settings, or the usable cores."""
         barrier = threading.Barrier(3)
         graph = {("x", i): (lambda i: (barrier.wait(PATIENCE) and None) or threading.get_ident(), i) for i in range(30)}
         assert len(set(get(graph, list(graph), num_workers=3))) == 3
+        monkeypatch.setattr(_dask_get, "usable_cores", lambda: 3)
+        assert len(set(get(graph, list(graph)))) == 3
         with dask.config.set(num_workers=3):
             assert len(set(get(graph, list(graph)))) == 3
 
@@ -665,6 +701,11 @@ class TestInterrupt:
         with pytest.raises(KeyboardInterrupt):
             get(graph, list(graph), **options)
 
+    def end_of_workers(self) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while workers_alive() and time.monotonic() < deadline:
+            time.sleep(0.01)
+
     def test_in_a_task(self):
         """While the calling thread runs a task: that is interrupted, and no other starts."""
         log: list[int] = []
@@ -673,7 +714,7 @@ class TestInterrupt:
         assert log == []
 
     def test_while_others_run(self):
-        """While the calling thread has nothing to do: the task that runs is waited for, and no other starts."""
+        """While the calling thread has nothing to do: where it is asked for, the task that runs is waited for, and no other starts."""
         log: list[str] = []
         both = threading.Barrier(2)
 
@@ -686,14 +727,48 @@ class TestInterrupt:
                 log.append("done")
 
         graph = {"x": (task,), "y": (task,), "z": (lambda *_: log.append("started"), "x", "y")}
-        self.stopped(graph, num_workers=2)
+        self.stopped(graph, num_workers=2, finish_running=True)
         assert log == ["done"]
+        with dask.config.set({"taskgpt.finish-running": True}):
+            self.stopped(graph, num_workers=2)
+        assert log == ["done"] * 2
+
+    @pytest.mark.parametrize("where", ["pool", "idle caller", "working caller"])
+    def test_at_once(self, where):
+        """The tasks that run in other threads are not waited for; no other starts, and no callback is called any more."""
+        all_run, may_end, interrupts = threading.Barrier(3), threading.Event(), threading.Lock()
+        log, calls = [], []
+
+        def task():
+            all_run.wait(PATIENCE)
+            if threading.current_thread() is threading.main_thread():
+                if where == "working caller":
+                    interrupt()
+                    time.sleep(PATIENCE)
+                return
+            if where != "working caller" and interrupts.acquire(blocking=False):
+                time.sleep(0.05)  # the main thread sleeps now
+                interrupt()
+            assert may_end.wait(PATIENCE)
+            log.append("ended")
+
+        graph = dict.fromkeys("abc", (task,)) | {"after": (lambda *_: log.append("started"), "a", "b", "c")}
+        with contextlib.ExitStack() as stack:
+            pool = stack.enter_context(ThreadPoolExecutor(3)) if where == "pool" else None
+            stack.callback(may_end.set)
+            stack.enter_context(Callback(posttask=lambda key, *_: calls.append(key), finish=lambda *_: calls.append("finish")))
+            self.stopped(graph, num_workers=3, pool=pool)
+            assert log == []
+        self.end_of_workers()
+        assert log == ["ended"] * (3 if where == "pool" else 2)
+        assert calls[-1] == "finish"
 
     def test_between_tasks(self):
         """While many short tasks run, wherever it comes."""
         graph = {("x", i): (inc, i) for i in range(20_000)} | {("y", i): (inc, ("x", i)) for i in range(20_000)}
         for moment in (100, 5_000, 15_000):
             self.stopped(graph | {("x", moment): (lambda: interrupt() or 0,)}, num_workers=2)
+            self.end_of_workers()
 
     def test_in_a_run_inside(self):
         """All runs, around and inside, are stopped."""
@@ -710,6 +785,7 @@ class TestInterrupt:
             interrupt()
 
         self.stopped({("outer", i): (run_inner, i) for i in range(2)} | {"interrupt": (interrupt_then,)}, num_workers=3)
+        self.end_of_workers()
         assert len(log) < 1000
 
     def test_second(self):
@@ -727,9 +803,7 @@ class TestInterrupt:
             interrupt()
             time.sleep(PATIENCE)
 
-        self.stopped({"a": (interrupted,), "b": (lasts,)}, num_workers=2)
+        self.stopped({"a": (interrupted,), "b": (lasts,)}, num_workers=2, finish_running=True)
         assert workers_alive()
         over.set()
-        deadline = time.monotonic() + PATIENCE
-        while workers_alive() and time.monotonic() < deadline:
-            time.sleep(0.01)  # an interrupted Thread.join takes the thread for dead, so that another would not wait
+        self.end_of_workers()  # an interrupted Thread.join takes the thread for dead, so that another would not wait

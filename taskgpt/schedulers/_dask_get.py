@@ -20,12 +20,17 @@ from typing import Any
 import dask.config
 from dask.callbacks import Callback, local_callbacks, unpack_callbacks
 from dask.core import flatten
-from dask.system import CPU_COUNT
 
 from taskgpt.schedulers._dask_plan import POLICIES, Plan
+from taskgpt.schedulers._prepare import usable_cores
 from taskgpt.tasks import dask_graph
 
 _thread = local()  # .run: whose task this thread is running
+
+# Dask leaves the frames of its own files out of the traceback of a failing task, unless its user said otherwise. These files, too.
+if _shortened := dask.config.get("admin.traceback.shorten", None):
+    _ours = r"taskgpt[\\\/](schedulers[\\\/]_dask_get|tasks[\\\/]dask_graph)\.py"
+    dask.config.update_defaults({"admin": {"traceback": {"shorten": [*_shortened, _ours]}}})
 
 
 def get(
@@ -38,6 +43,7 @@ def get(
     cache: MutableMapping | None = None,
     callbacks: Sequence[tuple] | None = None,
     rerun_exceptions_locally: bool | None = None,
+    finish_running: bool | None = None,
     **_others: Any,
 ) -> Any:
     """Return the results of `keys`, a key or nested lists of keys (which give nested tuples), of any Dask graph.
@@ -48,14 +54,18 @@ def get(
     `policy` is one of POLICIES, in _dask_plan.py: what runs first. Priorities from `dask.annotate(priority=...)`, higher first, win over
     it. The default, depth_first, needs less memory than dask.order, half as much on the mean of 45 graphs, and a fraction of its time.
 
-    `num_workers` defaults to Dask's setting of that name, then to the number of cores; the calling thread is one of them. With `pool`, or a
-    pool of threads in Dask's setting of that name, the workers are its threads, and the calling thread only if it is one of them. `cache`
-    holds results that are there already, and takes new ones. `callbacks` and `rerun_exceptions_locally` are those of dask.local; but each
-    worker calls the callbacks of the task that it runs, one worker at a time. Keywords of other schedulers are ignored.
+    `num_workers` defaults to Dask's setting of that name, then to the cores that this process may use; the calling thread is one of them.
+    With `pool`, or a pool of threads in Dask's setting of that name, the workers are its threads, and the calling thread only if it is one
+    of them. `cache` holds results that are there already, and takes new ones. `callbacks` and `rerun_exceptions_locally` are those of
+    dask.local; but each worker calls the callbacks of the task that it runs, one at a time. Keywords of other schedulers are ignored.
 
-    The first exception ends the run and those inside it: no further task starts, those that run are waited for, then it is raised. So does
-    Ctrl-C; a second one does not wait. Raises KeyError for a key that the graph has not, ValueError for one that is missing for a task, for
-    an unknown policy and for less than one worker, RuntimeError for a cycle, TypeError for a `pool` that is none of threads.
+    The first exception ends the run and those inside it: no further task starts, those that run are waited for, then it is raised. Ctrl-C
+    ends them as well, and is raised at once, as by dask.threaded: what runs in other threads goes on to its end. Where that would go on
+    writing to memory that the caller wants to use, `finish_running=True`, or Dask's setting `taskgpt.finish-running`, waits for it, too,
+    until a second Ctrl-C.
+
+    Raises KeyError for a key that the graph has not, ValueError for one that is missing for a task, for an unknown policy and for less than
+    one worker, RuntimeError for a cycle, TypeError for a `pool` that is none of threads.
     """
     if policy not in POLICIES:
         raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
@@ -63,12 +73,14 @@ def get(
         pool = None  # a setting for another scheduler
     if pool is not None and not _has_threads(pool):
         raise TypeError(f"pool must be a ThreadPoolExecutor or a multiprocessing.pool.ThreadPool, got {type(pool).__name__}")
-    workers = _size(pool) if pool else num_workers or dask.config.get("num_workers", None) or CPU_COUNT
+    workers = _size(pool) if pool else num_workers or dask.config.get("num_workers", None) or usable_cores()
     if workers < 1:
         raise ValueError(f"num_workers must be at least 1, got {workers}")
     if cache is None:
         cache = dask.config.get("cache", None)
     results = {} if cache is None else cache
+    if finish_running is None:
+        finish_running = dask.config.get("taskgpt.finish-running", False)
     nodes = dask_graph.nodes(dsk)
     # Without callbacks there is nothing to hide from the runs inside this one, and other threads may be about to set some.
     with local_callbacks(callbacks) if callbacks is not None or Callback.active else nullcontext(()) as callbacks:
@@ -83,7 +95,7 @@ def get(
             results.update(dask_graph.constants(nodes))
             plan = Plan(nodes, results, list(flatten([keys])))
             plan.rank_by(policy, dask_graph.find_priorities(dsk, nodes))
-            run = _Run(plan, results, workers, pool)
+            run = _Run(plan, results, workers, pool, finish_running)
             if callbacks:
                 run.watch = _Watch(callbacks, plan, results, state)
             if plan.order:
@@ -114,7 +126,7 @@ def _has_threads(pool: Any) -> bool:
 
 
 def _size(pool: Any) -> int:
-    return pool._processes if isinstance(pool, multiprocessing.pool.ThreadPool) else getattr(pool, "_max_workers", CPU_COUNT)
+    return pool._processes if isinstance(pool, multiprocessing.pool.ThreadPool) else getattr(pool, "_max_workers", None) or usable_cores()
 
 
 # Runs -----------------------------------------------------------------------------------------------------------------------------------
@@ -126,11 +138,14 @@ class _Run:
     Attributes: error, the first exception, or None; failed, the task that raised it, or None; watch, which sees every task, or None.
     """
 
-    def __init__(self, plan: Plan, results: MutableMapping[Hashable, Any], workers: int, pool: Any):
+    def __init__(self, plan: Plan, results: MutableMapping[Hashable, Any], workers: int, pool: Any, finishes_running: bool):
         self.plan, self.results, self.pool = plan, results, pool
         self.error: BaseException | None = None
         self.failed: int | None = None
         self.watch: _Watch | None = None
+        self._finishes_running = finishes_running
+        self._caller = get_ident()
+        self._is_abandoned = False  # the caller has left, and tasks still run
         self._context = copy_context()
         self._outer: _Run | None = getattr(_thread, "run", None)
         self._inner: set[_Run] = set()
@@ -144,7 +159,7 @@ class _Run:
         self._ticks = 0
         self._idle: list[Any] = []  # a lock for each worker that sleeps on it
         self._working: set[int] = set()  # threads
-        self._is_over = False
+        self._is_over = self._is_stopped = False
         self._ended = Lock()
         self._ended.acquire()
         for task in plan.order if plan.step >= 0 else reversed(plan.order):
@@ -152,7 +167,7 @@ class _Run:
                 self._push(task)
 
     def execute(self) -> None:
-        """Run all tasks; return when no worker is left. Leaves the first exception in `error`."""
+        """Run all tasks; return when no worker is left, or at Ctrl-C. Leaves the first exception in `error`."""
         try:
             if self._outer is not None:
                 self._outer._add_inner(self)
@@ -163,21 +178,27 @@ class _Run:
                 self._start_helper()
             self._wait()
         except BaseException as error:  # Ctrl-C, wherever it came
-            if self.error is not None:
+            if self._is_stopped:
                 raise
-            self.stop(error)
+            self._interrupt(error)
             self._wait()
         finally:
             if self._outer is not None:
                 self._outer._inner.discard(self)
+
+    def _interrupt(self, error: BaseException, task: int | None = None) -> None:
+        """Stop for what was raised in the caller's thread."""
+        self._is_abandoned = isinstance(error, KeyboardInterrupt) and not self._finishes_running
+        self.stop(error, task)
 
     def stop(self, error: BaseException, task: int | None = None) -> None:
         """Let no further task start, here and in the runs inside this one."""
         with suppress(RuntimeError):
             self._lock.release()  # if an interrupt came just after it was taken
         with self._lock:
-            if self.error is None:
+            if not self._is_stopped:
                 self.error, self.failed = error, task
+            self._is_stopped = True
             self._end()
             inner = list(self._inner)
         for run in inner:
@@ -185,7 +206,7 @@ class _Run:
 
     def _add_inner(self, run: "_Run") -> None:
         with self._lock:
-            if self.error is not None:
+            if self._is_stopped:
                 raise CancelledError("the run around this one was stopped")
             self._inner.add(run)
 
@@ -195,7 +216,9 @@ class _Run:
             self._idle.pop().release()
 
     def _wait(self) -> None:
-        """Return when nobody works any more."""
+        """Return when nobody works any more, or at once after Ctrl-C."""
+        if self._is_abandoned:
+            return
         for thread in self._threads:
             with suppress(RuntimeError):  # an interrupt came while it was being started: it ends at once
                 thread.join()
@@ -232,10 +255,10 @@ class _Run:
                 if watch is not None:
                     watch.before(task)
                 results[keys[task]] = evaluate(nodes[task], results)
-                if watch is not None:
+                if watch is not None and not self._is_abandoned:
                     watch.after(task)
         except BaseException as error:
-            self.stop(error, task)
+            (self._interrupt if get_ident() == self._caller else self.stop)(error, task)
         finally:
             _thread.run = outer
             with self._lock:

@@ -4,7 +4,7 @@
     oldest_first         the task that became ready first: breadth first, fair
     newest_first         the task that became ready last
     longest_path_first   the task with the most tasks on a path behind it
-    dask_order           the order that dask.order finds
+    dask_order           what Dask's own schedulers do: of the tasks that became ready last, together, the first by dask.order
 
 Among equals the order of depth_first counts. A user's priorities win over any policy.
 
@@ -155,7 +155,7 @@ class Plan:
         self.ranks = [0] * len(self.nodes)
         for rank, task in enumerate(self.order):
             self.ranks[task] = rank
-        self.step = {"oldest_first": 1, "newest_first": -1}.get(policy, 0)
+        self.step = {"oldest_first": 1, "newest_first": -1, "dask_order": -1}.get(policy, 0)
         if self.step:
             for users in self.users:
                 users.sort(key=self.ranks.__getitem__, reverse=self.step < 0)
