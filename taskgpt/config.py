@@ -14,9 +14,11 @@ from typing import Any
 
 from taskgpt.errors import UserError, did_you_mean, shorten
 from taskgpt.files import as_written, fill, parse_toml, read_toml
-from taskgpt.gpt2.model import Batch, Model, Options, Tiles
+from taskgpt.gpt2.model import GPT2, Batch, Model, Options, Tiles
 
 _PACKAGE = Path(__file__).resolve().parent
+MOST_TASKS = 10**6  # of a graph: recorded, they take 15 GB, and half an hour
+_MOST_BYTES = 2**60  # of its tensors: no machine has them, and sizes still fit into 64 bits
 _ADDRESS = re.compile(r"[a-z]+://.*|[^/]*:\d+")  # tcp://10.0.0.1:8786, localhost:8786, [::1]:8786
 
 
@@ -66,10 +68,29 @@ def load_graph(name: str, overrides: dict[str, Any] | None = None, model: Model 
     config = GraphConfig(path.stem, **filled)
     longest, T = config.model.max_seq_len, config.batch.seq_len
     if longest < T:
+        do = f"choose --seq-len {longest} or less"
+        raise UserError(f"{path.name}: batch.seq_len: the model has {longest} positions, got sequences of {T} tokens; {do}")
+    if (needed := GPT2.bytes_needed(config.model, config.batch, config.tiles, config.options)) > _MOST_BYTES:
+        raise UserError(f"{path.name}: needs {needed / 2**60:,.0f} EiB of memory; choose a smaller model or batch")
+    if (tasks := _tasks(config)) > MOST_TASKS:
         raise UserError(
-            f"batch.seq_len: the model has {longest} positions, got sequences of {T} tokens; choose --seq-len {longest} or less"
+            f"{path.name}: about {tasks:,} tasks a step, wanted at most {MOST_TASKS:,}; choose larger tiles, a smaller model or batch"
         )
     return config
+
+
+def _tasks(config: GraphConfig) -> int:
+    """Return how many tasks a step has, to a third: forward, backward and updates."""
+    model, batch, tiles = config.model, config.batch, config.tiles
+
+    def parts(extent: int, size: int) -> int:
+        return -(-extent // size)
+
+    rows, pointwise = parts(batch.rows, tiles.rows), parts(batch.rows, tiles.pointwise_rows)
+    columns = sum(parts(wide * model.channels, tiles.columns) for wide in (3, 1, 4, 1))
+    attention = batch.batch_size * parts(model.heads, tiles.heads)
+    head = rows * parts(model.padded_vocabulary, tiles.vocabulary)
+    return model.layers * (columns * (2 * rows + 1) + 2 * attention + 6 * pointwise) + 3 * head
 
 
 def load_scheduler(name: str, overrides: dict[str, Any] | None = None) -> SchedulerConfig:

@@ -20,18 +20,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from taskgpt.errors import run_program
+from taskgpt.errors import UserError, run_program
 from taskgpt.lab import validation
 from taskgpt.lab.cells import Cell, product_of
 from taskgpt.lab.formats import save, verify_can_write
 from taskgpt.lab.machine_file import Machine
 from taskgpt.lab.named import listed, named_config, worker_counts
-from taskgpt.lab.report import Report, at_least
+from taskgpt.lab.report import Report, in_range
 from taskgpt.lab.simulated import Clocked, Costs, simulated
 from taskgpt.lab.task_costs import Times, traffic
 from taskgpt.lab.trace import RECORD, Traced
 from taskgpt.tasks import Graph
 
+MOST_RECORDS = 10**8  # of a simulation, 56 bytes each
 COLUMNS = {
     "graph": ("graph", ""),
     "scheduler": ("scheduler", ""),
@@ -77,8 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def simulate(flags: argparse.Namespace) -> int:
     """Print a line for each graph, scheduler and number of workers. Raises UserError or OSError."""
-    at_least("--steps", flags.steps, 3)
-    at_least("--rounds", flags.rounds)
+    in_range("--steps", flags.steps, 3)
+    in_range("--rounds", flags.rounds)
+    in_range("--t1", flags.t1, 1e-3, 1e9)
     settings = flags.set + ([f"policy={','.join(listed(flags.policy))}"] if flags.policy else [])
     cells = product_of(listed(flags.graph), flags.tiles, listed(flags.schedulers), worker_counts(flags.workers), settings)
     if flags.trace is not None:
@@ -98,6 +100,9 @@ def simulate(flags: argparse.Namespace) -> int:
         scale = times.sgemm_gflops / machine.sgemm_gflops
     for word in dict.fromkeys(cell.graph_word for cell in cells):
         graph, alone = times.of(word)
+        if len(graph.tasks) * flags.steps > MOST_RECORDS:
+            most = MOST_RECORDS // len(graph.tasks)
+            raise UserError(f"--steps {flags.steps}: {len(graph.tasks):,} tasks each are too many to keep; choose --steps {most} or less")
         if flags.t1 and not costs:
             scale = flags.t1 / 1e3 / alone.sum()
         seconds = alone * scale

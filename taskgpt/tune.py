@@ -28,7 +28,7 @@ from taskgpt.lab import machine, tuned
 from taskgpt.lab.cells import Cell
 from taskgpt.lab.named import make_config, named_config, split_changes
 from taskgpt.lab.races import FASTER, FINAL_ROUNDS, Race, Search, Track, changes_of
-from taskgpt.lab.report import Report, at_least, median_interval, progress, seconds_in
+from taskgpt.lab.report import Report, in_range, median_interval, progress, seconds_in
 from taskgpt.lab.tilings import KEYS, Forecast, Space
 from taskgpt.lab.turns import CellFailed, Turns
 from taskgpt.schedulers._ready import POLICIES
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def tune(flags: argparse.Namespace) -> int:
     """Search, print what was found, write it. Raises UserError or OSError."""
     begin, budget_s, cores = time.monotonic(), seconds_in("--budget", flags.budget), machine.usable_cores()
-    at_least("--workers", flags.workers)
+    in_range("--workers", flags.workers)
     if flags.workers is not None and flags.workers > cores:
         raise UserError(f"--workers {flags.workers}: this machine has {cores} cores to measure on; choose --workers {cores} or fewer")
     config, workers = make_config(flags.graph), flags.workers or cores

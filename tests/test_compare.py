@@ -332,7 +332,7 @@ def test_tables_stand_as_text_markdown_and_html():
 
 def test_the_program(tmp_path, capsys):
     """Rounds, a cell that cannot run beside those that can, every file; then it goes on where it was."""
-    large = "tiny:model.layers=1000000,model.channels=1024"
+    large = "tiny:model.channels=1048576,tiles.columns=1048576"
     argv = ["--graph", "tiny", large, "--schedulers", "sequential,native", "--workers", "2", "--turn", "0.01s", "--output", str(tmp_path)]
     assert compare([*argv, "--budget", "90s", "--precision", "0.9"]) == 0
     printed = capsys.readouterr()

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from taskgpt import config as config_module
 from taskgpt.config import available, find_file, load_graph, load_scheduler, parse_settings
 from taskgpt.errors import UserError, shorten
-from taskgpt.lab.named import named_config
+from taskgpt.files import as_written
+from taskgpt.gpt2.program import training_graph
+from taskgpt.lab.named import make, named_config
 
 
 @pytest.mark.parametrize(
@@ -141,6 +144,44 @@ def test_sequential_takes_one_worker():
     for workers in (0, 3):
         with pytest.raises(UserError, match=f"sequential has one worker, got --workers {workers}; choose another scheduler"):
             load_scheduler("sequential", {"workers": workers})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("model.layers", 10**9, "tasks a step, wanted at most 1,000,000; choose larger tiles, a smaller model or batch"),
+        ("tiles.rows", 2**31, "tiles.rows: wanted at most 2,147,483,647, got 2147483648"),
+        ("batch.batch_size", 2**63, "batch.batch_size: wanted at most 2,147,483,647"),
+        ("batch.batch_size", 2**31 - 1, "tasks a step"),
+        ("model.vocabulary", 10**5000, "model.vocabulary: wanted at most 2,147,483,647, got a huge int"),
+        ("model.channels", 2**31 - 4, "EiB of memory; choose a smaller model or batch"),
+        ("model.padded_vocabulary", -1, "model.padded_vocabulary: wanted at least 0"),
+        ("tiles.rows", float("nan"), "tiles.rows: wanted int, got nan"),
+        ("tiles.rows", "x" * 10**6, "tiles.rows: wanted int, got 'xxx"),
+        ("options.kernels", "\x1b[31m", r"options.kernels: wanted one of 'fused', 'separate', got '\x1b[31m'"),
+    ],
+    ids=lambda value: as_written(value)[:30],
+)
+def test_what_no_machine_can_run_is_refused(key, value, message):
+    """Rather than recorded for hours, or overflowing; in a line of readable length."""
+    with pytest.raises(UserError) as told:
+        load_graph("tiny", {key: value})
+    assert message in str(told.value)
+    assert len(str(told.value)) < 400
+
+
+@pytest.mark.parametrize("name", [name for name in available("scheduler_configs") if not name.startswith("sequential")])
+def test_no_scheduler_takes_more_workers_than_any_machine_has(name):
+    """A thread for each of a thousand million would be a hang."""
+    with pytest.raises(UserError, match=r"workers: wanted at most 4,096, got 1000000000"):
+        load_scheduler(name, {"workers": 10**9})
+
+
+@pytest.mark.parametrize("name", ["tiny", "gpt2-124m", "gpt2-124m-llmc"])
+def test_the_number_of_tasks_is_known_before_they_are_recorded(name):
+    """Nearly: what is refused is far beyond."""
+    graph = training_graph(make(name))
+    assert config_module._tasks(load_graph(name)) == pytest.approx(len(graph.tasks), rel=0.4)
 
 
 def test_every_file_that_comes_along_is_right():

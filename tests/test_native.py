@@ -330,7 +330,7 @@ class TestCalls:
     @pytest.mark.parametrize("setting", [{"workers": 5000}, {"spins": 10**20}, {"record": 10**11}])
     def test_settings_out_of_reach(self, setting):
         [(name, value)] = setting.items()
-        with pytest.raises(UserError, match=f"{name} may be .* at most, got {value}; take a smaller number"):
+        with pytest.raises(UserError, match=f"{name}: wanted at most .*, got {value}"):
             opened(**setting)
 
     def test_needs_compiled_code(self, monkeypatch):

@@ -12,11 +12,12 @@ import numpy as np
 
 from taskgpt.tasks import Arena, TensorSpec
 
+MOST = 2**31 - 1  # of any size: what the integers of llm.c's file headers hold
 MATRICES = ("wte", "wpe", "qkvw", "attprojw", "fcw", "fcprojw")  # what weight decay is for; the rest are biases and LayerNorm
 
 
 def _at_least(n: int):
-    return field(metadata={"at_least": n})
+    return field(metadata={"at_least": n, "at_most": MOST})
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Model:
     channels: int = _at_least(1)
     vocabulary: int = _at_least(1)
     max_seq_len: int = _at_least(1)
-    padded_vocabulary: int = 0  # 0: the next multiple of 128
+    padded_vocabulary: int = field(default=0, metadata={"at_least": 0, "at_most": MOST})  # 0: the next multiple of 128
 
     def __post_init__(self):
         if self.heads >= 1 and self.channels % self.heads:
@@ -90,7 +91,7 @@ class Tiles:
     pointwise_rows: int = _at_least(1)  # rows in embedding, LayerNorm, GELU, residual and classifier
     heads: int = _at_least(1)  # heads in an attention task
     vocabulary: int = _at_least(1)  # vocabulary entries in a task of the language-model head
-    logits_rows: int = field(default=0, metadata={"at_least": 0})  # rows whose logits are held at a time; 0: all
+    logits_rows: int = field(default=0, metadata={"at_least": 0, "at_most": MOST})  # rows whose logits are held at a time; 0: all
 
 
 _WAYS = {"default": "fused", "metadata": {"choices": ("fused", "separate")}}

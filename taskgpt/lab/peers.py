@@ -13,7 +13,7 @@ import numpy as np
 from taskgpt.gpt2.model import GPT2
 from taskgpt.lab import machine
 from taskgpt.lab.named import Prepared, named_scheduler, prepare
-from taskgpt.lab.report import Report, at_least, quartiles, seconds_of
+from taskgpt.lab.report import Report, in_range, quartiles, seconds_of
 from taskgpt.schedulers import Scheduler
 
 # Each has a file peer_NAME.py with two functions: peers(m, workers) yields its ways to train, multiply(a, weight, workers) is its product.
@@ -50,7 +50,7 @@ class Peer:
 
 def peers(flags: argparse.Namespace) -> None:
     """Time training steps of everybody who is installed, in turns."""
-    at_least("--rounds", flags.rounds)
+    in_range("--rounds", flags.rounds)
     report = Report(flags)
     with named_scheduler(flags.scheduler, flags.workers) as scheduler:
         prepared = prepare(flags.graph, scheduler.needs_shared_memory)

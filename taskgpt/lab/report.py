@@ -17,9 +17,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from taskgpt.errors import UserError
+from taskgpt.errors import UserError, shorten
+from taskgpt.files import as_written
 from taskgpt.lab import layout, machine
 
+MOST_SECONDS = 1e8  # three years
 LEAST_TURNS = 6  # with fewer, no interval of the median holds 95 %
 NOT_YET = "not known yet"
 
@@ -142,15 +144,17 @@ def seconds_in(flag: str, text: str) -> float:
         seconds = float(number) * units[unit]
     except ValueError:
         seconds = -1.0
-    if not 0 < seconds < math.inf:
-        raise UserError(f"{flag} {text}: wanted a time, for example 90s, 20m or 1.5h")
+    if not 0 < seconds <= MOST_SECONDS:
+        raise UserError(f"{flag} {shorten(text)}: wanted a time, for example 90s, 20m or 1.5h")
     return seconds
 
 
-def at_least(flag: str, number: int | None, smallest: int = 1) -> None:
-    """Raise UserError for a number below the smallest that makes sense; None passes."""
-    if number is not None and number < smallest:
-        raise UserError(f"{flag}: wanted at least {smallest}, got {number}; choose {flag} {smallest} or more")
+def in_range(flag: str, number: float | None, smallest: float = 1, largest: float = 10**6) -> None:
+    """Raise UserError for a number below the smallest that makes sense, or above the largest that comes to an end; None passes."""
+    if number is None or smallest <= number <= largest:
+        return
+    bound, limit, do = ("at most", largest, "less") if number > largest else ("at least", smallest, "more")  # NaN wants to be more
+    raise UserError(f"{flag}: wanted {bound} {limit:,}, got {as_written(number)}; choose {flag} {limit} or {do}")
 
 
 def seconds_of(run: Callable[[], object]) -> float:

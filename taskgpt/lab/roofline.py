@@ -13,8 +13,8 @@ from statistics import median
 
 from taskgpt.gpt2.program import training_graph
 from taskgpt.lab import machine
-from taskgpt.lab.named import make
-from taskgpt.lab.report import Report, at_least, quartiles
+from taskgpt.lab.named import MOST_WORKERS, make
+from taskgpt.lab.report import Report, in_range, quartiles
 from taskgpt.tasks import Call, Graph
 
 UPDATE_BYTES = 24  # a parameter and its two moments, float32, each read and written once by AdamW
@@ -98,8 +98,8 @@ class Limits:
 
 def roofline(flags: argparse.Namespace) -> None:
     """Measure the products of each graph and the memory's streams; print the floors of a step."""
-    at_least("--rounds", flags.rounds)
-    at_least("--workers", flags.workers)
+    in_range("--rounds", flags.rounds)
+    in_range("--workers", flags.workers, largest=MOST_WORKERS)
     report = Report(flags)
     teams = team_sizes(flags.workers or machine.usable_cores())
     shapes = {name: make(name) for name in flags.graphs}

@@ -11,7 +11,7 @@ from pathlib import Path
 from taskgpt.lab import machine
 from taskgpt.lab.formats import save, verify_can_write
 from taskgpt.lab.named import Prepared, named_scheduler, prepare
-from taskgpt.lab.report import Report, at_least, quartiles, seconds_of
+from taskgpt.lab.report import Report, in_range, quartiles, seconds_of
 from taskgpt.lab.roofline import Limits, gemm_flops, products
 from taskgpt.lab.trace import RECORD, Traced
 from taskgpt.schedulers import Scheduler
@@ -46,8 +46,8 @@ class Contestant:
 
 def step(flags: argparse.Namespace) -> None:
     """Time training steps of every graph under every scheduler, in turns of a few steps."""
-    at_least("--rounds", flags.rounds)
-    at_least("--steps", flags.steps)
+    in_range("--rounds", flags.rounds)
+    in_range("--steps", flags.steps)
     report = Report(flags)
     needs_shared = any(named_scheduler(name, flags.workers).needs_shared_memory for name in flags.schedulers)
     kept = {}

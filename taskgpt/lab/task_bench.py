@@ -17,11 +17,11 @@ from statistics import median
 import numba
 import numpy as np
 
-from taskgpt.config import available
+from taskgpt.config import MOST_TASKS, available
 from taskgpt.errors import UserError, did_you_mean
 from taskgpt.lab import machine
-from taskgpt.lab.named import named_scheduler, split_changes
-from taskgpt.lab.report import Report, at_least, quartiles, seconds_of
+from taskgpt.lab.named import MOST_WORKERS, named_scheduler, split_changes
+from taskgpt.lab.report import Report, in_range, quartiles, seconds_of
 from taskgpt.tasks import Arena, Call, Graph, In, Out, Task, TensorSpec, compile_kernels, kernel
 
 PATTERNS = ("trivial", "chains", "stencil_1d", "fft", "nearest", "random", "tree")
@@ -202,11 +202,14 @@ def metg(flags: argparse.Namespace) -> None:
 
 def measure(flags: argparse.Namespace, heading: str, measurement: Callable[[Case], Callable[[], float | None]]) -> None:
     """Take `measurement(case)()`, in seconds, of all patterns and systems in turns, round after round; print the table."""
-    for flag in ("workers", "width", "steps", "rounds"):
-        at_least(f"--{flag}", getattr(flags, flag))
+    for flag in ("width", "steps", "rounds"):
+        in_range(f"--{flag}", getattr(flags, flag))
+    in_range("--workers", flags.workers, largest=MOST_WORKERS)
     report = Report(flags)
     workers = flags.workers or machine.usable_cores()
     width = flags.width or workers
+    if width * flags.steps > MOST_TASKS:
+        raise UserError(f"--steps {flags.steps} of --width {width}: wanted at most {MOST_TASKS:,} tasks; choose fewer steps")
     with ExitStack() as stack:
         makers = {system: stack.enter_context(opened(system, workers)) for system in dict.fromkeys(flags.systems)}
         cases = []

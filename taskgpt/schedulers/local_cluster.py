@@ -45,11 +45,11 @@ _CONFIG = {
 class Settings:
     """The keys of scheduler_configs/local-cluster.toml."""
 
-    workers: int = field(metadata={"at_least": 0})
+    workers: int = field(metadata={"at_least": 0, "at_most": 4096})
     processes: bool
     coarsen: int = field(metadata={"at_least": 0})
-    dashboard: int = field(metadata={"at_least": -1})
-    record: int = field(metadata={"at_least": 0})
+    dashboard: int = field(metadata={"at_least": -1, "at_most": 65535})
+    record: int = field(metadata={"at_least": 0, "at_most": 10**8})
 
 
 class Scheduler(InTurn):

@@ -27,11 +27,11 @@ from taskgpt.tasks import Graph, Task, one_blas_thread
 class Settings:
     """The keys of scheduler_configs/loops.toml."""
 
-    workers: int = field(metadata={"at_least": 0})
+    workers: int = field(metadata={"at_least": 0, "at_most": 4096})
     chunks: str = field(metadata={"choices": ("static", "dynamic")})
     chunk_size: int = field(metadata={"at_least": 1})
     coverage: str
-    record: int = field(metadata={"at_least": 0})
+    record: int = field(metadata={"at_least": 0, "at_most": 10**8})
 
 
 class Scheduler(InTurn):

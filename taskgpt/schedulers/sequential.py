@@ -13,7 +13,7 @@ class Settings:
     """The keys of scheduler_configs/sequential.toml."""
 
     workers: int
-    record: int = field(metadata={"at_least": 0})
+    record: int = field(metadata={"at_least": 0, "at_most": 10**8})
 
     def __post_init__(self):
         if self.workers != 1:

@@ -19,9 +19,9 @@ from taskgpt.tasks import Graph, Task, coarsen, one_blas_thread
 class Settings:
     """The keys of scheduler_configs/threads.toml."""
 
-    workers: int = field(metadata={"at_least": 0})
+    workers: int = field(metadata={"at_least": 0, "at_most": 4096})
     coarsen: int = field(metadata={"at_least": 0})
-    record: int = field(metadata={"at_least": 0})
+    record: int = field(metadata={"at_least": 0, "at_most": 10**8})
 
 
 class Scheduler(InTurn):
