@@ -3,7 +3,7 @@
 The map of the house; imports point one way, from the programs down to the tasks.
 
     train.py data.py bench.py show.py trace.py compare.py tune.py simulate.py   the programs: `python -m taskgpt.train`, or `taskgpt train`
-    config.py errors.py                 TOML files and flags to frozen dataclasses; the user's mistakes
+    config.py errors.py console.py      TOML files and flags to frozen dataclasses; mistakes and signals; what a person sees
     tasks/        room 1: kernels, accesses, tiles, graphs. Has heard of neither transformers nor threads
     schedulers/   room 2: ways to run a graph, one file per value of --scheduler
     gpt2/         room 3: GPT-2's kernels, tensors and program of tasks; data, checkpoints, sampling. Has never heard of schedulers
@@ -15,9 +15,17 @@ To write a program of your own, start with `taskgpt.tasks`; notebooks/cholesky.i
 runtime's own threads, `x.compute(scheduler=taskgpt.get)`.
 """
 
+import itertools
+import sys
 from typing import Any
 
+from taskgpt.errors import begin_program
+
 __all__ = ["get"]
+
+# `python -m taskgpt.train` imports this package first, and looks for the module then; what it imports may take seconds.
+if sys.argv[:1] == ["-m"] and any(a == "-m" and b.partition(".")[0] == __name__ for a, b in itertools.pairwise(sys.orig_argv)):
+    begin_program()
 
 
 def __getattr__(name: str) -> Any:

@@ -17,13 +17,15 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from taskgpt.errors import did_you_mean, run_program
+from taskgpt.errors import begin_program, did_you_mean, run_program, shorten
 
 PROGRAMS = ("train", "data", "bench", "trace", "show", "compare", "simulate", "tune")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; return its exit code."""
+    if argv is None and __name__ != "__main__":  # the installed command; `python -m taskgpt` has begun
+        begin_program()
     verb, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if verb in PROGRAMS:
         return importlib.import_module(f"taskgpt.{verb}").main(rest)
@@ -32,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb in ("-h", "--help"):
         print(__doc__)
         return 0
-    print(f"taskgpt: error: unknown verb '{verb}'{did_you_mean(verb, [*PROGRAMS, 'sizes'])}", file=sys.stderr)
+    print(f"taskgpt: error: unknown verb '{shorten(verb)}'{did_you_mean(verb, [*PROGRAMS, 'sizes'])}", file=sys.stderr)
     return 2
 
 

@@ -149,7 +149,7 @@ def test_reports_that_cannot_be_are_refused(tmp_path, capsys):
     assert trace_program.main([*argv, "--skip", "-1"]) == 2
     assert "--skip: wanted at least 0, got -1" in capsys.readouterr().err
     assert trace_program.main([*argv, "--html", str(tmp_path / "none" / "x.html")]) == 2
-    assert f"No such file or directory: '{tmp_path}/none/x.html'" in capsys.readouterr().err
+    assert f"{tmp_path}/none/x.html: No such file or directory" in capsys.readouterr().err
 
 
 BREAKS = {
