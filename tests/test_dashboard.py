@@ -69,6 +69,26 @@ def test_a_task_counts_since_the_last_look():
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_who_looks_late_sees_each_run_once(name):
+    """A look shows what was done between the ends of two runs, though the next run was done too when it came."""
+    parts, live = [], Live(2)
+
+    def look(part: Trace) -> None:
+        parts.append(part)
+        live.look(part)
+        assert live.last_run.efficiency <= 1
+        assert sum(live.last_run.kernel_ms.values()) == pytest.approx((part.records["stop_ns"] - part.records["start_ns"]).sum() / 1e6)
+
+    with Traced(opened(name), look) as scheduler:
+        graph = k.random_graph(k.arena(False), 3)
+        for _ in scheduler.run_each([graph] * 5):
+            time.sleep(0.05)
+        trace = scheduler.trace({})
+    assert sum(len(part.records) for part in parts) == len(trace.records)
+    assert [part.records["stop_ns"].max() for part in parts] == trace.runs["end_ns"].tolist()
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_the_task_stream_shows_every_task_once(name):
     """Of runs that overlap too: its kernel and step, its worker, and when it ran, by the time it ended."""
     live = Live(2)

@@ -51,7 +51,7 @@ class Live:
         r = part.records
         if not len(r):
             return
-        begin, end = max(self._seen_ns, part.begin_ns), part.end_ns
+        begin, end = max(self._seen_ns, part.begin_ns), int(r["stop_ns"].max())  # not part.end_ns: another run may have been submitted
         took = r["stop_ns"] - r["start_ns"]
         kernel, names = part.column("kernel"), part.names("kernel")
         by_kernel = sorted(zip(np.bincount(kernel, took, len(names)).tolist(), names, strict=True), reverse=True)

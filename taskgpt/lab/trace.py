@@ -251,7 +251,8 @@ class Trace:
 class Traced:
     """A scheduler whose runs are kept as a trace. Its setting `record` says how many tasks a worker can keep between two runs in turn.
 
-    on_run is called after every run that is yielded, with what was recorded since: its own tasks, and those of the next one that are done.
+    on_run is called after every run that is yielded, with what was done since the last one ended, and before this one ended: tasks of its
+    own, and those of the next one that are done; so also if the caller comes late, and the next one has gone further.
     keeps: False keeps nothing for `trace`, so that a run may be endless.
     """
 
@@ -282,6 +283,9 @@ class Traced:
     def describe(self) -> str:
         return self.scheduler.describe()
 
+    def ahead(self) -> float:
+        return self.scheduler.ahead()
+
     def as_run(self, graph: Graph) -> Graph:
         return self.scheduler.as_run(graph)
 
@@ -290,11 +294,16 @@ class Traced:
             pass
 
     def run_each(self, graphs: Iterable[Graph]) -> Iterator[Graph]:
+        first = len(self._runs)
+        waiting = np.empty(0, RECORD_TYPE)
         try:
             with closing(self.scheduler.run_each(map(self._note, graphs))) as runs:
-                for graph in runs:
+                for number, graph in enumerate(runs, first):
                     if self.on_run is not None:
-                        records, _ = self.take_records()
+                        waiting = np.concatenate([waiting, self.take_records()[0]])
+                        end_ns = waiting["stop_ns"][waiting["run"] <= number].max(initial=0)
+                        is_due = waiting["stop_ns"] <= end_ns
+                        records, waiting = waiting[is_due], waiting[~is_due]
                         self.on_run(self._trace(records, int(records["run"].min(initial=len(self._runs))), {}))
                     yield graph
         finally:

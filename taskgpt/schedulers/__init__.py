@@ -56,6 +56,9 @@ class Scheduler(Protocol):
         calls `run` in between, while asked for a graph or given one, waits for what is under way first.
         """
 
+    def ahead(self) -> float:
+        """Return which part of the next run is done, of its FLOPs, while `run_each` waits for its caller: 0 where runs do not overlap."""
+
     def as_run(self, graph: Graph) -> Graph:
         """Return the graph whose tasks run for this one: itself, or a coarsened one."""
 

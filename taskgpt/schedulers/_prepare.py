@@ -25,6 +25,9 @@ def worker_count(setting: int) -> int:
 class InTurn:
     """What schedulers share that run tasks in Python, one graph at a time, with a Recorder in `recorder`."""
 
+    def ahead(self) -> float:
+        return 0.0
+
     def as_run(self, graph: Graph) -> Graph:
         return graph
 

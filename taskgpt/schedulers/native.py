@@ -52,6 +52,12 @@ class Settings:
 _ROW = np.dtype(RECORD_TYPE.descr[:-1])  # whose rows they are, says the worker
 
 
+def _shares(graph: Graph) -> np.ndarray:
+    """Return which part of the graph's FLOPs each task is; of its tasks, if they declare none."""
+    flops = np.array([task.flops for task in graph.tasks], float)
+    return flops / flops.sum() if flops.any() else np.full(len(flops), 1 / max(1, len(flops)))
+
+
 class _Run:
     """A submitted run: its plan, its slot (0 or 1), the run_each that it belongs to, and what it holds in memory."""
 
@@ -72,6 +78,7 @@ class Scheduler:
         self.settings = settings
         self.workers = worker_count(settings.workers)
         self._plans = OncePerGraph(Plan)
+        self._shares = OncePerGraph(_shares)
         self._edges: weakref.WeakKeyDictionary[Plan, weakref.WeakKeyDictionary] = weakref.WeakKeyDictionary()
         self._runs: list[_Run] = []  # under way: at most two, in order
         self._count = 0
@@ -301,6 +308,12 @@ class Scheduler:
         run.arrays[r.RANKS] = plan.latest_starts_ns
         run.offset_ns = before.offset_ns + before.plan.length_ns if before else 0
         self._run_words[run.slot, r.OFFSET] = run.offset_ns
+
+    def ahead(self) -> float:
+        run = self._runs[0] if self._runs else None
+        if run is None or run.arrays[r.MARKS] is None:
+            return 0.0
+        return float(self._shares(run.graph)[run.arrays[r.MARKS] & _worker.FINISHED != 0].sum())
 
     # What was recorded --------------------------------------------------------------------------------------------------------------
 
