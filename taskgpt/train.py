@@ -13,33 +13,30 @@ The graph file (graphs/) says what is computed, the scheduler file (scheduler_co
 
 import argparse
 import dataclasses
-import json
 import math
 import os
 import resource
 import shlex
-import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import closing, nullcontext
 from typing import Any
 
 import psutil
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from taskgpt.config import GraphConfig, SchedulerConfig, available, load_graph, load_scheduler, parse_settings
+from taskgpt.console import Report, StopRequest
 from taskgpt.data import Data, open_data
-from taskgpt.errors import UserError, run_program
+from taskgpt.errors import UserError, on_signals, run_program, shorten
 from taskgpt.gpt2 import checkpoint
 from taskgpt.gpt2.model import GPT2
 from taskgpt.gpt2.program import loss_graph, training_graph
 from taskgpt.gpt2.sampling import Sampler
 from taskgpt.lab import machine, tuned
-from taskgpt.lab.formats import save, verify_can_write
-from taskgpt.lab.live import Live
+from taskgpt.lab.formats import has_trace, save, verify_can_write
+from taskgpt.lab.pace import Pace
 from taskgpt.lab.trace import RECORD, Traced
 from taskgpt.schedulers import Scheduler, WorkerError, open_scheduler
 from taskgpt.tasks import AccessError, Graph, Kernel, TaskError, check, compile_kernels
@@ -90,19 +87,26 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; return its exit code: 0, 1 for a failed task, 2 for a user's mistake or a diverged loss, 130 after Ctrl-C."""
-    flags = parser().parse_args(argv)
-    flags.argv = list(sys.argv[1:] if argv is None else argv)
+    """Run the program; return its exit code: as errors.py says, 2 also for a diverged loss.
+
+    A run that a signal ended after a step, with checkpoint and summary, has the exit code of the signal too.
+    """
 
     def run() -> int:
-        with Report() as report, StopRequest(report.say) as stop:
-            return train(flags, report, stop)
+        flags = parser().parse_args(argv)
+        flags.argv = list(sys.argv[1:] if argv is None else argv)
+        with Report() as report:
+            stop = StopRequest(report)
+            with on_signals(stop.request):
+                return train(flags, report, stop)
 
     return run_program("taskgpt.train", run, (TaskError, AccessError, WorkerError))
 
 
-def train(flags: argparse.Namespace, report: "Report", stop: "StopRequest") -> int:
+def train(flags: argparse.Namespace, report: Report, stop: StopRequest) -> int:
     """Train as the flags say; return the exit code. Raises what `main` answers."""
+    if flags.save is not None and flags.steps == 0 and os.path.isfile(flags.save):
+        raise UserError(f"--save {shorten(flags.save)}: is there already, and --steps 0 trains nothing; name another file")
     graph_config, scheduler_config = configure(flags)
     model, batch = graph_config.model, graph_config.batch
     verify_memory(graph_config)
@@ -133,26 +137,51 @@ def train(flags: argparse.Namespace, report: "Report", stop: "StopRequest") -> i
     compile_with_progress([*step_graphs, *val_graphs, *sampler.graphs], report)
 
     with scheduler, dashboard.serve(bare) if dashboard else nullcontext():
+        stop.can_wait = True
         report.begin(graph_config, scheduler.describe(), data.description, m, step_graphs[0])
         if dashboard:
             report.say(f"dashboard  {dashboard.url}")
         with report.progress(flags.steps):
             seconds, loss = run_steps(flags, scheduler, m, data, step_graphs, val_graphs, sampler, report, stop)
-        if flags.save is not None and math.isfinite(loss):
-            checkpoint.save(flags.save, m)
-            report.say(f"saved {flags.save}")
-            stop.consequence = f"{flags.save} was saved"
+        failures = [why] if (why := divergence(loss, len(seconds), m)) else []
+        if flags.save is not None and not failures:
+            failures += save_model(flags, m, len(seconds), report, stop)
+        stop.can_wait = False
         memory = memory_in_use(m)
 
     setup = flags, graph_config, scheduler_config, scheduler.workers, data.description
-    report.summary(summarize(*setup, m, step_graphs[0], seconds, memory))
-    if flags.trace is not None:  # after what a full disk cannot take away
+    report.summary(summarize(*setup, m, step_graphs[0], seconds, memory), is_wanted=not stop.is_requested)
+    if flags.trace is not None and (seconds or not has_trace(flags.trace)):  # after what a full disk cannot take away
         about = {"command": shlex.join(["taskgpt", "train", *flags.argv]), "machine": machine.describe()}
         about["limits"] = machine.limits(scheduler.workers)
         report.say(f"trace      {save(scheduler.trace(about), flags.trace)}")
-    if not math.isfinite(loss):
-        raise UserError(f"after {len(seconds)} steps the loss is {loss}, and nothing was saved; try a smaller --lr, or another --init")
-    return 130 if stop.is_requested else 2 if report.has_lost_log else 0
+    elif flags.trace is not None:
+        report.say(f"trace      no step ran; {flags.trace} stays as it was")
+    if failures:
+        raise UserError("; ".join(failures))
+    return stop.exit_code or (2 if report.has_lost_log or report.has_lost_output else 0)
+
+
+def divergence(loss: float, steps: int, m: GPT2) -> str:
+    """Return why the model is of no use, "" if it is: the last loss is of the parameters before the last update."""
+    found = f"loss is {loss}" if not math.isfinite(loss) else "parameters are not finite" if not checkpoint.is_finite(m) else ""
+    return found and f"after {steps} steps the {found}, and nothing was saved; try a smaller --lr, or another --init"
+
+
+def save_model(flags: argparse.Namespace, m: GPT2, steps: int, report: Report, stop: StopRequest) -> list[str]:
+    """Save what was trained; return why not. The run goes on to its summary and its trace, which a full disk cannot take away."""
+    if not steps and stop.is_requested:
+        report.say(f"nothing was saved, as no step ran; {shorten(flags.save)} stays as it was")
+        return []
+    stop.consequence = f"{shorten(flags.save)} is what it was, or the new model, whole"
+    try:
+        checkpoint.save(flags.save, m)
+    except UserError as error:
+        stop.consequence = "nothing was saved"
+        return [str(error)]
+    report.say(f"saved {flags.save}")
+    stop.consequence = f"{shorten(flags.save)} was saved"
+    return []
 
 
 def run_steps(
@@ -163,8 +192,8 @@ def run_steps(
     step_graphs: Sequence[Graph],
     val_graphs: Sequence[Graph],
     sampler: Sampler,
-    report: "Report",
-    stop: "StopRequest",
+    report: Report,
+    stop: StopRequest,
 ) -> tuple[list[float], float]:
     """Validate, sample and train, step by step, as llm.c's main does; return the seconds of each step and the last loss.
 
@@ -208,11 +237,10 @@ def run_steps(
             break
         most = RECORD // len(step_graphs[0].tasks) or 1 if isinstance(scheduler, Traced) else flags.steps  # steps that can be recorded
         pause = min([flags.steps, step + most, *(every * (step // every + 1) for every in (flags.val_every, flags.sample_every) if every)])
-        start = time.perf_counter()
+        pace = Pace(time.perf_counter())
         with closing(scheduler.run_each(training(step, pause))) as steps:
             for _ in steps:
-                seconds.append(time.perf_counter() - start)
-                start += seconds[-1]
+                seconds.append(pace.step(time.perf_counter(), scheduler.ahead()))
                 loss = float(m.slots[step % 2].loss.array[0])
                 report.step(step, loss, seconds[-1])
                 step += 1
@@ -252,7 +280,7 @@ def verify_memory(config: GraphConfig) -> None:
         )
 
 
-def compile_with_progress(graphs: Sequence[Graph], report: "Report") -> None:
+def compile_with_progress(graphs: Sequence[Graph], report: Report) -> None:
     """Compile every kernel, saying so if it takes long: once per machine, then they come from numba's cache."""
 
     def tell(done: int, total: int, kernel: Kernel, seconds: float, was_cached: bool) -> None:
@@ -304,141 +332,6 @@ def summarize(flags, graph_config, scheduler_config, workers, description, m, gr
     }
 
 
-class Report:
-    """Everything the program says: lines on standard output, a progress bar on a terminal, JSON lines in the log."""
-
-    def __init__(self):
-        self.console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
-        self.rows = 0
-        self.has_lost_log = False
-        self._bar: Progress | None = None
-        self._log = None
-        self._live: Live | None = None
-
-    def __enter__(self) -> "Report":
-        return self
-
-    def __exit__(self, *_) -> None:
-        if self._log:
-            self._log.close()
-
-    def open_log(self, path: str) -> None:
-        """Begin the log. Raises UserError if it cannot be written, or if something else than an earlier log is there."""
-        try:
-            if os.path.isfile(path) and os.path.getsize(path):
-                with open(path, "rb") as file:
-                    if file.read(1) != b"{":
-                        raise UserError(f"--log {path}: is there already and is no log; name another file")
-            self._log = open(path, "wb", buffering=0)  # noqa: SIM115 - open until the program ends
-        except OSError as error:
-            raise UserError(f"--log {path}: cannot write: {error.strerror}") from None
-
-    def open_live(self, workers: int) -> Live:
-        """Begin to keep what a dashboard shows."""
-        self._live = Live(workers)
-        return self._live
-
-    def say(self, line: str) -> None:
-        self.console.print(line)
-
-    @contextmanager
-    def progress(self, steps: int) -> Iterator[None]:
-        """On a terminal, show a bar with the time left; elsewhere the lines are progress enough."""
-        if not self.console.is_terminal:
-            yield
-            return
-        text, left = TextColumn("{task.description}"), TextColumn("left")
-        columns = (text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), left, TimeRemainingColumn())
-        with Progress(*columns, console=self.console, transient=True) as self._bar:
-            self._bar.add_task("training", total=steps)
-            yield
-
-    def begin(self, config: GraphConfig, scheduler: str, data: str, m: GPT2, graph: Graph) -> None:
-        shape = m.model
-        self.rows = m.batch.rows
-        sizes = f"L {shape.layers}, NH {shape.heads}, C {shape.channels}, V {shape.vocabulary}"
-        work = f"{len(graph.tasks)} tasks of {len(graph.kernels)} kernels, {graph.flops / 1e9:.4g} GFLOP a step"
-        self.say(f"model      {config.name}: {shape.parameter_count():,} parameters, {sizes}")
-        self.say(f"batch      B {m.batch.batch_size}, T {m.batch.seq_len}")
-        self.say(f"data       {data}")
-        tiles = ", ".join(f"{name} {size}" for name, size in dataclasses.asdict(config.tiles).items())
-        self.say(f"graph      {work}, {m.nbytes / 2**30:.2f} GiB of tensors")
-        self.say(f"tiles      {tiles}")
-        self.say(f"scheduler  {scheduler}")
-        if self._live:
-            self._live.title = f"{config.name}, B {m.batch.batch_size}, T {m.batch.seq_len}, {scheduler}"
-
-    def validation(self, step: int, loss: float) -> None:
-        self.say(f"val loss {loss:.6f}")
-        self._write({"step": step, "val_loss": loss})
-        if self._live:
-            self._live.validation(step, loss)
-
-    def step(self, step: int, loss: float, seconds: float) -> None:
-        speed = self.rows / seconds
-        self.say(f"step {step}: train loss {loss:.6f} (took {seconds * 1e3:.1f} ms, {speed:.0f} tok/s)")
-        if self._bar:
-            self._bar.update(self._bar.task_ids[0], advance=1, description=f"loss {loss:.3f}  {speed:.0f} tok/s")
-        self._write({"step": step, "train_loss": loss, "ms": seconds * 1e3, "tokens_per_s": speed})
-        if self._live:
-            self._live.step(step, loss, speed)
-
-    def sample(self, step: int, ids: list[int], text: str, printable: str) -> None:
-        self.say(f"generating:\n---\n{printable}\n---")
-        self._write({"step": step, "sample": text, "ids": ids})
-
-    def summary(self, summary: dict[str, Any]) -> None:
-        if "median_ms" in summary:
-            s = summary
-            steady = f"mean {s['mean_ms']:.1f}, median {s['median_ms']:.1f}, min {s['min_ms']:.1f} ms a step"
-            self.say(f"time       first step {s['first_step_ms']:.1f} ms; then {steady}")
-            self.say(
-                f"speed      {s['tokens_per_s']:.0f} tok/s, {s['gflops']:.1f} GFLOP/s = {s['share_of_sgemm']:.0%} of this machine's sgemm "
-                f"on {s['workers']} thread{'s' if s['workers'] > 1 else ''} ({s['sgemm_gflops']:.0f})"
-            )
-        self.say(f"memory     {summary['peak_memory_bytes'] / 2**30:.2f} GiB at most")
-        self.say(f"parameters sha256 {summary['parameters_sha256']}")
-        self._write({"summary": summary})
-
-    def _write(self, record: dict[str, Any]) -> None:
-        if not self._log:
-            return
-        # JSON has no NaN: a diverged loss is null.
-        record = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()}
-        try:
-            self._log.write(json.dumps(record, allow_nan=False).encode() + b"\n")
-        except OSError as error:
-            # The training is worth more than its log.
-            self.say(f"--log {self._log.name}: cannot write: {error.strerror}; going on without it")
-            self._log.close()
-            self._log, self.has_lost_log = None, True
-
-
-class StopRequest:
-    """The first Ctrl-C (or SIGTERM) ends the run after the steps under way, with checkpoint and summary; the second ends it at once."""
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-    def __init__(self, say: Callable[[str], None]):
-        self.is_requested = False
-        self.consequence = "nothing was saved"
-        self._say = say
-
-    def __enter__(self) -> "StopRequest":
-        self._before = [signal.signal(number, self._request) for number in self.SIGNALS]
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in zip(self.SIGNALS, self._before, strict=True):
-            signal.signal(number, handler)
-
-    def _request(self, *_) -> None:
-        if self.is_requested:
-            raise KeyboardInterrupt(f"interrupted at once; {self.consequence}")
-        self.is_requested = True
-        self._say("stopping as soon as the steps under way are done; press Ctrl-C again to stop at once")
-
-
 def _count(text: str) -> int:
     return int(_number(text, int, 0))
 
@@ -458,7 +351,7 @@ def _number(text: str, kind: type, least: int) -> float:
             return number
     except ValueError:
         pass
-    raise argparse.ArgumentTypeError(f"wanted {'an integer' if kind is int else 'a number'} of {least} or more, got {text}")
+    raise argparse.ArgumentTypeError(f"wanted {'an integer' if kind is int else 'a number'} of {least} or more, got {shorten(text)}")
 
 
 if __name__ == "__main__":

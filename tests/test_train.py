@@ -1,5 +1,6 @@
 """The program: what it prints and logs, what it refuses, and what Ctrl-C leaves behind."""
 
+import errno
 import json
 import os
 import re
@@ -13,8 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from taskgpt import train
 from taskgpt.__main__ import main as taskgpt
+from taskgpt.console import Report
 from taskgpt.gpt2.tokens import write_tokens
+from taskgpt.lab.trace import Trace
 from taskgpt.train import main
 
 PARITY = Path(__file__).parent / "parity"
@@ -191,10 +195,10 @@ def test_ctrl_c_ends_after_the_step_with_summary_and_checkpoint(text, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["log.jsonl", "model.bin", "text.txt"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("after", ["val loss", "step 0"])
 def test_a_stop_is_orderly_at_any_time(number, after, text, tmp_path):
-    """In a long validation or in training, Ctrl-C or SIGTERM: the run ends soon, with the checkpoint, the summary and exit code 130."""
+    """In a long validation or in training: the run ends soon, with summary, the signal's exit code, and a checkpoint if a step was done."""
     model = tmp_path / "model.bin"
     flags = ["--graph", "tiny", "--scheduler", "threads", "--data", text, "--steps", "1000000", "--val-every", "1", "--val-batches", "1"]
     if after == "val loss":
@@ -205,10 +209,160 @@ def test_a_stop_is_orderly_at_any_time(number, after, text, tmp_path):
             assert line, process.stderr.read()
         process.send_signal(number)
         out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
+    assert process.returncode == 128 + number, err
     assert "parameters sha256" in out
     assert err == ""
+    assert model.exists() == ("step" in after or "step 0" in out)
+
+
+def stopping(monkeypatch, when: str, number: int) -> None:
+    """Have the program get a signal at a moment before its first step."""
+    module, name = {"it starts": (train, "compile_with_progress"), "it validates": (train, "run_steps")}[when]
+    original = getattr(module, name)
+
+    def stopped(*arguments):
+        os.kill(os.getpid(), number)
+        return original(*arguments)
+
+    monkeypatch.setattr(module, name, stopped)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("when", ["it starts", "it validates"])
+def test_a_stop_before_the_first_step_replaces_nothing(when, number, text, tmp_path, capsys, monkeypatch):
+    """Checkpoint, log and trace of an earlier run stay as they are; the exit code is the signal's."""
+    model, log, trace = tmp_path / "model.bin", tmp_path / "log.jsonl", tmp_path / "trace"
+    flags = [
+        *TINY[:-4],
+        "--sample-every",
+        "0",
+        "--data",
+        text,
+        "--steps",
+        "2",
+        "--save",
+        str(model),
+        "--log",
+        str(log),
+        "--trace",
+        str(trace),
+    ]
+    assert main(flags) == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    stopping(monkeypatch, when, number)
+    assert main([*flags, "--init", str(model), "--lr", "1"]) == 128 + number
+    out, err = capsys.readouterr()
+    assert "Traceback" not in err
+    assert "nothing was saved" in (err if when == "it starts" else out)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_second_signal_ends_the_program_at_once(text, tmp_path, capsys, monkeypatch):
+    """In the middle of steps: one line, the code of the second signal, and what was there stays."""
+    model = tmp_path / "model.bin"
+    flags = [*TINY, "--data", text, "--steps", "3", "--save", str(model)]
+    assert main(flags) == 0
+    before = model.read_bytes()
+    capsys.readouterr()
+
+    def interrupted(self, step, *_):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Report, "step", interrupted)
+    assert main([*flags, "--lr", "1"]) == 143
+    assert capsys.readouterr().err == "taskgpt.train: interrupted at once; nothing was saved\n"
+    assert model.read_bytes() == before
+
+
+def test_no_steps_replace_no_checkpoint(text, tmp_path, capsys):
+    """`--steps 0 --save` makes a new file, of what --init gave say, and is refused before the work where one is."""
+    first, second = str(tmp_path / "first.bin"), str(tmp_path / "second.bin")
+    flags = [*TINY, "--data", text]
+    assert main([*flags, "--steps", "1", "--save", first]) == 0
+    assert main([*flags, "--steps", "0", "--init", first, "--save", second]) == 0
+    assert Path(first).read_bytes() == Path(second).read_bytes()
+    for init in ([], ["--init", first]):
+        assert "is there already, and --steps 0 trains nothing" in refused(capsys, [*flags, "--steps", "0", *init, "--save", first])
+    assert Path(first).read_bytes() == Path(second).read_bytes()
+
+
+def test_a_checkpoint_may_be_read_and_replaced(text, tmp_path, capsys):
+    """--init and --save of one file: as with two."""
+    first, second = str(tmp_path / "first.bin"), str(tmp_path / "second.bin")
+    flags = [*TINY, "--data", text]
+    assert main([*flags, "--steps", "1", "--save", first]) == 0
+    assert main([*flags, "--steps", "2", "--init", first, "--save", second]) == 0
+    assert main([*flags, "--steps", "2", "--init", first, "--save", first]) == 0
+    assert Path(first).read_bytes() == Path(second).read_bytes()
+
+
+def test_parameters_that_are_not_finite_are_not_saved(text, tmp_path, capsys):
+    """The last update may have spoilt them, and the last loss is of those before."""
+    model = tmp_path / "model.bin"
+    assert main([*TINY, "--data", text, "--steps", "1", "--save", str(model)]) == 0
+    before = model.read_bytes()
+    message = refused(capsys, [*TINY, "--data", text, "--steps", "1", "--lr", "3e38", "--weight-decay", "3e38", "--save", str(model)])
+    assert "after 1 steps the parameters are not finite, and nothing was saved" in message
+    assert model.read_bytes() == before
+
+
+def test_a_checkpoint_that_finds_no_room_costs_nothing_else(text, tmp_path, capsys, monkeypatch):
+    """Exit code 2 and why; the summary, the log and the trace are there, and so is the checkpoint of before."""
+    model, log, trace = tmp_path / "model.bin", tmp_path / "log.jsonl", tmp_path / "trace"
+    flags = [*TINY, "--data", text, "--save", str(model), "--log", str(log), "--trace", str(trace)]
+    assert main([*flags, "--steps", "1"]) == 0
+    before = model.read_bytes()
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+    assert "the disk is full" in refused(capsys, [*flags, "--steps", "2"])
+    assert records(log)[-1]["summary"]["steps"] == 2
+    assert len(Trace.load(trace).runs) == 2
+    assert model.read_bytes() == before
+    assert sorted(os.listdir(tmp_path)) == ["log.jsonl", "model.bin", "text.txt", "trace"]
+
+
+def test_a_log_that_is_a_pipe(text, tmp_path, capsys):
+    """With a reader, it is a log; without one, a message, where opening it would wait for ever."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    flags = [*TINY, "--data", text, "--steps", "1", "--log", str(pipe)]
+    assert "is a pipe that nobody reads; start its reader first" in refused(capsys, flags)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    assert main(flags) == 0
+    assert [set(json.loads(line)) & {"step", "summary"} for line in os.read(reader, 1 << 16).splitlines()] == [{"step"}, {"summary"}]
+    os.close(reader)
+
+
+def test_output_that_cannot_be_written_costs_no_model(text, tmp_path):
+    """A full disk under standard output: said once, training goes on, the model is saved, exit code 2."""
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full on this system")
+    model = tmp_path / "model.bin"
+    argv = [sys.executable, "-m", "taskgpt.train", *TINY, "--data", text, "--steps", "2", "--save", str(model)]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(argv, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert done.stderr == "taskgpt.train: standard output: cannot write: No space left on device; going on without it\n"
+    assert done.returncode == 2
     assert model.exists()
+
+
+def test_times_are_those_of_the_work(text, tmp_path, capsys, monkeypatch):
+    """A report that takes long makes no step shorter than its work, which native does meanwhile; times add up to those of the clock."""
+    took = []
+
+    def slow(self, step, loss, seconds):
+        took.append(seconds)
+        if step % 3 == 1:
+            time.sleep(0.3)
+
+    monkeypatch.setattr(Report, "step", slow)
+    start = time.perf_counter()
+    flags = ["--graph", "tiny", "--val-every", "0", "--sample-every", "0", "--workers", "1", "--data", text, "--steps", "9"]
+    assert main([*flags, "--log", str(tmp_path / "log.jsonl")]) == 0
+    assert 0.6 < sum(took) < time.perf_counter() - start
+    (summary,) = (r["summary"] for r in records(tmp_path / "log.jsonl") if "summary" in r)
+    assert summary["min_ms"] / 1e3 == min(took[1:])
 
 
 def test_a_log_that_cannot_be_written_does_not_cost_the_model(text, tmp_path, capsys):
@@ -221,14 +375,17 @@ def test_a_log_that_cannot_be_written_does_not_cost_the_model(text, tmp_path, ca
     assert model.exists()
 
 
-def test_a_reader_that_leaves_ends_the_program_quietly(text):
-    """As `taskgpt train | head -1`: no traceback."""
-    argv = [sys.executable, "-u", "-m", "taskgpt.train", *TINY, "--data", text, "--steps", "100000"]
+def test_a_reader_that_leaves_ends_the_program_quietly(text, tmp_path):
+    """As `taskgpt train | head`: no traceback, and the model is saved."""
+    model = tmp_path / "model.bin"
+    argv = [sys.executable, "-u", "-m", "taskgpt.train", *TINY, "--data", text, "--steps", "100000", "--save", str(model)]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        process.stdout.readline()
+        while not process.stdout.readline().startswith("step 1"):
+            pass
         process.stdout.close()
         assert process.stderr.read() == ""
         assert process.wait(60) == 1
+    assert model.exists()
 
 
 def test_sizes_prints_parameter_counts(capsys):

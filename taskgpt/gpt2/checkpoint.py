@@ -76,6 +76,11 @@ def save(path: str | Path, m: GPT2) -> None:
             file.write(tensor.array.astype("<f4", copy=False).data)
 
 
+def is_finite(m: GPT2) -> bool:
+    """Return False if a parameter is infinite or not a number."""
+    return all(np.isfinite([tensor.array.min(), tensor.array.max()]).all() for tensor in m.p.tensors.values())
+
+
 def verify_can_save(path: str | Path, m: GPT2) -> None:
     """Raise UserError if `save` could not succeed now: better before the training than after it."""
     path = Path(path)

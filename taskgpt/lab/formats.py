@@ -33,6 +33,11 @@ def verify_can_write(folder: str) -> None:
         raise UserError(f"--trace {folder}: cannot write here; choose another folder")
 
 
+def has_trace(folder: str | Path) -> bool:
+    """Return True if a trace was saved into a folder."""
+    return (Path(folder) / TRACE).exists()
+
+
 def save(trace: Trace, folder: str | Path) -> str:
     """Write the trace and its usual formats into a folder; return a line that says so. Raises UserError."""
     with _writing(folder):
