@@ -191,6 +191,8 @@ def test_another_source_file_is_refused(cache, tmp_path):
     assert (tmp_path / "mine.txt").is_file()
     with pytest.raises(UserError, match=r"none.txt: cannot read: No such file"):
         prepare("small", source=tmp_path / "none.txt")
+    with pytest.raises(UserError, match=r"/dev/zero: cannot read: Not a regular file"):
+        prepare("small", source=Path("/dev/zero"))
 
 
 def test_runs_started_together_prepare_once(cache, serve):
@@ -211,6 +213,18 @@ def test_runs_started_together_prepare_once(cache, serve):
     second.join(5)
     assert ["waiting for another run" in said[0], "already prepared" in said[1]] == [True, True]
     assert asked == []
+
+
+def test_what_is_prepared_needs_no_writing(cache, monkeypatch, capsys):
+    """In a cache that can only be read, prepare says that all is there."""
+    prepare("tinyshakespeare")
+
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    assert main(["prepare", "tinyshakespeare"]) == 0
+    assert "already prepared" in capsys.readouterr().out
 
 
 def stories(shard: int) -> list[dict]:

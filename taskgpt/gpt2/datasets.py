@@ -32,9 +32,9 @@ import platformdirs
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-from taskgpt.errors import UserError, did_you_mean
+from taskgpt.errors import UserError, did_you_mean, shorten
 from taskgpt.gpt2.tokenizer import gpt2_tokenizer
-from taskgpt.gpt2.tokens import TokenWriter, cannot_write, write_tokens
+from taskgpt.gpt2.tokens import TokenWriter, cannot_write, file_size, write_tokens
 
 VAL_TOKENS = 32768  # llm.c's validation part of tinyshakespeare
 UNPACKED = ".unpacked.tmp"
@@ -182,7 +182,7 @@ DATASETS = {
 def find_dataset(name: str) -> Dataset:
     """Return a dataset by its name. Raises: UserError if there is none."""
     if name not in DATASETS:
-        raise UserError(f"unknown dataset '{name}'{did_you_mean(name, DATASETS)}")
+        raise UserError(f"unknown dataset '{shorten(name)}'{did_you_mean(name, DATASETS)}")
     return DATASETS[name]
 
 
@@ -196,28 +196,35 @@ def prepare(name: str, folder: Path | None = None, source: Path | None = None, *
     dataset = find_dataset(name)
     folder = folder or dataset.folder
     source = source or dataset.shipped
-    with _only_one(folder, say):
-        if dataset.is_in(folder):
-            say(f"{name}: already prepared in {folder}; to prepare it anew, delete its files there first")
-            return
-        for file_name in (dataset.train, dataset.val):
-            for leftover in folder.glob(f".{file_name}.tmp*"):  # of a run that was killed; nobody else writes here now
-                leftover.unlink()
-        part = dataset.part(folder)
+    if not dataset.is_in(folder):
+        with _only_one(folder, say):
+            if not dataset.is_in(folder):  # still: another run may have ended meanwhile
+                _prepare(dataset, folder, source, seconds)
+                say(f"{name}: wrote {folder / dataset.train} and {dataset.val} beside it")
+                return
+    say(f"{name}: already prepared in {folder}; to prepare it anew, delete its files there first")
+
+
+def _prepare(dataset: Dataset, folder: Path, source: Path | None, seconds: float):
+    for file_name in (dataset.train, dataset.val):
+        for leftover in folder.glob(f".{file_name}.tmp*"):  # of a run that was killed; nobody else writes here now
+            leftover.unlink()
+    part = dataset.part(folder)
+    if source is None:
+        download(dataset.url, part, dataset.num_bytes, seconds)
+    if (found := _sha256(source or part)) != dataset.sha256:
         if source is None:
-            download(dataset.url, part, dataset.num_bytes, seconds)
-        if (found := _sha256(source or part)) != dataset.sha256:
-            if source is None:
-                part.unlink()
-            what = f"{source}: this is not {name}'s {part.stem}" if source else f"{dataset.url}: the download was damaged and is deleted"
-            raise UserError(f"{what}: wanted SHA-256 {dataset.sha256}, got {found}; {'download it' if source else 'run'} again")
-        dataset.write(source or part, folder)
-        for file_name, wanted in dataset.token_sha256.items():
-            if (found := _sha256(folder / file_name)) != wanted:
-                (folder / file_name).unlink()
-                raise UserError(f"{folder / file_name}: deleted: SHA-256 {found}, but llm.c's is {wanted}; install another tiktoken")
-        part.unlink(missing_ok=True)
-        say(f"{name}: wrote {folder / dataset.train} and {dataset.val} beside it")
+            part.unlink()
+        what = (
+            f"{source}: this is not {dataset.name}'s {part.stem}" if source else f"{dataset.url}: the download was damaged and is deleted"
+        )
+        raise UserError(f"{what}: wanted SHA-256 {dataset.sha256}, got {found}; {'download it' if source else 'run'} again")
+    dataset.write(source or part, folder)
+    for file_name, wanted in dataset.token_sha256.items():
+        if (found := _sha256(folder / file_name)) != wanted:
+            (folder / file_name).unlink()
+            raise UserError(f"{folder / file_name}: deleted: SHA-256 {found}, but llm.c's is {wanted}; install another tiktoken")
+    part.unlink(missing_ok=True)
 
 
 def download(url: str, part: Path, num_bytes: int, seconds: float):
@@ -342,7 +349,8 @@ def _size(path: Path) -> int:
 
 def _sha256(path: Path) -> str:
     try:
+        file_size(path)  # refuses what could be read for ever
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise UserError(f"{path}: cannot read: {error.strerror}") from error
+        raise UserError(f"{shorten(path)}: cannot read: {error.strerror or error}") from error
