@@ -21,7 +21,7 @@ from taskgpt.lab.trace import Trace
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; return its exit code: 1 for a trace that breaks a rule."""
+    """Run the program; return its exit code: 2 for a file that is damaged, or breaks a rule."""
     title, _, examples = __doc__.partition("\n\n")
     p = argparse.ArgumentParser("taskgpt trace", description=title, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = p.add_subparsers(required=True, metavar="VERB")
@@ -49,11 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     converted.add_argument("--arrows", action="store_true", help="dependencies as arrows in Perfetto's format too, which grows threefold")
     converted.add_argument("--output", metavar="DIR", help="where to (default: the same folder)")
     flags = p.parse_args(argv)
-    return run_program("taskgpt.trace", lambda: flags.run(flags), (ValueError,))
+    return run_program("taskgpt.trace", lambda: flags.run(flags))
 
 
 def check_trace(flags: argparse.Namespace) -> int:
-    """Print what every file holds. Raises ValueError for the first broken rule."""
+    """Print what every file holds. Raises UserError for the first broken rule."""
     for path in flags.paths:
         for name, counts in check(path).items():
             print(f"{path}: {name:8} ok: " + ", ".join(f"{count:,} {what}" for what, count in counts.items()))

@@ -28,7 +28,7 @@ def hand_made(tasks: list[tuple], workers: int, loops: list[int] | None = None) 
         "hand", ["work"], ["forward"], ["work out(x)"] * count, **numbers, **costs, loop=loop, first=first, predecessors=predecessors
     )
     records = np.array(sorted(((0, n, t[1], t[2], t[3], t[0]) for n, t in enumerate(tasks)), key=lambda row: row[3]), RECORD_TYPE)
-    runs = np.array([(0, 0, records["ready_ns"].min(), records["stop_ns"].max())], RUN_TYPE)
+    runs = np.array([(0, 0, records["ready_ns"].min(), records["stop_ns"].max(), 0)], RUN_TYPE)
     trace = Trace({"scheduler": "hand", "workers": workers, "is_fork_join": loops is not None}, [graph], runs, records)
     trace.verify()
     return trace
@@ -111,7 +111,7 @@ def test_a_run_that_was_left_out_is_not_idleness():
     records = np.concatenate([both.records[:2], both.records[:1], both.records[2:]])
     records["run"] = [0, 0, 1, 1]
     records["ready_ns"][2:], records["start_ns"][2:], records["stop_ns"][2:] = [4, 8], [4, 8], [8, 10]
-    runs = np.array([(0, 0, 0, 6), (0, 1, 4, 10)], RUN_TYPE)
+    runs = np.array([(0, 0, 0, 6, 0), (0, 1, 4, 10, 1)], RUN_TYPE)
     trace = Trace(both.about, both.graphs, runs, records).without_first(1)
     found = analyse(trace)
     assert (found["wall_ms"], found["useful_ms"], found["other_runs_ms"]) == pytest.approx((6e-6, 6e-6, 2e-6))

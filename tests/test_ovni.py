@@ -10,6 +10,7 @@ import pytest
 from test_trace import NAMES, traced
 
 from taskgpt.lab import ovni, ovni_check
+from taskgpt.lab.rules import RuleError
 
 
 def stream(folder: Path) -> list[list]:
@@ -139,7 +140,7 @@ def test_broken_rules_are_found(message, tmp_path):
     events = stream(thread)
     apply(events)
     put(thread, events)
-    with pytest.raises(ValueError, match=re.escape(message)) as error:
+    with pytest.raises(RuleError, match=re.escape(message)) as error:
         ovni_check.check(tmp_path)
     assert str(tmp_path) in str(error.value)
 
@@ -151,18 +152,18 @@ def test_a_cut_stream_and_missing_words_are_found(tmp_path):
     about = json.loads((thread / "stream.json").read_text())
     about["ovni"]["loom_cpus"] = json.loads((first / "stream.json").read_text())["ovni"]["loom_cpus"]
     (thread / "stream.json").write_text(json.dumps(about))
-    with pytest.raises(ValueError, match="got them in 2"):
+    with pytest.raises(RuleError, match="got them in 2"):
         ovni_check.check(tmp_path)
     del about["ovni"]["loom_cpus"]
     (thread / "stream.json").write_text(json.dumps(about))
     whole = (thread / "stream.obs").read_bytes()
     (thread / "stream.obs").write_bytes(whole[:-5])
-    with pytest.raises(ValueError, match="cut short"):
+    with pytest.raises(RuleError, match="cut short"):
         ovni_check.check(tmp_path)
     del about["ovni"]["lib"]
     (thread / "stream.json").write_text(json.dumps(about))
-    with pytest.raises(ValueError, match=r"ovni\.lib\.version"):
+    with pytest.raises(RuleError, match=r"ovni\.lib\.version"):
         ovni_check.check(tmp_path)
     shutil.rmtree(tmp_path / "loom.taskgpt")
-    with pytest.raises(ValueError, match=r"stream\.json, got none"):
+    with pytest.raises(RuleError, match=r"stream\.json, got none"):
         ovni_check.check(tmp_path)

@@ -47,6 +47,23 @@ def test_a_page_opens_from_disk(tmp_path):
 
 
 @needs_browser
+def test_a_page_shows_what_the_next_run_waits_for(tmp_path):
+    """Of a task at the end of a run: tasks of the next one, which are drawn too; of runs that are not shown nothing is said."""
+    trace = traced("native", order=(0, 0))
+    a, b = trace.edges[0, 0][0].tolist()
+    before, after = (
+        int(np.flatnonzero((trace.records["run"] == run) & (trace.records["task"] == task))[0]) for run, task in ((0, a), (1, b))
+    )
+    page.write([trace, trace.without_first(1)], tmp_path / "page.html", "native")
+    name, kernel = trace.graphs[0].name, trace.graphs[0].kernels
+    js = f"[[0, {before}], [0, {after}], [1, {after - (trace.records['run'] == 0).sum()}]].map(([at, i]) => (choose({{ trace: page.traces[at], i }}), document.getElementById('detail').textContent))"
+    awaited, waits, alone = evaluated(tmp_path / "page.html", js, tmp_path)
+    assert re.search(rf"awaited by: .*of {name} 1: .*\b{b} {kernel[trace.graphs[0].kernel[b]]}", awaited)
+    assert re.search(rf"waits for: .*of {name} 0: .*\b{a} {kernel[trace.graphs[0].kernel[a]]}", waits)
+    assert f"of {name} 0" not in alone.split("awaited by")[0].split("waits for")[1]
+
+
+@needs_browser
 def test_a_page_draws_its_tasks(tmp_path):
     """The picture has the colours of kernels, not an empty canvas."""
     matplotlib = pytest.importorskip("matplotlib.image")
@@ -105,7 +122,7 @@ def test_the_longest_paths_of_all_traces_are_in_view(tmp_path):
 def test_what_the_page_writes_stands_apart(tmp_path):
     """Names of runs do not overlap, of which there are many; a time before the beginning has a unit for its size."""
     one = hand_made([(0, 100 * n, 100 * n, 100 * n + 90, []) for n in range(200)], workers=1)
-    runs = np.array([(0, n, 100 * n, 100 * n + 90) for n in range(200)], RUN_TYPE)
+    runs = np.array([(0, n, 100 * n, 100 * n + 90, n) for n in range(200)], RUN_TYPE)
     one.records["run"] = np.arange(200)
     trace = Trace(one.about, [dataclasses.replace(one.graphs[0], name="a graph of a long name")], runs, one.records)
     page.write([trace], tmp_path / "page.html", "many runs")

@@ -6,10 +6,11 @@ from collections import Counter
 import numpy as np
 import pytest
 from test_efficiency import hand_made
-from test_trace import NAMES, traced
+from test_trace import NAMES, traced, waits
 
 from taskgpt.lab import paraver
 from taskgpt.lab.idle import CAUSES, gaps
+from taskgpt.lab.rules import RuleError
 
 
 def names_of(pcf: str, event_type: int) -> dict[int, str]:
@@ -46,18 +47,17 @@ def test_every_field_reads_back(name, tmp_path):
                 found.append((thread - 1, start, time, *words, *numbers))
         else:
             arrows[fields[3], fields[4], fields[9], fields[10]] += 1
-    expected, expected_arrows = [], Counter()
+    expected = []
     for run, records in trace.by_run():
         graph = trace.graphs[trace.runs["graph"][run]]
-        by_task = {r["task"]: r for r in records}
-        for t, r in by_task.items():
+        for r in records:
+            t = r["task"]
             start, stop = r["start_ns"] - trace.begin_ns, r["stop_ns"] - trace.begin_ns
             layer = f"layer {graph.layer[t]}" if graph.layer[t] >= 0 else "no layer"
             words = graph.kernels[graph.kernel[t]], layer, graph.phases[graph.phase[t]] or "no phase"
             expected.append((r["worker"], start, stop, *words, t, trace.runs["step"][run], graph.flops[t], graph.bytes[t]))
-            for p in graph.predecessors[graph.first[t] : graph.first[t + 1]]:
-                before = by_task[p]
-                expected_arrows[before["worker"] + 1, before["stop_ns"] - trace.begin_ns, r["worker"] + 1, start] += 1
+    ends = [(a["worker"] + 1, a["stop_ns"] - trace.begin_ns, b["worker"] + 1, b["start_ns"] - trace.begin_ns) for a, b in waits(trace)]
+    expected_arrows = Counter(ends)
     assert sorted(found) == sorted(expected)
     assert arrows == expected_arrows
     assert (counts["events"], counts["communications"]) == (2 * len(expected), arrows.total())
@@ -111,7 +111,7 @@ def test_broken_rules_are_found(message, tmp_path):
     lines = path.read_text().splitlines()
     BREAKS[message](lines)
     path.write_text("\n".join(lines) + "\n")
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(RuleError, match=re.escape(message)):
         paraver.check(path)
 
 
@@ -120,7 +120,7 @@ def test_a_row_without_names_is_found(tmp_path):
     path = tmp_path / "paraver.prv"
     paraver.write(traced("native"), path)
     path.with_suffix(".row").write_text("LEVEL THREAD SIZE 3\na\nb\nc\n")
-    with pytest.raises(ValueError, match=r"LEVEL THREAD SIZE 2"):
+    with pytest.raises(RuleError, match=r"LEVEL THREAD SIZE 2"):
         paraver.check(path)
 
 
@@ -143,5 +143,5 @@ def test_a_view_that_would_not_open_is_found(message, tmp_path):
     broken = VIEW_BREAKS[message](view.read_text())
     assert broken != view.read_text()
     view.write_text(broken)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(RuleError, match=message):
         paraver.check(path)

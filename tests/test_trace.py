@@ -15,6 +15,7 @@ from taskgpt import trace as trace_program
 from taskgpt.errors import UserError
 from taskgpt.lab import formats, perfetto, table
 from taskgpt.lab.idle import CAUSES, gaps
+from taskgpt.lab.rules import RuleError
 from taskgpt.lab.trace import Trace, Traced
 from taskgpt.schedulers import open_scheduler
 
@@ -31,6 +32,19 @@ def traced(name: str, order: tuple[int, ...] = (0, 1, 0)) -> Trace:
         for _ in scheduler.run_each(graphs[n] for n in order[1:]):
             pass
         return scheduler.trace({"command": "tests"})
+
+
+def waits(trace: Trace) -> list[tuple[np.void, np.void]]:
+    """Return (record that is waited for, record that waits), pair by pair: of a run, and of the run before it."""
+    found, before = [], {}
+    for run, records in trace.by_run():
+        number, graph = trace.runs["graph"][run], trace.graphs[trace.runs["graph"][run]]
+        by_task = {r["task"]: r for r in records}
+        found += [(by_task[p], r) for t, r in by_task.items() for p in graph.predecessors[graph.first[t] : graph.first[t + 1]]]
+        if before:
+            found += [(before[a], by_task[b]) for a, b in trace.edges[trace.runs["graph"][run - 1], number].tolist()]
+        before = by_task
+    return found
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -64,8 +78,55 @@ def test_a_trace_reads_back(tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "trace.npz"]
 
 
+@pytest.mark.parametrize("name", ["native", "sequential"])
+def test_a_trace_knows_what_the_next_run_waits_for(name, tmp_path):
+    """Two chains of two tasks: the first ones of a run wait for the last ones of the run before, whatever ran the graphs."""
+    settings = {} if name == "sequential" else {"workers": 2}
+    chosen = config.load_scheduler(name, {"record": 100, **settings})
+    with Traced(open_scheduler(chosen.scheduler, chosen.settings)) as scheduler:
+        arena = k.arena(scheduler.needs_shared_memory)
+        chains, other = k.naps(arena, 0, chains=2, length=2), k.naps(k.arena(scheduler.needs_shared_memory), 0, chains=2, length=2)
+        for _ in scheduler.run_each([chains, chains, other, chains]):
+            pass
+        trace = scheduler.trace({})
+    trace.verify()
+    assert {pair: edges.tolist() for pair, edges in trace.edges.items()} == {(0, 0): [[2, 0], [3, 1]], (0, 1): [], (1, 0): []}
+    trace.save(tmp_path / "trace.npz")
+    for each in (trace, Trace.load(tmp_path)):
+        found = [each.records[["run", "task"]][np.stack(pairs, axis=1)].tolist() for pairs in each.dependencies()]
+        between = [[(a, b) for a, b in pairs if a[0] < b[0]] for pairs in found]
+        assert between == [[], [((0, 2), (1, 0)), ((0, 3), (1, 1))], [], []]
+    without_other = trace.select(chains.name)._only(np.array([True, True, False, True]))
+    assert without_other.runs["number"].tolist() == [0, 1, 3]
+    assert [len(before) for before, _ in without_other.dependencies()] == [2, 4, 2]  # of the run right before alone
+    trace.records["stop_ns"][trace.records["task"] == 2] = trace.end_ns
+    with pytest.raises(ValueError, match=r"started before a task that it waits for|two tasks at once"):
+        trace.verify()
+
+
+def test_a_trace_of_version_1_is_read(tmp_path):
+    """Runs are numbered as they stand; of edges between them nothing is known."""
+    whole = traced("native")
+    whole.save(tmp_path / "new.npz")
+    with np.load(tmp_path / "new.npz") as found:
+        arrays = {name: found[name] for name in found.files if not name.startswith("edges")}
+    head = json.loads(arrays["head"].tobytes())
+    del head["edges"]
+    arrays["head"] = np.frombuffer(json.dumps(head | {"taskgpt_trace": 1}).encode(), np.uint8)
+    arrays["runs"] = np.array([run[:4] for run in whole.runs.tolist()], whole.runs.dtype.descr[:4])
+    np.savez_compressed(tmp_path / "trace.npz", **arrays)
+    old = Trace.load(tmp_path)
+    assert old.runs.tolist() == whole.runs.tolist()
+    assert old.edges == {}
+    assert [len(pairs[0]) for pairs in old.dependencies()] == [len(old.graphs[g].predecessors) for g in old.runs["graph"]]
+    arrays["head"] = np.frombuffer(json.dumps(head | {"taskgpt_trace": 3}).encode(), np.uint8)
+    np.savez_compressed(tmp_path / "trace.npz", **arrays)
+    with pytest.raises(UserError, match=r"of version 3, and this taskgpt reads 1 and 2\); record it again"):
+        Trace.load(tmp_path)
+
+
 def test_a_selection_has_the_runs_of_one_name():
-    """Training without validation, say; runs are counted anew."""
+    """Training without validation, say; runs are counted anew, and keep their numbers."""
     trace = traced("sequential")
     chosen = trace.select(trace.graphs[1].name)
     assert chosen.runs.tolist() == [trace.runs[1].tolist()]
@@ -112,7 +173,7 @@ def test_train_writes_a_trace_that_passes_its_checks(tmp_path, capsys):
     assert trace_program.main(["check", str(tmp_path)]) == 2
     broken = tmp_path / "again" / "perfetto.json"
     broken.write_text("{}")
-    assert trace_program.main(["check", str(broken)]) == 1
+    assert trace_program.main(["check", str(broken)]) == 2
     assert str(broken) in capsys.readouterr().err
 
 
@@ -180,7 +241,7 @@ GRAPH_BREAKS = {
     "a number in predecessors": lambda trace: trace.graphs[0].predecessors.__setitem__(-1, len(trace.graphs[0]) - 1),
     "'flops': 59": lambda trace: replace(trace, flops=trace.graphs[0].flops[:-1]),
     "'calls': 61": lambda trace: trace.graphs[0].calls.append("one more"),
-    "wanted int64": lambda trace: replace(trace, bytes=trace.graphs[0].bytes.astype(float)),
+    "bytes-0.npy: wanted an array of one dimension": lambda trace: replace(trace, bytes=trace.graphs[0].bytes.astype(float)),
     "one part a task": lambda trace: trace.graphs[0].first.__setitem__(-1, 3),
 }
 
@@ -233,7 +294,7 @@ def test_formats_of_one_folder_hold_as_many_tasks(tmp_path):
     formats.save(traced("native"), tmp_path)
     for name, (write, _, file) in formats.FORMATS.items():
         write(traced("native", order=(0, 1)), tmp_path / file)
-        with pytest.raises(ValueError, match=rf"{file}: wanted 180 tasks, as trace has, got 120"):
+        with pytest.raises(RuleError, match=rf"{file}: wanted 180 tasks, as trace has, got 120"):
             formats.check(tmp_path)
         formats.export(traced("native"), tmp_path, [name])
 
@@ -264,7 +325,7 @@ def test_a_damaged_file_is_named(damage, tmp_path):
     (tmp_path / "trace.npz").unlink()
     file, data = DAMAGES[damage]
     (tmp_path / file).write_bytes(data)
-    with pytest.raises(ValueError, match=re.escape(str(tmp_path / file))):
+    with pytest.raises(UserError, match=re.escape(str(tmp_path / file))):
         formats.check(tmp_path)
 
 
@@ -279,7 +340,7 @@ def test_perfetto_has_every_task_and_every_dependency(name, tmp_path):
     assert len(slices) == len(trace.records) == counts["tasks"]
     for record, kernel, event in zip(trace.records, trace.column("kernel"), slices, strict=True):
         graph = trace.graphs[trace.runs["graph"][record["run"]]]
-        assert event["tid"] == record["worker"]
+        assert (event["pid"], event["tid"]) == (1, record["worker"] + 1)
         assert event["ts"] == pytest.approx((record["start_ns"] - trace.begin_ns) / 1e3)
         assert event["dur"] == pytest.approx((record["stop_ns"] - record["start_ns"]) / 1e3)
         assert event["name"] == trace.names("kernel")[kernel]
@@ -287,7 +348,13 @@ def test_perfetto_has_every_task_and_every_dependency(name, tmp_path):
         assert event["args"]["call"] == graph.calls[record["task"]]
         assert event["args"]["flops"] == graph.flops[record["task"]]
         assert event["args"]["bytes"] == graph.bytes[record["task"]]
-    assert counts["arrows"] == sum(len(trace.graphs[g].predecessors) for g in trace.runs["graph"])
+    assert counts["arrows"] == len(waits(trace)) > sum(len(trace.graphs[g].predecessors) for g in trace.runs["graph"])
+    ends = {kind: [(e["tid"], e["ts"]) for e in events if e["ph"] == kind] for kind in "sf"}
+    spans = [
+        ((a["worker"] + 1, (a["stop_ns"] - 1 - trace.begin_ns) / 1e3), (b["worker"] + 1, (b["start_ns"] - trace.begin_ns) / 1e3))
+        for a, b in waits(trace)
+    ]
+    assert sorted(zip(ends["s"], ends["f"], strict=True)) == sorted(spans)
     ready = [e["args"]["ready"] for e in events if e["ph"] == "C"]
     assert ready[-1] == 0
 
@@ -296,13 +363,16 @@ def test_perfetto_has_every_task_and_every_dependency(name, tmp_path):
     ("broken", "message"),
     [
         ({"ph": "X", "pid": 1, "tid": 9, "ts": 1, "dur": 1, "name": "a"}, "a track with a name"),
-        ({"ph": "X", "pid": 1, "tid": 0, "ts": 1, "dur": -1, "name": "a"}, "a duration"),
-        ({"ph": "X", "pid": 1, "tid": 0, "ts": 0.5, "dur": 10**9, "name": "a"}, "no slice before"),
+        ({"ph": "X", "pid": 1, "tid": 1, "ts": 1, "dur": -1, "name": "a"}, "a duration"),
+        ({"ph": "X", "pid": 1, "tid": 1, "ts": 0.5, "dur": 10**9, "name": "a"}, "no slice before"),
         ({"ph": "C", "pid": 1, "ts": 1, "name": "ready", "args": {"ready": -1}}, "a count of 0 or more"),
-        ({"ph": "f", "pid": 1, "tid": 0, "ts": 1, "id": 77}, "an arrow that began"),
-        ({"ph": "s", "pid": 1, "tid": 0, "ts": 1, "id": 77}, "an end for every arrow"),
+        ({"ph": "f", "pid": 1, "tid": 1, "ts": 1, "id": 77}, "an arrow that began"),
+        ({"ph": "s", "pid": 1, "tid": 1, "ts": 1, "id": 77}, "an end for every arrow"),
         ({"ph": "Q"}, "ph M, X"),
-        ({"ph": "X", "pid": 1, "tid": 0, "ts": -1, "dur": 1, "name": "a"}, "a time of 0 or more"),
+        ({"ph": "X", "pid": 1, "tid": 0, "ts": 1, "dur": 1, "name": "a"}, "pid and tid from 1 on"),
+        ({"ph": "X", "pid": 0, "tid": 1, "ts": 1, "dur": 1, "name": "a"}, "pid and tid from 1 on"),
+        ({"ph": "M", "pid": 1, "tid": 0, "name": "thread_name", "args": {"name": "a"}}, "pid and tid from 1 on"),
+        ({"ph": "X", "pid": 1, "tid": 1, "ts": -1, "dur": 1, "name": "a"}, "a time of 0 or more"),
     ],
 )
 def test_broken_chrome_json_is_found(broken, message, tmp_path):
@@ -312,7 +382,7 @@ def test_broken_chrome_json_is_found(broken, message, tmp_path):
     whole = json.loads(path.read_text())
     whole["traceEvents"].append(broken)
     path.write_text(json.dumps(whole))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(RuleError, match=message):
         perfetto.check(path)
 
 
@@ -364,5 +434,5 @@ def test_a_broken_table_is_found(table_name, tmp_path):
     fields = lines[9].split(",")
     at = lines[0].split(",").index({"tasks": "ready_ns", "idle": "begin_ns"}[table_name])
     path.write_text("\n".join([*lines[:9], ",".join([*fields[:at], "99999999999", *fields[at + 1 :]]), *lines[10:]]) + "\n")
-    with pytest.raises(ValueError, match=rf"{table_name}.csv:10: wanted"):
+    with pytest.raises(RuleError, match=rf"{table_name}.csv:10: wanted"):
         table.check_csv(tmp_path / "csv")

@@ -29,7 +29,10 @@ def write(traces: Sequence[Trace], path: str | Path, title: str, tables: Sequenc
 def _data(trace: Trace) -> dict[str, Any]:
     begin = trace.begin_ns
     times = {name: (trace.records[f"{name}_ns"] - begin).tolist() for name in ("ready", "start", "stop")}
-    runs = [{"graph": graph, "step": step, "begin": start - begin, "end": end - begin} for graph, step, start, end in trace.runs.tolist()]
+    runs = [
+        {"graph": graph, "step": step, "begin": start - begin, "end": end - begin, "number": number}
+        for graph, step, start, end, number in trace.runs.tolist()
+    ]
     longest = longest_path(trace) if len(trace.records) else {"run": -1, "path": []}
     of_run = np.flatnonzero(trace.records["run"] == longest["run"])
     place = dict(zip(trace.records["task"][of_run].tolist(), of_run.tolist(), strict=True))
@@ -40,6 +43,7 @@ def _data(trace: Trace) -> dict[str, Any]:
         "length_ns": trace.end_ns - begin,
         "runs": runs,
         "graphs": [_graph(graph) for graph in trace.graphs],
+        "edges": [{"from": a, "to": b, "pairs": pairs.tolist()} for (a, b), pairs in trace.edges.items()],
         **times,
         "others": {"worker": trace.others["worker"].tolist()}
         | {name: (trace.others[f"{name}_ns"] - begin).tolist() for name in ("start", "stop")},

@@ -1,25 +1,31 @@
 """A trace as Chrome JSON, for ui.perfetto.dev: a track a worker, a slice a task, a counter of ready tasks.
 
 The format is Google's "Trace Event Format": times in microseconds, `X` a slice, `C` a counter, `M` a name, `s` and `f` ends of an arrow.
+Processes and threads count from 1: Perfetto reads a tid of 0 as none, puts its slices on thread `pid`, and drops those that overlap there.
 """
 
+import bisect
+import itertools
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from taskgpt.errors import shorten
 from taskgpt.lab.rules import RuleError, reading
 from taskgpt.lab.trace import Trace
 
 PROCESS = 1
 _CHUNK = 10_000  # events in memory at a time
+_SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def write(trace: Trace, path: str | Path, arrows: bool = False) -> None:
-    """Write the file, whole or not at all; with `arrows`, a flow along every dependency inside a run. Raises OSError."""
+    """Write the file, whole or not at all; with `arrows`, a flow along every dependency. Raises OSError."""
     part = Path(f"{path}.part")
     try:
         with open(part, "w", encoding="utf-8") as file:
@@ -42,8 +48,9 @@ def write(trace: Trace, path: str | Path, arrows: bool = False) -> None:
 def _events(trace: Trace, arrows: bool) -> Iterator[dict[str, Any]]:
     yield {"ph": "M", "pid": PROCESS, "name": "process_name", "args": {"name": trace.about["scheduler"]}}
     for worker in range(trace.workers):
-        yield {"ph": "M", "pid": PROCESS, "tid": worker, "name": "thread_name", "args": {"name": f"worker {worker}"}}
-        yield {"ph": "M", "pid": PROCESS, "tid": worker, "name": "thread_sort_index", "args": {"sort_index": worker}}
+        thread = {"ph": "M", "pid": PROCESS, "tid": worker + 1}
+        yield {**thread, "name": "thread_name", "args": {"name": f"worker {worker}"}}
+        yield {**thread, "name": "thread_sort_index", "args": {"sort_index": worker}}
     yield from _slices(trace)
     yield from _ready_tasks(trace)
     if arrows:
@@ -58,7 +65,7 @@ def _slices(trace: Trace) -> Iterator[dict[str, Any]]:
         yield {
             "ph": "X",
             "pid": PROCESS,
-            "tid": worker,
+            "tid": worker + 1,
             "ts": (start - trace.begin_ns) / 1e3,
             "dur": (stop - start) / 1e3,
             "name": of.kernels[of.kernel[task]],
@@ -87,79 +94,111 @@ def _ready_tasks(trace: Trace) -> Iterator[dict[str, Any]]:
 
 
 def _arrows(trace: Trace) -> Iterator[dict[str, Any]]:
-    number = 0
-    for run, records in trace.by_run():
-        graph = trace.graphs[trace.runs["graph"][run]]
-        by_task = {record["task"]: record for record in records}
-        for task, record in by_task.items():
-            for p in graph.predecessors[graph.first[task] : graph.first[task + 1]]:
-                if p in by_task:
-                    number += 1
-                    before = by_task[p]
-                    ends = (("s", before["worker"], before["stop_ns"] - 1), ("f", record["worker"], record["start_ns"]))
-                    for kind, worker, moment in ends:
-                        yield {
-                            "ph": kind,
-                            "bp": "e",
-                            "pid": PROCESS,
-                            "tid": int(worker),
-                            "ts": (int(moment) - trace.begin_ns) / 1e3,
-                            "id": number,
-                            "name": "dependency",
-                            "cat": "dependency",
-                        }
+    """Yield both ends of each, inside the slices: Perfetto finds them by time. Tasks that took no time have no inside, and no arrows."""
+    r, number = trace.records, 0
+    for before, after in trace.dependencies():
+        takes_time = (r["start_ns"] < r["stop_ns"])[[before, after]].all(axis=0)
+        for a, b in zip(r[before[takes_time]], r[after[takes_time]], strict=True):
+            number += 1
+            for kind, worker, moment in (("s", a["worker"], a["stop_ns"] - 1), ("f", b["worker"], b["start_ns"])):
+                yield {
+                    "ph": kind,
+                    "bp": "e",
+                    "pid": PROCESS,
+                    "tid": int(worker) + 1,
+                    "ts": (int(moment) - trace.begin_ns) / 1e3,
+                    "id": number,
+                    "name": "dependency",
+                    "cat": "dependency",
+                }
+
+
+# The checker reads what is there, and knows nothing of how it was written -----------------------------------------------------------------
 
 
 def check(path: str | Path) -> dict[str, int]:
     """Return how many tasks (slices), counters and arrows the file has. Raises RuleError for what a viewer would drop or show wrongly."""
-    try:
-        events = json.loads(Path(path).read_text(encoding="utf-8"))["traceEvents"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise RuleError(f"{path}: wanted JSON with traceEvents, got {error!r}") from None
     with reading(path):
-        return _check(path, events)
+        return _check(path, _read(Path(path).read_text(encoding="utf-8")))
 
 
-def _check(path: str | Path, events: list[dict[str, Any]]) -> dict[str, int]:
+def _check(path: str | Path, events: Iterator[Any]) -> dict[str, int]:
     counts = {"tasks": 0, "counters": 0, "arrows": 0}
     named: set[int] = set()
-    last_end: dict[int, tuple[float, int]] = {}
+    tracks: dict[int, list[tuple[float, float, int]]] = {}  # (begin, end, number of the event) of each slice
+    ends: list[tuple[int, float, int]] = []  # (track, time, number) of each arrow's
     open_arrows: dict[int, float] = {}
-
-    def wrong(at: int, wanted: str) -> RuleError:
-        return RuleError(f"{path}: event {at}: wanted {wanted}, got {json.dumps(events[at])[:200]}")
-
-    slices = []
     for at, event in enumerate(events):
+
+        def wrong(wanted: str, at: int = at, event: Any = event) -> RuleError:
+            return RuleError(f"{path}: event {at}: wanted {wanted}, got {shorten(event)}")
+
         kind = event.get("ph") if isinstance(event, dict) else None
         if kind not in ("M", "X", "C", "s", "f"):
-            raise wrong(at, "ph M, X, C, s or f")
-        if kind != "M" and not (isinstance(event.get("ts"), (int, float)) and event["ts"] >= 0):
-            raise wrong(at, "a time of 0 or more")
+            raise wrong("ph M, X, C, s or f")
+        track, moment = event.get("tid", 0 if kind in "Xsf" else 1), event.get("ts", 0 if kind == "M" else None)
+        if not all(type(number) is int and number >= 1 for number in (event.get("pid"), track)):
+            raise wrong("integers for pid and tid from 1 on: Perfetto takes 0 for none")
+        if type(moment) not in (int, float) or not 0 <= moment < 2**53:
+            raise wrong("a time of 0 or more")
         if kind == "M" and event.get("name") == "thread_name":
-            named.add(event.get("tid"))
+            named.add(track)
         elif kind == "X":
             counts["tasks"] += 1
-            if event.get("tid") not in named:
-                raise wrong(at, "a track with a name")
-            if not event.get("name") or not event.get("dur", -1) >= 0:
-                raise wrong(at, "a name and a duration of 0 or more")
-            slices.append((event["ts"], at))
+            if track not in named:
+                raise wrong("a track with a name")
+            if not event.get("name") or not 0 <= event.get("dur", -1) < 2**53:
+                raise wrong("a name and a duration of 0 or more")
+            tracks.setdefault(track, []).append((moment, moment + event["dur"], at))
         elif kind == "C":
             counts["counters"] += 1
             if not min(event["args"].values()) >= 0:
-                raise wrong(at, "a count of 0 or more")
+                raise wrong("a count of 0 or more")
         elif kind == "s":
-            open_arrows[event["id"]] = event["ts"]
+            open_arrows[event["id"]] = moment
+            ends.append((track, moment, at))
         elif kind == "f":
             counts["arrows"] += 1
-            if event["id"] not in open_arrows or open_arrows.pop(event["id"]) > event["ts"]:
-                raise wrong(at, "an arrow that began, and not later")
-    for moment, at in sorted(slices):
-        track = events[at]["tid"]
-        if track in last_end and moment < last_end[track][0] - 1e-3:
-            raise wrong(at, f"no slice before event {last_end[track][1]} of the same track ends")
-        last_end[track] = moment + events[at]["dur"], at
+            if event["id"] not in open_arrows or open_arrows.pop(event["id"]) > moment:
+                raise wrong("an arrow that began, and not later")
+            ends.append((track, moment, at))
+    for slices in tracks.values():
+        slices.sort()
+        for (_, end, before), (begin, _, at) in itertools.pairwise(slices):
+            if begin < end - 1e-3:
+                raise RuleError(f"{path}: event {at}: wanted no slice before event {before} of the same track ends, at {end}, got {begin}")
     if open_arrows:
         raise RuleError(f"{path}: wanted an end for every arrow, got none for {len(open_arrows)}")
+    for track, moment, at in ends:
+        slices = tracks.get(track, [])
+        place = bisect.bisect_right(slices, moment, key=lambda each: each[0]) - 1
+        if place < 0 or moment >= slices[place][1]:
+            raise RuleError(f"{path}: event {at}: wanted the end of an arrow inside a slice of its track, got {moment}")
     return counts
+
+
+def _read(text: str) -> Iterator[Any]:
+    """Yield the events of a text in JSON, one after the other: all at once would take twenty times the text's memory."""
+    decode = json.JSONDecoder().raw_decode
+
+    def mark(at: int, wanted: str) -> tuple[str, int]:
+        at = _SPACE.match(text, at).end()
+        if text[at : at + 1] not in tuple(wanted):
+            raise ValueError(f"character {at}: wanted {' or '.join(wanted)}, got {shorten(text[at : at + 40])}")
+        return text[at], at + 1
+
+    has_events, (sign, at) = False, mark(0, "{")
+    while sign != "}":
+        key, at = decode(text, _SPACE.match(text, at).end())
+        _, at = mark(at, ":")
+        if key == "traceEvents":
+            has_events, (sign, at) = True, mark(at, "[")
+            while sign != "]":
+                event, at = decode(text, _SPACE.match(text, at).end())
+                yield event
+                sign, at = mark(at, ",]")
+        else:
+            _, at = decode(text, _SPACE.match(text, at).end())
+        sign, at = mark(at, ",}")
+    if not has_events:
+        raise ValueError("wanted traceEvents, got none")
