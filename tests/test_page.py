@@ -51,12 +51,11 @@ def test_a_page_shows_what_the_next_run_waits_for(tmp_path):
     """Of a task at the end of a run: tasks of the next one, which are drawn too; of runs that are not shown nothing is said."""
     trace = traced("native", order=(0, 0))
     a, b = trace.edges[0, 0][0].tolist()
-    before, after = (
-        int(np.flatnonzero((trace.records["run"] == run) & (trace.records["task"] == task))[0]) for run, task in ((0, a), (1, b))
-    )
-    page.write([trace, trace.without_first(1)], tmp_path / "page.html", "native")
+    rows = trace.records[["run", "task"]].tolist()
+    before, after, first = rows.index((0, a)), rows.index((1, b)), trace.without_first(1).records["task"].tolist().index(b)
     name, kernel = trace.graphs[0].name, trace.graphs[0].kernels
-    js = f"[[0, {before}], [0, {after}], [1, {after - (trace.records['run'] == 0).sum()}]].map(([at, i]) => (choose({{ trace: page.traces[at], i }}), document.getElementById('detail').textContent))"
+    shown = "(choose({ trace: page.traces[at], i }), document.getElementById('detail').textContent)"
+    js = f"[[0, {before}], [0, {after}], [1, {first}]].map(([at, i]) => {shown})"
     awaited, waits, alone = evaluated(tmp_path / "page.html", js, tmp_path)
     assert re.search(rf"awaited by: .*of {name} 1: .*\b{b} {kernel[trace.graphs[0].kernel[b]]}", awaited)
     assert re.search(rf"waits for: .*of {name} 0: .*\b{a} {kernel[trace.graphs[0].kernel[a]]}", waits)

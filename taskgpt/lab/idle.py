@@ -67,8 +67,10 @@ def _of_each_worker(trace: Trace) -> np.ndarray:
     parts = []
     everything = np.concatenate([trace.records, trace.others])
     everything = everything[np.argsort(everything["start_ns"], kind="stable")]
+    everything = everything[np.argsort(everything["worker"], kind="stable")]
+    bounds = np.searchsorted(everything["worker"], np.arange(trace.workers + 1))
     for worker in range(trace.workers):
-        mine = everything[everything["worker"] == worker]
+        mine = everything[bounds[worker] : bounds[worker + 1]]
         part = np.zeros(len(mine) + 1, GAP_TYPE)
         part["worker"] = worker
         part["begin_ns"] = np.concatenate([[trace.begin_ns], mine["stop_ns"]]).clip(trace.begin_ns, trace.end_ns)
@@ -80,7 +82,7 @@ def _of_each_worker(trace: Trace) -> np.ndarray:
 def _behind_a_barrier(trace: Trace) -> tuple[np.ndarray, np.ndarray]:
     """Return from when until when each task was ready while its loop had not begun."""
     r, loop = trace.records, trace.column("loop")
-    key = r["run"] * (loop.max(initial=0) + 1) + loop
-    first_start = np.full(key.max(initial=-1) + 1, np.iinfo(np.int64).max)
+    _, key = np.unique(r["run"] * (loop.max(initial=0) + 1) + loop, return_inverse=True)
+    first_start = np.full(len(r), np.iinfo(np.int64).max)
     np.minimum.at(first_start, key, r["start_ns"])
     return r["ready_ns"], np.maximum(r["ready_ns"], first_start[key])

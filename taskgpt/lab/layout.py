@@ -5,14 +5,21 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
+from taskgpt.errors import shorten
+
 Table = dict[str, Any]  # caption; head, a list of words; rows, lists of words
 
 _NUMBER = re.compile(r"[-+]?[\d.,]+%?(-[\d.,]+)?")  # and ranges of two
 
 
+def label(name: str) -> str:
+    """Return a name as files of lines and fixed sizes can hold it: one line of 1 to 120 printable characters."""
+    return shorten(name, 120)[:120] or "no name"
+
+
 def to_text(table: Table) -> str:
     """Return caption, if there is one, head and rows in aligned columns."""
-    lines = [table["head"], *table["rows"]]
+    lines = [[cell if cell.isprintable() else shorten(cell) for cell in line] for line in (table["head"], *table["rows"])]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     found = [table["caption"]] if table["caption"] else []
     for line in lines:

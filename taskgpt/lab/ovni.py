@@ -4,6 +4,8 @@ A folder `loom.taskgpt/proc.1/thread.N` a thread, with stream.json (what it is) 
 and tasks, on a virtual CPU; thread 2 is worker 0, on CPU 0, and so on. Tasks speak of the nosv model: a task executes (VTx, VTe) or its
 worker is hungry (VSh, VSf) and rests (VPr, VPp). Fork-join speaks of openmp: a worker shares a loop (PQx, PQe), of which each task is a
 chunk (PWs, PWS), and stands at the barrier (PBj, PBJ). Marks 0, 1 and 2 are layer, phase and step.
+
+Traces of tasks need ovni 1.10 or newer, for nosv 2.3; those of fork-join need 1.12, for openmp 1.2.
 """
 
 import json
@@ -16,6 +18,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from taskgpt.lab.layout import label
 from taskgpt.lab.trace import Trace
 
 _HEADER = struct.Struct("<4sI")
@@ -30,7 +33,7 @@ _PAYLOAD = dict(form.split(":") for form in _FORMS.split())
 
 
 def write(trace: Trace, path: str | Path) -> None:
-    """Write the folder, whole or not at all; one that was there is replaced. Raises OSError."""
+    """Write the folder, whole or not at all; a trace that was there is replaced, and nothing else. Raises OSError."""
     part = Path(f"{path}.part")
     shutil.rmtree(part, ignore_errors=True)
     process = part / f"loom.{_LOOM}" / f"proc.{_PID}"
@@ -38,8 +41,9 @@ def write(trace: Trace, path: str | Path) -> None:
         _put(process, trace, _MAIN, _create(trace))
         for worker in range(trace.workers):
             _put(process, trace, _MAIN + 1 + worker, _work(trace, worker))
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(part, path)
+        Path(path).mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(Path(path) / f"loom.{_LOOM}", ignore_errors=True)
+        os.replace(part / f"loom.{_LOOM}", Path(path) / f"loom.{_LOOM}")
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -89,10 +93,10 @@ def _put_event(file: BinaryIO, name: str, clock_ns: int, *payload: int | str) ->
 def _labels(trace: Trace, mark: str) -> dict[str, str]:
     """Return what the values of a mark mean; none is 0, which ovni keeps for nothing."""
     if mark == "layer":
-        return {"1": "no layer"} | {str(n + 2): f"layer {n}" for n in range(int(trace.column("layer").max(initial=-1)) + 1)}
+        return {"1": "no layer"} | {str(n + 2): f"layer {n}" for n in np.unique(trace.column("layer")).tolist() if n >= 0}
     if mark == "phase":
-        return {str(n): name or "no phase" for n, name in enumerate(trace.names("phase"), start=1)}
-    return {str(n + 1): f"step {n}" for n in range(int(trace.runs["step"].max(initial=-1)) + 1)}
+        return {str(n): label(name or "no phase") for n, name in enumerate(trace.names("phase"), start=1)}
+    return {str(n + 1): f"step {n}" for n in np.unique(trace.runs["step"]).tolist()}
 
 
 def _span(trace: Trace) -> tuple[int, int]:
@@ -106,7 +110,7 @@ def _create(trace: Trace) -> Iterator[tuple]:
     is_fork_join = trace.about["is_fork_join"]
     yield "OHx", begin, -1, _MAIN, 0
     for number, name in enumerate(trace.names("kernel"), start=1):
-        yield "POc" if is_fork_join else "VYc", begin, number, name
+        yield "POc" if is_fork_join else "VYc", begin, number, label(name)
     if not is_fork_join:
         kernel, runs = trace.column("kernel") + 1, trace.records["run"]
         begins = trace.runs["begin_ns"] - 1  # strictly before they run: ovni orders threads by time alone

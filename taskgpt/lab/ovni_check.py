@@ -1,7 +1,6 @@
 """The rules of ovni's emulator, for the events that ovni.py writes. Reads what is there, and knows nothing of how it was written."""
 
 import heapq
-import json
 import struct
 from collections import Counter
 from collections.abc import Iterator
@@ -9,12 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from taskgpt.errors import shorten
+from taskgpt.files import read_json
 from taskgpt.lab.rules import RuleError, reading
 
 _FIXED = "OHx:16 OHe:0 OM[:12 OM]:12 VTc:8 VTx:8 VTe:8 VHw:0 VHW:0 VSh:0 VSf:0 VPp:0 VPr:0 PQx:4 PQe:4 PWs:0 PWS:0 PBj:0 PBJ:0"
 _SIZES = {"VYc": None, "POc": None} | {name: int(size) for name, size in (word.split(":") for word in _FIXED.split())}  # bytes of payload
 _MODELS = {"O": "ovni", "V": "nosv", "P": "openmp"}
 _LEAVES = {"VHW": "VHw", "VSf": "VSh", "VTe": "VTx", "PWS": "PWs", "PBJ": "PBj", "PQe": "PQx", "OM]": "OM["}
+_LABEL_BYTES = 4 + 512  # a number, a label, a 0
 _HOUR_NS = 3600 * 10**9
 
 
@@ -51,7 +53,7 @@ def _check(path: Path) -> dict[str, int]:
         raise RuleError(f"{path}: wanted loom_cpus in one stream.json, got them in {len(with_cpus)}")
     cpus = {cpu["index"]: cpu["phyid"] for cpu in with_cpus[0].about["ovni"]["loom_cpus"]}
     if sorted(cpus) != list(range(len(cpus))) or len(set(cpus.values())) != len(cpus):
-        raise RuleError(f"{path}: wanted loom_cpus with indices 0, 1, ... and a phyid each, got {cpus}")
+        raise RuleError(f"{path}: wanted loom_cpus with indices 0, 1, ... and a phyid each, got {shorten(cpus)}")
     counts, created, running = Counter(threads=len(threads), events=0, tasks=0), {"type": {}, "task": {}}, {}
     starts: list[int] = []
 
@@ -66,10 +68,10 @@ def _check(path: Path) -> dict[str, int]:
         counts["events"] += 1
 
         def wrong(wanted: str, thread=thread, offset=offset, name=name, payload=payload) -> RuleError:
-            return RuleError(f"{thread.folder / 'stream.obs'}: byte {offset}: wanted {wanted}, got {name} {payload}")
+            return RuleError(f"{thread.folder / 'stream.obs'}: byte {offset}: wanted {wanted}, got {name} {shorten(payload)}")
 
         if _MODELS[name[0]] not in thread.about["ovni"]["require"]:
-            raise wrong(f"an event of a model that stream.json requires: {', '.join(thread.about['ovni']['require'])}")
+            raise wrong(f"an event of a model that stream.json requires: {shorten(', '.join(thread.about['ovni']['require']))}")
         if name == "OHx":
             cpu = struct.unpack("<iiQ", payload)[0]
             if thread.state != "unborn" or (cpu != -1 and cpu not in cpus):
@@ -141,8 +143,7 @@ def _enter_or_leave(name: str, clock: int, payload: bytes, thread: _Thread, crea
 def _about(file: Path) -> dict[str, Any]:
     """Return a stream.json that has what the emulator asks for."""
     with reading(file):
-        about = json.loads(file.read_text(encoding="utf-8"))
-        return _verified(about, file)
+        return _verified(read_json(file), file)
 
 
 def _verified(about: dict[str, Any], file: Path) -> dict[str, Any]:
@@ -159,7 +160,7 @@ def _verified(about: dict[str, Any], file: Path) -> dict[str, Any]:
     }
     for what, holds in wanted.items():
         if not holds:
-            raise RuleError(f"{file}: wanted {what}, got {ovni}")
+            raise RuleError(f"{file}: wanted {what}, got {shorten(ovni)}")
     return about
 
 
@@ -185,6 +186,8 @@ def _events(file: Path) -> Iterator[tuple[int, int, str, bytes]]:
                 raise wrong(f"{_SIZES[letters]} bytes of payload for {letters}, got flags {flags:#x}")
             if flags == 0x13:
                 size = int.from_bytes(opened.read(4), "little")
+                if size > _LABEL_BYTES:
+                    raise wrong(f"a label of 1 to 511 bytes, then a 0, got {size:,} bytes of payload")
             payload = opened.read(size)
             if len(payload) < size:
                 raise wrong(f"{size} bytes of payload; the file is cut short")

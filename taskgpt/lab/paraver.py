@@ -1,13 +1,18 @@
-"""A trace for Paraver, BSC's trace browser: a .prv of records, beside it a .pcf that names values, a .row that names threads, and a folder
-.cfgs of views to open.
+"""A trace for Paraver, BSC's trace browser: a .prv of records, beside it a .pcf that names values, a .row that names threads and CPUs, and
+a folder .cfgs of views to open.
 
-One application, one process, a thread a worker, on a CPU each. Numbers are Extrae's where it has some, so that its configurations work:
-states 0 Idle (nothing is ready), 1 Running, 5 Synchronization (a barrier), 7 Scheduling (a task is ready, nobody runs it); types 60000018
-outlined function (loops), 60000023 task function, 60000028 task id. Ours follow on 70000001. An interval is an event with its value, then
-one with 0. Dependencies are communications, from the end of a task to the start of the one that waited; their size is the bytes that it
-moves, their tag the kernel.
+One application, one process, a thread a worker, on a CPU each: worker 0 is THREAD 1.1.1, as Extrae would call it and PyPOP looks for it, on
+the CPU `worker 0`. Numbers are Extrae's where it has some, so that its configurations work: states 0 Idle (nothing is ready), 1 Running,
+5 Synchronization (a barrier), 7 Scheduling (a task is ready, nobody runs it); types 60000018 outlined function (loops), 60000023 task
+function, 60000028 task id. Ours follow on 70000001. An interval is an event with its value, then one with 0. Dependencies are
+communications, from the end of a task to the start of the one that waited, in the next run too; their size is the bytes that it moves,
+their tag the kernel.
+
+A gap between two tasks is one state, that of the cause to which most of it is due: times by state differ from those of `trace report`,
+which shares a gap among its causes.
 """
 
+import itertools
 import os
 import re
 from collections.abc import Iterator
@@ -17,8 +22,10 @@ from time import localtime, strftime
 
 import numpy as np
 
+from taskgpt.errors import shorten
 from taskgpt.lab import paraver_views
 from taskgpt.lab.idle import CAUSES, gaps
+from taskgpt.lab.layout import label
 from taskgpt.lab.rules import RuleError, reading
 from taskgpt.lab.trace import Trace
 
@@ -34,12 +41,18 @@ def write(trace: Trace, path: str | Path) -> None:
     """Write path, a .prv, and the .pcf, .row and .cfgs beside it, each file whole or not at all. Raises OSError."""
     path = Path(path)
     _put(path.with_suffix(".pcf"), iter([_pcf(trace)]))
-    rows = [f"worker {worker}" for worker in range(trace.workers)]
-    _put(path.with_suffix(".row"), iter(["LEVEL NODE SIZE 1", "node", "", f"LEVEL THREAD SIZE {trace.workers}", *rows, ""]))
+    _put(path.with_suffix(".row"), _row(trace.workers))
     function = OUTLINED if trace.about["is_fork_join"] else TASK_FUNCTION
     timelines = {"kernel": ("Kernel", function), "layer": ("Layer", LAYER), "phase": ("Phase", PHASE), "step": ("Step", STEP)}
     paraver_views.write(path.with_suffix(".cfgs"), {"state": ("State", None), **timelines}, profiled="kernel")
     _put(path, _prv(trace))
+
+
+def _row(workers: int) -> Iterator[str]:
+    yield f"LEVEL CPU SIZE {workers}"
+    yield from (f"worker {worker}" for worker in range(workers))
+    yield from ("", "LEVEL NODE SIZE 1", "node", "", f"LEVEL THREAD SIZE {workers}")
+    yield from (f"THREAD 1.1.{worker + 1}" for worker in range(workers))
 
 
 def _put(path: Path, lines: Iterator[str]) -> None:
@@ -114,33 +127,24 @@ def _tasks(trace: Trace) -> Iterator[_Lines]:
 
 def _communications(trace: Trace) -> _Lines:
     """Return a line for each dependency: sent when the one that is waited for stops, received when the one that waits starts."""
-    parts = [np.empty((0, 7), np.int64)]
-    for run, records in trace.by_run():
-        graph = trace.graphs[trace.runs["graph"][run]]
-        place = np.full(len(graph), -1)
-        place[records["task"]] = np.arange(len(records))
-        receivers = np.repeat(np.arange(len(graph)), np.diff(graph.first))
-        known = (place[receivers] >= 0) & (place[graph.predecessors] >= 0)
-        a, b, task = records[place[graph.predecessors[known]]], records[place[receivers[known]]], receivers[known]
-        tags = np.array([trace.names("kernel").index(name) + 1 for name in graph.kernels], np.int64)[graph.kernel[task]]
-        out, ready, start = (times - trace.begin_ns for times in (a["stop_ns"], b["ready_ns"], b["start_ns"]))
-        columns = a["worker"] + 1, out, b["worker"] + 1, start, np.maximum(ready, out), graph.bytes[task], tags
-        parts.append(np.stack(columns, axis=1))
-    one, out, other, start, ready, size, tag = np.concatenate(parts).T
-    values = one, one, out, out, other, other, start, ready, size, tag
+    r, sizes, tags = trace.records, trace.column("bytes"), trace.column("kernel") + 1
+    before, after = (np.concatenate([np.empty(0, np.int64), *each]) for each in list(zip(*trace.dependencies(), strict=True)) or [(), ()])
+    out, ready, start = (r[name][at] - trace.begin_ns for name, at in (("stop_ns", before), ("ready_ns", after), ("start_ns", after)))
+    one, other, ready = r["worker"][before] + 1, r["worker"][after] + 1, np.maximum(ready, out)
+    values = one, one, out, out, other, other, start, ready, sizes[after], tags[after]
     return _Lines(out, np.zeros_like(out), "3:%d:1:1:%d:%d:%d:%d:1:1:%d:%d:%d:%d:%d", values)
 
 
 def _pcf(trace: Trace) -> str:
     colours = {IDLE: "117,195,255", RUNNING: "0,0,255", SYNCHRONIZATION: "179,0,0", SCHEDULING: "255,255,0"}
-    kernels = dict(enumerate(trace.names("kernel"), start=1))
-    layers = {1: "no layer"} | {n + 2: f"layer {n}" for n in range(int(trace.column("layer").max(initial=-1)) + 1)}
+    kernels = dict(enumerate(map(label, trace.names("kernel")), start=1))
+    layers = {1: "no layer"} | {n + 2: f"layer {n}" for n in np.unique(trace.column("layer")).tolist() if n >= 0}
     types = [
         (OUTLINED, "Executed OpenMP parallel function", kernels),
         (TASK_FUNCTION, "Executed task function", kernels),
         (TASK_ID, "Task id", {}),
         (LAYER, "Layer", layers),
-        (PHASE, "Phase", {n: name or "no phase" for n, name in enumerate(trace.names("phase"), start=1)}),
+        (PHASE, "Phase", {n: label(name or "no phase") for n, name in enumerate(trace.names("phase"), start=1)}),
         (STEP, "Step, counted from 1", {}),
         (FLOPS, "Floating-point operations of the task", {}),
         (BYTES, "Bytes that the task moves", {}),
@@ -174,19 +178,23 @@ def check(path: str | Path) -> dict[str, int]:
     path = Path(path)
     with reading(path.with_suffix(".pcf")):
         named = _named_values(path.with_suffix(".pcf"))
+    with reading(path.with_suffix(".row")):
+        named_threads = _named_threads(path.with_suffix(".row"))
     counts = {"tasks": 0, "states": 0, "events": 0, "communications": 0}
     with reading(path), open(path, encoding="utf-8") as file:
         first = file.readline().rstrip("\n")
         header = _HEADER.fullmatch(first)
         if not header:
-            raise RuleError(f"{path}:1: wanted a header, #Paraver (date):END_ns:1(cpus):1:1(threads:1), got {first[:100]!r}")
+            raise RuleError(f"{path}:1: wanted a header, #Paraver (date):END_ns:1(cpus):1:1(threads:1), got {shorten(first)}")
         end, cpus, threads = map(int, header.groups())
+        if threads != named_threads:
+            raise RuleError(f"{path.with_suffix('.row')}: wanted LEVEL THREAD SIZE {threads} and as many names, got {named_threads}")
         covered, open_values, last = [0] * threads, [{} for _ in range(threads)], 0
         for number, line in enumerate(file, start=2):
             text = line.rstrip("\n")
 
             def wrong(wanted: str, number: int = number, text: str = text) -> RuleError:
-                return RuleError(f"{path}:{number}: wanted {wanted}, got {text[:200]!r}")
+                return RuleError(f"{path}:{number}: wanted {wanted}, got {shorten(text)}")
 
             words = text.split(":")
             if not all(word.isdecimal() for word in words) or words[0] not in ("1", "2", "3"):
@@ -222,28 +230,33 @@ def check(path: str | Path) -> dict[str, int]:
                 if not time <= rest[0] <= rest[6] <= end or not rest[0] <= rest[5] <= end:
                     raise wrong("a communication that arrives after it left")
     if any(stop != end for stop in covered) or any(any(values.values()) for values in open_values):
-        raise RuleError(f"{path}: wanted states of every thread up to {end} and intervals that end, got {covered} and {open_values}")
-    with reading(path.with_suffix(".row")):
-        rows = path.with_suffix(".row").read_text(encoding="utf-8").split(f"LEVEL THREAD SIZE {threads}\n")
-    if len(rows) != 2 or len(rows[1].split("\n")) < threads or not all(rows[1].split("\n")[:threads]):
-        raise RuleError(f"{path.with_suffix('.row')}: wanted LEVEL THREAD SIZE {threads} and as many names")
+        got = f"{shorten(covered)} and {shorten(open_values)}"
+        raise RuleError(f"{path}: wanted states of every thread up to {end} and intervals that end, got {got}")
     return counts | {"views": paraver_views.check(path.with_suffix(".cfgs"), set(named) - {"states"})}
+
+
+def _named_threads(path: Path) -> int:
+    """Return how many threads a .row names."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    head, size = next((at, line[18:]) for at, line in enumerate(lines) if line.startswith("LEVEL THREAD SIZE "))
+    names = itertools.takewhile(bool, lines[head + 1 :])
+    if (count := len(list(names))) != int(size):
+        raise ValueError(f"wanted LEVEL THREAD SIZE {shorten(size)} and as many names, got {count}")
+    return count
 
 
 def _named_values(path: Path) -> dict:
     """Return {"states": numbers, type: numbers of its values} of a .pcf."""
     named: dict = {"states": set()}
-    types: list[int] = []
+    values: set[int] = set()  # the types of a block share them
     section = ""
     for line in path.read_text(encoding="utf-8").splitlines():
         if line in ("STATES", "STATES_COLOR", "EVENT_TYPE", "VALUES", "DEFAULT_OPTIONS", "DEFAULT_SEMANTIC"):
-            section, types = line, [] if line == "EVENT_TYPE" else types
+            section, values = line, set() if line == "EVENT_TYPE" else values
         elif line and section == "STATES":
             named["states"].add(int(line.split()[0]))
         elif line and section == "EVENT_TYPE":
-            types.append(int(line.split()[1]))
-            named[types[-1]] = set()
+            named[int(line.split()[1])] = values
         elif line and section == "VALUES":
-            for each in types:
-                named[each].add(int(line.split()[0]))
+            values.add(int(line.split()[0]))
     return named

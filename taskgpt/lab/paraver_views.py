@@ -7,6 +7,8 @@ a row a worker, a column a value, in each cell the time.
 import re
 from pathlib import Path
 
+from taskgpt.errors import shorten
+from taskgpt.files import read_text
 from taskgpt.lab.rules import RuleError, reading
 
 _THREAD_OF = {True: "State As Is", False: "Last Evt Val"}  # Paraver's functions that make a timeline of records
@@ -128,20 +130,23 @@ def check(folder: Path, known_types: set[int]) -> int:
     paths = sorted(folder.glob("*.cfg"))
     for path in paths:
         with reading(path):
-            text = path.read_text(encoding="utf-8")
-        head = re.match(r"#ParaverCFG\nConfigFile\.Version: 3\.4\nConfigFile\.NumWindows: (\d+)\n", text)
-        if not head:
-            raise RuleError(f"{path}: wanted #ParaverCFG, ConfigFile.Version: 3.4 and ConfigFile.NumWindows: N, got {text[:80]!r}")
-        windows = re.findall(r"< NEW DISPLAYING WINDOW .+ >\n#+\nwindow_name .+\nwindow_type single\nwindow_id (\d+)\n", text)
-        if windows != [str(n + 1) for n in range(int(head[1]))]:
-            raise RuleError(f"{path}: wanted {head[1]} windows, numbered from 1, got {windows}")
-        for count, inside in re.findall(r"_functions \{ (\d+), \{ (.*) \} \}\n", text):
-            if len(re.findall(r"\{\w+, [^}]+\}", inside)) != int(count):
-                raise RuleError(f"{path}: wanted {count} functions, got {inside}")
-        for window in re.findall(r"Analyzer2D\.(?:Control|Data)Window: (\d+)\n", text):
-            if window not in windows:
-                raise RuleError(f"{path}: a histogram of window {window}, which is not there")
-        for event_type in re.findall(r"window_filter_module evt_type 1 (\d+)\n", text):
-            if int(event_type) not in known_types:
-                raise RuleError(f"{path}: events of type {event_type}, which the .pcf does not name")
+            _check_view(path, read_text(path), known_types)
     return len(paths)
+
+
+def _check_view(path: Path, text: str, known_types: set[int]) -> None:
+    head = re.match(r"#ParaverCFG\nConfigFile\.Version: 3\.4\nConfigFile\.NumWindows: (\d{1,9})\n", text)
+    if not head:
+        raise RuleError(f"{path}: wanted #ParaverCFG, ConfigFile.Version: 3.4 and ConfigFile.NumWindows: N, got {shorten(text[:80])}")
+    windows = re.findall(r"< NEW DISPLAYING WINDOW .+ >\n#+\nwindow_name .+\nwindow_type single\nwindow_id (\d+)\n", text)
+    if len(windows) != int(head[1]) or windows != [str(n + 1) for n in range(len(windows))]:
+        raise RuleError(f"{path}: wanted {head[1]} windows, numbered from 1, got {shorten(windows)}")
+    for count, inside in re.findall(r"_functions \{ (\d+), \{ (.*) \} \}\n", text):
+        if len(re.findall(r"\{\w+, [^}]+\}", inside)) != int(count):
+            raise RuleError(f"{path}: wanted {shorten(count)} functions, got {shorten(inside)}")
+    for window in re.findall(r"Analyzer2D\.(?:Control|Data)Window: (\d+)\n", text):
+        if window not in windows:
+            raise RuleError(f"{path}: a histogram of window {shorten(window)}, which is not there")
+    for event_type in re.findall(r"window_filter_module evt_type 1 (\d+)\n", text):
+        if int(event_type) not in known_types:
+            raise RuleError(f"{path}: events of type {shorten(event_type)}, which the .pcf does not name")

@@ -6,7 +6,7 @@ A folder: tasks.csv and idle.csv, or tasks.parquet and idle.parquet (needs pyarr
 import csv
 import importlib.util
 import os
-import shutil
+import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from taskgpt.errors import UserError
+from taskgpt.errors import UserError, shorten
 from taskgpt.lab.idle import CAUSES, gaps
 from taskgpt.lab.rules import RuleError, reading
 from taskgpt.lab.trace import Trace
@@ -23,6 +23,7 @@ _WORDS = ("graph", "kernel", "phase", "call")  # columns of text
 _NUMBERS = ("run", "step", "task", "layer", "worker", "ready_ns", "start_ns", "stop_ns", "flops", "bytes")
 _WAITS = ("begin_ns", "end_ns", *(f"{cause}_ns" for cause in CAUSES))
 _ROWS = 20_000  # in memory as text at a time
+_INTEGER = re.compile(r"-?[0-9]{1,18}")
 Columns = dict[str, np.ndarray]
 
 
@@ -43,17 +44,17 @@ def _tables(trace: Trace) -> dict[str, Columns]:
 
 
 def _write(put: Callable[[Columns, Path], None], ending: str, trace: Trace, path: str | Path) -> None:
-    """Write the folder, whole or not at all; one that was there is replaced. Raises OSError."""
-    part = Path(f"{path}.part")
-    shutil.rmtree(part, ignore_errors=True)
+    """Write both files into the folder, each whole or not at all; those that were there are replaced. Raises OSError."""
+    tables = {f"{name}.{ending}": columns for name, columns in _tables(trace).items()}
+    Path(path).mkdir(parents=True, exist_ok=True)
     try:
-        part.mkdir(parents=True)
-        for name, columns in _tables(trace).items():
-            put(columns, part / f"{name}.{ending}")
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(part, path)
+        for file, columns in tables.items():
+            put(columns, Path(path) / f"{file}.part")
+        for file in tables:
+            os.replace(Path(path) / f"{file}.part", Path(path) / file)
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        for file in tables:
+            (Path(path) / f"{file}.part").unlink(missing_ok=True)
 
 
 def _put_csv(columns: Columns, path: Path) -> None:
@@ -81,33 +82,40 @@ def _pyarrow() -> tuple[Any, Any]:
 def _check(read: Callable[[Path], Iterator[Any]], ending: str, path: str | Path) -> dict[str, int]:
     """Return how many rows there are. Raises RuleError for a row that cannot be: the columns, their order in time, and idle time's sum."""
     counts = {"tasks": 0, "gaps": 0}
+    tasks, idle = Path(path) / f"tasks.{ending}", Path(path) / f"idle.{ending}"
     free: dict[int, int] = {}  # until when a worker is busy
-    for number, row in _rows(read, Path(path) / f"tasks.{ending}", (*_NUMBERS, *_WORDS)):
-        counts["tasks"] += 1
-        ready, start, stop, worker = (int(row[name]) for name in ("ready_ns", "start_ns", "stop_ns", "worker"))
-        if not (0 <= ready <= start <= stop and free.get(worker, 0) <= start):
-            raise RuleError(f"{path}/tasks.{ending}:{number}: wanted ready <= start <= stop, after the worker's last task, got {row}")
-        free[worker] = stop
-    for number, row in _rows(read, Path(path) / f"idle.{ending}", ("worker", *_WAITS)):
-        counts["gaps"] += 1
-        begin, end, *causes = (int(row[name]) for name in _WAITS)
-        if end <= begin or abs(end - begin - sum(causes)) > len(CAUSES):
-            raise RuleError(f"{path}/idle.{ending}:{number}: wanted causes that add up to the time from begin to end, got {row}")
+    with reading(tasks):
+        for number, row in _rows(read, tasks, (*_NUMBERS, *_WORDS), _NUMBERS):
+            counts["tasks"] += 1
+            ready, start, stop, worker = (int(row[name]) for name in ("ready_ns", "start_ns", "stop_ns", "worker"))
+            if not (0 <= ready <= start <= stop and free.get(worker, 0) <= start):
+                raise RuleError(f"{tasks}:{number}: wanted ready <= start <= stop, after the worker's last task, got {shorten(row)}")
+            free[worker] = stop
+    with reading(idle):
+        for number, row in _rows(read, idle, ("worker", *_WAITS), ("worker", *_WAITS)):
+            counts["gaps"] += 1
+            begin, end, *causes = (int(row[name]) for name in _WAITS)
+            if end <= begin or abs(end - begin - sum(causes)) > len(CAUSES):
+                raise RuleError(f"{idle}:{number}: wanted causes that add up to the time from begin to end, got {shorten(row)}")
     if counts["gaps"] and not counts["tasks"]:
-        raise RuleError(f"{path}/tasks.{ending}: wanted tasks, as idle.{ending} has gaps between them, got none")
+        raise RuleError(f"{tasks}: wanted tasks, as {idle.name} has gaps between them, got none")
     return counts
 
 
-def _rows(read: Callable[[Path], Iterator[Any]], path: Path, columns: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (number of the line in a text, row) for each row. Raises RuleError for a missing column or field."""
-    with reading(path):
-        rows = read(path)
-        if missing := set(columns) - set(next(rows)):
-            raise RuleError(f"{path}: wanted columns {', '.join(sorted(missing))}, got none")
-        for number, row in enumerate(rows, start=2):
-            if None in row or None in row.values():
-                raise RuleError(f"{path}:{number}: wanted a field for each column, got {list(row.values())}")
-            yield number, row
+def _rows(
+    read: Callable[[Path], Iterator[Any]], path: Path, columns: Iterable[str], numbers: Iterable[str]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (number of the line in a text, row) for each row. Raises RuleError for a missing column or field, and what is no integer."""
+    rows = read(path)
+    if missing := set(columns) - set(next(rows)):
+        raise RuleError(f"{path}: wanted columns {', '.join(sorted(missing))}, got none")
+    for number, row in enumerate(rows, start=2):
+        if None in row or None in row.values():
+            raise RuleError(f"{path}:{number}: wanted a field for each column, got {shorten(list(row.values()))}")
+        for name in numbers:
+            if not _INTEGER.fullmatch(str(row[name])):
+                raise RuleError(f"{path}:{number}: {name}: wanted an integer of 64 bits, got {shorten(row[name])}")
+        yield number, row
 
 
 def _read_csv(path: Path) -> Iterator[Any]:
@@ -123,7 +131,7 @@ def _read_parquet(path: Path) -> Iterator[Any]:
     _, parquet = _pyarrow()
     with parquet.ParquetFile(path) as file:
         yield file.schema_arrow.names
-        for batch in file.iter_batches():
+        for batch in file.iter_batches(_ROWS):
             yield from batch.to_pylist()
 
 

@@ -61,7 +61,8 @@ def _labels(trace: Trace, colour_by: str) -> np.ndarray:
     """Return what gives each record its colour."""
     column = trace.column(colour_by)
     if colour_by == "layer":
-        return np.array(["no layer", *(f"layer {n}" for n in range(int(column.max(initial=-1)) + 1))])[column + 1]
+        found, at = np.unique(column, return_inverse=True)
+        return np.array([f"layer {n}" if n >= 0 else "no layer" for n in found.tolist()], object)[at]
     return np.array([name or "no phase" for name in trace.names(colour_by)])[column]
 
 
