@@ -1,8 +1,8 @@
 """Get training data ready, and open it.
 
-    python -m taskgpt.data prepare tinystories                        # download 1.6 GB, write 1.9 GB of tokens into the cache
-    python -m taskgpt.data prepare tinystories --from FILE.tar.gz     # the same on a machine without network
-    python -m taskgpt.data prepare tinyshakespeare --folder DIR       # comes with the package: 0.7 MB of tokens, here or for llm.c
+    python -m taskgpt.data prepare tinyshakespeare                    # download 1.1 MB, write 0.7 MB of tokens into the cache
+    python -m taskgpt.data prepare tinyshakespeare --from input.txt   # the same on a machine without network
+    python -m taskgpt.data prepare tinystories --folder /scratch/me   # download 1.6 GB, write 1.9 GB of tokens
     python -m taskgpt.data list                                       # what is prepared, and where
 
 Training opens data by one word: a name above, a text file, or a folder or pattern of llm.c's token files.
@@ -13,6 +13,7 @@ import codecs
 import errno
 import glob
 import os
+import platform
 import stat
 import sys
 from collections.abc import Callable, Sequence
@@ -31,6 +32,8 @@ from taskgpt.gpt2.tokenizer import BYTE_VOCAB_SIZE, GPT2_VOCAB_SIZE, Tokenizer, 
 from taskgpt.gpt2.tokens import Loader, TokenFile
 
 TRAIN_FILES, VAL_FILES, TOKENIZER_FILES = "*train*.bin", "*val*.bin", "*tokenizer*.bin"
+SMALL_DOWNLOAD_BYTES = 10_000_000  # up to here training fetches a dataset unasked
+SECONDS_TO_CONNECT = 5  # then training goes on without the network
 END_OF_TEXT = "<|endoftext|>"
 READ_BYTES = 1 << 20
 TEXT_MEMORY = 6  # bytes for each byte of a text: itself, up to 4 as a str, and its ids
@@ -55,7 +58,8 @@ def open_data(spec: str, batch_size: int, seq_len: int, vocab_size: int, say: Ca
 
     `spec` is one of:
 
-    - `tinyshakespeare`, which comes with the package, or `tinystories`, which must have been prepared;
+    - `tinyshakespeare`, `tinystories`: from the cache. The small one is downloaded if it is not there; without network or cache, training
+      goes on with the reference of the Python language that comes with this version of Python, and `say` tells so;
     - a text file in UTF-8: documents end at empty lines, or where `<|endoftext|>` is written, if it is (`say` tells so); validation gets
       the first tenth of the tokens, at most 32,768, at least one batch;
     - a folder, or a pattern such as `data/fineweb_*.bin`: llm.c's token files `*train*.bin` and `*val*.bin`, in the order of their names,
@@ -68,7 +72,7 @@ def open_data(spec: str, batch_size: int, seq_len: int, vocab_size: int, say: Ca
     """
     sizes = Sizes(batch_size, seq_len, vocab_size)
     if spec in DATASETS:
-        return _open_dataset(DATASETS[spec], sizes)
+        return _open_dataset(DATASETS[spec], sizes, say)
     path = Path(os.path.expanduser(spec))  # Path.expanduser would raise RuntimeError for an unknown user
     try:
         if stat.S_ISDIR(path.stat().st_mode):
@@ -92,22 +96,27 @@ class Sizes(NamedTuple):
     vocab_size: int
 
 
-def _open_dataset(dataset: Dataset, sizes: Sizes) -> Data:
+def _open_dataset(dataset: Dataset, sizes: Sizes, say: Callable[[str], None]) -> Data:
     tokenizer, encoding = _text_encoding(dataset.name, sizes.vocab_size)
+    how_to = f"python -m taskgpt.data prepare {dataset.name}"
+    is_small = dataset.num_bytes <= SMALL_DOWNLOAD_BYTES
     try:
         folder = dataset.folder
-    except UserError:
-        if dataset.shipped is None:
+        if not dataset.is_in(folder):
+            if not is_small:
+                raise UserError(f"{dataset.name} is not in {folder}; do: {how_to} (downloads {dataset.num_bytes / 1e9:.1f} GB)")
+            prepare(dataset.name, seconds=SECONDS_TO_CONNECT, say=say)
+    except UserError as error:
+        if not is_small:
             raise
-        folder = None
-    if folder and dataset.is_in(folder):
-        train, val = TokenFile(folder / dataset.train), TokenFile(folder / dataset.val)
-    elif dataset.shipped:
-        train, val = dataset.tokens(dataset.shipped)
-    else:
-        how_to = f"python -m taskgpt.data prepare {dataset.name}"
-        raise UserError(f"{dataset.name} is not in {folder}; do: {how_to} (downloads {dataset.num_bytes / 1e9:.1f} GB)")
-    name = dataset.name
+        # Two patch releases of Python may differ in it, too.
+        name = f"the language reference of Python {platform.python_version()}"
+        say(
+            f"{dataset.name} is not cached and cannot be fetched ({error}): training on {name} (pydoc_data.topics) instead, so that losses "
+            f"compare only with those of this version of Python; to get {dataset.name}, do: {how_to}"
+        )
+        return _open_text(name, _python_reference(), sizes, say)
+    name, train, val = dataset.name, TokenFile(folder / dataset.train), TokenFile(folder / dataset.val)
     if sizes.vocab_size < GPT2_VOCAB_SIZE:
         if len(train) > MOST_TOKENS_AS_BYTES:
             name += f" (the first {MOST_TOKENS_AS_BYTES:,} GPT-2 tokens of each file)"
@@ -219,11 +228,17 @@ def _read_text(path: Path) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
+def _python_reference() -> str:
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[key] for key in sorted(topics))
+
+
 def list_datasets() -> str:
     """Return what is in the cache, a line per dataset."""
     lines = []
     for dataset in DATASETS.values():
-        state = "comes with taskgpt" if dataset.shipped else f"not prepared; a download of {dataset.num_bytes / 1e6:,.1f} MB"
+        state = f"not prepared; a download of {dataset.num_bytes / 1e6:,.1f} MB"
         try:
             place = folder = dataset.folder
             if dataset.is_in(folder):

@@ -7,6 +7,7 @@ import http.server
 import io
 import json
 import os
+import platform
 import pwd
 import random
 import re
@@ -31,22 +32,32 @@ from taskgpt.gpt2.datasets import DATASETS, UNPACKED, download, prepare, write_t
 from taskgpt.gpt2.tokenizer import GPT2_VOCAB_SIZE, byte_tokenizer, gpt2_tokenizer
 from taskgpt.gpt2.tokens import TokenFile, TokenWriter, write_tokens
 
+TINYSHAKESPEARE = (Path(__file__).parents[2] / "shared" / "data" / "tinyshakespeare.txt", Path("tinyshakespeare.txt"))
 V = GPT2_VOCAB_SIZE
 TEXT = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n\n" * 3000
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
-    """An empty cache folder, a dataset `small` that does not come with the package, and no way out to the network: nobody listens on port 9
-    of this machine."""
+    """An empty cache folder, a dataset `small` of a text made up here, and no way out to the network: nobody listens on port 9 of this
+    machine."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(platformdirs, "user_cache_dir", lambda *_, **__: str(tmp_path / "cache"))
     whole = TEXT.encode()
-    small = {"num_bytes": len(whole), "sha256": hashlib.sha256(whole).hexdigest(), "token_sha256": {}, "shipped": None}
+    small = {"num_bytes": len(whole), "sha256": hashlib.sha256(whole).hexdigest(), "token_sha256": {}}
     monkeypatch.setitem(DATASETS, "small", dataclasses.replace(DATASETS["tinyshakespeare"], name="small", **small))
     for name, dataset in DATASETS.items():
         monkeypatch.setitem(DATASETS, name, dataclasses.replace(dataset, url=f"http://127.0.0.1:9/{name}.txt"))
     return tmp_path / "cache"
+
+
+@pytest.fixture
+def shakespeare() -> Path:
+    """The real text, where this machine has it."""
+    for path in TINYSHAKESPEARE:
+        if path.is_file():
+            return path
+    pytest.skip(f"no tinyshakespeare text; put it into {' or '.join(map(str, TINYSHAKESPEARE))}")
 
 
 @pytest.fixture
@@ -93,10 +104,10 @@ def prepared_text(folder: Path) -> str:
 # Preparing datasets
 
 
-def test_tinyshakespeare_comes_with_the_package(cache, tmp_path, capsys):
-    """Without network, from the text in the package, come llm.c's two files to the byte, and training's first batch begins as llm.c's."""
+def test_tinyshakespeare_tokens_are_the_published_ones(shakespeare, tmp_path, capsys):
+    """From the real text come llm.c's two files to the byte, and training's first shuffled batch begins as llm.c's."""
     folder = tmp_path / "tokens"
-    prepare("tinyshakespeare", folder)
+    prepare("tinyshakespeare", folder, shakespeare)
     assert f"wrote {folder / 'tiny_shakespeare_train.bin'}" in capsys.readouterr().out
     hashes = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.glob("*.bin")}
     assert hashes == {
@@ -106,7 +117,7 @@ def test_tinyshakespeare_comes_with_the_package(cache, tmp_path, capsys):
     assert TokenFile(folder / "tiny_shakespeare_val.bin")[:8].tolist() == [50256, 5962, 22307, 25, 198, 8421, 356, 5120]
     opened = open_data(str(folder), 4, 64, V)
     assert batches(opened.train, 1).ravel()[:6].tolist() == [673, 438, 13482, 1334, 477, 4302]
-    as_text = open_data(str(DATASETS["tinyshakespeare"].shipped), 4, 64, V)
+    as_text = open_data(str(shakespeare), 4, 64, V)
     np.testing.assert_array_equal(batches(as_text.train, 3), batches(open_data(str(folder), 4, 64, V).train, 3))
 
 
@@ -215,15 +226,16 @@ def test_runs_started_together_prepare_once(cache, serve):
     assert asked == []
 
 
-def test_what_is_prepared_needs_no_writing(cache, monkeypatch, capsys):
+def test_what_is_prepared_needs_no_writing(cache, monkeypatch, capsys, serve):
     """In a cache that can only be read, prepare says that all is there."""
-    prepare("tinyshakespeare")
+    serve(TEXT.encode())
+    prepare("small")
 
     def refuse(*_, **__):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     monkeypatch.setattr(Path, "open", refuse)
-    assert main(["prepare", "tinyshakespeare"]) == 0
+    assert main(["prepare", "small"]) == 0
     assert "already prepared" in capsys.readouterr().out
 
 
@@ -301,25 +313,23 @@ def test_a_stopped_tokenization_leaves_nothing(archive, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("vocab_size", [V, 300])
-def test_training_needs_neither_network_nor_cache(cache, vocab_size):
-    """tinyshakespeare is the same, prepared or not, in both encodings; opening it writes nothing and says nothing."""
+def test_without_network_training_reads_pythons_reference(cache, vocab_size):
+    """An empty cache and no network: tinyshakespeare gives way to pydoc_data.topics. One line says so, which Python's, and what to do."""
     said = []
-    unprepared = open_data("tinyshakespeare", 4, 64, vocab_size, said.append)
-    assert not cache.exists()
-    prepare("tinyshakespeare")
-    prepared = open_data("tinyshakespeare", 4, 64, vocab_size, said.append)
-    assert not said
-    assert unprepared.description == prepared.description
-    for one, other in ((unprepared.train, prepared.train), (unprepared.val, prepared.val)):
-        assert one.num_tokens == other.num_tokens
-        np.testing.assert_array_equal(batches(one, 50), batches(other, 50))
-    if vocab_size == V:
-        assert prepared.description == "tinyshakespeare: 305,260 train and 32,768 val tokens, GPT-2's encoding"
+    opened = open_data("tinyshakespeare", 4, 64, vocab_size, said.append)
+    name = f"the language reference of Python {platform.python_version()}"
+    assert len(said) == 1
+    assert "Connection refused" in said[0]
+    assert f"training on {name} (pydoc_data.topics) instead, so that losses compare only with those of this version of Python" in said[0]
+    assert "python -m taskgpt.data prepare tinyshakespeare" in said[0]
+    assert opened.description.startswith(f"{name}: ")
+    assert opened.val.num_tokens == min(32768, (opened.val.num_tokens + opened.train.num_tokens) // 10)
+    assert opened.tokenizer is (gpt2_tokenizer() if vocab_size == V else byte_tokenizer())
 
 
 @pytest.mark.parametrize("home", [None, "", "relative"])
 def test_where_there_is_no_home(home, tmp_path, monkeypatch, capsys):
-    """A user whom the system does not know, HOME unset, empty or relative: tinyshakespeare opens; the rest says in a line what to set."""
+    """A user whom the system does not know, HOME unset, empty or relative: training has a text; the rest says in a line what to set."""
 
     def unknown(user):
         raise KeyError(f"getpwuid(): uid not found: {user}")
@@ -328,18 +338,19 @@ def test_where_there_is_no_home(home, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", "relative/folder")  # which does not count
     monkeypatch.delenv("HOME") if home is None else monkeypatch.setenv("HOME", home)
     monkeypatch.chdir(tmp_path)
-    assert open_data("tinyshakespeare", 4, 64, V).train.num_tokens == 305_260
     complaint = "no cache folder: HOME is not set, and user 0 has no home; set XDG_CACHE_HOME to a folder's full path".replace(
         "0", str(os.getuid())
     )
+    said = []
+    assert open_data("tinyshakespeare", 4, 64, V, said.append).train.num_tokens > 10_000
+    assert complaint in said[0]
     with pytest.raises(UserError, match=complaint):
         open_data("tinystories", 4, 64, V)
     assert main(["prepare", "tinyshakespeare"]) == 2
     assert capsys.readouterr().err == f"taskgpt.data: error: {complaint}\n"
     assert main(["list"]) == 0
     assert capsys.readouterr().out.count(complaint) == 2
-    assert main(["prepare", "tinyshakespeare", "--folder", str(tmp_path / "here")]) == 0
-    assert os.listdir(tmp_path) == ["here"]
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_large_dataset_is_never_downloaded_unasked(cache):
@@ -578,7 +589,7 @@ def test_list_shows_what_is_where(cache, capsys):
     DATASETS["tinystories"].part(folder).write_bytes(bytes(2_500_000))
     assert main(["list"]) == 0
     shown = capsys.readouterr().out
-    assert re.search(r"^tinyshakespeare +comes with taskgpt  ", shown, re.M)
+    assert re.search(r"^tinyshakespeare +not prepared; a download of 1.1 MB  ", shown, re.M)
     assert re.search(r"^small +not prepared; a download of 0.2 MB  ", shown, re.M)
     assert re.search(r"^tinystories +not prepared; a download of 1,608.0 MB, of which 2.5 MB are here", shown, re.M)
     write_tokens(folder / "TinyStories_train.bin", [1, 2, 3])

@@ -1,8 +1,5 @@
 """The datasets known by name: download, check, tokenize as llm.c does, keep.
 
-tinyshakespeare.txt, beside this file, is the text of that dataset to the byte, so that training needs no network: words of Shakespeare,
-which belong to everybody, as Andrej Karpathy chose them for char-rnn.
-
 `prepare` turns a name into two of llm.c's token files in a folder, by default one of the user's cache. It may be stopped at any moment and
 run again: a download goes on where it stopped, and no file carries its final name before it is whole. Runs started together wait for each
 other, so that only one of them does the work.
@@ -27,7 +24,6 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path, PurePosixPath
 
-import numpy as np
 import platformdirs
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
@@ -58,10 +54,6 @@ class Dataset:
     """Tokenizes the download (first argument) into both files of a folder (second argument)."""
     token_sha256: dict[str, str] = field(default_factory=dict)
     """SHA-256 of token files, where llm.c's are published."""
-    shipped: Path | None = None
-    """What would be downloaded, where it comes with this package."""
-    tokens: Callable[[Path], tuple[np.ndarray, np.ndarray]] | None = None
-    """Tokenizes what is shipped: the ids, uint16 (n,), for training and for validation."""
 
     @property
     def folder(self) -> Path:
@@ -97,17 +89,11 @@ def split_sections(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def tinyshakespeare_tokens(text_path: Path) -> tuple[np.ndarray, np.ndarray]:
+def write_tinyshakespeare(text_path: Path, folder: Path):
     """Tokenize tinyshakespeare: the first 32,768 tokens are for validation. Source: llm.c, `dev/data/tinyshakespeare.py`."""
     ids = gpt2_tokenizer().encode_documents(split_sections(text_path.read_text("utf-8")))
-    return ids[VAL_TOKENS:], ids[:VAL_TOKENS]
-
-
-def write_tinyshakespeare(text_path: Path, folder: Path):
-    """Write `tinyshakespeare_tokens` into llm.c's two files."""
-    train, val = tinyshakespeare_tokens(text_path)
-    write_tokens(folder / "tiny_shakespeare_val.bin", val)
-    write_tokens(folder / "tiny_shakespeare_train.bin", train)
+    write_tokens(folder / "tiny_shakespeare_val.bin", ids[:VAL_TOKENS])
+    write_tokens(folder / "tiny_shakespeare_train.bin", ids[VAL_TOKENS:])
 
 
 def write_tinystories(archive: Path, folder: Path):
@@ -163,8 +149,6 @@ DATASETS = {
                 "tiny_shakespeare_train.bin": "8a70606be574040c26d225694f5f9759973b419852d22f7fe5c118e1b359dcc8",
                 "tiny_shakespeare_val.bin": "fe99db720dc7c83e694806d4e047a952909411da1daccde4ccc2e55f40882a62",
             },
-            shipped=Path(__file__).with_name("tinyshakespeare.txt"),
-            tokens=tinyshakespeare_tokens,
         ),
         Dataset(
             name="tinystories",
@@ -189,13 +173,11 @@ def find_dataset(name: str) -> Dataset:
 def prepare(name: str, folder: Path | None = None, source: Path | None = None, *, seconds: float = 30, say: Callable[[str], None] = print):
     """Write a dataset's token files into a folder (default: its own in the cache), unless they are there.
 
-    Args: source: an already downloaded file to take instead of the network, left as it is (default: what is shipped, if anything is).
-    seconds: to wait for the server.
+    Args: source: an already downloaded file to take instead of the network, left as it is. seconds: to wait for the server.
     Raises: UserError if there is no such dataset, no network, no folder, not enough disk, or if a file has another SHA-256 than wanted.
     """
     dataset = find_dataset(name)
     folder = folder or dataset.folder
-    source = source or dataset.shipped
     if not dataset.is_in(folder):
         with _only_one(folder, say):
             if not dataset.is_in(folder):  # still: another run may have ended meanwhile
