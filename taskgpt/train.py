@@ -197,8 +197,9 @@ def run_steps(
 ) -> tuple[list[float], float]:
     """Validate, sample and train, step by step, as llm.c's main does; return the seconds of each step and the last loss.
 
-    Ends early if a stop is requested, or if a loss is not finite: then the next step is cut short, and the model is of no more use. The
-    graphs are one for each slot of the model's inputs: while a step runs, the next batch goes into the other slot, and that step may begin.
+    Ends early if a stop is requested, or if a loss is not finite: then a step that has begun is finished, and the model is of no more use.
+    The graphs are one for each slot of the model's inputs: while a step runs, the next batch goes into the other slot, and that step may
+    begin.
     Steps do not overlap with validation and samples.
     """
 

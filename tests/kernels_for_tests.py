@@ -83,6 +83,49 @@ def die(out: InOut[N], log: InOut[F, np.int64]):
 
 
 @kernel
+def hold(flag: InOut[N], log: InOut[F, np.int64]):
+    """Wait until somebody outside writes a negative number to the flag."""
+    begin(log)
+    while flag[0] >= 0:
+        time.sleep(0.001)
+    end(log)
+
+
+within: dict[str, Callable[[], object]] = {}  # "act": what the task `act` is to do, in this process
+OUTSIDE = Graph("outside")  # in a worker process another one than in the main process
+
+
+@kernel
+def act(out: InOut[N], log: InOut[F, np.int64]):
+    """Do as the test says."""
+    begin(log)
+    within["act"]()
+    end(log)
+
+
+@kernel
+def spawn_outside(out: InOut[N], log: InOut[F, np.int64]):
+    """Spawn into a graph that this task did not make."""
+    begin(log)
+    OUTSIDE.spawn(double, Arena({"y": TensorSpec((1, 4), (1, None))}).y[0])
+
+
+@kernel
+def spawn_inside(out: InOut[N], log: InOut[F, np.int64]):
+    """Record a graph of one's own, and run it with a scheduler of one's own."""
+    begin(log)
+    y = Arena({"y": TensorSpec((1, 4), (1, None))}).y
+    y.array[:] = 1
+    graph = Graph("inside")
+    graph.spawn(double, y[0])
+    chosen = load_scheduler("sequential")
+    with open_scheduler(chosen.scheduler, chosen.settings) as scheduler:
+        scheduler.run(graph)
+    out += y.array[0]
+    end(log)
+
+
+@kernel
 def count_blas_threads(out: InOut[N]):
     """Write the largest number of threads that a BLAS of this process may use."""
     out[:] = max(pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas")

@@ -11,7 +11,10 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
+import weakref
+from contextlib import closing
 
 import kernels_for_tests as k
 import numpy as np
@@ -462,6 +465,70 @@ class TestStopping:
             old.close()
             assert len(list(new)) == 2
 
+    def test_a_task_that_asks_for_a_run_between_two_graphs(self):
+        """Its run would wait for itself, though the caller does not: it fails at once, and nothing that was begun is lost."""
+        a = k.arena(is_shared=False)
+        graph, inner, errors = Graph(), k.naps(a, milliseconds=1, length=5), []
+        graph.spawn(k.act, a.x[0], a.log[0])
+
+        def act():
+            if a.log.array[0, k.RUNS]:
+                may_go_on.wait(10)
+                for ask in (lambda: scheduler.run(inner), lambda: next(scheduler.run_each([inner])), lambda: graph.spawn(k.act, a.x[0], 0)):
+                    try:
+                        ask()
+                    except RuntimeError as error:
+                        errors.append(str(error)[:30])
+
+        may_go_on = threading.Event()
+        with opened(workers=2) as scheduler, closing(scheduler.run_each([graph] * 2)) as runs:
+            k.within["act"] = act
+            next(runs)
+            with pytest.raises(RuntimeError, match="graph 'graph' is being run"):
+                graph.spawn(k.nap, a.x[0], a.log[1], 0)
+            may_go_on.set()
+            next(runs)
+        assert errors == ["this scheduler is in the middl"] * 2 + ["tasks cannot spawn tasks yet: "]
+        assert a.log.array[0, k.RUNS] == 2
+
+    def test_a_failure_in_what_is_finished(self):
+        """close() raises what a task raised after the last graph that was yielded, and so does the end of the `with` block."""
+        a = k.arena(is_shared=False)
+        good, bad = k.naps(a, milliseconds=1, length=3), Graph()
+        bad.spawn(k.nap, a.x[7], a.log[10], 20)
+        bad.spawn(k.fail, a.x[7], a.log[11])
+        with opened(workers=2) as scheduler:
+            runs = scheduler.run_each([good, bad, good])
+            next(runs)
+            with pytest.raises(TaskError, match=r"^task 1, fail"):
+                runs.close()
+            scheduler.run(good)
+        with pytest.raises(TaskError, match=r"^task 1, fail"), opened(workers=2) as scheduler:
+            runs = scheduler.run_each([good, bad, good])
+            next(runs)
+        runs.close()
+
+    def test_an_iterator_that_is_collected_inside_a_task(self):
+        """The garbage collector closes it where nobody can wait for the task: its runs end by themselves."""
+        a = k.arena(is_shared=False)
+        graph = Graph()
+        graph.spawn(k.act, a.x[0], a.log[0])
+        asked = []
+        with opened(workers=2) as scheduler:
+            holder = [scheduler.run_each(asked.append(0) or graph for _ in range(5))]
+            holder.append(holder)  # a cycle
+            forgotten = threading.Event()
+            k.within["act"] = lambda: len(asked) < 2 or (forgotten.wait(10) and gc.collect())
+            next(holder[0])
+            trace = weakref.ref(holder[0])
+            del holder
+            forgotten.set()
+            while trace() is not None:
+                time.sleep(0.001)
+            k.within["act"] = lambda: None
+            scheduler.run(graph)
+        assert a.log.array[0, k.RUNS] == len(asked) + 1 == 3
+
     def test_interrupts_at_any_moment(self):
         """An interrupt, wherever it strikes, leaves a scheduler that gives the right bits: also while room is made for a larger graph."""
         draw = random.Random(1)
@@ -502,7 +569,8 @@ class TestStress:
 
     @pytest.mark.parametrize("workers", range(1, 9))
     def test_random_graphs(self, workers):
-        """1,000 graphs in all, of up to 500 tasks, alone and overlapping, on more workers than cores: the bits of program order.
+        """1,000 graphs in all, of up to 500 tasks, alone and overlapping, on more workers than cores, left early or not: the bits of
+        program order, of as many runs as were begun.
 
         The arithmetic does not forgive an exchange of two accesses, so a stale or torn read, a lost wake-up (the run would hang) or an edge
         counted twice shows.
@@ -521,11 +589,15 @@ class TestStress:
                         self.spawn(graph.spawn, arena, program)
                     runs = [draw.randrange(3) for _ in range(6)]
                     arena.x.array[:] = expected.x.array[:] = np.random.default_rng(draw.randrange(1000)).standard_normal((self.CELLS, 16))
-                    for _ in s.run_each(graphs[n] for n in runs):
-                        pass
-                    s.run(graphs[0])
-                    for n in [*runs, 0]:
+                    taken, leave_after = [], draw.randint(1, 9)  # of 6
+                    for done, _ in enumerate(s.run_each(taken.append(n) or graphs[n] for n in runs), start=1):
+                        if done == leave_after:
+                            break
+                    for n in taken:
                         self.spawn(run_now, expected, programs[n])
+                    assert arena.x.array.tobytes() == expected.x.array.tobytes()
+                    s.run(graphs[0])
+                    self.spawn(run_now, expected, programs[0])
                     assert arena.x.array.tobytes() == expected.x.array.tobytes()
 
     @classmethod

@@ -1,6 +1,7 @@
 """One contract for every scheduler, then what is particular to each."""
 
 import asyncio
+import contextlib
 import gc
 import os
 import signal
@@ -20,11 +21,12 @@ from dask.callbacks import Callback
 from dask.utils import key_split
 from threadpoolctl import threadpool_info
 
+import taskgpt
 from taskgpt import config
 from taskgpt.errors import UserError
 from taskgpt.schedulers import Scheduler, WorkerError, local_cluster, open_scheduler
 from taskgpt.schedulers.loops import cut
-from taskgpt.tasks import Graph, TaskError, compile_kernels, run_now
+from taskgpt.tasks import Graph, TaskError, check, compile_kernels, run_now
 
 # Scheduler file and overrides. A scheduler joins the contract by joining this list.
 VARIANTS = {
@@ -163,16 +165,120 @@ class TestContract:
             k.random_program(run_now, expected, seed, length=20 + seed)
         assert a.x.array.tobytes() == expected.x.array.tobytes()
 
-    def test_run_each_abandoned(self, scheduler):
-        """An iterator that is closed early leaves nothing running, and the next run is fresh."""
+    def test_run_each_left_early(self, scheduler):
+        """What has begun is finished: the tensors are those after the runs of all graphs that were asked for, and nothing runs any more."""
         a = k.arena(scheduler.needs_shared_memory)
-        graph = k.naps(a, milliseconds=1, length=20)
-        runs = scheduler.run_each([graph] * 5)
-        next(runs)
-        runs.close()
+        graph = k.naps(a, milliseconds=1, length=5)
+        asked = []
+
+        def ask(at_most: int):
+            for turn in range(5):
+                if turn == at_most:
+                    raise ZeroDivisionError
+                asked.append(turn)
+                yield graph
+
+        def close():
+            runs = scheduler.run_each(ask(5))
+            next(runs)
+            runs.close()
+
+        def leave(stop: type[Exception] | None):
+            for _ in scheduler.run_each(ask(5)):
+                if stop:
+                    raise stop
+                break
+
+        for way in (close, lambda: leave(None), lambda: leave(ZeroDivisionError), lambda: list(scheduler.run_each(ask(2)))):
+            before = len(asked)
+            with contextlib.suppress(ZeroDivisionError):
+                way()
+            gc.collect()
+            assert 1 <= len(asked) - before <= 2
+            assert (a.log.array[: len(graph.tasks), k.RUNS] == len(asked)).all()
+            assert not graph.runs
         assert_stopped(a, most=len(graph.tasks))
-        assert (a.log.array[:, k.RUNS] <= 2).all()
         self.test_order(scheduler, seed=8)
+
+    def test_an_iterator_that_nobody_closes(self, scheduler):
+        """It keeps a run under way at most; whoever runs something next waits for that first."""
+        a, expected = k.arena(scheduler.needs_shared_memory), k.arena(is_shared=False)
+        graphs = [k.random_graph(a, seed, length=20) for seed in range(2)]
+        asked = []
+        runs = scheduler.run_each(asked.append(0) or graphs[0] for _ in range(5))
+        next(runs)
+        scheduler.run(graphs[1])
+        for seed in (*asked, 1):
+            k.random_program(run_now, expected, seed, length=20)
+        assert a.x.array.tobytes() == expected.x.array.tobytes()
+        runs.close()
+        assert a.x.array.tobytes() == expected.x.array.tobytes()
+
+    def test_tasks_cannot_spawn(self, scheduler):
+        """A task that spawns into a graph from outside fails at once, and says why; the graph stays as it was."""
+        a = k.arena(scheduler.needs_shared_memory)
+        graph = Graph()
+        graph.spawn(k.spawn_outside, a.x[0], a.log[0])
+        why = "RuntimeError: tasks cannot spawn tasks yet: graph 'outside' was not made inside this one; record it before it runs$"
+        with pytest.raises(TaskError, match=r"^task 0, spawn_outside .*: " + why):
+            scheduler.run(graph)
+        with pytest.raises(TaskError, match=why):
+            list(scheduler.run_each([check(graph)]))
+        assert len(k.OUTSIDE.tasks) == 0
+        if not scheduler.needs_shared_memory:  # where the task can get at the graph that runs
+            graph = Graph("itself")
+            graph.spawn(k.act, a.x[0], a.log[0])
+            with within(lambda: graph.spawn(k.nap, a.x[0], a.log[1], 0)), pytest.raises(TaskError, match=r"^task 0, act .*graph 'itself'"):
+                scheduler.run(graph)
+            assert len(graph.tasks) == 1
+        self.test_order(scheduler, seed=8)
+
+    def test_tasks_cannot_run_graphs(self, scheduler):
+        """A task that asks its own scheduler for a run fails at once, whatever way it asks; with a scheduler of its own it runs graphs."""
+        a = k.arena(scheduler.needs_shared_memory)
+        graph = Graph()
+        graph.spawn(k.spawn_inside, a.x[0], a.log[0])
+        scheduler.run(graph)
+        assert (a.x.array[0] == [2, 3, 4, 5]).all()
+        if not scheduler.needs_shared_memory:  # a worker process cannot get at the scheduler
+            inner, graph = k.random_graph(a, seed=0), Graph()
+            graph.spawn(k.act, a.x[0], a.log[0])
+            for ask in (lambda: scheduler.run(inner), lambda: next(scheduler.run_each([inner]))):
+                why = (
+                    r"^task 0, act .*: RuntimeError: this scheduler is in the middle of a run, and neither a task of it nor another thread"
+                )
+                with within(ask), pytest.raises(TaskError, match=why):
+                    scheduler.run(graph)
+            with within(lambda: taskgpt.get(*inner.to_dask())):
+                scheduler.run(graph)
+            assert (a.log.array[1 : len(inner.tasks), k.RUNS] == 1).all()
+        self.test_order(scheduler, seed=8)
+
+    def test_other_threads_while_a_graph_runs(self, scheduler):
+        """Another thread can neither spawn into the graph nor start a run; afterwards both work."""
+        a, errors = k.arena(scheduler.needs_shared_memory), []
+        graph, other = Graph("held"), k.random_graph(a, seed=0)
+        graph.spawn(k.hold, a.x[0], a.log[0])
+
+        def meddle():
+            while not a.log.array[0, k.START]:
+                time.sleep(0.001)
+            for ask in (lambda: graph.spawn(k.nap, a.x[0], a.log[1], 0), lambda: scheduler.run(other)):
+                try:
+                    ask()
+                except RuntimeError as error:
+                    errors.append(str(error))
+            a.x.array[0] = -1
+
+        meddler = threading.Thread(target=meddle)
+        meddler.start()
+        scheduler.run(graph)
+        meddler.join()
+        assert errors[0] == "graph 'held' is being run, and the task would not be; spawn it before the run or after its end"
+        assert errors[1].startswith("this scheduler is in the middle of a run")
+        graph.spawn(k.nap, a.x[0], a.log[1], 0)
+        scheduler.run(graph)
+        assert a.log.array[:2, k.RUNS].tolist() == [2, 1]
 
     def test_run_within_run_each(self, scheduler):
         """A run in between, by who asks for graphs or by who gives them, comes between them."""
@@ -244,6 +350,38 @@ class TestContract:
         interrupter.join()
         self.test_order(scheduler, seed=7)
 
+    def test_second_interrupt(self, scheduler):
+        """A second Ctrl-C ends the wait for the tasks that run; the next run waits for them in its stead."""
+        a = k.arena(scheduler.needs_shared_memory)
+        graph = Graph()
+        for number in range(k.CELLS):
+            graph.spawn(k.nap, a.x[number], a.log[number], 100)
+        gc.collect()
+
+        def interrupt_twice():
+            while not a.log.array[:, k.START].any():
+                time.sleep(0.01)
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.03)
+
+        interrupter = threading.Thread(target=interrupt_twice)
+        with contextlib.suppress(KeyboardInterrupt):  # the second one comes after the end, where the calling thread is the only worker
+            interrupter.start()
+            try:
+                scheduler.run(graph)
+            finally:
+                interrupter.join()
+        last = Graph()
+        last.spawn(k.nap, a.x[0], a.log[k.CELLS], 0)
+        scheduler.run(last)
+        log = a.log.array
+        begun = log[: k.CELLS][log[: k.CELLS, k.START] > 0]
+        assert len(begun)
+        assert (begun[:, k.STOP] < log[k.CELLS, k.START])[begun[:, k.RUNS] > 0].all()
+        assert (begun[:, k.RUNS] == 0).sum() <= 1  # of the calling thread, whose nap was interrupted
+        self.test_order(scheduler, seed=7)
+
     def test_commutative(self, scheduler):
         """Commutative tasks run one at a time; between processes, where their locks do not reach, the graph is refused."""
         a = k.arena(scheduler.needs_shared_memory)
@@ -272,6 +410,14 @@ class TestContract:
         assert scheduler.workers == 1 or f"{scheduler.workers} work" in scheduler.describe()
 
 
+@contextlib.contextmanager
+def within(what) -> Iterator[None]:
+    """Have the task `act` do this."""
+    k.within["act"] = what
+    yield
+    k.within.clear()
+
+
 def assert_stopped(a, most: int, since: int = 1) -> None:
     """At most `most` tasks began since then, and no more will: the log does not change for longer than a nap."""
     before = a.log.array.copy()
@@ -281,6 +427,23 @@ def assert_stopped(a, most: int, since: int = 1) -> None:
 
 
 class TestLife:
+    @pytest.mark.parametrize("name", [name for name in NAMES if name != "local-cluster-processes"])  # whose start takes seconds
+    def test_opened_twice_and_used_closed(self, name):
+        """Both say so; a scheduler that was closed can be opened again."""
+        scheduler = opened(name, workers=1)
+        a = k.arena(scheduler.needs_shared_memory)
+        graph = k.random_graph(a, seed=0, length=5)
+        for _ in range(2):
+            for ask in (lambda: scheduler.run(graph), lambda: next(scheduler.run_each([graph]))):
+                with pytest.raises(RuntimeError, match=r"^this scheduler is closed; use it inside its `with` block$"):
+                    ask()
+            with scheduler:
+                scheduler.run(graph)
+                with pytest.raises(RuntimeError, match=r"^this scheduler is in its `with` block already; open a second one$"), scheduler:
+                    pass
+                scheduler.run(graph)
+        assert (a.log.array[:5, k.RUNS] == 4).all()
+
     @pytest.mark.parametrize("name", NAMES)
     def test_nothing_stays(self, name):
         """After the `with` block, no thread and no process is left, BLAS has its threads back, and the environment is as it was."""

@@ -4,8 +4,6 @@ That is what a NumPy user would write: the kernels' own NumPy bodies, on tensors
 with the compiled kernels' to rounding, not to the bit.
 """
 
-from typing import Self
-
 from threadpoolctl import threadpool_limits
 
 from taskgpt.schedulers._prepare import InTurn
@@ -23,19 +21,19 @@ class WholeTensor(InTurn):
     needs_shared_memory = False
 
     def __init__(self, threads: int):
+        super().__init__()
         self.workers = threads
 
-    def __enter__(self) -> Self:
+    def _start(self) -> None:
         self._blas = threadpool_limits(self.workers, user_api="blas")
-        return self
 
-    def __exit__(self, *exception: object) -> None:
+    def _stop(self) -> None:
         self._blas.restore_original_limits()
 
     def describe(self) -> str:
         return f"whole-tensor: NumPy, {self.workers} threads in the BLAS"
 
-    def run(self, graph: Graph) -> None:
+    def _run(self, graph: Graph) -> None:
         for task in graph.tasks:
             for call in task.calls:
                 call.kernel.body(*call.arrays, *scratch_arrays(call.scratch_shapes))

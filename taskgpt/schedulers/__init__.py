@@ -5,7 +5,7 @@
     loops.py           fork-join: parallel loops with a barrier after each, what OpenMP does to llm.c
     threads.py         dask.threaded, on threads of this process
     local_cluster.py   dask.distributed on this machine, with its dashboard: worker threads or worker processes
-    _prepare.py        what they share: the number of workers, plans that are made once per graph, runs in turn
+    _prepare.py        what they share: the number of workers, one run at a time, plans that are made once per graph
     _record.py         when and where each task ran, on request
     _plan.py _ready.py _worker.py _pointers.py    of native: a graph as flat arrays, policies and queues, the workers' loop, atomics
     _dask_get.py _dask_plan.py                    taskgpt.get, for any Dask graph: its workers; what it keeps of a graph, and its policies
@@ -28,7 +28,12 @@ class WorkerError(RuntimeError):
 
 
 class Scheduler(Protocol):
-    """The contract. A scheduler works inside its `with` block, which starts the workers and limits BLAS to one thread, and undoes both."""
+    """The contract. A scheduler works inside its `with` block, which starts the workers and limits BLAS to one thread, and undoes both.
+
+    It does one thing at a time: while it runs a graph, a task of that graph, or another thread, that asks it for a run gets RuntimeError,
+    for the task would wait for itself. A task may open a scheduler of its own, whose workers then share the cores with those outside, and
+    may call `taskgpt.get`. RuntimeError is also for a scheduler outside its `with` block, and for a second `with` inside the first.
+    """
 
     workers: int  # how many tasks can run at a time
     needs_shared_memory: bool  # True: the tensors must live in Arena(shared=True)
@@ -44,16 +49,22 @@ class Scheduler(Protocol):
         """Run every task of the graph once, each after its predecessors; return when all are done.
 
         Called again for every step: what can be prepared once per graph, is. The first exception ends the run: no further task starts,
-        those that run are waited for, then it is raised: TaskError, which names the task, WorkerError, or KeyboardInterrupt. The next
-        run starts afresh.
+        those that run are waited for, then it is raised: TaskError, which names the task, WorkerError, or KeyboardInterrupt. A second
+        KeyboardInterrupt may end that wait; the next run makes up for it. It starts afresh. Until the run ends, the graph cannot grow.
         """
 
     def run_each(self, graphs: Iterable[Graph]) -> Iterator[Graph]:
         """Run graphs one after another, with the same results as `run` for each; yield each when it is done.
 
         A scheduler may begin the next graph while one is under way, as far as dependencies allow, never the one after that: the next graph
-        is asked for before the one under way is yielded. Closed early, the iterator abandons what is under way, as an exception does. Who
-        calls `run` in between, while asked for a graph or given one, waits for what is under way first.
+        is asked for before the one under way is yielded. Who calls `run` in between, while asked for a graph or given one, waits for what
+        is under way first.
+
+        Left early, by close(), `break` or an exception in the loop's body or from `graphs`, the iterator finishes what has begun: the
+        tensors are then those after one run of every graph that was taken from `graphs`, yielded or not. close() raises what a task of the
+        last run raised; after `break` alone Python can only print it, so where it matters, use contextlib.closing. An iterator that nobody
+        closes is finished by the next run, or by the end of the `with` block. Only a failed task, a lost worker or KeyboardInterrupt leave
+        tensors in the middle of a run. Inside a task, where it cannot wait, close() leaves what has begun to the next run.
         """
 
     def ahead(self) -> float:

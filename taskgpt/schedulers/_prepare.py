@@ -1,9 +1,10 @@
-"""What schedulers share: the number of workers, runs in turn, and plans that are made once per graph."""
+"""What schedulers share: the number of workers, one run at a time, and plans that are made once per graph."""
 
 import os
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import Generic, TypeVar
+from typing import Generic, Self, TypeVar
 
 import numpy as np
 
@@ -22,8 +23,67 @@ def worker_count(setting: int) -> int:
     return setting or usable_cores()
 
 
-class InTurn:
-    """What schedulers share that run tasks in Python, one graph at a time, with a Recorder in `recorder`."""
+class OneAtATime:
+    """A scheduler's `with` block, and the rule that it does one thing at a time. A scheduler gives `_start` and `_stop`."""
+
+    def __init__(self):
+        self._is_open = False
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        if self._is_open:
+            raise RuntimeError("this scheduler is in its `with` block already; open a second one")
+        self._start()
+        self._is_open = True
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._is_open = False
+        self._stop()
+
+    def _turn(self) -> threading.Lock:
+        """Return the lock to hold while something runs. Raises RuntimeError if it is held: a task would wait for itself; or if closed."""
+        if not self._is_open:
+            raise RuntimeError("this scheduler is closed; use it inside its `with` block")
+        if self._lock.locked():
+            raise RuntimeError(IS_BUSY)
+        return self._lock
+
+
+IS_BUSY = (
+    "this scheduler is in the middle of a run, and neither a task of it nor another thread can start one beside it yet; "
+    "start it afterwards, or with a scheduler of its own"
+)
+
+
+class InTurn(OneAtATime):
+    """What schedulers share that run tasks in Python, one graph at a time, with a Recorder in `recorder`.
+
+    They give `_run(graph)`, and `_settle()`, which waits for the tasks of a run that was cut short.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self._is_cut_short = False  # and perhaps not settled, where a second Ctrl-C came
+
+    def run(self, graph: Graph) -> None:
+        with self._turn():
+            if self._is_cut_short:
+                self._settle()
+            try:
+                self._is_cut_short = True
+                graph.runs.add(self)
+                self._run(graph)
+                self._is_cut_short = False
+            except BaseException:
+                self._settle()
+                self._is_cut_short = False
+                raise
+            finally:
+                graph.runs.discard(self)
+
+    def _settle(self) -> None:
+        """In the calling thread alone there is nothing to wait for."""
 
     def ahead(self) -> float:
         return 0.0

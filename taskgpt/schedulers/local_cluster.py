@@ -16,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
-from typing import Self
 
 import dask
 import numpy as np
@@ -56,23 +55,24 @@ class Scheduler(InTurn):
     """A cluster on 127.0.0.1, for as long as the `with` block lasts."""
 
     def __init__(self, settings: Settings):
+        super().__init__()
         self.settings = settings
         self.workers = worker_count(settings.workers)
         self.needs_shared_memory = settings.processes
-        self._sent = OncePerGraph(self._send)
+        self._run_id = 0
         self.recorder = Recorder(settings.record)
         self._id = next(_ids)
 
-    def __enter__(self) -> Self:
+    def _start(self) -> None:
+        self._sent = OncePerGraph(self._send)
         with ExitStack() as stack:
             stack.enter_context(one_blas_thread)
             # In a thread of its own: Ctrl-C in the middle of a start waits for its end, and then finds a cluster that can be closed.
             with ThreadPoolExecutor(1) as starter:
-                starter.submit(self._start, stack).result()
+                starter.submit(self._start_cluster, stack).result()
             self._stack = stack.pop_all()
-        return self
 
-    def _start(self, stack: ExitStack) -> None:
+    def _start_cluster(self, stack: ExitStack) -> None:
         if hasattr(signal, "pthread_sigmask"):
             # A terminal sends Ctrl-C to every process. What is started from here, and by that, inherits the mask and leaves it to the main
             # process; the resource tracker, were it not there yet, would lift the mask.
@@ -95,7 +95,7 @@ class Scheduler(InTurn):
         disable_gc_diagnosis(force=True)  # calls Python from the garbage collector, where a Ctrl-C is lost
         self._client = self._watch.client = stack.enter_context(Client(self._cluster, set_as_default=False))
 
-    def __exit__(self, *exception: object) -> None:
+    def _stop(self) -> None:
         self._stack.close()
 
     def describe(self) -> str:
@@ -115,9 +115,9 @@ class Scheduler(InTurn):
         """Dask's own, which runs in this process."""
         return self._cluster.scheduler
 
-    def run(self, graph: Graph) -> None:
+    def _run(self, graph: Graph) -> None:
         graph_id, coarse = self._sent(graph)
-        run_id = next(_ids)
+        run_id = self._run_id = next(_ids)
         times = self._id, self.recorder.count(coarse), self.settings.record
         tasks, last = coarse.to_dask(lambda task: (_run_task, run_id, graph_id, task.number, times))
         self._watch.lost_worker = ""
@@ -126,18 +126,22 @@ class Scheduler(InTurn):
             # Not gather() itself: Ctrl-C would leave its coroutines behind, which then complain.
             results = self._client.gather(self._watch.futures, asynchronous=True)
             asyncio.run_coroutine_threadsafe(results, self._client.loop.asyncio_loop).result()
-        except BaseException as error:
-            self._client.cancel(self._watch.futures)
-            self._client.run(_stop, run_id, on_error="ignore")
-            if isinstance(error, KeyboardInterrupt) or not self._watch.lost_worker:
-                raise
-        finally:
             self._watch.futures = []
+        except Exception:
+            self._settle()
+            if not self._watch.lost_worker:
+                raise
         if self._watch.lost_worker:
             raise WorkerError(
                 f"{self._watch.lost_worker} died in the middle of a step, killed or out of memory, and left tensors half written; "
                 "go on from the last checkpoint"
             )
+
+    def _settle(self) -> None:
+        """Have no further task of the last run start, and wait for those that run."""
+        self._client.cancel(self._watch.futures)
+        self._client.run(_stop, self._run_id, on_error="ignore")
+        self._watch.futures = []
 
     def as_run(self, graph: Graph) -> Graph:
         return self._sent(graph)[1]
@@ -187,7 +191,7 @@ def _run_task(run_id: int, graph_id: int, number: int, times: tuple[int, int, in
                 place = scheduler_id, threading.get_ident()
                 (_times.get(place) or _times.setdefault(place, ThreadTimes(capacity))).run(run_number, task)
             else:
-                task.run()
+                task.run_calls()
     finally:
         _running.discard((run_id, number))
 

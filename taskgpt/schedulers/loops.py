@@ -44,41 +44,40 @@ class Scheduler(InTurn):
     needs_shared_memory = False
 
     def __init__(self, settings: Settings):
+        super().__init__()
         self.settings = settings
         self.workers = worker_count(settings.workers)
         self.recorder = Recorder(settings.record)
-        self._run_task: Callable[[Task], None] = Task.run
+        self._run_task: Callable[[Task], None] = Task.run_calls
         self._loops = OncePerGraph(self._cut_and_deal)
         self._helpers: list[_Helper] = []
         self._failures: list[BaseException] = []
 
-    def __enter__(self) -> Self:
+    def _start(self) -> None:
         with ExitStack() as stack:
             stack.enter_context(one_blas_thread)
             self._helpers = [stack.enter_context(_Helper(self._work)) for _ in range(self.workers - 1)]
             self._close = stack.pop_all().close
-        return self
 
-    def __exit__(self, *exception: object) -> None:
+    def _stop(self) -> None:
         self._close()
 
     def describe(self) -> str:
         covered = "all kernels" if self.settings.coverage == "all" else f"kernels tagged '{self.settings.coverage}'"
         return f"loops: {self.workers} workers, {self.settings.chunks} chunks, {covered} in parallel"
 
-    def run(self, graph: Graph) -> None:
+    def _run(self, graph: Graph) -> None:
         self._failures = []
         loops = self._loops(graph)
         self._run_task = self.recorder.begin(graph)
-        try:
-            for parts in loops:
-                self._fork_and_join(parts)
-        except BaseException as error:
-            # From the calling thread, or Ctrl-C while it waited: let the helpers finish the task they are at, and take no other.
-            self._failures.append(error)
-            for done in [helper.start(()) for helper in self._helpers]:
-                done.acquire()
-            raise
+        for parts in loops:
+            self._fork_and_join(parts)
+
+    def _settle(self) -> None:
+        """Let the helpers finish the task they are at, and take no other."""
+        self._failures.append(RuntimeError("the run was cut short"))
+        for done in [helper.start(()) for helper in self._helpers]:
+            done.acquire()
 
     def _cut_and_deal(self, graph: Graph) -> list[list[list[Task]]]:
         """Return, for each loop, its parts: with static chunks one for each worker at most, with dynamic chunks one for each chunk."""

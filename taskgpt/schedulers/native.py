@@ -11,10 +11,9 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Self
 
 import numba
 import numpy as np
@@ -24,7 +23,7 @@ from taskgpt.schedulers import _ready as r
 from taskgpt.schedulers import _worker
 from taskgpt.schedulers._plan import Plan, edges_to_next
 from taskgpt.schedulers._pointers import OPAQUE_WORDS
-from taskgpt.schedulers._prepare import OncePerGraph, worker_count
+from taskgpt.schedulers._prepare import IS_BUSY, OncePerGraph, OneAtATime, worker_count
 from taskgpt.schedulers._record import RECORD_TYPE
 from taskgpt.tasks import Graph, TaskError, one_blas_thread
 from taskgpt.tasks.kernel import compile_function
@@ -69,24 +68,26 @@ class _Run:
         self.is_over = False
 
 
-class Scheduler:
+class Scheduler(OneAtATime):
     """Runs graphs on compiled workers."""
 
     needs_shared_memory = False
 
     def __init__(self, settings: Settings):
+        super().__init__()
         self.settings = settings
         self.workers = worker_count(settings.workers)
         self._plans = OncePerGraph(Plan)
         self._shares = OncePerGraph(_shares)
         self._edges: weakref.WeakKeyDictionary[Plan, weakref.WeakKeyDictionary] = weakref.WeakKeyDictionary()
         self._runs: list[_Run] = []  # under way: at most two, in order
+        self._submitter = 0  # the thread that submitted the last run
         self._count = 0
         self._threads: list[threading.Thread] = []
 
     # Life ---------------------------------------------------------------------------------------------------------------------------
 
-    def __enter__(self) -> Self:
+    def _start(self) -> None:
         if numba.config.DISABLE_JIT:
             raise UserError("scheduler native is compiled code, which NUMBA_DISABLE_JIT=1 switches off; take --scheduler sequential")
         for function, signature in _worker.SIGNATURES.items():
@@ -101,9 +102,15 @@ class Scheduler:
                 self._threads.append(thread)
             undo.callback(self._abandon)
             self._undo = undo.pop_all()
-        return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None = None, *exception: object) -> None:
+        try:
+            if kind is None or issubclass(kind, Exception):
+                self._finish_all()  # what an iterator that nobody closed has begun
+        finally:
+            super().__exit__(kind, *exception)
+
+    def _stop(self) -> None:
         self._undo.close()
 
     def _join(self) -> None:
@@ -165,30 +172,63 @@ class Scheduler:
     # Runs ---------------------------------------------------------------------------------------------------------------------------
 
     def run(self, graph: Graph) -> None:
-        try:
-            self._finish(self._submit(graph, None))
-        except BaseException:
-            self._abandon()
-            raise
+        with self._turn():
+            self._verify_can_wait()
+            try:
+                self._finish(self._submit(graph, None))
+            except BaseException:
+                self._abandon()
+                raise
 
     def run_each(self, graphs: Iterable[Graph]) -> Iterator[Graph]:
         under_way: deque[_Run] = deque()
         try:
             for graph in graphs:
-                under_way.append(self._submit(graph, under_way[-1] if under_way else None, owner=under_way))
+                with self._turn():
+                    self._verify_can_wait(under_way)
+                    under_way.append(self._submit(graph, under_way[-1] if under_way else None, owner=under_way))
+                    if len(under_way) == 2:
+                        self._finish(under_way[0])
                 if len(under_way) == 2:
-                    yield self._finish(under_way.popleft())
+                    yield under_way.popleft().graph
             while under_way:
-                yield self._finish(under_way.popleft())
-        except BaseException:
+                with self._turn():
+                    self._verify_can_wait(under_way)
+                    self._finish(under_way[0])
+                yield under_way.popleft().graph
+        except BaseException as error:
             if any(run.owner is under_way for run in self._runs):  # else what is under way is somebody else's
-                self._abandon()
+                self._leave(error)
             raise
+
+    def _leave(self, error: BaseException) -> None:
+        """Finish what a run_each has begun, or abandon it: for an interrupt, or when a task has failed."""
+        if self._is_worker() or self._lock.locked():
+            return  # closed by the garbage collector, inside a task or at the start of another run, which will wait instead
+        with self._turn():
+            try:
+                if self._table[r.FAILED] or not isinstance(error, Exception | GeneratorExit):
+                    self._abandon()
+                else:
+                    self._finish_all()
+            except BaseException:
+                self._abandon()
+                raise
+
+    def _is_worker(self) -> bool:
+        return threading.current_thread() in self._threads
+
+    def _verify_can_wait(self, mine: Collection[_Run] = ()) -> None:
+        """Raise RuntimeError for a worker; and for a thread that did not begin what is under way between two graphs of a run_each."""
+        if self._is_worker() or (self._runs and not mine and self._submitter != threading.get_ident()):
+            raise RuntimeError(IS_BUSY)
+
+    def _finish_all(self) -> None:
+        for run in self._runs[:]:
+            self._finish(run)
 
     def _submit(self, graph: Graph, before: _Run | None, owner: object | None = None) -> _Run:
         """Start a run: beside `before`, if that is still under way and knows what to wait for, else after all others."""
-        if self._table[r.CLOSING]:
-            raise RuntimeError("this scheduler is closed; use it inside its `with` block")
         if self._table[r.FAILED] and self._runs:
             raise self._failure()
         if self._table[r.STOPPING]:
@@ -197,9 +237,8 @@ class Scheduler:
         edges = self._edges_between(before, graph, plan) if before and not before.is_over else None
         if edges is None or not self._has_room(plan):
             before = None
-            for run in self._runs[:]:
-                self._finish(run)
-            self._runs.clear()  # of what an interrupt kept from being removed
+            self._finish_all()
+            self._forget_all()  # what an interrupt kept from being removed
         self._make_room(plan)
         run = _Run(self._count, graph, plan, self._count % 2, owner)
         self._count += 1
@@ -207,7 +246,9 @@ class Scheduler:
             before.edges = edges
             self._run_words[before.slot, [r.NEXT_FIRST, r.NEXT]] = [array.ctypes.data for array in edges]
         self._write(run, before)
+        self._submitter = threading.get_ident()
         self._runs.append(run)
+        graph.runs.add(run)
         self._table[r.PRIORITIES] = any(each.plan.priorities is not None for each in self._runs)
         _worker.submit(self._address, run.slot, before is not None)
         return run
@@ -221,7 +262,7 @@ class Scheduler:
             known[plan] = edges_to_next(before.graph, graph)
         return known[plan]
 
-    def _finish(self, run: _Run) -> Graph:
+    def _finish(self, run: _Run) -> None:
         """Wait until a run is over. Raises TaskError for the first task that failed."""
         while not run.is_over:
             if run not in self._runs:
@@ -230,8 +271,13 @@ class Scheduler:
                 if self._run_words[run.slot, r.REMAINING]:
                     raise self._failure()  # FAILED: who is interrupted abandons all runs at once
                 run.is_over = True
+                run.graph.runs.discard(run)
                 self._runs.remove(run)
-        return run.graph
+
+    def _forget_all(self) -> None:
+        for run in self._runs:
+            run.graph.runs.discard(run)
+        self._runs.clear()
 
     def _failure(self) -> BaseException:
         error = take_exception(int(self._table[r.FAILED]))
@@ -243,11 +289,11 @@ class Scheduler:
 
     def _abandon(self) -> None:
         """Let the workers finish the tasks they are at, and forget the rest of all runs."""
-        if self._table[r.CLOSING] or not (self._runs or self._table[r.STOPPING]):
+        if not (self._runs or self._table[r.STOPPING]):
             return
         _worker.stop(self._address)  # now all sleep
         self._queue_words[:, r.SIZE] = 0
-        self._runs.clear()
+        self._forget_all()
         self._table[[r.FAILED, r.STOPPING]] = 0  # last: an interrupt before this is made good by the next run
 
     def _has_room(self, plan: Plan) -> bool:

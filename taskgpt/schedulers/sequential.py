@@ -1,7 +1,6 @@
 """Program order, in the calling thread: what every other scheduler must agree with to the bit, and where a debugger works."""
 
 from dataclasses import dataclass, field
-from typing import Self
 
 from taskgpt.schedulers._prepare import InTurn
 from taskgpt.schedulers._record import Recorder
@@ -27,20 +26,20 @@ class Scheduler(InTurn):
     needs_shared_memory = False
 
     def __init__(self, settings: Settings):
+        super().__init__()
         self.settings = settings
         self.recorder = Recorder(settings.record)
 
-    def __enter__(self) -> Self:
+    def _start(self) -> None:
         one_blas_thread.acquire()
-        return self
 
-    def __exit__(self, *exception: object) -> None:
+    def _stop(self) -> None:
         one_blas_thread.release()
 
     def describe(self) -> str:
         return "sequential: program order, in the calling thread"
 
-    def run(self, graph: Graph) -> None:
+    def _run(self, graph: Graph) -> None:
         run_task = self.recorder.begin(graph)
         for task in graph.tasks:
             run_task(task)

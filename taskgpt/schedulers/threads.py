@@ -4,9 +4,8 @@ Dask orders the graph anew in every step and wakes its main thread between any t
 """
 
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Self
 
 import dask.threaded
 
@@ -30,20 +29,20 @@ class Scheduler(InTurn):
     needs_shared_memory = False
 
     def __init__(self, settings: Settings):
+        super().__init__()
         self.settings = settings
         self.workers = worker_count(settings.workers)
         self.recorder = Recorder(settings.record)
-        self._run_task: Callable[[Task], None] = Task.run
+        self._run_task: Callable[[Task], None] = Task.run_calls
         self._coarse = OncePerGraph(self._coarsen)
         self._dask_graph = OncePerGraph(self._translate)
+
+    def _start(self) -> None:
         self._coordinator = ThreadPoolExecutor(1, "taskgpt-coordinator")
         self._pool = ThreadPoolExecutor(self.workers, "taskgpt-threads")
-
-    def __enter__(self) -> Self:
         one_blas_thread.acquire()
-        return self
 
-    def __exit__(self, *exception: object) -> None:
+    def _stop(self) -> None:
         self._coordinator.shutdown()
         self._pool.shutdown()
         one_blas_thread.release()
@@ -52,21 +51,20 @@ class Scheduler(InTurn):
         size = f"at most {self.settings.coarsen} tasks a step" if self.settings.coarsen else "tasks as recorded"
         return f"threads: dask.threaded on {self.workers} workers, {size}"
 
-    def run(self, graph: Graph) -> None:
+    def _run(self, graph: Graph) -> None:
         tasks, last = self._dask_graph(graph)
         self._run_task = self.recorder.begin(self.as_run(graph))
         # Not in this thread, which is the one that Ctrl-C interrupts: Dask's loop makes garbage, and Python loses an interrupt that meets
         # the collector calling a weak reference back. This thread only waits.
-        done = self._coordinator.submit(dask.threaded.get, tasks, last, pool=self._pool)
-        try:
-            done.result()
-        except BaseException:
-            # Dask raises at once, its other tasks still running on our tensors: wait for them, then start with a fresh pool.
-            self._pool.shutdown(cancel_futures=True)
-            wait([done])
-            self._pool = ThreadPoolExecutor(self.workers, "taskgpt-threads")
-            self.recorder.forget_threads()
-            raise
+        self._coordinator.submit(dask.threaded.get, tasks, last, pool=self._pool).result()
+
+    def _settle(self) -> None:
+        """Wait for the tasks that Dask leaves running on our tensors when it raises, then start with a fresh pool."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        # In the coordinator, after Dask's loop: to Python below 3.13, a thread whose join() was interrupted has ended.
+        self._coordinator.submit(self._pool.shutdown).result()
+        self._pool = ThreadPoolExecutor(self.workers, "taskgpt-threads")
+        self.recorder.forget_threads()
 
     def _translate(self, graph: Graph) -> tuple[Mapping, list[tuple]]:
         """Return the Dask graph and its last keys. Dask's local schedulers remember nothing, so that every step can use the same keys."""

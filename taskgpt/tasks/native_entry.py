@@ -20,7 +20,7 @@ from numba.core import cgutils
 from numba.core.compiler_lock import global_compiler_lock
 from numba.np.arrayobj import populate_array
 
-from taskgpt.tasks.graph import Call
+from taskgpt.tasks.graph import Call, this_thread
 from taskgpt.tasks.kernel import Kernel, undisturbed
 from taskgpt.tasks.scratch import scratch_layout
 
@@ -45,6 +45,7 @@ def python_entry(call: Call) -> tuple[int, object]:
     """Return (address, what keeps it alive) of an entry that takes the GIL and runs the call in Python."""
 
     def run(_words, _scratch, error):
+        this_thread.at = call
         try:
             call.run()
         except BaseException as raised:
@@ -52,6 +53,8 @@ def python_entry(call: Call) -> tuple[int, object]:
             ctypes.pythonapi.Py_IncRef(reference)
             error[0] = id(raised)
             return 1
+        finally:
+            this_thread.at = None
         return 0
 
     callback = _PYTHON_ENTRY(run)
