@@ -22,7 +22,7 @@ from typing import Any
 
 from taskgpt.errors import UserError, run_program
 from taskgpt.lab import validation
-from taskgpt.lab.cells import Cell, product_of
+from taskgpt.lab.cells import WHOLE_TENSOR, Cell, product_of
 from taskgpt.lab.formats import save, verify_can_write
 from taskgpt.lab.machine_file import Machine
 from taskgpt.lab.named import listed, named_config, worker_counts
@@ -80,9 +80,12 @@ def simulate(flags: argparse.Namespace) -> int:
     """Print a line for each graph, scheduler and number of workers. Raises UserError or OSError."""
     in_range("--steps", flags.steps, 3)
     in_range("--rounds", flags.rounds)
-    in_range("--t1", flags.t1, 1e-3, 1e9)
+    in_range("--t1", flags.t1, 1e-3, 10**9)
     settings = flags.set + ([f"policy={','.join(listed(flags.policy))}"] if flags.policy else [])
-    cells = product_of(listed(flags.graph), flags.tiles, listed(flags.schedulers), worker_counts(flags.workers), settings)
+    names = listed(flags.schedulers)
+    if WHOLE_TENSOR in names:
+        raise UserError(f"--schedulers {WHOLE_TENSOR}: has no tasks to simulate; leave it to `taskgpt compare`")
+    cells = product_of(listed(flags.graph), flags.tiles, names, worker_counts(flags.workers), settings)
     if flags.trace is not None:
         verify_can_write(flags.trace)
     times, machine = Times(flags.times), Machine.load(flags.machine)

@@ -28,13 +28,13 @@ from taskgpt.lab import machine, tuned
 from taskgpt.lab.cells import Cell
 from taskgpt.lab.named import make_config, named_config, split_changes
 from taskgpt.lab.races import FASTER, FINAL_ROUNDS, Race, Search, Track, changes_of
-from taskgpt.lab.report import Report, in_range, median_interval, progress, seconds_in
+from taskgpt.lab.report import LEAST_TURNS, Report, in_range, median_interval, progress, seconds_in
 from taskgpt.lab.tilings import KEYS, Forecast, Space
 from taskgpt.lab.turns import CellFailed, Turns
 from taskgpt.schedulers._ready import POLICIES
 
 EXPLORED = 0.3  # of the budget, when simulations end
-FINAL_PART = (0.1, 0.35)  # of the budget, for default against winner: what it needs, between these
+FINAL_PART = (0.1, 0.5)  # of the budget, for default against winner: what it needs, between these
 CLIMBED = 0.8  # of the rest, when races of tilings end, and those of policies begin
 SETTINGS = {"policy": POLICIES, "immediate_successor": ("true", "false"), "work_stealing": ("true", "false")}
 COLUMNS = {
@@ -52,7 +52,7 @@ COLUMNS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; return its exit code."""
+    """Run the program; return its exit code: 1 if there was too little time to say what is faster."""
     title, _, examples = __doc__.partition("\n\n")
     p = argparse.ArgumentParser("taskgpt tune", description=title, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--graph", default="gpt2-124m", metavar="NAME[:KEY=VALUE,...]", help="graph file, with changes (default gpt2-124m)")
@@ -90,10 +90,14 @@ def tune(flags: argparse.Namespace) -> int:
     report.keep("forecasts", [{"cell": changes_of(cell), "ms": ms} for cell, ms in search.forecasts.items()])
     report.table("tried", COLUMNS, search.rows())
     print()
-    leave(flags, config, search.champion, gain_of(final), report)
+    missing = not_decided(search, final)
+    if missing:
+        report.line("gain", f"not known yet: {missing}; nothing is written or remembered, give more --budget")
+    else:
+        leave(flags, config, search.champion, gain_of(final), report)
     report.line("took", f"{time.monotonic() - begin:.0f} s of {budget_s:.0f} s")
     report.save()
-    return 0
+    return 1 if missing else 0
 
 
 def find(start: Cell, space: Space, begin: float, budget_s: float, track: Track, say: Callable[[str], None]) -> tuple[Search, Race | None]:
@@ -147,12 +151,20 @@ def other_settings(cell: Cell) -> list[Cell]:
     ]
 
 
+def not_decided(search: Search, final: Race | None) -> str:
+    """Return in words what there was no time for, without which the search says nothing; "" if there was."""
+    if not any(race.ratios for race in search.races):
+        return "nothing was raced"
+    if final is not None and len(final.ratios) < LEAST_TURNS:
+        rounds = f"{len(final.ratios)} of the {LEAST_TURNS} rounds at least that tell"
+        return f"{changes_of(final.challenger)} against what is shipped had {rounds} ({final.outcome})"
+    return ""
+
+
 def gain_of(final: Race | None) -> str:
-    """Return in words what the last race says."""
+    """Return in words what the last race says, which had its rounds."""
     if final is None:
         return "none: nothing tried was faster than what is shipped"
-    if not final.ratios:
-        return "none: no time was left to race the winner against what is shipped, which is kept; give more --budget"
     low, high = median_interval(final.ratios)
     found = (
         f"{median(final.champion_ms):.1f} to {median(final.ms):.1f} ms a step, x {1 / median(final.ratios):.3f} "

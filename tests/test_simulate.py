@@ -1,5 +1,6 @@
 """Simulated schedulers: by hand, never below their bounds, the same every time, and with the native scheduler's own choices."""
 
+import dataclasses
 import json
 import random
 import re
@@ -370,6 +371,38 @@ def test_the_program_measures_beside_what_it_predicts(tmp_path):
     assert one["ratio"] == pytest.approx(one["step_ms"] / one["measured_ms"])
     assert other["ratio"] is None
     assert "%" in found["notes"]["median error"]
+
+
+def test_a_scheduler_without_a_model_is_told():
+    """With those that have one: not every scheduler that can be opened can be simulated."""
+    config = dataclasses.replace(load_scheduler("threads"), scheduler="somewhere-else")
+    with pytest.raises(UserError, match="no model of somewhere-else to simulate; those with one: native, sequential, loops, threads"):
+        simulated(config, machine(2), lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--schedulers", "whole-tensor"], "whole-tensor: has no tasks to simulate"),
+        (["--schedulers", "tcp://10.0.0.1:8786"], "clusters by address are not supported yet"),
+        (["--t1", "nan"], "--t1: wanted at least 0.001, got nan"),
+        (["--t1", "inf"], "--t1: wanted at most 1,000,000,000, got inf"),
+        (["--steps", "1000000000"], "--steps: wanted at most 1,000,000, got 1000000000"),
+        (["--steps", "1000000", "--t1", "1"], "tasks each are too many to keep; choose --steps 5"),
+        (["--workers", "1000000000"], "--workers 1000000000: wanted numbers from 1 to 4,096"),
+        (["--workers", "9" * 5000], "--workers 999"),
+        (["--workers", "\u0661"], "wanted numbers from 1 to 4,096"),
+        (["--graph", "tiny:model.layers=1000000000"], "tasks a step, wanted at most 1,000,000"),
+        (["--machine", "2x56:bandwidth_gbs=nan"], "--machine 2x56: bandwidth_gbs: wanted a finite number, got nan"),
+        (["--times", "/dev/zero"], "/dev/zero"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused(flags, message, capsys):
+    """In a line, before anything runs for ever."""
+    assert simulate(["--graph", "tiny", "--machine", "2x56", "--workers", "2", *flags]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert len(line) < 500
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from taskgpt.gpt2.model import Batch, Model, Tiles
 from taskgpt.lab import tuned
 from taskgpt.lab.cells import Cell
 from taskgpt.lab.named import make_config
-from taskgpt.lab.races import FASTER, MARGIN, SLOWER, Track, final_verdict, verdict
+from taskgpt.lab.races import FASTER, MARGIN, SLOWER, Search, Track, final_verdict, verdict
 from taskgpt.lab.report import Report
 from taskgpt.lab.tilings import KEYS, Forecast, Space
 from taskgpt.lab.turns import CellFailed
@@ -144,10 +144,12 @@ def test_a_verdict(ratios, expected):
 
 
 def test_the_last_race_is_judged_by_all_rounds():
-    """One round of ten may go the other way, not two; nor may the gain be below the margin."""
+    """One round of ten may go the other way, not two; nor may the gain be below the margin, or the rounds fewer than six."""
     assert final_verdict([0.97] * 9 + [1.5]) == FASTER
     assert final_verdict([0.97] * 8 + [1.01] * 2) is None
     assert final_verdict([0.995] * 10) is None
+    assert final_verdict([0.5] * 6) == FASTER
+    assert final_verdict([0.5] * 5) is None
     assert final_verdict([0.9, 0.9]) is None
 
 
@@ -225,6 +227,27 @@ def test_a_winner_that_does_not_win_again_is_dropped(monkeypatch):
     assert final.outcome != FASTER
     assert search.champion == START
     assert "kept" in program.gain_of(final)
+
+
+@pytest.mark.parametrize(("budget_s", "missing"), [(2, "nothing was raced"), (40, r"had \d of the 6 rounds at least that tell")])
+def test_what_there_was_no_time_for_is_not_known(budget_s, missing, monkeypatch):
+    """Without a race, or with a winner that had fewer than six rounds against what is shipped: the start stays, and it is said."""
+    search, final = Bench(bowl, 2.0).find(bowl, budget_s, monkeypatch)
+    assert search.champion == START
+    assert re.search(missing, program.not_decided(search, final))
+    assert not program.not_decided(*Bench(bowl).find(bowl, 100_000, monkeypatch))
+
+
+def test_a_search_without_races_leaves_nothing(tmp_path, capsys, monkeypatch, cache):
+    """Exit code 1, the reason, no file and no memory; not `nothing tried was faster`."""
+    monkeypatch.setattr(program, "find", lambda start, *_: (Search(start, None, None, None), None))
+    assert tune(["--graph", "tiny", "--workers", "1", "--output", str(tmp_path / "out"), "--json", str(tmp_path / "t.json")]) == 1
+    shown = capsys.readouterr().out
+    assert "not known yet: nothing was raced; nothing is written or remembered, give more --budget" in shown
+    assert "nothing tried was faster" not in shown
+    assert not any((tmp_path / "out").iterdir())
+    assert not cache.exists() or not any(cache.iterdir())
+    assert json.loads((tmp_path / "t.json").read_text())["tried"] == []
 
 
 def test_a_cell_that_fails_is_skipped_with_its_reason(monkeypatch):

@@ -214,8 +214,8 @@ class SimulatedThreads(Clocked, threads.Scheduler):
         from dask.order import order  # loads slowly
 
         tasks, coarse = self._dask_graph(graph)[0], self.as_run(graph).tasks
-        place = order(tasks)
-        ranks = [place[task.name, 0, task.number] for task in coarse]
+        place = {number: rank for (_, number), rank in order(tasks).items()}
+        ranks = [place[task.number] for task in coarse]
         pending = np.array([len(task.predecessors) for task in coarse], np.int64)
         return *successors(coarse, ranks.__getitem__), pending, np.array(ranks, np.int64)
 
@@ -252,7 +252,9 @@ def ms_a_step(scheduler: Clocked, graph: Graph, steps: int, overlap: bool = True
 
 
 def simulated(config: SchedulerConfig, machine: Machine, costs_of: Callable[[Graph], Costs]) -> Clocked:
-    """Return that scheduler with simulated workers. Raises UserError for one that has too many."""
+    """Return that scheduler with simulated workers. Raises UserError for one that has no model, or too many workers."""
+    if config.scheduler not in KINDS:
+        raise UserError(f"--schedulers {config.name}: no model of {config.scheduler} to simulate; those with one: {', '.join(KINDS)}")
     found = KINDS[config.scheduler](config.settings, machine, costs_of)
     if found.workers > machine.cores:
         sockets = -(-found.workers // machine.cores_per_socket)
