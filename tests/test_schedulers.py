@@ -18,6 +18,7 @@ import numpy as np
 import psutil
 import pytest
 from dask.callbacks import Callback
+from dask.system import cpu_count
 from dask.utils import key_split
 from threadpoolctl import threadpool_info
 
@@ -25,6 +26,7 @@ import taskgpt
 from taskgpt import config
 from taskgpt.errors import UserError
 from taskgpt.schedulers import Scheduler, WorkerError, local_cluster, open_scheduler
+from taskgpt.schedulers._cores import _quota_cores, usable_cores
 from taskgpt.schedulers.loops import cut
 from taskgpt.tasks import Graph, TaskError, check, compile_kernels, run_now
 
@@ -491,11 +493,37 @@ class TestLife:
             gc.collect()
             assert trace() is None
 
-    @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="not on this system")
-    def test_workers_default(self):
-        """workers = 0 means the cores that this process may use."""
-        for name in ("loops", "threads", "local-cluster"):
-            assert opened(name).workers == len(os.sched_getaffinity(0))
+    def test_workers_default(self, monkeypatch):
+        """workers = 0 means the same under every scheduler and taskgpt.get: the cores that this process may use, as Dask counts them."""
+        for slurm, wanted in (("", cpu_count()), ("1", 1)):
+            monkeypatch.setenv("SLURM_CPUS_PER_TASK", slurm)
+            counts = {name: opened(name).workers for name in ("native", "loops", "threads", "local-cluster")}
+            assert set(counts.values()) == {usable_cores()} == {wanted}
+            graph = {f"key {n}": (lambda seconds: time.sleep(seconds) or threading.get_ident(), 0.005) for n in range(10)}
+            assert len(set(taskgpt.get(graph, list(graph)))) <= wanted
+
+    @pytest.mark.parametrize(
+        ("groups", "files", "cores"),
+        [
+            ("0::/", {"cpu.max": "150000 100000"}, 2),
+            ("0::/", {"cpu.max": "max 100000"}, 0),
+            ("0::/job/step", {"job/cpu.max": "50000 100000", "job/step/cpu.max": "max 100000"}, 1),
+            ("0::/job/step", {"job/cpu.max": "800000 100000", "job/step/cpu.max": "300000 100000", "cpu.max": "max 100000"}, 3),
+            ("0::/the/host/s", {"cpu.max": "400000 100000"}, 4),
+            ("3:memory:/\n2:cpu,cpuacct:/a", {"cpu,cpuacct/a/cpu.cfs_quota_us": "250000", "cpu,cpuacct/a/cpu.cfs_period_us": "100000"}, 3),
+            ("2:cpu:/a\n0::/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 0),
+            ("2:cpu:/a\n0::/", {"cpu/a/cpu.cfs_quota_us": "90000", "cpu/a/cpu.cfs_period_us": "100000"}, 1),
+            ("0::/", {"cpu.max": "strange"}, 0),
+            ("", {}, 0),
+        ],
+    )
+    def test_quota(self, tmp_path, groups, files, cores):
+        """The CPU quota of this process' control group, and of every one around it, rounded up; 0 for none."""
+        for name, text in {"proc/self/cgroup": groups, **{f"sys/fs/cgroup/{name}": text for name, text in files.items()}}.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(f"{text}\n" if text else "")
+        assert _quota_cores(tmp_path) == cores
+        assert _quota_cores(tmp_path / "nothing") == 0
 
     def test_imports(self):
         """Importing the package, its schedulers and its configuration does not load Dask's cluster."""

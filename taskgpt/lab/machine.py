@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 import threadpoolctl
 
-from taskgpt.schedulers._prepare import usable_cores
+from taskgpt.schedulers._cores import usable_cores
 from taskgpt.tasks import In, InOut, Out, dims, kernel
 from taskgpt.tasks.blas import gemm
 

@@ -5,6 +5,7 @@
     loops.py           fork-join: parallel loops with a barrier after each, what OpenMP does to llm.c
     threads.py         dask.threaded, on threads of this process
     local_cluster.py   dask.distributed on this machine, with its dashboard: worker threads or worker processes
+    _cores.py          how many cores there are to use
     _prepare.py        what they share: the number of workers, one run at a time, plans that are made once per graph
     _record.py         when and where each task ran, on request
     _plan.py _ready.py _worker.py _pointers.py    of native: a graph as flat arrays, policies and queues, the workers' loop, atomics

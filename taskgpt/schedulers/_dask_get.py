@@ -21,8 +21,8 @@ import dask.config
 from dask.callbacks import Callback, local_callbacks, unpack_callbacks
 from dask.core import flatten
 
+from taskgpt.schedulers._cores import usable_cores
 from taskgpt.schedulers._dask_plan import POLICIES, Plan
-from taskgpt.schedulers._prepare import usable_cores
 from taskgpt.tasks import dask_graph
 
 _thread = local()  # .run: whose task this thread is running

@@ -1,6 +1,5 @@
 """What schedulers share: the number of workers, one run at a time, and plans that are made once per graph."""
 
-import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -8,14 +7,10 @@ from typing import Generic, Self, TypeVar
 
 import numpy as np
 
+from taskgpt.schedulers._cores import usable_cores
 from taskgpt.tasks import Graph
 
 Plan = TypeVar("Plan")
-
-
-def usable_cores() -> int:
-    """Return the number of cores that this process may use: not all of the machine under taskset, SLURM or a container."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def worker_count(setting: int) -> int:
