@@ -25,7 +25,7 @@ from taskgpt.schedulers._plan import firsts
 from taskgpt.schedulers._prepare import OncePerGraph
 from taskgpt.schedulers._record import RECORD_TYPE
 from taskgpt.tasks import Graph, Task
-from taskgpt.tasks.kernel import compile_function
+from taskgpt.tasks.cache import compile_function
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,7 +26,7 @@ from taskgpt.schedulers._pointers import OPAQUE_WORDS
 from taskgpt.schedulers._prepare import IS_BUSY, OncePerGraph, OneAtATime, worker_count
 from taskgpt.schedulers._record import RECORD_TYPE
 from taskgpt.tasks import Graph, TaskError, one_blas_thread
-from taskgpt.tasks.kernel import compile_function
+from taskgpt.tasks.cache import compile_function
 from taskgpt.tasks.native_entry import take_exception
 from taskgpt.tasks.tensor import ALIGNMENT_BYTES, aligned
 

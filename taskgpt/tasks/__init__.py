@@ -1,6 +1,8 @@
 """Room 1: kernels, accesses, tiles and graphs. It has heard of neither transformers nor threads.
 
 kernel.py           @kernel with In / Out / InOut / Commutative / Scratch; NumPy body and compiled twin
+sources.py          what a compiled twin is made from
+cache.py            compiled twins are kept on disk, as long as nothing of that has changed
 tensor.py           tensors cut into grids, tiles, arenas (also shared between processes)
 graph.py            spawn: calls become tasks with dependencies
 coarsen.py          fewer, larger tasks
@@ -26,6 +28,7 @@ from taskgpt.tasks.kernel import (
     Out,
     Scratch,
     ShapeError,
+    TwinError,
     compile_kernels,
     dense,
     dims,
@@ -52,6 +55,7 @@ __all__ = [
     "Tensor",
     "TensorSpec",
     "Tile",
+    "TwinError",
     "by_section",
     "check",
     "coarsen",

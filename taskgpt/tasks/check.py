@@ -55,7 +55,7 @@ class CheckedCall(Call):
         boxes = {name: _Box(self.kernel.accesses[name].kind, tile) for name, tile in self.tiles()}
         given = [boxes[name].view(is_read_only) if name in boxes else a for name, a in zip(self.kernel.parameters, self.args, strict=True)]
         scratch = {name: _Guarded(*each) for name, each in zip(self.kernel.scratch, self.scratch_shapes, strict=True)}
-        self.kernel.function(*given, *(each.inner for each in scratch.values()))
+        self.kernel.run(*given, *(each.inner for each in scratch.values()))
         for name, box in boxes.items():
             box.verify(self.kernel, name)
         for name, each in scratch.items():

@@ -15,31 +15,29 @@ With NUMBA_DISABLE_JIT=1, numba's switch for debugging, a twin runs as plain Pyt
 a twin that uses an intrinsic (dense, gemm, exp32), itself or in a helper, cannot, and its NumPy body runs instead.
 """
 
-import contextlib
-import hashlib
+import dis
 import inspect
-import linecache
+import itertools
 import math
-import os
 import pickle
 import sys
-import threading
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numba
 import numpy as np
 from numba import types
-from numba.core.caching import FunctionCache, NullCache
 from numba.core.errors import NumbaError
 from numba.core.imputils import impl_ret_borrowed
 from numba.extending import intrinsic
 
+from taskgpt.tasks.cache import bounds_checked, compile_kept, reason_of, undisturbed
 from taskgpt.tasks.scratch import Shapes, scratch_arrays
+from taskgpt.tasks.sources import Sources
 
 # error_model="numpy": division by zero gives inf or nan, as in the body, and costs no branch.
 _njit = numba.njit(nogil=True, error_model="numpy")
@@ -51,6 +49,10 @@ class ShapeError(ValueError):
 
 class AccessError(RuntimeError):
     """A kernel did something with a tile that it does not declare."""
+
+
+class TwinError(RuntimeError):
+    """A compiled twin does not compile, or is not of what it was compiled from any more. `__cause__` is what numba raised."""
 
 
 class Dim(str):
@@ -143,6 +145,9 @@ def dense(typing_context, row):
     return result(row), codegen
 
 
+_VALUE_OPERATIONS = ("LOAD_FAST", "LOAD_DEREF", "LOAD_ATTR", "BINARY_", "UNARY_", "COMPARE_", "BUILD_")  # not calls: they may return None
+
+
 class Kernel:
     """A declared function on tiles. Call it with arrays to run it; pass it to `spawn` with tiles to make it a task.
 
@@ -152,11 +157,16 @@ class Kernel:
     """
 
     def __init__(self, body: Callable, flops: Callable | None = None, bytes: Callable | None = None, tags: Iterable[str] = ()):
+        if not inspect.isfunction(body):
+            raise TypeError(f"@kernel decorates a NumPy function; {_what_is(body)}")
         self.name = body.__name__
         self.body = self.function = body
         self._twin = None  # numba's dispatcher; with NUMBA_DISABLE_JIT the function itself
+        self._sources: Sources | None = None  # what the twin was compiled from
+        self._unchecked: Kernel | None = None  # the kernel of which this one is `bounds_checked`
         self.module = body.__module__
         self.tags = frozenset(tags)
+        self._refuse_results(body, "its body")
         self.parameters: dict[str, Access | type] = {}
         self.scratch: dict[str, Access] = {}
         for parameter in inspect.signature(body, eval_str=True).parameters.values():
@@ -178,7 +188,39 @@ class Kernel:
         self.__wrapped__ = body
 
     def __call__(self, *args) -> None:
-        self.function(*args, *(scratch_arrays(self.scratch_shapes(args)) if self.scratch else ()))
+        if len(args) != len(self.parameters):
+            raise TypeError(f"{self.name} takes {len(self.parameters)} arguments ({', '.join(self.parameters)}), got {len(args)}")
+        self.run(*args, *(scratch_arrays(self.scratch_shapes(args)) if self.scratch else ()))
+
+    def run(self, *args) -> None:
+        """Run what runs, on all of its arrays and constants. Raises TypeError for what the compiled twin cannot take, and for a result."""
+        try:
+            result = self.function(*args)
+        except TypeError as error:
+            wrong = self._refused(args) if "No matching definition" in str(error) else None  # numba's words, which name no parameter
+            if wrong is None:
+                raise
+            raise TypeError(wrong) from None
+        if result is not None:
+            raise TypeError(f"{self.name} returned a {type(result).__name__}, which nobody gets: kernels write into their tiles")
+
+    def _refused(self, args: tuple) -> str | None:
+        """Return which argument is not what the kernel declares, in words."""
+        for (name, declared), given in zip((self.parameters | self.scratch).items(), args, strict=True):
+            if not isinstance(declared, Access):
+                if not isinstance(given, (int, declared)):
+                    return f"{self.name}: '{name}' wants a constant ({declared.__name__}), got a {type(given).__name__}"
+                continue
+            if not isinstance(given, np.ndarray):
+                return f"{self.name}: '{name}' wants an array, got a {type(given).__name__}"
+            if given.dtype != declared.dtype or given.ndim != len(declared.dims):
+                wanted = f"{declared.dtype} of {len(declared.dims)} dimensions"
+                return f"{self.name}: '{name}' wants {wanted}, got {given.dtype} of {given.ndim}"
+            if declared.is_written and not given.flags.writeable:
+                return f"{self.name}: '{name}' is written, and the array is read-only"
+            if given.ndim == 1 and not given.flags.c_contiguous:
+                return f"{self.name}: '{name}' wants elements side by side, got strides {given.strides}"
+        return None
 
     @property
     def is_importable(self) -> bool:
@@ -186,6 +228,8 @@ class Kernel:
         return self.module != "__main__" and getattr(sys.modules.get(self.module), self.name, None) is self
 
     def __reduce__(self):
+        if self._unchecked:
+            return _bounds_checked, (self._unchecked,)
         if getattr(sys.modules.get(self.module), self.name, None) is not self:
             raise pickle.PicklingError(f"kernels are sent by name, and {self.module}.{self.name} is another object")
         return _find_kernel, (self.module, self.name)
@@ -203,65 +247,90 @@ class Kernel:
 
     def compiled(self, twin: Callable) -> "Kernel":
         """Decorate the compiled twin: same parameters, must agree with the body. Compiled by `compile_kernels` or at the first call."""
+        if not inspect.isfunction(twin):
+            raise TypeError(f"{self.name}.compiled decorates a plain function, and compiles it itself; {_what_is(twin)}")
         names = [*self.parameters, *self.scratch]
         if list(inspect.signature(twin).parameters) != names:
             raise TypeError(f"{self.name}: the compiled twin must take {names}")
-        # Numba names machine code after module, function and types, and twins are all called `_`: two of them, cached by two processes,
-        # could meet under one name in a third.
-        code = twin.__code__
-        digest = hashlib.sha256(code.co_code + repr((code.co_consts, code.co_names)).encode()).hexdigest()[:8]
-        twin.__qualname__ = f"{self.body.__qualname__}_{digest}"
+        self._refuse_results(twin, "the compiled twin")
         self._twin = _njit(twin)
         self.function = self._compile_and_run
         return self
 
-    def _compile_and_run(self, *args) -> None:
+    def _compile_and_run(self, *args) -> object:
         """What `function` is until the twin is compiled: numba left alone would compile for the arguments, not for the declaration."""
         self.compile()
-        self.function(*args)
+        return self.function(*args)
 
     @property
     def is_compiled(self) -> bool:
         return self.function != self._compile_and_run
 
+    @cached_property
+    def bounds_checked(self) -> "Kernel":
+        """The same kernel, whose compiled twin and its helpers check every index, and raise IndexError for one outside an array."""
+        if self._twin is None or inspect.isfunction(self._twin):
+            return self  # NumPy and Python check
+        checked = Kernel.__new__(Kernel)
+        checked.__dict__.update(self.__dict__, _twin=_njit(self._twin.py_func), _unchecked=self)
+        checked.function = checked._compile_and_run
+        return checked
+
     def compile(self) -> bool:
         """Compile the twin, or load it from the cache; return True if it came from the cache. Threads may call it together.
 
-        Raises AccessError if the twin writes a tile that is declared In.
+        Raises AccessError if the twin writes a tile that is declared In, TwinError if it does not compile for another reason, or if it is
+        compiled already and what it was compiled from has changed since.
         """
-        return False if self.is_compiled else undisturbed(self._compile)
+        if not self.is_compiled:
+            return undisturbed(self._compile)
+        self.verify_sources()
+        return False
+
+    def verify_sources(self) -> None:
+        """Raise TwinError if something has changed since the twin was compiled from it: numba freezes globals, and the body would not."""
+        if self._sources:
+            changed = Sources(self._twin.py_func).changed_since(self._sources)
+            if changed:
+                raise TwinError(
+                    f"{self.name}: {changed} has changed since its compiled twin was made, which goes on with what was there before; pass "
+                    "what changes as a tile or a constant, or define the kernel again"
+                )
 
     def _compile(self) -> bool:
         if self.is_compiled:
             return False  # by the thread that was before this one
         if inspect.isfunction(self._twin):  # NUMBA_DISABLE_JIT
-            self.function = self.body if _uses_intrinsics(self._twin) else self._twin
+            self.function = self.body if Sources(self._twin).has_intrinsics else self._twin
             return False
-        self._twin._cache = _open_cache(self._twin.py_func)
         inputs = [name for name, access in self.accesses.items() if not access.is_written]
-        if not self._compiles(self._twin, inputs):
-            # Numba does not say which array: see which of them, alone read-only, keeps the twin from compiling.
-            found = [name for name in inputs if not self._compiles(_njit(self._twin.py_func), [name])]
-            names = ", ".join(f"'{name}'" for name in found or inputs)
-            raise AccessError(f"{self.name} wrote {'' if found else 'one of '}{names}, declared In")
-        self._twin.disable_compile()
-        self.function = self._twin
-        return bool(self._twin.stats.cache_hits)
-
-    def _compiles(self, dispatcher, read_only: list[str]) -> bool:
-        """Compile for the declared types, with these tiles read-only and no others; return False if it writes one of them."""
-        scalars = {int: types.int64, float: types.float64}
-        arguments = [
-            scalars.get(declared) or declared.numba_type.copy(readonly=name in read_only)
-            for name, declared in (self.parameters | self.scratch).items()
-        ]
         try:
-            dispatcher.compile(types.void(*arguments))
-        except NumbaError as error:
-            if "Cannot modify readonly array" not in str(error):
-                raise
-            return False
-        return True
+            with bounds_checked() if self._unchecked else nullcontext():
+                self._sources, was_cached = compile_kept(self._twin, self._signature(inputs), self.body.__qualname__)
+        except Exception as error:  # also from a helper's own code: intrinsics run Python when they are compiled
+            raise self._explained(error, inputs) from error
+        self.function = self._twin
+        return was_cached
+
+    def _signature(self, read_only: list[str]) -> Any:
+        """Return the declared types, with these tiles read-only and no others."""
+        scalars = {int: types.int64, float: types.float64}
+        declared = (self.parameters | self.scratch).items()
+        return types.void(*(scalars.get(d) or d.numba_type.copy(readonly=name in read_only) for name, d in declared))
+
+    def _explained(self, error: Exception, inputs: list[str]) -> Exception:
+        """Return an AccessError if the twin did not compile because it writes tiles declared In, otherwise a TwinError."""
+        if not _is_read_only_error(error):
+            return TwinError(f"{self.name}: its compiled twin does not compile: {reason_of(error)}")
+        found = []  # numba does not say which array: see which of them, alone read-only, keeps the twin from compiling
+        for name in inputs:
+            try:
+                _njit(self._twin.py_func).compile(self._signature([name]))
+            except NumbaError as alone:
+                if _is_read_only_error(alone):
+                    found.append(name)
+        names = ", ".join(f"'{name}'" for name in found or inputs)
+        return AccessError(f"{self.name} wrote {'' if found else 'one of '}{names}, declared In")
 
     def sizes(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
         """Return the size that each dimension name stands for, given the shape of each tile.
@@ -302,6 +371,15 @@ class Kernel:
             return self._bytes({**sizes, **constants})
         return sum(_elements(a, sizes) * a.dtype.itemsize * (a.is_read + a.is_written) for a in self.accesses.values())
 
+    def _refuse_results(self, function: Callable, what: str) -> None:
+        """Raise TypeError for a function that seen from outside returns a value; the rest shows when it runs."""
+        if inspect.isgeneratorfunction(function) or inspect.iscoroutinefunction(function):
+            raise TypeError(f"{self.name}: {what} is a generator or a coroutine, which would not run when it is called")
+        for before, last in itertools.pairwise(dis.get_instructions(function)):
+            is_value = before.opname.startswith(_VALUE_OPERATIONS) or (before.opname == "LOAD_CONST" and before.argval is not None)
+            if (last.opname == "RETURN_VALUE" and is_value) or (last.opname == "RETURN_CONST" and last.argval is not None):
+                raise TypeError(f"{self.name}: {what} returns a value, which nobody gets: kernels write into their tiles")
+
     def _formula(self, what: str, formula: Callable | None) -> Callable[[dict[str, float]], int] | None:
         """Return the formula as a function of all sizes and constants. Raises TypeError for a name that the kernel does not have."""
         if formula is None:
@@ -313,6 +391,33 @@ class Kernel:
             if name not in known:
                 raise TypeError(f"{self.name}: {what} asks for '{name}'; the kernel has {', '.join(known)}")
         return lambda values: int(formula(*(values[name] for name in names)))
+
+
+def as_kernel(given: object) -> Kernel:
+    """Return what is a kernel. Raises TypeError for what is none, saying how to make it one."""
+    if isinstance(given, Kernel):
+        return given
+    raise TypeError(f"only kernels can be spawned; {_what_is(given)}")
+
+
+def fits_64_bits(constant: float, declared: type) -> bool:
+    """Return True if compiled code can take the constant: as an integer of 64 bits, or as a double."""
+    if declared is int:
+        return -(1 << 63) <= constant < 1 << 63
+    try:
+        float(constant)
+    except OverflowError:
+        return False
+    return True
+
+
+def _what_is(given: object) -> str:
+    name = getattr(given, "__name__", "")
+    if hasattr(given, "py_func"):
+        return f"'{name}' is numba's: decorate its NumPy body with @kernel, and the function without @njit with @{name}.compiled"
+    if inspect.isroutine(given):
+        return f"'{name}' is a plain function: decorate it with @kernel"
+    return f"got the class {name}" if isinstance(given, type) else f"got a {type(given).__name__}"
 
 
 def _elements(access: Access, sizes: dict[str, int]) -> int:
@@ -333,8 +438,15 @@ def kernel(
 
 
 def compile_kernels(kernels: Iterable[Kernel], report: Callable[[int, int, Kernel, float, bool], None] | None = None) -> None:
-    """Compile the kernels that are not compiled yet, calling `report(done, total, kernel, seconds, was_cached)` after each."""
-    pending = [k for k in dict.fromkeys(kernels) if not k.is_compiled]
+    """Compile the kernels that are not compiled yet, calling `report(done, total, kernel, seconds, was_cached)` after each.
+
+    Raises AccessError or TwinError as `Kernel.compile` does, also for a kernel that is compiled already.
+    """
+    every = list(dict.fromkeys(kernels))
+    pending = [k for k in every if not k.is_compiled]
+    for each in every:
+        if each.is_compiled:
+            each.verify_sources()
     for done, each in enumerate(pending, start=1):
         start = time.perf_counter()
         was_cached = each.compile()
@@ -342,150 +454,13 @@ def compile_kernels(kernels: Iterable[Kernel], report: Callable[[int, int, Kerne
             report(done, len(pending), each, time.perf_counter() - start, was_cached)
 
 
-def compile_function(function: Callable, signature) -> None:
-    """Compile a numba function for one signature, or load it from the cache that the kernels use."""
-
-    def load() -> None:
-        if not function.signatures:
-            function._cache = _open_cache(function.py_func)
-            function.compile(signature)
-            function.disable_compile()
-
-    if not function.signatures:
-        undisturbed(load)
-
-
-_compiling = threading.Lock()
-
-
-def undisturbed(work: Callable[[], Any]) -> Any:
-    """Do work with numba in a thread, one at a time, and wait for it: LLVM calls back into Python, where a Ctrl-C would be lost.
-
-    Interrupted, the caller may leave, and the work still goes on to its end.
-    """
-
-    def locked() -> Any:
-        with _compiling:
-            return work()
-
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(locked).result()
+def _is_read_only_error(error: Exception) -> bool:
+    return isinstance(error, NumbaError) and "Cannot modify readonly array" in str(error)
 
 
 def _find_kernel(module: str, name: str) -> Kernel:
     return getattr(__import__(module, fromlist=[name]), name)
 
 
-class _Cache(FunctionCache):
-    """Numba's cache of one twin on disk, where trouble costs the time of compiling, and not the run; and which knows the twin's helpers.
-
-    Numba stamps a cached function with its own file alone (numba documents the limitation), so an edit of a helper in another file would go
-    on running the old machine code: wrong numbers without a word. The stamp is a private attribute of numba's.
-    """
-
-    def __init__(self, twin: Callable):
-        super().__init__(twin)
-        self._cache_file._source_stamp = _stamp(twin)
-
-    def load_overload(self, *args):
-        try:
-            return super().load_overload(*args)
-        except OSError:  # saving will meet it again, and say so
-            return None
-        except Exception:  # damaged bytes make unpickling raise anything
-            self._forget()
-            _warn_once(self.cache_path, "damaged compiled kernels in numba's cache; compiling anew and replacing them, nothing needs doing")
-            return None
-
-    def save_overload(self, *args) -> None:
-        try:
-            super().save_overload(*args)
-        except Exception as error:
-            self._forget()  # numba writes the index first: left alone, a new one could go with old machine code
-            reason = getattr(error, "strerror", None) or type(error).__name__
-            _warn_once(
-                self.cache_path,
-                f"cannot keep compiled kernels in numba's cache ({reason}), so every run compiles them anew; free space there, or set "
-                "NUMBA_CACHE_DIR to another folder",
-            )
-
-    def _forget(self) -> None:
-        with contextlib.suppress(OSError):
-            os.unlink(self._cache_file._index_path)
-
-
-def _open_cache(twin: Callable) -> FunctionCache | NullCache:
-    """Return the twin's cache on disk; one that keeps nothing where there is no place for it."""
-    try:
-        return _Cache(twin)
-    except (OSError, RuntimeError):
-        file = twin.__code__.co_filename
-        if os.path.exists(file):  # at the prompt there is no file to cache beside, and nothing wrong
-            _warn_once(
-                file,
-                "numba's cache cannot keep compiled kernels, so every run compiles them anew: neither __pycache__ beside this file nor "
-                "your cache folder can be written; set NUMBA_CACHE_DIR to a folder that can",
-            )
-        return NullCache()
-
-
-_warned: set[str] = set()
-
-
-def _warn_once(path: str, text: str) -> None:
-    """Warn in one line, for the first of many kernels. Python's own filter forgets what it showed whenever numba compiles."""
-    if text not in _warned:
-        warnings.warn_explicit(text, RuntimeWarning, path, 0)
-        _warned.add(text)
-
-
-def _stamp(twin: Callable) -> tuple:
-    """Return what changes when anything changes that a twin is compiled from: a helper in any file, a global number."""
-    stamp = [sys.version]
-    for function in _functions_of(twin):
-        stamp.append(_version_of(function))
-        for name, value in _globals_of(function):
-            if isinstance(value, (bool, int, float, complex, str, bytes, tuple, np.generic)):
-                stamp.append((name, repr(value)))
-    return tuple(stamp)
-
-
-def _uses_intrinsics(twin: Callable) -> bool:
-    return any(isinstance(value, type(dense)) for function in _functions_of(twin) for _, value in _globals_of(function))
-
-
-def _functions_of(twin: Callable) -> list[Callable]:
-    """Return the twin and the helpers that it calls, directly or not: njit, intrinsic; with NUMBA_DISABLE_JIT plain functions too."""
-    functions = [twin]
-    for function in functions:
-        for _, value in _globals_of(function):
-            helper = getattr(value, "py_func", None) or getattr(value, "_defn", None)  # njit, intrinsic
-            if helper is None and numba.config.DISABLE_JIT and inspect.isfunction(value):
-                helper = value
-            if helper is not None and helper not in functions:
-                functions.append(helper)
-    return functions
-
-
-def _version_of(function: Callable) -> tuple:
-    """Return (time, size) of the file that holds the function; the text of its cell if it comes from a notebook."""
-    code = function.__code__
-    try:
-        stat = os.stat(code.co_filename)
-    except OSError:
-        return code.co_code, *linecache.getlines(code.co_filename)
-    return stat.st_mtime_ns, stat.st_size
-
-
-def _globals_of(function: Callable) -> Iterator[tuple[str, object]]:
-    """Yield (name, value) of what a function finds outside itself: globals, attributes of modules among them, and its closure."""
-    codes = [function.__code__]
-    for code in codes:
-        codes += [constant for constant in code.co_consts if inspect.iscode(constant)]
-    names = list(dict.fromkeys(name for code in codes for name in code.co_names))
-    outside = {**function.__globals__, **inspect.getclosurevars(function).nonlocals}
-    modules = [outside[name] for name in names if inspect.ismodule(outside.get(name))]
-    for name in [*names, *function.__code__.co_freevars]:
-        for value in [outside.get(name), *(vars(module).get(name) for module in modules)]:
-            if value is not None:
-                yield name, value
+def _bounds_checked(kernel: Kernel) -> Kernel:
+    return kernel.bounds_checked

@@ -20,8 +20,9 @@ from numba.core import cgutils
 from numba.core.compiler_lock import global_compiler_lock
 from numba.np.arrayobj import populate_array
 
+from taskgpt.tasks.cache import undisturbed
 from taskgpt.tasks.graph import Call, this_thread
-from taskgpt.tasks.kernel import Kernel, undisturbed
+from taskgpt.tasks.kernel import Kernel
 from taskgpt.tasks.scratch import scratch_layout
 
 _WORD = ir.IntType(64)

@@ -1,0 +1,253 @@
+"""What a compiled function is made from: its code, its helpers', and every value outside them that numba freezes into machine code.
+
+A dispatcher (njit function) compiles its Python code with the globals and closures that it finds at that moment, as constants. Nothing
+tells it when one of them changes later, on disk or in the process. `Sources` reads what numba would read, so that two states of a program
+can be compared: equal parts, equal machine code.
+"""
+
+import dis
+import enum
+import functools
+import hashlib
+import inspect
+import itertools
+import os
+import sys
+import sysconfig
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
+from typing import NamedTuple
+
+import llvmlite
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core.dispatcher import Dispatcher
+from numba.core.typing.templates import builtin_registry
+
+# dispatcher -> the digest of what its machine code in this process was made from, as far as cache.py has compiled it
+compiled_from: "weakref.WeakKeyDictionary[Dispatcher, str]" = weakref.WeakKeyDictionary()
+
+_PLAIN = (type(None), type(...), bool, int, float, complex, str, bytes, range, slice)
+_LIBRARIES = ("numba", "numpy", "llvmlite")  # whose versions stand for what is in them, as Python's does for its own modules
+_ARRAY_LIMIT_BYTES = 10**6  # numba does not copy larger global arrays into the code: it keeps their address, and sees their elements change
+# Settings of numba that change no code.
+_HARMLESS = ("CACHE_", "COLOR_", "CUDA_", "DEBUG_CACHE", "DISABLE_PERF", "FUNCTION_CACHE", "GDB_", "NUMBA_", "SHOW_HELP", "THREADING_")
+
+
+class Sources:
+    """All that numba compiles a function from.
+
+    Attributes: `parts`, (what, content) in an order that the program gives; `unknown`, why the machine code cannot be kept, if it cannot;
+    `helpers`, the dispatchers that it calls, directly or not; `has_intrinsics`, whether an intrinsic is among what it calls.
+    """
+
+    def __init__(self, function: Callable):
+        self.parts: list[tuple[str, str]] = []
+        self.unknown: list[str] = []
+        self.helpers: list[Dispatcher] = []
+        self.has_intrinsics = False
+        self._open: list[Callable] = []  # the functions that are being visited
+        self._numbers: dict[int, int] = {}  # id of a function, which what it belongs to keeps alive -> its number
+        self._visit(function)
+
+    def digest(self) -> str:
+        """Return 64 bits that differ when the machine code may: by the parts, numba's settings, or the versions of what compiles."""
+        return hashlib.sha256(repr((self.parts, _environment())).encode()).hexdigest()[:16]
+
+    def changed_since(self, earlier: "Sources") -> str | None:
+        """Return what is not as it was, or None."""
+        pairs = itertools.zip_longest(earlier.parts, self.parts, fillvalue=(self.parts[0][0], None))
+        return next((what for (what, before), (_, content) in pairs if content != before), None)
+
+    def _visit(self, function: Callable) -> str:
+        """Take in a function of Python code, once; return its number, in words; of a library's function the name."""
+        if _is_of_library(function.__module__):
+            return f"library {_name_of(function)}"
+        if id(function) in self._numbers:
+            return f"function {self._numbers[id(function)]}"
+        number = self._numbers[id(function)] = len(self._numbers)
+        self._open.append(function)
+        code = function.__code__
+        self.parts.append((f"{code.co_qualname}()", _content_of_code(code)))
+        for name, value in (("defaults", function.__defaults__), ("keyword defaults", function.__kwdefaults__)):
+            self.parts.append((f"the {name} of {code.co_qualname}()", self._content(value, name)))
+        for name, value in self._outside(function):
+            self.parts.append((f"'{name}'", self._content(value, name)))
+        for name in _names_in(code)[1]:
+            for overload in _overloads().attributes.get(name, ()):
+                self.parts.append((f"the overload of '{name}'", self._visit(overload)))
+        self._open.pop()
+        return f"function {number}"
+
+    def _outside(self, function: Callable) -> Iterator[tuple[str, object]]:
+        """Yield (name, value) of what a function finds outside itself: globals, its closure, attributes of modules that it reaches."""
+        names, attributes, imports = _names_in(function.__code__)
+        found = [(name, function.__globals__[name]) for name in names if name in function.__globals__]
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            try:
+                found.append((name, cell.cell_contents))
+            except ValueError:
+                self.unknown.append(f"'{name}' has no value yet")
+        for name in imports:
+            if not _is_of_library(name):
+                self.unknown.append(f"it imports {name} while it is compiled")
+        modules: list[ModuleType] = []
+        for name, value in found:  # which grows
+            if inspect.ismodule(value) and value not in modules and not _is_of_library(value.__name__):
+                modules.append(value)
+                found += [(f"{name}.{attribute}", vars(value)[attribute]) for attribute in attributes if attribute in vars(value)]
+        yield from found
+
+    def _content(self, value: object, name: str) -> str:
+        """Return text that differs when what numba makes of the value may; note in `unknown` that it has none."""
+        kind = type(value)
+        if kind in _PLAIN:
+            return f"{kind.__name__} {value!r}"
+        if isinstance(value, enum.Enum):
+            return f"{_name_of(kind)}.{value.name} {self._content(value.value, name)}"
+        if isinstance(value, np.dtype):
+            return f"dtype {value!r}"
+        if isinstance(value, (np.generic, np.ndarray)):
+            return self._array(value, name)
+        if isinstance(value, (tuple, list, set, frozenset)):
+            contents = [self._content(each, name) for each in value]
+            return f"{_name_of(kind)} {sorted(contents) if isinstance(value, (set, frozenset)) else contents}"
+        if isinstance(value, dict):
+            return f"{_name_of(kind)} {[(self._content(k, name), self._content(v, name)) for k, v in value.items()]}"
+        if isinstance(value, ModuleType):
+            return f"module {value.__name__}"
+        if isinstance(value, (types.Type, ir.Type)) and not isinstance(value, (types.ClassType, types.ClassInstanceType)):
+            return f"{_name_of(kind)} {value}"
+        overloads = [self._visit(each) for each in _overloads().functions.get(id(value), ())]
+        return f"{self._callable(value, name)} {overloads}"
+
+    def _array(self, value: np.generic | np.ndarray, name: str) -> str:
+        form = f"{_name_of(type(value))} {value.dtype!r} {value.shape}"
+        if isinstance(value, np.generic):
+            return f"{form} {value.tobytes().hex()}"
+        flags = value.flags
+        form += f" {flags.c_contiguous} {flags.f_contiguous} {flags.aligned} {flags.writeable}"
+        if value.nbytes > _ARRAY_LIMIT_BYTES:
+            self.unknown.append(f"'{name}' is so large an array that compiled code holds its address; pass it as a tile")
+            return f"{form} at {value.ctypes.data} {value.strides}"
+        if value.dtype.hasobject:
+            return self._no_content(value, name)
+        return f"{form} {hashlib.sha256(value.tobytes()).hexdigest()}"
+
+    def _callable(self, value: object, name: str) -> str:
+        if isinstance(value, Dispatcher):
+            if value.py_func in self._open:
+                self.unknown.append(f"'{name}' calls itself, and numba crashes when it loads such code")
+            text = f"njit {self._visit(value.py_func)} {self._content(value.targetoptions, name)} {self._content(value.locals, name)}"
+            if value not in self.helpers:
+                self.helpers.append(value)
+            # A helper that its author compiled for given types alone converts its arguments to them.
+            return text if value._can_compile or value in compiled_from else f"{text} {sorted(map(str, value.signatures))}"
+        definition = getattr(value, "_defn", None)  # of an intrinsic
+        if isinstance(definition, FunctionType):
+            self.has_intrinsics = True
+            return f"intrinsic {self._visit(definition)}"
+        if isinstance(value, FunctionType):
+            return self._visit(value)  # run when an intrinsic is compiled; or, with NUMBA_DISABLE_JIT, a helper
+        if isinstance(value, np.ufunc):
+            return f"ufunc {value.__name__}"
+        if isinstance(value, BuiltinFunctionType) or (hasattr(value, "__qualname__") and _is_of_library(value.__module__)):
+            return f"library {_name_of(value)}"
+        if isinstance(value, type) and issubclass(value, enum.Enum):
+            return f"{_name_of(value)} {[self._content(member, name) for member in value]}"
+        if isinstance(value, type) and issubclass(value, BaseException):
+            return _name_of(value)  # raised by name
+        if isinstance(value, type) and issubclass(value, tuple) and hasattr(value, "_fields"):
+            return f"{_name_of(value)} {value._fields}"
+        return self._no_content(value, name)
+
+    def _no_content(self, value: object, name: str) -> str:
+        self.unknown.append(f"'{name}' is a {_name_of(type(value))}, whose changes a cache would not see")
+        return f"{_name_of(type(value))} at {id(value)}"
+
+
+@functools.lru_cache(maxsize=1024)
+def _content_of_code(code: CodeType) -> str:
+    def constant(value: object) -> str:
+        if inspect.iscode(value):
+            return _content_of_code(value)
+        if isinstance(value, (tuple, frozenset)):
+            contents = list(map(constant, value))
+            return f"{type(value).__name__} {contents if isinstance(value, tuple) else sorted(contents)}"
+        return f"{type(value).__name__} {value!r}"
+
+    counts = code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags, code.co_firstlineno
+    names = code.co_name, code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars
+    parts = counts, names, code.co_code, code.co_exceptiontable, code.co_linetable, list(map(constant, code.co_consts))
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+@functools.lru_cache(maxsize=1024)
+def _names_in(code: CodeType) -> tuple[list[str], list[str], list[str]]:
+    """Return the names of globals, of attributes and of imported modules that the code, and the functions in it, ask for."""
+    found: tuple[dict, dict, dict] = {}, {}, {}
+    operations = {"LOAD_GLOBAL": 0, "LOAD_NAME": 0, "LOAD_ATTR": 1, "LOAD_METHOD": 1, "IMPORT_NAME": 2}
+    codes = [code]
+    for each in codes:
+        codes += [constant for constant in each.co_consts if inspect.iscode(constant)]
+        for instruction in dis.get_instructions(each):
+            kind = operations.get(instruction.opname)
+            if kind is not None:
+                found[kind][instruction.argval] = None
+    return list(found[0]), list(found[1]), list(found[2])
+
+
+def _name_of(value) -> str:
+    return f"{value.__module__}.{value.__qualname__}"
+
+
+@functools.cache
+def _is_of_library(module: str | None) -> bool:
+    """Return True for a module of Python or of a library that compiles: its version, which is in the digest, stands for its content."""
+    top = (module or "").partition(".")[0]
+    if top in _LIBRARIES or top in sys.builtin_module_names:
+        return True
+    file = getattr(sys.modules.get(top), "__file__", None)
+    is_python = file is None or os.path.realpath(file).startswith(os.path.realpath(sysconfig.get_path("stdlib")) + os.sep)
+    return top in sys.stdlib_module_names and is_python  # and not a user's file of the same name
+
+
+def _environment() -> tuple:
+    """Return what else decides about machine code. The processor is not here: numba's cache tells processors apart."""
+    settings = [(k, repr(v)) for k, v in sorted(vars(numba.config).items()) if k.isupper() and not k.startswith(_HARMLESS)]
+    return sys.version, numba.__version__, llvmlite.__version__, np.__version__, settings
+
+
+# Functions that @overload, @overload_method and @overload_attribute put in the place of others --------------------------------------------
+
+
+class _Overloads(NamedTuple):
+    """Functions outside numba that say what others are in compiled code."""
+
+    functions: dict[int, list[Callable]]  # by the id of what they replace, which numba keeps
+    attributes: dict[str, list[Callable]]  # by the name of a method or an attribute
+
+
+def _overloads() -> _Overloads:
+    return _overloads_among(len(builtin_registry.globals), len(builtin_registry.attributes))
+
+
+@functools.lru_cache(maxsize=1)
+def _overloads_among(*_counts: int) -> _Overloads:
+    found = _Overloads(defaultdict(list), defaultdict(list))
+
+    def note(template: object, where: dict, key: object) -> None:
+        overload = getattr(template, "_overload_func", None)
+        if isinstance(overload, FunctionType) and not _is_of_library(overload.__globals__.get("__name__")):
+            where[key].append(overload)
+
+    for value, numba_type in builtin_registry.globals:
+        for template in getattr(numba_type, "templates", ()):
+            note(template, found.functions, id(value))
+    for template in builtin_registry.attributes:
+        note(template, found.attributes, getattr(template, "_attr", None))
+    return found

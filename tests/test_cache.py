@@ -1,0 +1,587 @@
+"""Compiled twins are kept on disk, and loaded only while everything that they were compiled from is as it was."""
+
+import errno
+import importlib
+import inspect
+import linecache
+import os
+import pwd
+import subprocess
+import sys
+import textwrap
+from contextlib import nullcontext
+from pathlib import Path
+
+import numba
+import numpy as np
+import pytest
+from numba.core.caching import IndexDataCacheFile, _CacheLocator
+from numba.extending import overload_method
+
+from taskgpt.tasks import Graph, In, InOut, Out, Tensor, TwinError, cache, compile_kernels, dense, dims, kernel
+from taskgpt.tasks.cache import _warned
+from taskgpt.tasks.sources import Sources
+
+(R,) = dims("R")
+ROOT = Path(__file__).parents[1]
+
+# --- the cache of compiled twins
+
+KERNEL_FILE = """
+    import numba
+    import numpy as np
+    import helper_module
+    from helper_module import FACTOR as IMPORTED
+    from helper_module import helper as imported
+    from taskgpt.tasks import InOut, dims, kernel
+
+    R, S = dims("R S")
+
+    @kernel
+    def scale(x: InOut[R]):
+        x *= 0
+
+    @scale.compiled
+    def scale(x):
+        for r in range(x.shape[0]):
+            x[r] = {expression}
+
+    @numba.njit
+    def local(value):
+        return imported(value)
+"""
+HELPER_FILE = """
+    import numba
+
+    FACTOR = {factor}
+
+    @numba.njit
+    def helper(value):
+        return {factor} * value
+
+    @numba.njit
+    def by_table(value):
+        return TABLE[0] * value
+
+    @numba.njit
+    def by_itself(value):
+        return value if value < 2 else by_itself(value / 2)
+"""
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Write and import the two files of KERNEL_FILE and HELPER_FILE as if in a new process; return the kernel."""
+    monkeypatch.syspath_prepend(tmp_path)
+    _warned.clear()
+    names = "kernel_module", "helper_module"
+
+    def write(expression: str, factor: str, do_import: bool = True):
+        for name, text in zip(names, (KERNEL_FILE, HELPER_FILE), strict=True):
+            text = textwrap.dedent(text.format(expression=expression, factor=factor))
+            path = tmp_path / f"{name}.py"
+            if not path.exists() or path.read_text() != text:  # an untouched file keeps its time
+                path.write_text(text)
+            sys.modules.pop(name, None)
+        importlib.invalidate_caches()
+        return importlib.import_module("kernel_module").scale if do_import else None
+
+    yield write
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+def scaled(scale) -> tuple[float, bool]:
+    """Return (what the kernel makes of 1, whether it came from the cache)."""
+    was_cached = scale.compile()
+    x = np.ones(1, np.float32)
+    scale(x)
+    return float(x[0]), was_cached
+
+
+@pytest.mark.parametrize(
+    "expression", ["imported(x[r])", "helper_module.helper(x[r])", "local(x[r])", "x[r] * IMPORTED", "x[r] * helper_module.FACTOR"]
+)
+def test_cache_is_stale_when_a_helper_changes(write, expression):
+    """A twin is loaded from disk as long as nothing that it uses changed: helper or number, in this file or another, however it is reached.
+
+    numba by itself looks at the twin's own file alone, and would go on running the old numbers without a word.
+    """
+    assert scaled(write(expression, "2")) == (2, False)
+    assert scaled(write(expression, "2")) == (2, True)
+    assert scaled(write(expression, "300")) == (300, False)
+    assert scaled(write(expression, "300")) == (300, True)
+
+
+def test_cache_serves_new_processes_until_a_helper_changes(write, tmp_path):
+    """The same across processes, as users meet it: run, run again (cached), edit the helper, run (new numbers)."""
+    program = (
+        "from kernel_module import scale; import numpy as np\n"
+        "was_cached = scale.compile(); x = np.ones(1, np.float32); scale(x); print(x[0], was_cached)"
+    )
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+
+    def run(factor: str) -> str:
+        write("local(x[r])", factor, do_import=False)
+        environment = {**os.environ, "PYTHONPATH": path}
+        return subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True).stdout.strip()
+
+    assert [run("2"), run("2"), run("300")] == ["2.0 False", "2.0 True", "300.0 False"]
+
+
+@pytest.fixture
+def with_table(write):
+    """Return the kernel of `write` as if in a new process in which helper_module found this table, in a file perhaps."""
+
+    def with_table(expression: str, table: np.ndarray):
+        scale = write(expression, "1")
+        sys.modules["helper_module"].TABLE = table
+        return scale
+
+    return with_table
+
+
+@pytest.mark.parametrize("expression", ["x[r] * helper_module.TABLE[0]", "helper_module.by_table(x[r])"])
+def test_cache_is_stale_when_a_table_changes(with_table, expression):
+    """Numba freezes global arrays; where they come from, no file that it knows of may have changed."""
+    for factor, was_cached in (2, False), (2, True), (300, False), (300, True), (2, True):
+        assert scaled(with_table(expression, np.array([factor]))) == (factor, was_cached)
+
+
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_a_helper_that_was_compiled_before_its_table_changed(with_table, is_kept):
+    """Code of it with the old table is in the process, or in the cache that its author asked numba for: a twin gets neither."""
+    for factor in 2, 300:
+        scale = with_table("helper_module.by_table(x[r])", np.array([factor]))
+        module = sys.modules["helper_module"]
+        helper = module.by_table
+        if is_kept:
+            helper.enable_caching()
+        helper(np.float32(1))
+        assert scaled(scale) == (factor, False)
+    module.TABLE = np.array([5])
+
+    @kernel
+    def other(x: InOut[R]):
+        x *= 5
+
+    @other.compiled
+    def _(x):
+        x[0] = helper(x[0])
+
+    assert scaled(other)[0] == 5
+
+
+def test_a_table_that_changes_after_the_twin_was_compiled(with_table):
+    """The twin cannot see it and the body would: refused where a graph is recorded and before it runs, with the name of the table."""
+    scale = with_table("helper_module.by_table(x[r])", np.array([2]))
+    module = sys.modules["helper_module"]
+    assert scaled(scale) == (2, False)
+    tile = Tensor("x", np.ones(1, np.float32))[:]
+    graph = Graph()
+    graph.spawn(scale, tile)
+    message = "scale: 'TABLE' has changed since its compiled twin was made, .*; pass what changes as a tile or a constant"
+    for change in lambda: setattr(module, "TABLE", np.array([300])), lambda: module.TABLE.__setitem__(0, 5):
+        change()
+        with pytest.raises(TwinError, match=message):
+            Graph().spawn(scale, tile)
+        with pytest.raises(TwinError, match=message):
+            compile_kernels(graph.kernels)
+    module.TABLE = np.array([2])  # another array, the same numbers
+    Graph().spawn(scale, tile)
+    module.by_table = module.helper
+    with pytest.raises(TwinError, match=r"scale: by_table\(\) has changed since"):
+        Graph().spawn(scale, tile)
+
+
+def test_boundscheck_works_and_does_not_stay(write, monkeypatch):
+    """NUMBA_BOUNDSCHECK=1 finds what was compiled without it useless, and leaves nothing to those who run without it."""
+    for is_checked, was_cached in (None, False), (1, False), (None, True), (1, True):
+        monkeypatch.setattr(numba.config, "BOUNDSCHECK", is_checked)
+        scale = write("x[r + 1]", "1")
+        assert scale.compile() == was_cached
+        with pytest.raises(IndexError, match="out of bounds") if is_checked else nullcontext():
+            scale(np.ones(1, np.float32))
+
+
+FACTORY_FILE = """
+    import math
+    import numba
+    from taskgpt.tasks import InOut, dims, kernel
+
+    (R,) = dims("R")
+
+    def make(name, factor):
+        @numba.njit
+        def helper(x):  # too long to be inlined: a function of its own in the machine code, named after this one
+            for _ in range(3):
+                # lines
+            return factor + 0 * x
+
+        def body(x: InOut[R]):
+            x *= factor
+
+        body.__name__ = name
+        scale = kernel(body)
+
+        @scale.compiled
+        def _(x):
+            for r in range(x.shape[0]):
+                x[r] = helper(x[r])
+            for r in range(x.shape[0]):
+                x[r] = helper(x[r])
+
+        return scale
+
+    one, two = make("one", 2.0), make("two", 3.0)
+"""
+
+
+def test_code_of_two_processes_does_not_mix(tmp_path, monkeypatch):
+    """Helpers of one name, kept by two processes, meet in a third: each twin calls its own.
+
+    Numba numbers functions anew in every process, and the linker takes the first of two of one name and number.
+    """
+    lines = 5 * (12 * " " + "x = math.sin(x) + math.cos(x) * math.tan(x) + math.exp(-x) + math.log(abs(x) + 1)\n")
+    (tmp_path / "factory_module.py").write_text(textwrap.dedent(FACTORY_FILE).replace("            # lines\n", lines))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    for name in "one", "two":
+        subprocess.run([sys.executable, "-c", f"import factory_module; factory_module.{name}.compile()"], env=environment, check=True)
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module("factory_module")
+    assert [scaled(module.one), scaled(module.two)] == [(2, True), (3, True)]
+
+
+def test_what_numba_cannot_load_is_not_kept(write):
+    """Code that holds an address, of a large array, and functions that call themselves, at which numba crashes: compiled anew each time."""
+    with pytest.warns(RuntimeWarning, match="scale is compiled anew in every run: 'helper_module.FACTOR' is so large an array") as seen:
+        for _ in range(2):
+            assert scaled(write("x[r] * helper_module.FACTOR[0]", "__import__('numpy').full(200_000, 2.0)")) == (2, False)
+    assert len(seen) == 1
+    with pytest.warns(RuntimeWarning, match="scale is compiled anew in every run: 'by_itself' calls itself"):
+        for _ in range(2):
+            assert scaled(write("helper_module.by_itself(x[r])", "2")) == (1, False)
+
+
+def rename_nothing(self, cache_path, filename_base, source_stamp):
+    self._index_path = os.path.join(cache_path, "index")
+
+
+@pytest.mark.parametrize("owner, name, value", [(cache, "_is_numba_known", False), (IndexDataCacheFile, "__init__", rename_nothing)])
+def test_a_numba_that_caches_otherwise_costs_the_cache(write, monkeypatch, owner, name, value):
+    """Its cache is private to numba. Where it is not as expected, nothing is kept, rather than something stale."""
+    monkeypatch.setattr(owner, name, value)
+    with pytest.warns(RuntimeWarning, match=r"compiled kernels are not kept, .*: numba [0-9.]+ has another cache than expected") as seen:
+        assert [scaled(write("local(x[r])", "2")), scaled(write("local(x[r])", "2"))] == [(2, False)] * 2
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("home", ["", None])
+def test_without_a_home_no_folder_is_made_up(write, tmp_path, monkeypatch, home):
+    """HOME empty, or unset for a user whom the system does not know, and the package read-only: no cache, and no folder called `~`."""
+
+    def nobody(*_):
+        raise KeyError("no such user")
+
+    ensure = _CacheLocator.ensure_cache_path
+    made = []
+
+    def fail_beside_the_file(self):
+        if type(self).__name__.endswith("InTreeCacheLocator"):
+            raise OSError(errno.EROFS, "Read-only file system")
+        made.append(self.get_cache_path())
+        ensure(self)
+
+    monkeypatch.setattr(_CacheLocator, "ensure_cache_path", fail_beside_the_file)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME") if home is None else monkeypatch.setenv("HOME", home)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    monkeypatch.chdir(tmp_path)
+    with pytest.warns(RuntimeWarning, match="numba's cache cannot keep compiled kernels"):
+        assert scaled(write("local(x[r])", "2")) == (2, False)
+    assert made == [] and not (tmp_path / "~").exists()
+
+
+def test_cache_of_a_notebook_is_stale_when_a_cell_changes(tmp_path, monkeypatch):
+    """Cells have no file whose time could be compared: there the text decides, also of a helper in another cell."""
+    pytest.importorskip("IPython")
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # IPython looks there first
+    cells = [
+        "import numba\nfrom taskgpt.tasks import InOut, dims, kernel\n(R,) = dims('R')\n",
+        "@numba.njit\ndef helper(value):\n    return {} * value\n",
+        "@kernel\ndef scale(x: InOut[R]):\n    x *= 0\n\n@scale.compiled\ndef scale(x):\n    x[0] = helper(x[0]) + {}\n",
+    ]
+
+    def run(factor: int, shift: int) -> tuple[float, bool]:
+        namespace = {"__name__": "__main__"}
+        for at, cell in enumerate(cells):
+            cell, file = cell.format(factor if at == 1 else shift), f"{tmp_path}/ipykernel_1/{at}.py"
+            linecache.cache[file] = len(cell), None, cell.splitlines(keepends=True), file
+            exec(compile(cell, file, "exec"), namespace)
+        return scaled(namespace["scale"])
+
+    assert [run(2, 0), run(2, 0), run(300, 0), run(300, 1)] == [(2, False), (2, True), (300, False), (301, False)]
+
+
+def files_of_cache(scale, ending: str) -> list[Path]:
+    return list(Path(scale._twin.stats.cache_path).glob(f"kernel_module.scale_*-*.{ending}"))
+
+
+@pytest.mark.parametrize("ending", ["nbi", "nbc"])
+@pytest.mark.parametrize("kept", [0, 20, 400])
+def test_damaged_files_of_the_cache_are_replaced(write, ending, kept):
+    """A file cut short, by a crash or a full disk, costs the time of compiling and a line; the next start finds a good one."""
+    scale = write("local(x[r])", "2")
+    assert scaled(scale) == (2, False)
+    [file] = files_of_cache(scale, ending)
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.warns(RuntimeWarning, match="damaged compiled kernels in numba's cache; compiling anew and replacing them") as seen:
+        assert scaled(write("local(x[r])", "2")) == (2, False)
+    assert len(seen) == 1
+    assert scaled(write("local(x[r])", "2")) == (2, True)
+
+
+@pytest.mark.parametrize("method", ["_save_index", "_save_data"])
+def test_a_full_disk_costs_the_cache_and_not_the_run(write, monkeypatch, method):
+    """The twin is compiled and runs; a line says why it was not kept. What was kept before the helper changed is not taken for it."""
+
+    def fail(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    assert scaled(write("local(x[r])", "2")) == (2, False)
+    with monkeypatch.context() as patch:
+        patch.setattr(IndexDataCacheFile, method, fail)
+        with pytest.warns(RuntimeWarning, match=r"\(No space left on device\), .* set NUMBA_CACHE_DIR to another folder") as seen:
+            assert scaled(write("local(x[r])", "300")) == (300, False)
+        assert len(seen) == 1
+    assert scaled(write("local(x[r])", "300")) == (300, False)
+    assert scaled(write("local(x[r])", "300")) == (300, True)
+
+
+def test_runs_where_no_folder_can_be_written(write, monkeypatch):
+    """Package and home on a read-only disk: importing is silent, and compiling says once what to do, not once a kernel."""
+
+    def fail(*args):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(_CacheLocator, "ensure_cache_path", fail)
+    scale = write("local(x[r])", "2")
+    with pytest.warns(RuntimeWarning, match="numba's cache cannot keep compiled kernels, .* set NUMBA_CACHE_DIR") as seen:
+        assert scaled(scale) == (2, False)
+        assert scaled(write("local(x[r])", "300")) == (300, False)
+    assert len(seen) == 1
+
+
+# --- without numba's compiler: NUMBA_DISABLE_JIT=1
+
+
+def test_without_the_compiler_a_twin_is_plain_python(write, monkeypatch):
+    """That is how to debug a twin: breakpoints and print work, in its helpers as well."""
+    monkeypatch.setattr(numba.config, "DISABLE_JIT", True)
+    scale = write("local(x[r])", "300")
+    assert not scale.is_compiled
+    assert scaled(scale) == (300, False)
+    assert scale.is_compiled and inspect.isfunction(scale.function) and scale.function is not scale.body
+
+
+def test_without_the_compiler_a_twin_with_an_intrinsic_gives_way_to_its_body(monkeypatch):
+    """dense, gemm and exp32 are made of machine code, also in a helper: the NumPy body runs."""
+    monkeypatch.setattr(numba.config, "DISABLE_JIT", True)
+
+    @numba.njit
+    def first(row):
+        return dense(row)[0]
+
+    @kernel
+    def take(out: Out[R], inp: In[R]):
+        out[:] = inp[0]
+
+    @take.compiled
+    def take(out, inp):
+        out[:] = first(inp) + 1
+
+    out = np.zeros(2, np.float32)
+    take(out, np.array([3, 4], np.float32))
+    assert (out.tolist(), take.function) == ([3, 3], take.body)
+
+
+def test_gpt2_runs_without_the_compiler():
+    """From the first import on, in a process of its own, as a user would start it."""
+    program = (
+        "import numpy as np; from taskgpt.gpt2 import attention, classifier as c, kernels as k, updates\n"
+        "from taskgpt.tasks import Kernel, compile_kernels\n"
+        "compile_kernels(v for module in (attention, c, k, updates) for v in vars(module).values() if isinstance(v, Kernel))\n"
+        "loss, losses = np.zeros(1, np.float32), np.ones(4, np.float32); c.loss_forward(loss, losses)\n"
+        "print(loss[0], c.loss_forward.function is c.loss_forward.body, k.gelu_forward.function is k.gelu_forward.body)"
+    )
+    environment = {**os.environ, "NUMBA_DISABLE_JIT": "1", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert (result.stdout.strip(), result.stderr) == ("1.0 False True", "")
+
+
+# --- what a twin is compiled from
+
+SOURCE = """
+import enum, math, types
+from collections import namedtuple
+import numba, numpy as np
+from llvmlite import ir
+from numba.extending import intrinsic, overload, register_jitable
+
+Pair = namedtuple("Pair", "a b")
+X = {value}
+module = types.ModuleType("module")
+module.inner = types.ModuleType("inner")
+module.inner.X = module.X = X
+
+def plain(x):
+    pass
+
+@overload(plain)
+def plain_compiled(x):
+    return lambda x: x * {number}
+
+@register_jitable
+def jitable(x):
+    return x * {number}
+
+def constant():
+    return {number}
+
+@intrinsic
+def made(context, x):
+    def codegen(context, builder, signature, args):
+        return ir.Constant(ir.IntType(64), constant())
+    return numba.types.int64(x), codegen
+
+@numba.njit
+def of_helper(x):
+    return x * X
+
+@numba.njit
+def by_default(x, y={value}):
+    return x
+
+@numba.njit({options})
+def with_options(x):
+    return x / 3
+
+def closure():
+    inside = {value}
+    return lambda x: x + inside
+
+def f(x):
+    {text}
+twin = closure() if {is_closure} else f
+"""
+
+
+def digest_of(text: str, value: object = "1.5", number: int = 2, options: str = "", is_closure: bool = False) -> tuple[str, list[str]]:
+    """Return the digest of a twin with this line that is compiled beside SOURCE, and why it could not be kept."""
+    namespace = {"__name__": "a_module_of_the_user"}
+    exec(
+        compile(SOURCE.format(text=text, value=value, number=number, options=options, is_closure=is_closure), "user.py", "exec"), namespace
+    )
+    sources = Sources(namespace["twin"])
+    return sources.digest(), sources.unknown
+
+
+VALUES = {
+    "number": ("1.5", "2.5"),
+    "zero": ("0.0", "-0.0"),
+    "type of number": ("1", "True"),
+    "array": ("np.array([1.0, 2.0])", "np.array([1.0, 3.0])"),
+    "dtype of array": ("np.zeros(2, np.int32)", "np.zeros(2, np.float32)"),
+    "shape of array": ("np.zeros((2, 3))", "np.zeros((3, 2))"),
+    "order of array": ("np.ones((2, 2))", "np.ones((2, 2), order='F')"),
+    "record": ("np.zeros(1, [('a', 'f4'), ('b', 'f4')])", "np.zeros(1, [('b', 'f4'), ('a', 'f4')])"),
+    "row of records": ("np.ones(1, 'f4,f4')[0]", "np.zeros(1, 'f4,f4')[0]"),
+    "nested tuple": ("(1, (2, (3, 4)))", "(1, (2, (3, 5)))"),
+    "array in a tuple": ("(1, np.zeros(2))", "(1, np.ones(2))"),
+    "named tuple": ("Pair(1, 2)", "Pair(1, 3)"),
+    "list": ("[1, 2]", "[1, 3]"),
+    "dict": ("dict(a=1)", "dict(a=2)"),
+    "None": ("None", "0"),
+    "dtype": ("np.dtype('f4')", "np.dtype('>f4')"),
+    "type": ("np.float32", "np.float64"),
+    "numba type": ("numba.float32", "numba.float64"),
+    "enum member": ("enum.Enum('E', dict(A=1)).A", "enum.Enum('E', dict(A=2)).A"),
+    "enum": ("enum.IntEnum('E', dict(A=1))", "enum.IntEnum('E', dict(A=2))"),
+    "text": ("'a'", "b'a'"),
+    "function of a library": ("math.sin", "math.cos"),
+    "ufunc": ("np.add", "np.subtract"),
+    "helper": ("numba.njit(lambda x: 1)", "numba.njit(lambda x: 2)"),
+    "helpers in a tuple": ("(numba.njit(lambda x: 1),)", "(numba.njit(lambda x: 2),)"),
+}
+
+
+@pytest.mark.parametrize("before, after", VALUES.values(), ids=VALUES)
+def test_every_value_that_numba_freezes_is_in_the_digest(before, after):
+    """A global of the twin's, read directly or from a module; one of a helper's; a default; a closure: equal if equal, else another."""
+    lines = "X", "module.X", "module.inner.X", "of_helper(x)", "by_default(x)", "m = module; return m.X"
+    for text, is_closure in [*((line, False) for line in lines), ("pass", True)]:
+        kept, unknown = digest_of(text, before, is_closure=is_closure)
+        assert (kept, unknown) == (digest_of(text, before, is_closure=is_closure)[0], []), text
+        assert kept != digest_of(text, after, is_closure=is_closure)[0], text
+    assert digest_of("pass", before)[0] == digest_of("pass", after)[0]  # what nobody reads is nobody's business
+
+
+@pytest.mark.parametrize("text", ["plain(x)", "jitable(x)", "made(x)"])
+def test_code_that_stands_in_for_other_code_is_in_the_digest(text):
+    """@overload, register_jitable, and what an intrinsic runs when it is compiled: all of it is compiled in."""
+    assert digest_of(text, number=2) == digest_of(text, number=2) != digest_of(text, number=3)
+    assert digest_of(text)[1] == []
+
+
+@pytest.mark.parametrize("options", ["fastmath=True", "error_model='numpy'", "inline='always'", "boundscheck=True", "'f8(f8)'"])
+def test_the_options_of_a_helper_are_in_the_digest(options):
+    """Same Python code, other machine code."""
+    assert digest_of("with_options(x)", options=options) == digest_of("with_options(x)", options=options)
+    assert digest_of("with_options(x)", options=options) != digest_of("with_options(x)")
+
+
+@pytest.mark.parametrize(
+    "name, value", [("BOUNDSCHECK", 1), ("OPT", 0), ("DEBUGINFO_DEFAULT", 1), ("LOOP_VECTORIZE", 0), ("FULL_TRACEBACKS", 1)]
+)
+def test_the_settings_of_numba_are_in_the_digest(monkeypatch, name, value):
+    """NUMBA_* variables that change code; those about the cache and threads do not."""
+    before = digest_of("pass")
+    monkeypatch.setattr(numba.config, name, value)
+    assert digest_of("pass") != before
+    monkeypatch.undo()
+    monkeypatch.setattr(numba.config, "NUMBA_NUM_THREADS", 7)
+    monkeypatch.setattr(numba.config, "CACHE_DIR", "/elsewhere")
+    assert digest_of("pass") == before
+
+
+def test_the_digest_is_the_same_in_every_process():
+    """Whatever the seed of Python's hashes and wherever objects lie: otherwise nothing would ever be loaded."""
+    program = (
+        "from taskgpt.gpt2 import attention, classifier, kernels, updates\nfrom taskgpt.schedulers import _worker\n"
+        "from taskgpt.tasks.sources import Sources\nmodules = attention, classifier, kernels, updates\n"
+        "twins = [k._twin.py_func for m in modules for k in vars(m).values() if getattr(k, '_twin', None)]\n"
+        "print([Sources(f).digest() for f in [*twins, _worker.work.py_func]], [why for f in twins for why in Sources(f).unknown])"
+    )
+    seen = set()
+    for seed in "1", "2":
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)}
+        seen.add(subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True).stdout)
+    [printed] = seen
+    assert printed.endswith(" []\n") and printed.count("'") > 60
+
+
+def test_a_method_that_is_added_to_arrays_is_in_the_digest():
+    """@overload_method names no function that the twin would find: the name of the method decides."""
+    before = digest_of("x.method_for_tests()")
+
+    @overload_method(numba.types.Array, "method_for_tests")
+    def compiled(x):
+        return lambda x: x[0]
+
+    assert digest_of("x.method_for_tests()") != before
+
+
+def test_an_object_without_content_is_named():
+    """Numba may freeze, and intrinsics may use, what nobody can compare: then no digest would tell."""
+    assert digest_of("X", "object()")[1] == ["'X' is a builtins.object, whose changes a cache would not see"]
