@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from taskgpt.errors import run_program
 from taskgpt.lab import peers, roofline, steps, task_bench
 from taskgpt.schedulers import WorkerError
-from taskgpt.tasks import AccessError, TaskError
+from taskgpt.tasks import AccessError, TaskError, TwinError
 
 SCHEDULERS = ["sequential", "loops", "threads", "native"]
 METG_PATTERNS = ["trivial", "stencil_1d", "fft", "nearest", "random", "tree"]  # the chains of `overhead` say nothing more
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         flags.run(flags)
         return 0
 
-    return run_program("taskgpt.bench", run, (TaskError, AccessError, WorkerError))
+    return run_program("taskgpt.bench", run, (TaskError, TwinError, AccessError, WorkerError))
 
 
 def parser() -> argparse.ArgumentParser:

@@ -39,7 +39,7 @@ from taskgpt.lab.formats import has_trace, save, verify_can_write
 from taskgpt.lab.pace import Pace
 from taskgpt.lab.trace import RECORD, Traced
 from taskgpt.schedulers import Scheduler, WorkerError, open_scheduler
-from taskgpt.tasks import AccessError, Graph, Kernel, TaskError, check, compile_kernels
+from taskgpt.tasks import AccessError, Graph, Kernel, TaskError, TwinError, check, compile_kernels
 
 FLOAT32_MAX = 3.4e38  # a learning rate beyond it would be infinite
 
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             with on_signals(stop.request):
                 return train(flags, report, stop)
 
-    return run_program("taskgpt.train", run, (TaskError, AccessError, WorkerError))
+    return run_program("taskgpt.train", run, (TaskError, TwinError, AccessError, WorkerError))
 
 
 def train(flags: argparse.Namespace, report: Report, stop: StopRequest) -> int:

@@ -30,7 +30,7 @@ from taskgpt.lab.named import Prepared, make_config, named_scheduler, prepare
 from taskgpt.lab.report import seconds_of
 from taskgpt.lab.trace import RECORD, Traced
 from taskgpt.schedulers import Scheduler, WorkerError
-from taskgpt.tasks import AccessError, TaskError
+from taskgpt.tasks import AccessError, TaskError, TwinError
 
 WARM_UP = 2  # steps before the clock starts, in every turn: threads, plans, caches
 LIMIT_S = 900.0  # of a turn; one that takes longer hangs
@@ -144,7 +144,7 @@ def _serve(pipe: Connection) -> None:
             verb, cell, steps = pipe.recv()
             try:
                 answer = True, getattr(bench, verb)(cell, steps)
-            except (UserError, MemoryError, OSError, TaskError, AccessError, WorkerError) as error:
+            except (UserError, MemoryError, OSError, TaskError, TwinError, AccessError, WorkerError) as error:
                 answer = False, str(error) or type(error).__name__
             except Exception as error:  # a defect: the other cells are worth something without it
                 traceback.print_exc(file=sys.stderr)

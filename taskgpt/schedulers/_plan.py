@@ -7,7 +7,7 @@ from functools import cached_property
 import numpy as np
 
 from taskgpt.schedulers._ready import NOTHING, PRIORITY_LIMIT
-from taskgpt.tasks import Graph, compile_kernels
+from taskgpt.tasks import AccessError, Graph, TaskError, TwinError, compile_kernels
 from taskgpt.tasks.native_entry import has_native_entry, native_entry, python_entry, words_of
 from taskgpt.tasks.scratch import scratch_layout
 
@@ -19,11 +19,12 @@ class Plan:
 
     Attributes: call_first, call_entry, call_words (addresses); successor_first, successor; indegree; sinks, the number of tasks without
     successors; locks, lock_first, lock_of; priorities; seconds, the estimate for each task; scratch_bytes. None stands for what the graph
-    has not. Compiles the kernels. Raises ValueError if a priority is too large.
+    has not. Compiles the kernels. Raises ValueError if a priority is too large, TaskError, naming the first task of a kernel that does not
+    compile.
     """
 
     def __init__(self, graph: Graph):
-        compile_kernels(graph.kernels)
+        _compile(graph)
         tasks = graph.tasks
         self.tasks = len(tasks)
         calls = [call for task in tasks for call in task.calls]
@@ -86,6 +87,15 @@ class Plan:
         length = max(to_end, default=0.0)
         self.length_ns = int(length * 1e9)
         self.latest_starts_ns = ((length - np.array(to_end)) * 1e9).astype(np.int64)
+
+
+def _compile(graph: Graph) -> None:
+    for kernel in graph.kernels:
+        try:
+            compile_kernels([kernel])
+        except (AccessError, TwinError) as error:
+            task, call = next((task, call) for task in graph.tasks for call in task.calls if call.kernel is kernel)
+            raise TaskError.of(task, call, error) from error
 
 
 def firsts(counts) -> np.ndarray:

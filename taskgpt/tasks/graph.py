@@ -21,7 +21,7 @@ import numpy as np
 
 from taskgpt.tasks.blas_threads import one_blas_thread
 from taskgpt.tasks.dask_collection import DaskCollection
-from taskgpt.tasks.kernel import AccessError, Kernel, ShapeError
+from taskgpt.tasks.kernel import AccessError, Kernel, ShapeError, as_kernel, fits_64_bits
 from taskgpt.tasks.scratch import Shapes, scratch_arrays
 from taskgpt.tasks.tensor import GridError, Tensor, Tile
 
@@ -53,14 +53,35 @@ class Call:
     __slots__ = ("_scratch_shapes", "args", "arrays", "kernel")
 
     def __init__(self, kernel: Kernel, args: tuple):
-        self.kernel = kernel
+        self.kernel = as_kernel(kernel)
         # NumPy's scalars become Python's, which do not widen float32 expressions: bodies and twins see one type.
         self.args = args = tuple(a.item() if isinstance(a, np.generic) else a for a in args)
         self.arrays = [a.array if isinstance(a, Tile) else a for a in args]
         self._scratch_shapes: Shapes | None = None
 
     def run(self) -> None:
-        self.kernel.function(*self.arrays, *scratch_arrays(self.scratch_shapes))
+        self.kernel.run(*self.arrays, *scratch_arrays(self.scratch_shapes))
+
+    def verify(self) -> None:
+        """Raise TypeError, ShapeError or AccessError for arguments that the kernel does not declare so."""
+        kernel = self.kernel
+        if len(self.args) != len(kernel.parameters):
+            names = ", ".join(kernel.parameters)
+            raise TypeError(f"{kernel.name} takes {len(kernel.parameters)} arguments ({names}), got {len(self.args)}")
+        for (name, declared), given in zip(kernel.parameters.items(), self.args, strict=True):
+            is_tile = name in kernel.accesses
+            if is_tile != isinstance(given, Tile) or (not is_tile and not isinstance(given, (int, declared))):
+                wanted = "a tile, tensor[index]," if is_tile else f"a constant ({declared.__name__}),"
+                got = repr(given) if isinstance(given, (int, float, Tile)) else f"a {type(given).__name__}"
+                raise TypeError(f"{kernel.name}: '{name}' wants {wanted} got {got}")
+            if not is_tile:
+                if not fits_64_bits(given, declared):
+                    raise TypeError(f"{kernel.name}: '{name}' wants a constant of 64 bits, got one of {given.bit_length()}")
+            elif given.array.dtype != declared.dtype:
+                raise ShapeError(f"{kernel.name}: '{name}' wants {declared.dtype}, got {given} of {given.array.dtype}")
+            elif declared.is_written and not given.array.flags.writeable:
+                raise AccessError(f"{kernel.name} writes '{name}', and the memory of {given} is read-only")
+        kernel.sizes({name: tile.shape for name, tile in self.tiles()})
 
     @property
     def scratch_shapes(self) -> Shapes:
@@ -161,6 +182,7 @@ class Graph(DaskCollection):
         self.tasks: list[Task] = []
         self.runs: set[object] = set()
         self._made_in = this_thread.at
+        self._kernels: set[Kernel] = set()  # whose sources are as they were when they were compiled
         self._cells: dict[tuple, _Cell] = {}
         self._tensors: dict[int, Tensor] = {}
         self._ancestors: list[int] = []  # one bit per earlier task; only while recording
@@ -170,9 +192,10 @@ class Graph(DaskCollection):
         """Record a call as the next task.
 
         Raises ShapeError if a tile's shape or type is not as declared, GridError if its memory is also cut by another grid, AccessError if
-        a written tile overlaps another tile of the same call, TypeError for a wrong number or kind of arguments, RuntimeError for a graph
-        that was derived or sent: it knows its edges, but not what its tasks access; for one that is being run, and, inside a task, for one
-        that the task did not make.
+        a written tile overlaps another tile of the same call or is read-only, TypeError for what is no kernel or a wrong number or kind of
+        arguments, TwinError for a kernel that was compiled from what has changed since, RuntimeError for a graph that was derived or sent:
+        it knows its edges, but not what its tasks access; for one that is being run, and, inside a task, for one that the task did not
+        make.
         """
         self._verify_may_grow()
         if len(self._ancestors) != len(self.tasks):
@@ -220,18 +243,10 @@ class Graph(DaskCollection):
 
     def _verify(self, call: Call) -> None:
         kernel = call.kernel
-        if len(call.args) != len(kernel.parameters):
-            names = ", ".join(kernel.parameters)
-            raise TypeError(f"{kernel.name} takes {len(kernel.parameters)} arguments ({names}), got {len(call.args)}")
-        for (name, declared), given in zip(kernel.parameters.items(), call.args, strict=True):
-            is_tile = name in kernel.accesses
-            if is_tile != isinstance(given, Tile) or (not is_tile and not isinstance(given, (int, declared))):
-                wanted = "a tile, tensor[index]," if is_tile else f"a constant ({declared.__name__}),"
-                got = repr(given) if isinstance(given, (int, float, Tile)) else f"a {type(given).__name__}"
-                raise TypeError(f"{kernel.name}: '{name}' wants {wanted} got {got}")
-            if is_tile and given.array.dtype != declared.dtype:
-                raise ShapeError(f"{kernel.name}: '{name}' wants {declared.dtype}, got {given} of {given.array.dtype}")
-        kernel.sizes({name: tile.shape for name, tile in call.tiles()})
+        call.verify()
+        if kernel not in self._kernels:
+            kernel.verify_sources()
+            self._kernels.add(kernel)
         tiles = list(call.tiles())
         for at, (name, tile) in enumerate(tiles):
             self._know(tile.tensor)
@@ -415,7 +430,12 @@ def without_implied(waits: Iterable[int], ancestors: list[int]) -> tuple[int, ..
     return tuple(reversed(kept))
 
 
-def run_now(kernel: Kernel, *args, section: Section = ("", -1)) -> None:
-    """The spawn of a program that runs without a graph: calls the kernel, with BLAS on one thread, for the bits that a graph gives."""
+def run_now(kernel: Kernel, *args, section: Section = ("", -1), priority: int = 0) -> None:
+    """The spawn of a program that runs without a graph: calls the kernel, with BLAS on one thread, for the bits that a graph gives.
+
+    Raises as `Graph.spawn` does for arguments that do not fit.
+    """
+    call = Call(kernel, args)
+    call.verify()
     with one_blas_thread:
-        Call(kernel, args).run()
+        call.run()
