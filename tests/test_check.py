@@ -5,6 +5,7 @@ One task per test; the drawing is its tile, with what the kernel does to it.
 
 import pickle
 
+import numba
 import numpy as np
 import pytest
 
@@ -225,6 +226,67 @@ def test_a_twin_that_writes_around_its_tile(row, column):
     assert checked_error(write_at, tensor(9, 9)[3:6, 2:6], row, column) == "write_at wrote outside its tile 'out', x[3:6, 2:6]"
 
 
+@pytest.mark.parametrize("row, column", [(0, 23), (0, 400), (90, 0), (-90, 0), (1, -20), (10**9, 0)])
+def test_a_twin_that_writes_far_away(row, column):
+    """Past the border, into another row, or where the process has no memory: the index is checked before anything is written."""
+    message = checked_error(write_at, tensor(9, 9)[3:6, 2:6], row, column)
+    assert message in ("write_at wrote outside its tile 'out', x[3:6, 2:6]", "write_at used an index outside of 'out', x[3:6, 2:6]")
+
+
+@numba.njit
+def write_row(row, at):
+    row[at] = 1
+
+
+@kernel
+def write_by_helper(out: InOut[R, C], at: int):
+    out[-1, at] = 1
+
+
+@write_by_helper.compiled
+def write_by_helper(out, at):
+    write_row(dense(out[out.shape[0] - 1]), at)
+
+
+def test_a_helper_that_writes_outside_of_a_tile():
+    """Helpers are checked too, also those that were compiled before without; and the kernel itself goes on without checks."""
+    x = tensor(9, 9)
+    run_now(write_by_helper, x[3:6, 2:6], 1)
+    assert checked_error(write_by_helper, x[3:6, 2:6], 4) == "write_by_helper wrote outside its tile 'out', x[3:6, 2:6]"
+    assert checked_error(write_by_helper, x[3:6, 2:6], 40).startswith("write_by_helper ")
+    run_now(write_by_helper, x[3:6, 2:6], 4)  # wrong, and in the neighbour's tile: what --check is for
+    assert x.array[5, 6] == 1
+
+
+@kernel
+def write_block(out: InOut[R, C], down: int, right: int):
+    """Right without an offset; the twin makes itself a larger array, as an intrinsic may, and writes the block that lies there."""
+    out[:] = 1
+
+
+@write_block.compiled
+def write_block(out, down, right):
+    rows, columns = out.shape
+    larger = np.lib.stride_tricks.as_strided(out, (2 * rows, 2 * columns), out.strides)
+    larger[down * rows : (down + 1) * rows, right * columns : (right + 1) * columns] = 1
+
+
+@pytest.mark.parametrize("rows, columns", [(4, 30), (30, 4), (1, 100), (100, 1)])
+@pytest.mark.parametrize("down, right", [(1, 0), (0, 1), (1, 1)])
+def test_a_block_too_far(rows, columns, down, right):
+    """Where no index can be checked, the border is as wide as the tile: the block below, beside or across the corner is caught whole."""
+    tile = tensor(200, 200)[0:rows, 0:columns]
+    assert checked_error(write_block, tile, down, right) == f"write_block wrote outside its tile 'out', x[0:{rows}, 0:{columns}]"
+
+
+def test_a_block_in_its_place():
+    """The same kernel, right."""
+    x, graph = tensor(9, 9), Graph()
+    graph.spawn(write_block, x[3:6, 2:6], 0, 0)
+    check(graph).tasks[0].run()
+    assert (x.array[3:6, 2:6] == 1).all()
+
+
 def test_a_negative_index_within_the_tile_is_python():
     """-1 is the last row, in compiled code as in NumPy: inside the tile, and nobody's business."""
     x, graph = tensor(9, 9), Graph()
@@ -263,9 +325,9 @@ def test_an_out_tile_that_is_read_first():
 
 
 def test_a_read_outside_of_a_tile():
-    """What lies around an In tile is NaN as well, so a read beyond its edge shows in the result."""
+    """A read beyond the edge changes nothing that could be seen; numba checks the index, and does not say of which array."""
     message = checked_error(read_at, tensor(1, name="y")[:], tensor(9, 9)[3:6, 2:6], 3)
-    assert message == "read_at left 1 of 1 elements of 'out' unwritten or NaN, declared Out"
+    assert message == "read_at used an index outside of one of 'out', y[:]; 'inp', x[3:6, 2:6]"
 
 
 def test_scratch_that_is_read_first():
@@ -368,6 +430,7 @@ def test_a_checked_graph_is_the_same_graph(arena):
     sent = pickle.loads(pickle.dumps(checked))
     assert [type(task.calls[0]).__name__ for task in sent.tasks] == ["CheckedCall"] * 5
     assert sent.listing() == checked.listing()
+    assert sent.tasks[0].calls[0].kernel is matmul_forward.bounds_checked
 
 
 def test_bodies_are_checked_where_there_is_no_twin_and_twins_where_there_is():

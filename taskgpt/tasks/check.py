@@ -6,9 +6,19 @@ kernel and parameter:
 
     gelu_forward wrote 'inp', declared In
 
-A kernel that reads outside its tile, or an Out tile or its scratch before writing it, meets NaN, which then shows in the results.
-Costs a few copies of each tile.
+Compiled twins run as `Kernel.bounds_checked`: numba checks every index, which nothing does otherwise. The border is for what numba does not
+see, gemm and other intrinsics, arrays of invented shapes: as wide as the tile itself, so that one block too many lands in it.
+
+A kernel that reads an Out tile or its scratch before writing it meets NaN, which then shows in the results. Costs ten copies of each tile.
 """
+
+import faulthandler
+import math
+import os
+import select
+import signal
+import warnings
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -16,7 +26,8 @@ from taskgpt.tasks.graph import Call, Graph, Task
 from taskgpt.tasks.kernel import AccessError, Kernel
 from taskgpt.tasks.tensor import Tile
 
-_BORDER = 8  # elements on every side
+_LEAST_BORDER = 8  # elements
+_PATIENCE_S = 60
 
 
 def check(graph: Graph) -> Graph:
@@ -26,7 +37,7 @@ def check(graph: Graph) -> Graph:
     """
     checked = Graph(f"{graph.name}, checked", graph.allow_commutative)
     for task in graph.tasks:
-        calls = tuple(CheckedCall(call.kernel, call.args) for call in task.calls)
+        calls = tuple(CheckedCall(call.kernel.bounds_checked, call.args) for call in task.calls)
         twin = Task(task.number, calls, task.section, task.predecessors, task.name)
         twin.flops, twin.bytes, twin.locks, twin.priority = task.flops, task.bytes, task.locks, task.priority
         checked.append(twin)
@@ -52,29 +63,106 @@ class CheckedCall(Call):
             box.copy_back()
 
     def _run_on_copies(self, is_read_only: bool) -> list["_Box"]:
-        boxes = {name: _Box(self.kernel.accesses[name].kind, tile) for name, tile in self.tiles()}
-        given = [boxes[name].view(is_read_only) if name in boxes else a for name, a in zip(self.kernel.parameters, self.args, strict=True)]
-        scratch = {name: _Guarded(*each) for name, each in zip(self.kernel.scratch, self.scratch_shapes, strict=True)}
-        self.kernel.run(*given, *(each.inner for each in scratch.values()))
-        for name, box in boxes.items():
-            box.verify(self.kernel, name)
-        for name, each in scratch.items():
+        copies = _Copies(self)
+        try:
+            self.kernel.run(*copies.arguments(is_read_only))
+        except IndexError as error:
+            if str(error) != "index is out of bounds":  # numba's words; NumPy's say which index, and kernels may have their own
+                raise
+            raise AccessError(self._written_outside() or f"{self.kernel.name} used an index outside of {copies.named()}") from None
+        copies.verify()
+        return list(copies.boxes.values())
+
+    def _written_outside(self) -> str | None:
+        """Return what the twin as it would run writes outside its arrays, as far as their borders reach.
+
+        Numba does not say which array had the wrong index. The twin runs in a process of its own, which it may well damage.
+        """
+        if not hasattr(os, "fork"):
+            return None
+        self.kernel.unchecked.compile()
+        reading, writing = os.pipe()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of threads and forks: the child takes no lock and starts no thread
+            child = os.fork()
+        if child == 0:
+            faulthandler.disable()  # it may crash, and nobody is to read of it
+            try:
+                copies = _Copies(self)
+                self.kernel.unchecked.run(*copies.arguments(is_read_only=True))
+                os.write(writing, (copies.written_outside() or "").encode())
+            finally:
+                os._exit(0)
+        os.close(writing)
+        with open(reading, "rb") as answer:
+            if not select.select([answer], [], [], _PATIENCE_S)[0]:
+                os.kill(child, signal.SIGKILL)
+            said = answer.read().decode()
+        os.waitpid(child, 0)
+        return said or None
+
+
+class _Copies:
+    """Private copies of a call's tiles and scratch, each in its border."""
+
+    def __init__(self, call: Call):
+        self.kernel, self.args = call.kernel, call.args
+        self.boxes = {name: _Box(call.kernel.accesses[name].kind, tile) for name, tile in call.tiles()}
+        self.scratch = {name: _Guarded(*each) for name, each in zip(call.kernel.scratch, call.scratch_shapes, strict=True)}
+
+    def arguments(self, is_read_only: bool) -> list:
+        given = zip(self.kernel.parameters, self.args, strict=True)
+        tiles = [self.boxes[name].view(is_read_only) if name in self.boxes else argument for name, argument in given]
+        return [*tiles, *(each.inner for each in self.scratch.values())]
+
+    def named(self) -> str:
+        """Return the tiles and the scratch in words."""
+        names = [f"'{name}', {box.tile!r}" for name, box in self.boxes.items()]
+        names += [f"its scratch '{name}'" for name in self.scratch]
+        return names[0] if len(names) == 1 else f"one of {'; '.join(names)}"
+
+    def verify(self) -> None:
+        for name, box in self.boxes.items():
+            box.verify_not_written(self.kernel, name)
+        outside = self.written_outside()
+        if outside:
+            raise AccessError(outside)
+        for name, box in self.boxes.items():
+            box.verify_written(self.kernel, name)
+
+    def written_outside(self) -> str | None:
+        for name, box in self.boxes.items():
+            if not box.is_border_whole():
+                return f"{self.kernel.name} wrote outside its tile '{name}', {box.tile!r}"
+        for name, each in self.scratch.items():
             if not each.is_border_whole():
-                raise AccessError(f"{self.kernel.name} wrote outside its scratch '{name}' of shape {each.inner.shape}")
-        return list(boxes.values())
+                return f"{self.kernel.name} wrote outside its scratch '{name}' of shape {each.inner.shape}"
+        return None
 
 
 class _Guarded:
-    """Private memory that holds the pattern, `inner` with a border around it."""
+    """Private memory that holds the pattern: `inner`, before and after it a border as large as itself, and after each row too."""
 
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype):
-        self.block = np.full([n + 2 * _BORDER for n in shape], _pattern(dtype), dtype)
-        self.inner = self.block[(slice(_BORDER, -_BORDER),) * len(shape)]
-        self.before = self.block.copy()
+        self.borders = [max(_LEAST_BORDER, n) for n in shape]
+        first, *others = (n + border for n, border in zip(shape, self.borders, strict=True))
+        self.block = np.full([first + self.borders[0], *others], _pattern(dtype), dtype)
+        self.starts = [self.borders[0]] + [0] * len(others)
+        self.inner = self.block[tuple(slice(start, start + n) for start, n in zip(self.starts, shape, strict=True))]
+
+    def _border(self) -> Iterator[np.ndarray]:
+        yield self.block[: self.starts[0]]
+        part = self.block[self.starts[0] :]
+        for axis, n in enumerate(self.inner.shape):
+            along = (slice(None),) * axis
+            yield part[(*along, slice(n, None))]
+            part = part[(*along, slice(0, n))]
 
     def is_border_whole(self) -> bool:
-        self.before[(slice(_BORDER, -_BORDER),) * self.inner.ndim] = self.inner
-        return _bytes_of(self.before) == _bytes_of(self.block)
+        """Compare bits, not values: NaN compares unequal to itself."""
+        word = np.dtype(f"u{min(8, self.block.itemsize)}")
+        pattern = np.full(1, _pattern(self.block.dtype), self.block.dtype).view(word)[0]
+        return all((part.view(word) == pattern).all() for part in self._border())
 
 
 class _Box(_Guarded):
@@ -92,15 +180,13 @@ class _Box(_Guarded):
         view.flags.writeable = not (self.kind == "in" and is_read_only)
         return view
 
-    def verify(self, kernel: Kernel, name: str) -> None:
-        if self.kind == "in" and _bytes_of(self.inner) != _bytes_of(self.tile.array):
+    def verify_not_written(self, kernel: Kernel, name: str) -> None:
+        if self.kind == "in" and self.inner.tobytes() != self.tile.array.tobytes():  # bytes, not values, as above
             raise AccessError(f"{kernel.name} wrote '{name}', declared In")
-        if self.kind == "out":
-            self._verify_written(kernel, name)
-        if not self.is_border_whole():
-            raise AccessError(f"{kernel.name} wrote outside its tile '{name}', {self.tile!r}")
 
-    def _verify_written(self, kernel: Kernel, name: str) -> None:
+    def verify_written(self, kernel: Kernel, name: str) -> None:
+        if self.kind != "out":
+            return
         letter = self.inner.dtype.kind
         if letter in "fc":
             missing, what = np.isnan(self.inner), "unwritten or NaN"
@@ -116,15 +202,12 @@ class _Box(_Guarded):
             self.tile.array[...] = self.inner
 
 
-def _pattern(dtype: np.dtype) -> float | int:
+def _pattern(dtype: np.dtype) -> complex | int:
     """Return what stands where nothing was written: NaN, the smallest of signed and the largest of unsigned integers, True."""
-    if dtype.kind in "fc":
-        return np.nan
+    if dtype.kind == "c":
+        return complex(math.nan, math.nan)
+    if dtype.kind == "f":
+        return math.nan
     if dtype.kind == "b":
         return True
     return np.iinfo(dtype).min if dtype.kind == "i" else np.iinfo(dtype).max
-
-
-def _bytes_of(array: np.ndarray) -> bytes:
-    """Bytes, not values: NaN compares unequal to itself, and -0 equal to 0."""
-    return array.tobytes()

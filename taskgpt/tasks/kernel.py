@@ -269,12 +269,17 @@ class Kernel:
     @cached_property
     def bounds_checked(self) -> "Kernel":
         """The same kernel, whose compiled twin and its helpers check every index, and raise IndexError for one outside an array."""
-        if self._twin is None or inspect.isfunction(self._twin):
+        if self._twin is None or inspect.isfunction(self._twin) or self._unchecked:
             return self  # NumPy and Python check
         checked = Kernel.__new__(Kernel)
-        checked.__dict__.update(self.__dict__, _twin=_njit(self._twin.py_func), _unchecked=self)
+        checked.__dict__.update(self.__dict__, _twin=_njit(self._twin.py_func), _unchecked=self, _sources=None)
         checked.function = checked._compile_and_run
         return checked
+
+    @property
+    def unchecked(self) -> "Kernel":
+        """The kernel of which this one is `bounds_checked`, otherwise itself."""
+        return self._unchecked or self
 
     def compile(self) -> bool:
         """Compile the twin, or load it from the cache; return True if it came from the cache. Threads may call it together.
