@@ -71,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
     add_task_bench(metg, METG_PATTERNS)
     metg.add_argument("--efficiency", type=float, default=0.5, metavar="E", help="part of the peak (default 0.5; 1 of 2 workers has that)")
 
-    others = add("peers", peers.peers, 7, "PyTorch and JAX, where installed, train the same model")
+    others = add("peers", peers.peers, 7, "PyTorch and JAX, where installed, train the same model: as installed, and tuned")
     others.add_argument("--graph", default="gpt2-124m", metavar=changed, help="graph file, with changes (default gpt2-124m)")
     others.add_argument("--scheduler", default="native", metavar=changed, help="ours (default native)")
     return p

@@ -4,7 +4,7 @@ machine.py     what this machine can do, measured: sgemm, memory bandwidth
 roofline.py    what a step needs at least: a graph's matrix products and its parameters' traffic, against that
 steps.py       training steps of graphs under schedulers, in turns
 task_bench.py  Task Bench's graphs: what a task costs, and how short tasks may be
-peers.py       PyTorch (peer_torch.py) and JAX (peer_jax.py) on the same model
+peers.py       PyTorch (peer_torch.py) and JAX (peer_jax.py) on the same model, in processes of their own (peer_process.py, peer_setups.py)
 named.py       graphs and schedulers as the command line names them
 report.py      medians, intervals, JSON; layout.py: tables as text, Markdown, HTML
 cells.py       what `taskgpt compare` compares; turns.py runs it, baselines.py has what is no schedule of tasks
