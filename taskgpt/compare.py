@@ -32,7 +32,7 @@ LEAST_STEPS = 2  # in a turn
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; return its exit code: 1 if cells that should agree computed different bits, or if all failed."""
-    title, _, examples = __doc__.partition("\n\n")
+    title, _, examples = (__doc__ or "").partition("\n\n")  # none under python -OO
     p = argparse.ArgumentParser("taskgpt compare", description=title, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter)
     named = "NAME[:KEY=VALUE,...]"
     p.add_argument("--graph", nargs="+", default=["gpt2-124m"], metavar=named, help="graph files, with changes (default gpt2-124m)")

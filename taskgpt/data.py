@@ -184,7 +184,7 @@ def _text_encoding(name: str, vocab_size: int) -> tuple[Tokenizer, str]:
     )
 
 
-def _as_bytes(tokens: Sequence) -> np.ndarray:
+def _as_bytes(tokens: TokenFile | np.ndarray) -> np.ndarray:
     """Return tokens in GPT-2's encoding, of which there may be too many, as byte tokens, uint16 (n,)."""
     values = [np.frombuffer(piece, np.uint8) for piece in gpt2_tokenizer().pieces]
     values[gpt2_tokenizer().end_of_text] = np.array([byte_tokenizer().end_of_text], np.uint16)
@@ -192,7 +192,7 @@ def _as_bytes(tokens: Sequence) -> np.ndarray:
 
 
 def _read_text(path: Path) -> str:
-    """Return a text, its line ends as \n. Raises: OSError; UserError if it is no text in UTF-8, or too large for the memory."""
+    """Return a text, each line ended as in Python. Raises: OSError; UserError if it is no text in UTF-8, or too large for the memory."""
     with open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:  # never waits for a writer
         kind = os.fstat(file.fileno()).st_mode
         if not (stat.S_ISREG(kind) or stat.S_ISFIFO(kind)):  # a pipe is what the shell makes of <(zcat text.gz)
@@ -254,7 +254,7 @@ def list_datasets() -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code: 0, 2 after a mistake of the user, 130 after Ctrl-C."""
-    summary, _, examples = __doc__.partition("\n\n")
+    summary, _, examples = (__doc__ or "").partition("\n\n")  # none under python -OO
     parser = argparse.ArgumentParser(
         prog="python -m taskgpt.data", description=summary, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -28,7 +28,7 @@ COLOURS = ("kernel", "layer", "phase", "path")  # path: the longest, by estimate
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; return its exit code."""
-    title, _, examples = __doc__.partition("\n\n")
+    title, _, examples = (__doc__ or "").partition("\n\n")  # none under python -OO
     p = argparse.ArgumentParser("taskgpt show", description=title, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = p.add_subparsers(required=True, metavar="VERB")
     graph = verbs.add_parser("graph", help="show a graph", formatter_class=argparse.RawDescriptionHelpFormatter, epilog=examples)

@@ -52,7 +52,7 @@ COLUMNS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; return its exit code."""
-    title, _, examples = __doc__.partition("\n\n")
+    title, _, examples = (__doc__ or "").partition("\n\n")  # none under python -OO
     p = argparse.ArgumentParser(
         "taskgpt simulate", description=title, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -22,7 +22,7 @@ from taskgpt.lab.trace import Trace
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; return its exit code: 2 for a file that is damaged, or breaks a rule."""
-    title, _, examples = __doc__.partition("\n\n")
+    title, _, examples = (__doc__ or "").partition("\n\n")  # none under python -OO
     p = argparse.ArgumentParser("taskgpt trace", description=title, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = p.add_subparsers(required=True, metavar="VERB")
 

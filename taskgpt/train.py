@@ -46,7 +46,7 @@ FLOAT32_MAX = 3.4e38  # a learning rate beyond it would be infinite
 
 def parser() -> argparse.ArgumentParser:
     """Return the flags; their defaults are llm.c's."""
-    title, _, examples = __doc__.partition("\n\n")
+    title, _, examples = (__doc__ or "").partition("\n\n")  # none under python -OO
     p = argparse.ArgumentParser("taskgpt train", description=title, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = p.add_argument_group("what runs")
     what.add_argument("--graph", default="gpt2-124m", metavar="NAME", help=f"graph file: {', '.join(available('graphs'))}, or a path")

@@ -53,7 +53,7 @@ COLUMNS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; return its exit code: 1 if there was too little time to say what is faster."""
-    title, _, examples = __doc__.partition("\n\n")
+    title, _, examples = (__doc__ or "").partition("\n\n")  # none under python -OO
     p = argparse.ArgumentParser("taskgpt tune", description=title, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--graph", default="gpt2-124m", metavar="NAME[:KEY=VALUE,...]", help="graph file, with changes (default gpt2-124m)")
     p.add_argument("--workers", type=int, metavar="N", help="workers to tune for (default: as many as cores)")

@@ -112,7 +112,7 @@ def write_tokens(path: str | Path, ids: Sequence[int] | np.ndarray):
         writer.append(ids)
 
 
-class TokenFile(Sequence):
+class TokenFile:
     """The ids of an llm.c token file: `len` tells how many, a slice reads some of them, uint16 (n,), and nothing is held in memory.
 
     Read, not mapped: where a mapped file became shorter, the system would kill the program. The file stays open, so that it may be deleted.
@@ -251,7 +251,7 @@ class Loader:
         if self.shuffle:
             self._permute(self._samples)
 
-    def _num_samples(self, tokens: Sequence) -> int:
+    def _num_samples(self, tokens: TokenFile | np.ndarray) -> int:
         return (len(tokens) - 1) // (self.B * self.T)
 
     def _permute(self, order: np.ndarray):
