@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import gc
 import os
 import signal
@@ -646,6 +647,16 @@ class TestThreads:
         assert {key_split(key) for key in seen} <= {"mix", "swirl"}
 
 
+WITHOUT_GUARD = """
+from taskgpt.config import load_scheduler
+from taskgpt.schedulers import open_scheduler
+
+chosen = load_scheduler("local-cluster-processes", {"workers": 1, "dashboard": -1})
+with open_scheduler(chosen.scheduler, chosen.settings):
+    pass
+"""
+
+
 class TestLocalCluster:
     def test_dashboard(self):
         """describe() gives the address of the dashboard, which answers."""
@@ -684,6 +695,26 @@ class TestLocalCluster:
         monkeypatch.setattr(k.nap, "module", "__main__")
         with opened("local-cluster-processes", workers=1) as scheduler, pytest.raises(UserError, match="move it to a module"):
             scheduler.run(k.naps(k.arena(is_shared=True), milliseconds=0, length=1))
+
+    @pytest.mark.parametrize("word", ["", "# __name__"])
+    def test_a_program_without_guard(self, tmp_path, word):
+        """Worker processes would run it again, each starting workers of its own: one message names what to do."""
+        (tmp_path / "program.py").write_text(f"{word}\n{WITHOUT_GUARD}")
+        command, environment = [sys.executable, tmp_path / "program.py"], {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+        assert result.returncode == 1
+        assert result.stderr.count("Traceback") == 1
+        assert "put what opens the scheduler below `if __name__ ==" in result.stderr.splitlines()[-1]
+
+    def test_no_semaphores(self, monkeypatch):
+        """Without /dev/shm there are no worker processes, and the error says so."""
+
+        def refuse(*_, **__):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", refuse)
+        with pytest.raises(UserError, match=r"^worker processes need /dev/shm, .* \(No space left on device\); mend that, or take proc"):
+            opened("local-cluster-processes").__enter__()
 
     def test_private_memory_is_refused(self):
         """Tensors in this process' own memory cannot be sent to worker processes, and the error says how to make them."""

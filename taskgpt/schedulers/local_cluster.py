@@ -9,13 +9,16 @@ import asyncio
 import importlib.util
 import itertools
 import logging
+import multiprocessing
 import pickle
 import signal
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
+from pathlib import Path
 
 import dask
 import numpy as np
@@ -64,6 +67,8 @@ class Scheduler(InTurn):
         self._id = next(_ids)
 
     def _start(self) -> None:
+        if self.settings.processes:
+            _verify_can_start_processes()
         self._sent = OncePerGraph(self._send)
         with ExitStack() as stack:
             stack.enter_context(one_blas_thread)
@@ -79,19 +84,24 @@ class Scheduler(InTurn):
             resource_tracker.ensure_running()
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         self._watch = _Watch()
-        with dask.config.set(_CONFIG):
-            self._cluster = stack.enter_context(
-                LocalCluster(
-                    n_workers=self.workers if self.settings.processes else 1,
-                    threads_per_worker=1 if self.settings.processes else self.workers,
-                    processes=self.settings.processes,
-                    memory_limit=0,
-                    dashboard_address=f"127.0.0.1:{max(self.settings.dashboard, 0)}",
-                    worker_dashboard_address="127.0.0.1:0",
-                    scheduler_kwargs={"dashboard": self.settings.dashboard >= 0, "plugins": [self._watch]},
-                    silence_logs=logging.CRITICAL,  # what goes wrong is raised
+        try:
+            with dask.config.set(_CONFIG):
+                self._cluster = stack.enter_context(
+                    LocalCluster(
+                        n_workers=self.workers if self.settings.processes else 1,
+                        threads_per_worker=1 if self.settings.processes else self.workers,
+                        processes=self.settings.processes,
+                        memory_limit=0,
+                        dashboard_address=f"127.0.0.1:{max(self.settings.dashboard, 0)}",
+                        worker_dashboard_address="127.0.0.1:0",
+                        scheduler_kwargs={"dashboard": self.settings.dashboard >= 0, "plugins": [self._watch]},
+                        silence_logs=logging.CRITICAL,  # what goes wrong is raised
+                    )
                 )
-            )
+        except RuntimeError as error:
+            if not self.settings.processes:
+                raise
+            raise UserError(f"worker processes did not start ({error}); {_GUARD}") from None
         disable_gc_diagnosis(force=True)  # calls Python from the garbage collector, where a Ctrl-C is lost
         self._client = self._watch.client = stack.enter_context(Client(self._cluster, set_as_default=False))
 
@@ -170,6 +180,26 @@ class Scheduler(InTurn):
             _graphs[graph_id] = coarse
             self._stack.callback(_graphs.pop, graph_id)
         return graph_id, coarse
+
+
+_GUARD = (
+    'each imports the main program anew: put what opens the scheduler below `if __name__ == "__main__":` there, or take processes=false'
+)
+
+
+def _verify_can_start_processes() -> None:
+    """Raise UserError where worker processes would fail, with hundreds of lines about it. In one that imports the main program, end it."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        sys.exit(1)  # a program without a guard: the main process says so
+    try:
+        multiprocessing.get_context("spawn").Lock()
+    except OSError as error:
+        what = f"worker processes need /dev/shm, which is missing, full or not writable here ({error.strerror})"
+        raise UserError(f"{what}; mend that, or take processes=false") from None
+    program = getattr(sys.modules["__main__"], "__file__", None)
+    with suppress(OSError, UnicodeDecodeError):
+        if program and program.endswith(".py") and "__name__" not in Path(program).read_text(encoding="utf-8"):
+            raise UserError(f"{program}: worker processes cannot start; {_GUARD}")
 
 
 # In the workers -------------------------------------------------------------------------------------------------------------------------
