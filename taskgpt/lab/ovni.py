@@ -13,6 +13,7 @@ import os
 import shutil
 import struct
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -34,6 +35,8 @@ _PAYLOAD = dict(form.split(":") for form in _FORMS.split())
 
 def write(trace: Trace, path: str | Path) -> None:
     """Write the folder, whole or not at all; a trace that was there is replaced, and nothing else. Raises OSError."""
+    if trace.begin_ns < _BEFORE_NS:
+        trace = _later(trace)
     part = Path(f"{path}.part")
     shutil.rmtree(part, ignore_errors=True)
     process = part / f"loom.{_LOOM}" / f"proc.{_PID}"
@@ -97,6 +100,16 @@ def _labels(trace: Trace, mark: str) -> dict[str, str]:
     if mark == "phase":
         return {str(n): label(name or "no phase") for n, name in enumerate(trace.names("phase"), start=1)}
     return {str(n + 1): f"step {n}" for n in np.unique(trace.runs["step"]).tolist()}
+
+
+def _later(trace: Trace) -> Trace:
+    """Return a trace that began when its clock did, all of it so much later that there is a time before it."""
+    records, others, runs = (rows.copy() for rows in (trace.records, trace.others, trace.runs))
+    for rows in (records, others, runs):
+        for name in rows.dtype.names:
+            if name.endswith("_ns"):
+                rows[name] += _BEFORE_NS
+    return replace(trace, records=records, others=others, runs=runs)
 
 
 def _span(trace: Trace) -> tuple[int, int]:

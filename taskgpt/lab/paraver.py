@@ -188,7 +188,8 @@ def check(path: str | Path) -> dict[str, int]:
             raise RuleError(f"{path}:1: wanted a header, #Paraver (date):END_ns:1(cpus):1:1(threads:1), got {shorten(first)}")
         end, cpus, threads = map(int, header.groups())
         if threads != named_threads:
-            raise RuleError(f"{path.with_suffix('.row')}: wanted LEVEL THREAD SIZE {threads} and as many names, got {named_threads}")
+            wanted = f"LEVEL THREAD SIZE {shorten(threads)} in {path.with_suffix('.row').name}, and as many names"
+            raise RuleError(f"{path}:1: wanted {wanted}, got {named_threads}")
         covered, open_values, last = [0] * threads, [{} for _ in range(threads)], 0
         for number, line in enumerate(file, start=2):
             text = line.rstrip("\n")
@@ -238,9 +239,11 @@ def check(path: str | Path) -> dict[str, int]:
 def _named_threads(path: Path) -> int:
     """Return how many threads a .row names."""
     lines = path.read_text(encoding="utf-8").splitlines()
-    head, size = next((at, line[18:]) for at, line in enumerate(lines) if line.startswith("LEVEL THREAD SIZE "))
-    names = itertools.takewhile(bool, lines[head + 1 :])
-    if (count := len(list(names))) != int(size):
+    heads = [at for at, line in enumerate(lines) if line.startswith("LEVEL THREAD SIZE ")]
+    if not heads:
+        raise ValueError("wanted LEVEL THREAD SIZE, got none")
+    size = lines[heads[0]].removeprefix("LEVEL THREAD SIZE ")
+    if (count := len(list(itertools.takewhile(bool, lines[heads[0] + 1 :])))) != int(size):
         raise ValueError(f"wanted LEVEL THREAD SIZE {shorten(size)} and as many names, got {count}")
     return count
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from taskgpt.errors import shorten
 from taskgpt.files import read_text
+from taskgpt.lab.report import write_whole
 from taskgpt.lab.rules import RuleError, reading
 
 _THREAD_OF = {True: "State As Is", False: "Last Evt Val"}  # Paraver's functions that make a timeline of records
@@ -16,14 +17,14 @@ _ANY = "1" + "0" * 18 + ".000000000000"
 
 
 def write(folder: Path, timelines: dict[str, tuple[str, int | None]], profiled: str) -> None:
-    """Write FILE.cfg for each file: (title, type of events; None = states), and profile.cfg of one of them. Raises OSError."""
+    """Write FILE.cfg for each (title, type of events; None = states), and profile.cfg of one, each whole or not at all. Raises OSError."""
     folder.mkdir(exist_ok=True)
     for file, (title, event_type) in timelines.items():
         text = _head(1, f"{title} of every worker over time.") + _timeline(1, title, event_type)
-        (folder / f"{file}.cfg").write_text(text, encoding="utf-8")
+        write_whole(folder / f"{file}.cfg", text)
     title, event_type = timelines[profiled]
     text = _head(1, f"Time by {title.lower()} and worker.") + _timeline(1, title, event_type) + _profile(title)
-    (folder / "profile.cfg").write_text(text, encoding="utf-8")
+    write_whole(folder / "profile.cfg", text)
 
 
 def _head(windows: int, description: str) -> str:

@@ -29,7 +29,8 @@ Columns = dict[str, np.ndarray]
 
 def _tables(trace: Trace) -> dict[str, Columns]:
     """Return the columns of both tables."""
-    r, idle = trace.records, gaps(trace)
+    r = trace.records
+    idle = gaps(trace) if len(r) else gaps(trace)[:0]  # gaps are beside tasks
     graph = trace.runs["graph"][r["run"]]
     tasks = {"run": r["run"], "graph": np.array([g.name for g in trace.graphs], object)[graph]}
     tasks |= {"step": trace.runs["step"][r["run"]], "task": r["task"]}

@@ -299,7 +299,7 @@ def _npz(random: Random, content: bytes) -> bytes:
     elif change == 5:
         del members[name]
     elif change == 6:
-        members[random.choice((name + "x", "../../x.npy", "x", ""))] = members.pop(name)
+        members[random.choice((name + "x", "../../x.npy", "x", ".npy"))] = members.pop(name)
     else:
         members[name] = members[random.choice(list(members))]
     changed = io.BytesIO()
