@@ -11,6 +11,8 @@ from fuzz.mutations import damage
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from taskgpt.errors import UserError
+
 CASES = [case for group in groups() for case in cases(group)]
 MEMORY = 1 << 30  # bytes beyond what the tests use already: far more than these small files can ask for
 made = cache(files_of)
@@ -31,3 +33,26 @@ def test_the_undamaged_files_are_read(case: Case):
     """What is damaged above is good before; otherwise nothing would be tested."""
     outcome, finding = judge(case, made(case))
     assert outcome == "read", finding and finding.detail
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (UserError("x.bin: too short"), None),
+        (UserError("too short"), "message without a file name"),
+        (UserError("x.bin: too\nshort"), "message of several lines"),
+        (UserError("x.bin: too short" * 100), "message of 1,000 characters or more"),
+        (KeyError("x.bin"), "KeyError"),
+        (MemoryError(), "MemoryError"),
+        (DeprecationWarning("x.bin"), "DeprecationWarning"),
+    ],
+)
+def test_the_judge_finds_what_is_wrong(error, kind):
+    """Of answers to a damaged file, only a short message in one line that names it passes."""
+
+    def read(folder):
+        raise error
+
+    outcome, finding = judge(Case("made_up", lambda folder: None, read), {"x.bin": b""})
+    assert outcome == ("refused" if isinstance(error, UserError) else "failed")
+    assert finding is None if kind is None else finding.kind.startswith(kind)

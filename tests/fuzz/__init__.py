@@ -36,7 +36,8 @@ from pathlib import Path
 
 from taskgpt.errors import UserError
 
-SECONDS = 20  # for one input, of which most take milliseconds: more is a hang
+SECONDS = 20  # of computing for one input, of which most take milliseconds: more is a hang
+SECONDS_WAITING = 5 * SECONDS
 LONGEST_MESSAGE = 1000  # characters
 
 
@@ -138,16 +139,21 @@ def _look_at_message(case: Case, error: Exception, names: list[str]) -> Finding 
 
 @contextmanager
 def _deadline() -> Iterator[None]:
+    """Raise Hang in what computes for SECONDS, or waits for much longer: on a busy machine, time passes without computing."""
+
     def stop(*_):
         raise Hang(f"no answer within {SECONDS} seconds")
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    timers = ((signal.SIGPROF, signal.ITIMER_PROF, SECONDS), (signal.SIGALRM, signal.ITIMER_REAL, SECONDS_WAITING))
+    before = [signal.signal(number, stop) for number, *_ in timers]
+    for _, timer, seconds in timers:
+        signal.setitimer(timer, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        for (number, timer, _), handler in zip(timers, before, strict=True):
+            signal.setitimer(timer, 0)
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from random import Random
 
-from . import SECONDS, Case, cases, files_of, groups, judge
+from . import SECONDS_WAITING, Case, cases, files_of, groups, judge
 from . import __doc__ as about
 from .mutations import damage
 
@@ -87,7 +87,7 @@ def work(flags: argparse.Namespace) -> int:
     files = files_of(case)
     verify_reads(case, files)
     for number in range(flags.first, flags.first + flags.examples):
-        faulthandler.dump_traceback_later(3 * SECONDS, exit=True)  # for what hangs outside Python
+        faulthandler.dump_traceback_later(2 * SECONDS_WAITING, exit=True)  # for what hangs outside Python
         outcome, finding = judge(case, damage(Random(f"{name} {number}"), files, case.damage))
         said = {"number": number, "outcome": outcome} | (vars(finding) if finding else {})
         answers.write(json.dumps(said) + "\n")
