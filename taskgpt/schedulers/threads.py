@@ -68,7 +68,7 @@ class Scheduler(InTurn):
 
     def _translate(self, graph: Graph) -> tuple[Mapping, list[tuple]]:
         """Return the Dask graph and its last keys. Dask's local schedulers remember nothing, so that every step can use the same keys."""
-        layers, last = self.as_run(graph).to_dask(call=lambda task: (self._call, task))
+        layers, last = self.as_run(graph).to_dask(lambda task: (self._call, task), token="step")
         return layers.to_dict(), last
 
     def _call(self, task: Task, *_predecessors: None) -> None:

@@ -29,13 +29,13 @@ from taskgpt.tasks.graph import Graph, Task
 Key = tuple[str, int]
 
 
-def to_dask(graph: Graph, call: Callable[[Task], tuple] | None = None) -> tuple[HighLevelGraph, list[Key]]:
+def to_dask(graph: Graph, call: Callable[[Task], tuple] | None = None, token: str | None = None) -> tuple[HighLevelGraph, list[Key]]:
     """Return the Dask graph of one run, and the keys of the tasks that nothing waits for. See Graph.to_dask.
 
     Dependencies are passed as arguments, in whose place Dask puts the predecessors' result, None. Names of layers carry the token, too: of
     two layers of one name that are computed together, Dask would keep one.
     """
-    token = uuid.uuid4().hex
+    token = token or uuid.uuid4().hex
     call = call or _known_here(graph).call
     names = {name: f"{name}-{token}" for name in {task.name for task in graph.tasks}}
     keys = [(names[task.name], task.number) for task in graph.tasks]

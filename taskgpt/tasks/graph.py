@@ -345,11 +345,12 @@ class Graph(DaskCollection):
         lines = [f"{task}" + (f" <- {' '.join(map(str, task.predecessors))}" if task.predecessors else "") for task in self.tasks]
         return "\n".join(lines) + "\n"
 
-    def to_dask(self, call: Callable[[Task], tuple] | None = None):
+    def to_dask(self, call: Callable[[Task], tuple] | None = None, token: str | None = None):
         """Return (HighLevelGraph, keys of the last tasks) of one run, for any `get` of Dask's: a layer for each section.
 
         Keys are `(kernel-token, number)`: Dask's dashboard groups and colours by the kernel. The token is a new one every time, for
         Distributed does not run a key again that it still knows, be it of an earlier step or of another graph: ask anew for every run.
+        A `token` of your own makes the same keys again, and with them the same order, which in Dask hangs on the keys' hashes.
 
         `call(task)` gives (function, *arguments) for the Dask task. By default that is the task itself, with BLAS on one thread. It runs in
         this process, on threads or in a Client(processes=False); and in other processes of this machine if all tensors are shared. If they
@@ -357,7 +358,7 @@ class Graph(DaskCollection):
         """
         from taskgpt.tasks.dask_graph import to_dask  # Dask loads slowly, and only those who ask need it
 
-        return to_dask(self, call)
+        return to_dask(self, call, token)
 
     def __repr__(self) -> str:
         edges = sum(len(task.predecessors) for task in self.tasks)
