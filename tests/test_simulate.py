@@ -295,7 +295,7 @@ def test_the_program(tmp_path, capsys):
         ("--workers", "113"): "2 x 56 cores; choose fewer workers, another --machine, or one of more sockets, --machine NAME:sockets=3",
         ("--machine", "2x56:cores=5"): "unknown key",
         ("--machine", "2x56:sgemm_busy_gflops=151"): "wanted at most sgemm_gflops",
-        ("--workers", "0"): "at least 1",
+        ("--workers", "0"): "wanted numbers from 1",
     }.items():
         assert simulate([*argv, *wrong]) == 2
         assert message in capsys.readouterr().err

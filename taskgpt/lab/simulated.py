@@ -11,7 +11,7 @@ in Dask's order. Only time is another: the clock of events.py. No task is run.
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -58,12 +58,11 @@ class Clocked:
         self._begun: dict[int, float] = {}  # when the runs under way were submitted, by number
         self._numbers = itertools.count()  # of runs, for those that run one at a time
 
-    def __enter__(self) -> Self:
+    def _start(self) -> None:
         for function, signature in self._signatures.items():
             compile_function(function, signature)
-        return self
 
-    def __exit__(self, *exception: object) -> None:
+    def _stop(self) -> None:
         """Nothing was started."""
 
     def describe(self) -> str:
@@ -139,10 +138,9 @@ class Simulated(Clocked, native.Scheduler):
     _signatures = events.UNTIL_OVER | _worker.SIGNATURES
     _before: tuple[Any, np.ndarray] | None = None  # the run that was over last, and when its tasks ended
 
-    def __enter__(self) -> Self:
-        super().__enter__()
+    def _start(self) -> None:
+        super()._start()
         self._make_table()
-        return self
 
     def _submit(self, graph: Graph, before: Any, owner: object | None = None) -> Any:
         self._lay_out(self._count % 2, graph, self._costs_of(graph))
@@ -155,6 +153,7 @@ class Simulated(Clocked, native.Scheduler):
             over = events.until_over(self._address, run.slot, *self._shared, self._socket, self.machine.task_us * 1e-6)
             assert over, f"{run.graph.name}: tasks wait for each other"
             run.is_over = True
+            run.graph.runs.discard(run)
             self._runs.remove(run)
             ready = self._ready(run.graph, run.slot, self._begun.pop(run.number))
             if self._before and self._before[0].number == run.number - 1 and self._before[0].edges:
@@ -166,20 +165,20 @@ class Simulated(Clocked, native.Scheduler):
     def _abandon(self) -> None:
         """Forget all runs; there is no worker to wait for."""
         self._queue_words[:, r.SIZE] = 0
-        self._runs.clear()
+        self._forget_all()
 
 
 class SimulatedSequential(Clocked, sequential.Scheduler):
     """Program order: one loop of one part."""
 
-    def run(self, graph: Graph) -> None:
+    def _run(self, graph: Graph) -> None:
         self._fork_join(graph, [[graph.tasks]], is_static=True)
 
 
 class SimulatedLoops(Clocked, loops.Scheduler):
     """Fork-join."""
 
-    def run(self, graph: Graph) -> None:
+    def _run(self, graph: Graph) -> None:
         self._fork_join(graph, self._loops(graph), self.settings.chunks == "static")
 
 
@@ -198,7 +197,7 @@ class SimulatedThreads(Clocked, threads.Scheduler):
         """Before a run begins, of each of its tasks; of each task that ended; between two messages to workers."""
         return self.machine.dask_begin_us, self.machine.dask_task_us, 0.0
 
-    def run(self, graph: Graph) -> None:
+    def _run(self, graph: Graph) -> None:
         coarse, costs = self.as_run(graph), self._costs_of(graph)
         self._lay_out_calls(coarse, costs if coarse is graph else costs.coarsened(graph, coarse))
         since = float(self.clock[0])
