@@ -1,6 +1,7 @@
 """Benchmarks measure what they say: patterns, products, the search for METG; every verb runs, and mistakes are named."""
 
 import importlib
+import itertools
 import json
 import shutil
 import subprocess
@@ -247,11 +248,14 @@ def test_products_are_what_tasks_count(tiles, option):
 
 
 def test_the_floor_weighs_products_by_their_count():
-    """At 1 and 2 GFLOP/s, 3 and 4 products of 2 MFLOP take 10 ms; 24 bytes a parameter at 2 GB/s take 12 us; both, and not the sum."""
+    """At 1 and 2 GFLOP/s, 3 and 4 products of 2 MFLOP take 10 ms; 24 bytes a parameter at 2 GB/s take 12 us; both, and not the sum.
+
+    Limits are the best of their rounds.
+    """
     limits, small = roofline.Limits(), Product(100, 100, 100, False, True)
     other = Product(100, 100, 100, True, False)
     for what, speed in ((small, 1.0), (other, 2.0), ("update", 2.0)):
-        limits[what, 2].append(speed)
+        limits[what, 2].extend([speed / 2, speed, speed / 3])
     row = roofline.floor("graph", Counter({small: 3, other: 4}), 1000, limits, 2)
     assert row["gemm_ms"] == pytest.approx(10)
     assert row["memory_ms"] == pytest.approx(0.012)
@@ -291,6 +295,24 @@ def test_step(quick, tmp_path, capsys):
         assert row["x_floor"] == pytest.approx(row["median_ms"] / row["floor_ms"])
     assert [row["x_first"] for row in rows[::2]] == [1, 1]
     assert "median ms" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("speeds", [[1e-6, 1e-6, 1e6], [1e-6]])
+def test_no_step_is_faster_than_the_machine(speeds, quick, tmp_path, monkeypatch, capsys):
+    """Where steps exceed the limit, it was measured too low, and is measured again; where it stays so low, a line says so."""
+    rounds = itertools.chain(speeds, itertools.repeat(speeds[-1]))
+    measure = roofline.Limits.measure
+
+    def one_round(self, *args):
+        speed = next(rounds)
+        monkeypatch.setattr(machine, "sgemm_gflops", lambda *_, **__: speed)
+        measure(self, *args)
+
+    monkeypatch.setattr(roofline.Limits, "measure", one_round)
+    record = run(tmp_path, "step", "--graphs", "tiny", "--schedulers", "sequential", "--rounds", "1")
+    [row] = record["steps"]
+    is_told = "faster than sgemm" in capsys.readouterr().out
+    assert (row["x_floor"] > 1, is_told) == ((True, False) if len(speeds) > 1 else (False, True))
 
 
 def test_roofline(quick, tmp_path):

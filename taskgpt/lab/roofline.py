@@ -1,7 +1,8 @@
 """The least time that a step can take on this machine: its matrix products at sgemm's speed, its parameters at the memory's.
 
 Products are those of tasks tagged "gemm": all but attention's, which mix with exponentials. Operands are packed and hot in cache, each
-thread's its own. Of the memory's traffic only AdamW's is counted: parameters and moments do not fit into caches, all else might.
+thread's its own. Of the memory's traffic only AdamW's is counted: parameters and moments do not fit into caches, all else might. A limit
+is the best of its rounds.
 """
 
 import argparse
@@ -9,7 +10,6 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from statistics import median
 
 from taskgpt.gpt2.program import training_graph
 from taskgpt.lab import machine
@@ -91,9 +91,13 @@ class Limits:
     def __getitem__(self, key: tuple[Product | str, int]) -> list[float]:
         return self._rounds[key]
 
+    def best(self, what: Product | str, threads: int) -> float:
+        """Return the most of all rounds: what else runs on the machine can only take from a limit, never add to it."""
+        return max(self[what, threads])
+
     def gemm_seconds(self, counts: Counter[Product], threads: int) -> float:
-        """Return the time of those products, all threads busy with one shape after another, at their median speeds."""
-        return sum(product.flops * count / median(self[product, threads]) for product, count in counts.items()) / 1e9
+        """Return the least time of those products, all threads busy with one shape after another."""
+        return sum(product.flops * count / self.best(product, threads) for product, count in counts.items()) / 1e9
 
 
 def roofline(flags: argparse.Namespace) -> None:
@@ -142,7 +146,7 @@ FLOORS = {
 def floor(name: str, counts: Counter[Product], parameters: int, limits: Limits, threads: int) -> dict:
     """Return both floors, and what they come to: the larger if one hides behind the other entirely, the sum if they take turns."""
     gemm = limits.gemm_seconds(counts, threads)
-    bandwidth = median(limits["update", threads])
+    bandwidth = limits.best("update", threads)
     memory = UPDATE_BYTES * parameters / bandwidth / 1e9
     return {
         "graph": name,
