@@ -6,7 +6,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -105,6 +105,11 @@ class Report:
             with suppress(OSError):
                 print(f"taskgpt.train: standard output: cannot write: {self.output.error.strerror}; going on without it", file=sys.stderr)
 
+    def notes(self, lines: Iterable[str]) -> None:
+        """Say what times should be read with."""
+        for line in lines:
+            self.say(f"note       {line}")
+
     @contextmanager
     def progress(self, steps: int) -> Iterator[None]:
         """On a terminal, show a bar with the time left; elsewhere the lines are progress enough."""
@@ -162,6 +167,8 @@ class Report:
                 f"speed      {s['tokens_per_s']:.0f} tok/s, {s['gflops']:.1f} GFLOP/s = {s['share_of_sgemm']:.0%} of this machine's sgemm "
                 f"on {s['workers']} thread{'s' if s['workers'] > 1 else ''} ({s['sgemm_gflops']:.0f})"
             )
+            if s["share_of_sgemm"] > 1:
+                self.notes(["faster than sgemm, measured again: the machine is slower since then, or these tiles suit it better"])
         self.say(f"memory     {summary['peak_memory_bytes'] / 2**30:.2f} GiB at most")
         self.say(f"parameters sha256 {summary['parameters_sha256']}")
         if is_wanted:

@@ -1,6 +1,7 @@
 """What several test files share: the parity case that llm.c made, and models small enough to train in a test."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,9 @@ import pytest
 from taskgpt.config import load_graph
 from taskgpt.gpt2 import checkpoint
 from taskgpt.gpt2.model import GPT2, Batch, Options
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a background job of a script; what tests start would ignore it too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 PARITY = Path(__file__).parent / "parity"
 

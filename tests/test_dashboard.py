@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import urllib.request
+from contextlib import ExitStack
 
 import kernels_for_tests as k
 import numpy as np
@@ -134,17 +135,46 @@ def test_local_cluster_gets_the_page_and_keeps_its_stream():
     [
         ("native", "http://x", "wanted [HOST:]PORT"),
         ("native", "70000", "wanted [HOST:]PORT"),
+        ("native", "1" * 10_000, "wanted [HOST:]PORT"),
+        ("native", "::1:8787", "wanted [HOST:]PORT"),
+        ("native", "[::x]:8787", "wanted [HOST:]PORT"),
+        ("native", "a..b:8787", "cannot listen there"),
+        ("native", "[::1]:TAKEN6", "choose another port"),
         ("native", "TAKEN", "choose another port"),
         ("local-cluster", "8123", "--set dashboard=PORT"),
     ],
 )
 def test_an_address_that_cannot_be_is_refused(scheduler, address, message, capsys):
     """In a line that says what to do, before the run."""
-    with socket.create_server(("127.0.0.1", 0)) as taken:
+    with ExitStack() as stack, socket.create_server(("127.0.0.1", 0)) as taken:
+        if "TAKEN6" in address:
+            taken = stack.enter_context(ipv6_server())
+            address = address.replace("TAKEN6", str(taken.getsockname()[1]))
         address = address.replace("TAKEN", str(taken.getsockname()[1]))
         flags = ["--graph", "tiny", "--steps", "1", "--scheduler", scheduler, "--data", __file__]
         assert train.main([*flags, "--dashboard", address]) == 2
-    assert message in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert message in err
+    assert len(err) < 500
+
+
+def ipv6_server() -> socket.socket:
+    """Return a server at a free port of ::1."""
+    try:
+        return socket.create_server(("::1", 0), family=socket.AF_INET6)
+    except OSError:
+        pytest.skip("no IPv6 on this system")
+
+
+def test_an_ipv6_address():
+    """In brackets, as a link has it, and the page answers there."""
+    ipv6_server().close()
+    bare = opened("sequential")
+    dashboard = Dashboard(Live(1), "[::1]:0")
+    with bare, dashboard.serve(bare):
+        assert re.fullmatch(r"http://\[::1\]:\d+/taskgpt", dashboard.url)
+        with urllib.request.urlopen(dashboard.url) as answer:
+            assert b"taskgpt" in answer.read()
 
 
 def test_a_missing_bokeh_is_said(monkeypatch):

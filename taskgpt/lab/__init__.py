@@ -1,6 +1,7 @@
 """Room 4: looks at runs, graphs and the machine.
 
-machine.py     what this machine can do, measured: sgemm, memory bandwidth
+machine.py     what this machine can do, measured: sgemm, memory bandwidth; disturbance.py what keeps it from that
+pace.py        the times of steps that overlap
 roofline.py    what a step needs at least: a graph's matrix products and its parameters' traffic, against that
 steps.py       training steps of graphs under schedulers, in turns
 task_bench.py  Task Bench's graphs: what a task costs, and how short tasks may be

@@ -8,6 +8,7 @@ The server is a Dask cluster without workers, inside this process. Bound to 127.
 """
 
 import importlib.util
+import ipaddress
 import logging
 import socket
 import time
@@ -20,7 +21,7 @@ from distributed import LocalCluster
 from distributed import Scheduler as DaskScheduler
 from distributed.diagnostics.task_stream import TaskStreamPlugin
 
-from taskgpt.errors import UserError
+from taskgpt.errors import UserError, shorten
 from taskgpt.lab.live import Live
 from taskgpt.lab.trace import Trace
 from taskgpt.schedulers import Scheduler, local_cluster
@@ -51,7 +52,7 @@ class Dashboard:
         applications["/taskgpt"] = lambda _scheduler, extra, document: dashboard_page.fill(document, live, extra)
         self._host, self._port = _parse(address) if address else ("127.0.0.1", PORT if _why_not("127.0.0.1", PORT) is None else 0)
         if why := _why_not(self._host, self._port):
-            raise UserError(f"--dashboard {self._host}:{self._port}: cannot listen there: {why}; choose another port, or 0 for any")
+            raise UserError(f"--dashboard {shorten(address)}: cannot listen there: {why}; choose another port, or 0 for any")
         self._to_wall_ns = time.time_ns() - time.monotonic_ns()
         self.task_stream: TaskStreamPlugin | None = None
 
@@ -81,7 +82,7 @@ class Dashboard:
         return LocalCluster(
             n_workers=0,
             processes=False,
-            dashboard_address=f"{self._host}:{self._port}",
+            dashboard_address=[(self._host, self._port)],  # as a string, an IPv6 address is one colon too many
             silence_logs=logging.CRITICAL,
         )
 
@@ -92,7 +93,7 @@ class Dashboard:
         pages = template_variables(dask_scheduler)["pages"]
         if "taskgpt" not in pages:
             pages.insert(0, "taskgpt")
-        shown = socket.gethostname() if host in ("0.0.0.0", "::", "") else host
+        shown = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
         self.url = f"http://{shown}:{dask_scheduler.http_server.port}/taskgpt"
 
     def look(self, part: Trace) -> None:
@@ -127,18 +128,29 @@ class Dashboard:
 
 
 def _parse(address: str) -> tuple[str, int]:
+    """Return (host, port) of `[HOST:]PORT`; an IPv6 address stands in brackets, as in a link, and comes out without."""
     host, _, port = address.rpartition(":")
-    if not (port.isascii() and port.isdecimal() and int(port) < 1 << 16):
+    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    is_host = ":" not in host or (bare != host and _is_ipv6(bare))
+    if not (is_host and port.isascii() and port.isdecimal() and len(port) < 6 and int(port) < 1 << 16):
         raise UserError(
-            f"--dashboard {address}: wanted [HOST:]PORT, the port from 0 to 65535; 8787 say, or 0.0.0.0:8787 for all who can reach it"
+            f"--dashboard {shorten(address)}: wanted [HOST:]PORT, the port from 0 to 65535; 8787 say, [::1]:8787, or 0.0.0.0:8787 for all "
+            "who can reach it"
         )
-    return host or "127.0.0.1", int(port)
+    return bare or "127.0.0.1", int(port)
+
+
+def _is_ipv6(text: str) -> bool:
+    try:
+        return ipaddress.ip_address(text).version == 6
+    except ValueError:
+        return False
 
 
 def _why_not(host: str, port: int) -> str | None:
     """Return why nothing can listen there, or None."""
     try:
-        with socket.create_server((host, port)):
+        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
             return None
-    except OSError as error:
-        return error.strerror or str(error)
+    except (OSError, UnicodeError) as error:  # UnicodeError: no name of a host
+        return getattr(error, "strerror", None) or shorten(error)
