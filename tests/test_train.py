@@ -157,7 +157,7 @@ def test_bad_data_is_answered_in_one_line(parity_folder, tmp_path, capsys):
 
 def test_too_large_a_model_is_refused_before_memory_is_taken(text, capsys):
     """Better a line than a killed process."""
-    message = refused(capsys, [*TINY, "--graph", "gpt2-xl", "--batch-size", "4096", "--data", text])
+    message = refused(capsys, [*TINY, "--graph", "gpt2-xl", "--batch-size", "256", "--data", text])
     assert "GiB" in message
 
 
