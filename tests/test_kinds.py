@@ -50,6 +50,7 @@ FILES = {  # name: (content, what the message says, what to do; None: what depen
         "a PyTorch checkpoint .* never loaded.*",
         None,
     ),
+    "script.pt": (archive(**{"script/data/0": bytes(16), "script/data.pkl": b""}), "a PyTorch checkpoint .* never loaded.*", None),
     "pytorch_model.bin": (pickle.dumps(Bomb(), protocol=2), "a Python pickle .* never loaded.*", None),
     "model.pkl": (pickle.dumps(Bomb(), protocol=5), "a Python pickle .* never loaded.*", None),
     "model.safetensors": (struct.pack("<Q", len(TENSORS)) + TENSORS + bytes(4), "a safetensors model", None),

@@ -56,7 +56,7 @@ def kind_of(beginning: bytes) -> tuple[str, str]:
             return answer
     if beginning.startswith(b"PK\x03\x04"):  # a zip archive: the name of its first member tells which
         member = beginning[30 : 30 + int.from_bytes(beginning[26:28], "little")]
-        if member.endswith(b"data.pkl"):
+        if member.endswith((b"/data.pkl", b"/data/0")):  # the second begins a TorchScript archive
             return f"a PyTorch checkpoint (a pickle in a zip archive), {NEVER_LOADED}", ""
         return ("an archive of NumPy arrays (.npz)", "") if member.endswith(b".npy") else ("a zip archive", "unpack it first")
     if beginning[:1] == b"\x80" and beginning[1:2] in (b"\2", b"\3", b"\4", b"\5"):
