@@ -52,7 +52,7 @@ def get(
     once, and keeps a result until its last use. Tasks may themselves compute with it, to any depth, and threads may call it together.
 
     `policy` is one of POLICIES, in _dask_plan.py: what runs first. Priorities from `dask.annotate(priority=...)`, higher first, win over
-    it. The default, depth_first, needs less memory than dask.order, half as much on the mean of 45 graphs, and a fraction of its time.
+    it. The default, depth_first, needs no more memory than Dask's own order, and a fraction of its time.
 
     `num_workers` defaults to Dask's setting of that name, then to the cores that this process may use; the calling thread is one of them.
     With `pool`, or a pool of threads in Dask's setting of that name, the workers are its threads, and the calling thread only if it is one
