@@ -252,6 +252,36 @@ def test_code_of_two_processes_does_not_mix(tmp_path, monkeypatch):
     assert [scaled(module.one), scaled(module.two)] == [(2, True), (3, True)]
 
 
+def test_processes_that_fill_an_empty_cache_together(write, tmp_path):
+    """All compile, none fails or warns, and what they leave is whole: the next one loads it."""
+    write("local(x[r])", "2", do_import=False)
+    program = """
+import os
+import numpy as np
+from kernel_module import scale
+go, start = os.pipe()
+for _ in range(5):
+    if os.fork() == 0:
+        os.close(start)
+        os.read(go, 1)  # until all are there
+        x = np.ones(1, np.float32)
+        scale(x)
+        os._exit(0 if x[0] == 2 else 1)
+os.close(start)
+print([os.wait()[1] for _ in range(5)])
+print(scale.compile())
+"""
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    environment = {
+        **os.environ,
+        "NUMBA_CACHE_DIR": str(tmp_path / "cache"),
+        "PYTHONPATH": path,
+        "PYTHONWARNINGS": "ignore::DeprecationWarning",
+    }
+    result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert (result.stdout, result.stderr) == (f"{[0] * 5}\nTrue\n", "")
+
+
 def test_what_numba_cannot_load_is_not_kept(write):
     """Code that holds an address, of a large array, and functions that call themselves, at which numba crashes: compiled anew each time."""
     with pytest.warns(RuntimeWarning, match="scale is compiled anew in every run: 'helper_module.FACTOR' is so large an array") as seen:

@@ -431,6 +431,7 @@ def test_a_checked_graph_is_the_same_graph(arena):
     assert [type(task.calls[0]).__name__ for task in sent.tasks] == ["CheckedCall"] * 5
     assert sent.listing() == checked.listing()
     assert sent.tasks[0].calls[0].kernel is matmul_forward.bounds_checked
+    assert matmul_forward.bounds_checked.is_importable
 
 
 def test_bodies_are_checked_where_there_is_no_twin_and_twins_where_there_is():

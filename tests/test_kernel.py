@@ -263,7 +263,9 @@ def test_called_with_arrays_that_do_not_fit():
         ((out, inp[0], weight, 1.0, 1), "scale_forward: 'inp' wants float32 of 2 dimensions, got float32 of 1"),
         ((out, inp.tolist(), weight, 1.0, 1), "scale_forward: 'inp' wants an array, got a list"),
         ((out, inp, np.zeros(6, np.float32)[::2], 1.0, 1), r"scale_forward: 'weight' wants elements side by side, got strides \(8,\)"),
-        ((out, inp, weight, "1", 1), r"scale_forward: 'scale' wants a constant \(float\), got a str"),
+        ((out, inp, weight, "1", 1), r"scale_forward: 'scale' wants a constant \(float of 64 bits\), got '1'"),
+        ((out, inp, weight, 1.0, 1.5), r"scale_forward: 'shift' wants a constant \(int of 64 bits\), got 1.5"),
+        ((out, inp, weight, 1.0, 2**63), r"scale_forward: 'shift' wants a constant \(int of 64 bits\), got 9223372036854775808"),
         ((frozen, inp, weight, 1.0, 1), "scale_forward: 'out' is written, and the array is read-only"),
     ]:
         with pytest.raises(TypeError, match=message):

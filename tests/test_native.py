@@ -330,6 +330,28 @@ class TestCalls:
                 assert type(caught.value.__cause__) is ValueError
         assert a.x.array[0, 1] == 4
 
+    def test_a_kernel_that_does_not_compile(self):
+        """It stops the run before it begins, under the name of the first task that needs it, as under every other scheduler."""
+
+        @kernel
+        def wrong(x: InOut[N]):
+            x += 1
+
+        @wrong.compiled
+        def _(x):
+            x[0] = undefined(x)  # noqa: F821
+
+        a = k.arena(is_shared=False)
+        graph = Graph()
+        for cell in 0, 1:
+            graph.spawn(k.double, a.x[cell])
+            graph.spawn(wrong, a.x[cell])
+        before = a.x.array.copy()
+        message = r"^task 1, wrong inout\(x\[0, :\]\): TwinError: wrong: its compiled twin does not compile: NameError: name 'undefined'"
+        with opened(workers=1) as scheduler, pytest.raises(TaskError, match=message):
+            scheduler.run(graph)
+        np.testing.assert_array_equal(a.x.array, before)
+
     @pytest.mark.parametrize("setting", [{"workers": 5000}, {"spins": 10**20}, {"record": 10**11}])
     def test_settings_out_of_reach(self, setting):
         [(name, value)] = setting.items()

@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numba
+from numba.core.compiler_lock import global_compiler_lock
 
 from taskgpt.tasks.sources import Sources, compiled_from
 
@@ -111,12 +112,13 @@ def undisturbed(work: Callable[[], Any]) -> Any:
 @contextlib.contextmanager
 def bounds_checked() -> Iterator[None]:
     """Let numba check indices in all that it compiles meanwhile, helpers too, as NUMBA_BOUNDSCHECK=1 does. Within `undisturbed`."""
-    before = numba.config.BOUNDSCHECK
-    numba.config.BOUNDSCHECK = 1
-    try:
-        yield
-    finally:
-        numba.config.BOUNDSCHECK = before
+    with global_compiler_lock:  # what other threads compile is none of ours
+        before = numba.config.BOUNDSCHECK
+        numba.config.BOUNDSCHECK = 1
+        try:
+            yield
+        finally:
+            numba.config.BOUNDSCHECK = before
 
 
 # The files -----------------------------------------------------------------------------------------------------------------------------

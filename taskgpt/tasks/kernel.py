@@ -190,6 +190,11 @@ class Kernel:
     def __call__(self, *args) -> None:
         if len(args) != len(self.parameters):
             raise TypeError(f"{self.name} takes {len(self.parameters)} arguments ({', '.join(self.parameters)}), got {len(args)}")
+        args = [a.item() if isinstance(a, np.generic) else a for a in args]
+        for (name, declared), given in zip(self.parameters.items(), args, strict=True):
+            if not isinstance(declared, Access) and not (isinstance(given, (int, declared)) and fits_64_bits(given, declared)):
+                # numba would take 1.5 for an int, and make it 1
+                raise TypeError(f"{self.name}: '{name}' wants a constant ({declared.__name__} of 64 bits), got {given!r:.40}")
         self.run(*args, *(scratch_arrays(self.scratch_shapes(args)) if self.scratch else ()))
 
     def run(self, *args) -> None:
@@ -208,8 +213,6 @@ class Kernel:
         """Return which argument is not what the kernel declares, in words."""
         for (name, declared), given in zip((self.parameters | self.scratch).items(), args, strict=True):
             if not isinstance(declared, Access):
-                if not isinstance(given, (int, declared)):
-                    return f"{self.name}: '{name}' wants a constant ({declared.__name__}), got a {type(given).__name__}"
                 continue
             if not isinstance(given, np.ndarray):
                 return f"{self.name}: '{name}' wants an array, got a {type(given).__name__}"
@@ -225,7 +228,7 @@ class Kernel:
     @property
     def is_importable(self) -> bool:
         """True if another process finds it under its name. `__main__` is another module there."""
-        return self.module != "__main__" and getattr(sys.modules.get(self.module), self.name, None) is self
+        return self.module != "__main__" and getattr(sys.modules.get(self.module), self.name, None) is self.unchecked
 
     def __reduce__(self):
         if self._unchecked:

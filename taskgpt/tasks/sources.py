@@ -25,8 +25,14 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core.dispatcher import Dispatcher
-from numba.core.typing.templates import builtin_registry
+
+try:  # private to numba
+    from numba.core.dispatcher import Dispatcher
+    from numba.core.typing.templates import builtin_registry
+
+    _is_numba_known = hasattr(builtin_registry, "globals") and hasattr(builtin_registry, "attributes")
+except ImportError:
+    Dispatcher, _is_numba_known = (), False  # what is no Dispatcher has no content: nothing is kept
 
 # dispatcher -> the digest of what its machine code in this process was made from, as far as cache.py has compiled it
 compiled_from: "weakref.WeakKeyDictionary[Dispatcher, str]" = weakref.WeakKeyDictionary()
@@ -52,6 +58,8 @@ class Sources:
         self.has_intrinsics = False
         self._open: list[Callable] = []  # the functions that are being visited
         self._numbers: dict[int, int] = {}  # id of a function, which what it belongs to keeps alive -> its number
+        if not _is_numba_known:
+            self.unknown.append(f"numba {numba.__version__} registers overloads in an unknown way")
         self._visit(function)
 
     def digest(self) -> str:
@@ -139,14 +147,15 @@ class Sources:
         return f"{form} {hashlib.sha256(value.tobytes()).hexdigest()}"
 
     def _callable(self, value: object, name: str) -> str:
-        if isinstance(value, Dispatcher):
+        if isinstance(value, Dispatcher) and hasattr(value, "targetoptions"):
             if value.py_func in self._open:
                 self.unknown.append(f"'{name}' calls itself, and numba crashes when it loads such code")
-            text = f"njit {self._visit(value.py_func)} {self._content(value.targetoptions, name)} {self._content(value.locals, name)}"
+            text = f"njit {self._visit(value.py_func)} {self._content((value.targetoptions, getattr(value, 'locals', None)), name)}"
             if value not in self.helpers:
                 self.helpers.append(value)
             # A helper that its author compiled for given types alone converts its arguments to them.
-            return text if value._can_compile or value in compiled_from else f"{text} {sorted(map(str, value.signatures))}"
+            is_lazy = getattr(value, "_can_compile", False) or value in compiled_from
+            return text if is_lazy else f"{text} {sorted(map(str, value.signatures))}"
         definition = getattr(value, "_defn", None)  # of an intrinsic
         if isinstance(definition, FunctionType):
             self.has_intrinsics = True
@@ -233,6 +242,8 @@ class _Overloads(NamedTuple):
 
 
 def _overloads() -> _Overloads:
+    if not _is_numba_known:
+        return _Overloads({}, {})
     return _overloads_among(len(builtin_registry.globals), len(builtin_registry.attributes))
 
 
