@@ -19,6 +19,7 @@ from functools import partial
 from taskgpt.errors import UserError, run_program, shorten
 from taskgpt.lab import compare_report, layout, machine
 from taskgpt.lab.cells import product_of
+from taskgpt.lab.disturbance import Disturbance
 from taskgpt.lab.named import listed, worker_counts
 from taskgpt.lab.report import LEAST_TURNS, progress, seconds_in
 from taskgpt.lab.results import MOST_STEPS, Result, Results
@@ -61,7 +62,7 @@ def compare(flags: argparse.Namespace) -> int:
     for key, value in results.machine.items():
         print(f"{key:10} {value}")
     print(f"cells      {len(cells)}, in turns of {flags.turn}, until medians are known to {flags.precision:.1%} or {flags.budget} are over")
-    mine = [results.found[cell] for cell in cells]
+    mine, disturbance = [results.found[cell] for cell in cells], Disturbance()
     try:
         with progress(budget_s, pause_s=10) as say, Turns() as turns:
             measure(mine, turns, results, flags.precision, budget_s, turn_s, say)
@@ -74,6 +75,8 @@ def compare(flags: argparse.Namespace) -> int:
     notes += [f"{failed} could not be run"] * bool(failed)
     notes += [f"--budget {flags.budget} ended first, --resume goes on"] * (reached + failed < len(mine))
     print(f"medians    {'; '.join(notes)}")
+    if disturbed := disturbance.found(machine.usable_cores()).notes():
+        print(f"disturbed  {'; '.join(disturbed)}")
     for path in [results.path, *compare_report.write(results)]:
         print(f"wrote      {path}")
     wrong = compare_report.agreement(results)

@@ -315,6 +315,15 @@ def test_no_step_is_faster_than_the_machine(speeds, quick, tmp_path, monkeypatch
     assert (row["x_floor"] > 1, is_told) == ((True, False) if len(speeds) > 1 else (False, True))
 
 
+def test_what_holds_back_is_said_in_a_line(quick, tmp_path, monkeypatch, capsys):
+    """Beside the numbers, and in the JSON: here an environment that has BLAS use another processor's kernels."""
+    monkeypatch.setenv("OPENBLAS_CORETYPE", "Nehalem")
+    record = run(tmp_path, "overhead", "--systems", "native", "--patterns", "trivial", "--steps", "10", "--rounds", "1", "--workers", "1")
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("disturbed")]
+    assert "OPENBLAS_CORETYPE=Nehalem" in line
+    assert record["notes"]["disturbed"] in line
+
+
 def test_roofline(quick, tmp_path):
     """Streams, products and floors, on one thread and on two."""
     record = run(tmp_path, "roofline", "--graphs", "tiny", "--workers", "2", "--rounds", "2")

@@ -7,6 +7,9 @@ import math
 import os
 import re
 import signal
+import subprocess
+import sys
+import time
 from xml.etree import ElementTree
 
 import pytest
@@ -101,6 +104,22 @@ def test_a_cell_that_kills_its_process_does_not_take_the_others_along(turns):
     with pytest.raises(CellFailed, match="its process died of SIGKILL"):
         turns.timed(one("sequential"), 1)
     assert turns.first(one("sequential"), 1).sha256 == before.sha256
+
+
+def test_a_signal_leaves_results_to_go_on_with(tmp_path):
+    """SIGTERM in the middle of a round: exit code 143, one line, files whole, no turn lost that was saved."""
+    argv = ["--graph", "tiny", "--schedulers", "native", "--workers", "1", "--turn", "0.01s", "--precision", "0.000001"]
+    command = [sys.executable, "-m", "taskgpt.compare", *argv, "--output", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        while not ((tmp_path / "compare.json").exists() and Results.load(tmp_path).measured):
+            assert process.poll() is None
+            time.sleep(0.2)
+        process.terminate()
+        said = process.communicate()[1]
+    assert process.returncode == 143
+    assert said.splitlines()[-1] == f"taskgpt.compare: interrupted; {tmp_path} holds what was measured, go on with --resume"
+    assert Results.load(tmp_path).measured
+    assert (tmp_path / "compare.html").read_text().endswith("</html>\n")
 
 
 def test_a_cell_that_hangs_is_given_up(tmp_path):

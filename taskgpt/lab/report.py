@@ -20,6 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from taskgpt.errors import UserError, shorten
 from taskgpt.files import as_written
 from taskgpt.lab import layout, machine
+from taskgpt.lab.disturbance import Disturbance
 
 MOST_SECONDS = 1e8  # three years
 LEAST_TURNS = 6  # with fewer, no interval of the median holds 95 %
@@ -34,7 +35,7 @@ class Report:
     """
 
     def __init__(self, flags: argparse.Namespace):
-        self._file = flags.json
+        self._file, self._disturbance = flags.json, Disturbance()
         settings = {key: value for key, value in vars(flags).items() if not callable(value)}
         self._record: dict[str, Any] = {"settings": settings, "machine": machine.describe(), "notes": {}}
         if self._file is not None:
@@ -57,7 +58,9 @@ class Report:
         print(f"\n{layout.to_text(table_of('', columns, rows))}")
 
     def save(self) -> None:
-        """Write the JSON file, if one was asked for."""
+        """Say in one line what disturbed the measurements, if anything did, and write the JSON file, if one was asked for."""
+        if notes := self._disturbance.found(machine.usable_cores()).notes():
+            self.line("disturbed", "; ".join(notes))
         if self._file is not None:
             write_whole(self._file, json.dumps(self._record, indent=1) + "\n")
 
