@@ -45,7 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     reported.add_argument("--html", metavar="FILE", help="write a page with timeline and tables, which opens from disk")
     converted = add("convert", convert, "write a trace in other formats")
     converted.add_argument("path", metavar="PATH", help="a folder that --trace wrote, or its trace.npz")
-    converted.add_argument("--format", nargs="+", choices=FORMATS, default=USUAL, help=f"{', '.join(FORMATS)} (default {' '.join(USUAL)})")
+    converted.add_argument(
+        "--format",
+        nargs="+",
+        choices=FORMATS,
+        default=USUAL,
+        help=f"{', '.join(FORMATS)} (default {' '.join(USUAL)}); ovni's of loops need ovni 1.12",
+    )
     converted.add_argument("--arrows", action="store_true", help="dependencies as arrows in Perfetto's format too, which grows threefold")
     converted.add_argument("--output", metavar="DIR", help="where to (default: the same folder)")
     flags = p.parse_args(argv)

@@ -198,9 +198,10 @@ class Trace:
     def load(cls, path: str | Path) -> "Trace":
         """Read the file, or `trace.npz` in the folder, of that name. Raises UserError if it is no trace, or a damaged one."""
         file = Path(path) / "trace.npz" if Path(path).is_dir() else Path(path)
-        if not os.path.lexists(file):
-            raise UserError(f"{shorten(file)}: no such file; wanted a trace, as `taskgpt train --trace DIR` writes it")
-        data = whole(file)
+        try:
+            data = whole(file)
+        except UserError as error:
+            raise UserError(f"{error}; wanted a trace, as `taskgpt train --trace DIR` writes it") from None
         try:
             trace = cls._from(trace_file.unpacked(data, _TYPES))
             trace.verify()

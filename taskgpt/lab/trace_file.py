@@ -49,7 +49,7 @@ def _array(data: bytes, name: str, known: Mapping[str, np.dtype]) -> np.ndarray:
     end = 10 + int.from_bytes(data[8:10], "little")
     header = _HEADER.fullmatch(data[10:end].decode("latin-1"))
     if data[:8] != b"\x93NUMPY\x01\x00" or header is None or header[1] not in known:
-        raise ValueError(f"{shorten(name)}: wanted an array of one dimension, of {' or '.join(known)}, got {shorten(data[10:end])}")
+        raise ValueError(f"{shorten(name)}: wanted an array of one dimension, of a trace's types, got {shorten(data[10:end].strip())}")
     dtype, count = known[header[1]], int(header[2])
     if len(data) - end != count * dtype.itemsize:
         raise ValueError(f"{shorten(name)}: wanted {count:,} items of {dtype.itemsize} bytes, got {len(data) - end:,} bytes")
