@@ -696,6 +696,21 @@ class TestLocalCluster:
         with opened("local-cluster-processes", workers=1) as scheduler, pytest.raises(UserError, match="move it to a module"):
             scheduler.run(k.naps(k.arena(is_shared=True), milliseconds=0, length=1))
 
+    def test_signals_to_all_processes(self):
+        """What a terminal or a batch system sends to every process of a program is for the main process: a run goes on in its workers."""
+        a = k.arena(is_shared=True)
+        with opened("local-cluster-processes", workers=2) as scheduler:
+            graph = k.naps(a, milliseconds=10, length=5)
+            scheduler.run(graph)
+            workers = worker_processes(os.getpid())
+            for worker in workers:
+                for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                    os.kill(worker, number)
+            scheduler.run(graph)
+            assert worker_processes(os.getpid()) == workers
+        assert (a.log.array[:10, k.RUNS] == 2).all()
+        assert not any(psutil.pid_exists(worker) for worker in workers)
+
     @pytest.mark.parametrize("word", ["", "# __name__"])
     def test_a_program_without_guard(self, tmp_path, word):
         """Worker processes would run it again, each starting workers of its own: one message names what to do."""

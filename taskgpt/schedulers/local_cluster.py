@@ -79,10 +79,12 @@ class Scheduler(InTurn):
 
     def _start_cluster(self, stack: ExitStack) -> None:
         if hasattr(signal, "pthread_sigmask"):
-            # A terminal sends Ctrl-C to every process. What is started from here, and by that, inherits the mask and leaves it to the main
-            # process; the resource tracker, were it not there yet, would lift the mask.
+            # A terminal sends Ctrl-C to every process, and SIGHUP when it closes; a batch system sends SIGTERM to all before it kills them.
+            # What is started from here, and by that, inherits the mask and leaves them to the main process, which may yet save its work.
+            # Python's resource tracker, were it not there yet, would lift the mask of SIGINT and SIGTERM, which it ignores by itself.
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
             resource_tracker.ensure_running()
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         self._watch = _Watch()
         try:
             with dask.config.set(_CONFIG):
@@ -101,12 +103,19 @@ class Scheduler(InTurn):
         except RuntimeError as error:
             if not self.settings.processes:
                 raise
-            raise UserError(f"worker processes did not start ({error}); {_GUARD}") from None
+            why: BaseException = error
+            while cause := why.__cause__ or why.__context__:
+                why = cause
+            found = f"worker processes did not start: {type(why).__name__}: {why}"
+            raise UserError(f"{found}; if the machine was not too busy for them: {_GUARD}") from None
         disable_gc_diagnosis(force=True)  # calls Python from the garbage collector, where a Ctrl-C is lost
         self._client = self._watch.client = stack.enter_context(Client(self._cluster, set_as_default=False))
 
     def _stop(self) -> None:
-        self._stack.close()
+        try:
+            self._stack.close()
+        finally:
+            self._watch.kill_workers()
 
     def describe(self) -> str:
         kind = "worker processes" if self.settings.processes else "worker threads"
@@ -270,7 +279,13 @@ class _Watch(SchedulerPlugin):
     def add_worker(self, scheduler: DaskScheduler, worker: str) -> None:
         self._pids[worker] = scheduler.workers[worker].pid
 
+    def kill_workers(self) -> None:
+        """End those that a close that failed has left: they do not hear the SIGTERM that Python sends them at exit, before it waits."""
+        for process in multiprocessing.active_children():
+            if process.pid in self._pids.values():
+                process.kill()
+
     async def remove_worker(self, scheduler: DaskScheduler, worker: str, **_: object) -> None:
-        self.lost_worker = f"worker process {self._pids.pop(worker)}"
+        self.lost_worker = f"worker process {self._pids[worker]}"
         if self.futures:
             await self.client.cancel(self.futures, asynchronous=True)
