@@ -99,6 +99,15 @@ def test_describe_says_what_a_measurement_needs():
     assert all(described.values())
 
 
+def test_a_limit_of_the_address_space_counts_too(tmp_path, monkeypatch):
+    """What this process has taken of it is gone."""
+    taken = machine.psutil.Process().memory_info().vms
+    monkeypatch.setattr(machine, "address_space_bytes", lambda: taken + 100e6)
+    assert 0 < machine.free_memory_bytes(tmp_path) <= 100e6
+    monkeypatch.setattr(machine, "address_space_bytes", lambda: 1e6)
+    assert machine.free_memory_bytes(tmp_path) == 0
+
+
 def test_a_containers_limit_counts_as_free_memory(tmp_path):
     """The smaller of the machine's free memory and what the container may still take; no limit, no difference."""
     machine_free = machine.free_memory_bytes(tmp_path / "none")

@@ -660,6 +660,7 @@ with open_scheduler(chosen.scheduler, chosen.settings):
 class TestLocalCluster:
     def test_dashboard(self):
         """describe() gives the address of the dashboard, which answers."""
+        pytest.importorskip("bokeh", reason="the dashboard needs bokeh: pip install 'taskgpt[dashboard]'")
         with opened("local-cluster", dashboard=0) as scheduler:
             address = scheduler.describe().split()[-1]
             with urllib.request.urlopen(address, timeout=10) as response:

@@ -15,6 +15,7 @@ import numpy as np
 import psutil
 import threadpoolctl
 
+from taskgpt.errors import address_space_bytes
 from taskgpt.schedulers._cores import usable_cores
 from taskgpt.tasks import In, InOut, Out, dims, kernel
 from taskgpt.tasks.blas import gemm
@@ -157,8 +158,9 @@ def _together(calls: list[Callable[[int], object]], times: int) -> float:
 
 
 def free_memory_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Return the memory that may still be taken: the machine's, or less where a container's limit (cgroup v2) ends before."""
-    free = psutil.virtual_memory().available
+    """Return the memory that may still be taken: the machine's, or less: what a container (cgroup v2) or ulimit -v leaves."""
+    space = address_space_bytes() - psutil.Process().memory_info().vms
+    free = int(min(psutil.virtual_memory().available, max(0.0, space)))
     try:
         limit, used = ((cgroup / name).read_text().strip() for name in ("memory.max", "memory.current"))
     except OSError:
