@@ -17,7 +17,7 @@ from statistics import median
 import numba
 import numpy as np
 
-from taskgpt.config import MOST_TASKS, available
+from taskgpt.config import MOST_TASKS, available, is_address
 from taskgpt.errors import UserError, did_you_mean
 from taskgpt.lab import machine
 from taskgpt.lab.named import MOST_WORKERS, named_scheduler, split_changes
@@ -129,7 +129,7 @@ def opened(system: str, workers: int) -> Iterator[Callable[[str, int, int], Case
     with ExitStack() as stack:
         if system in DASK:
             get = dask_get(stack, system, workers)
-        elif (name := split_changes(system)[0]) in available("scheduler_configs"):
+        elif (name := split_changes(system)[0]) in available("scheduler_configs") or is_address(name):
             # Tasks as recorded: merged ones would cost less than they say.
             scheduler = stack.enter_context(named_scheduler(system, workers, coarsen=0, dashboard=-1))
         else:
