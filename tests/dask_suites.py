@@ -113,6 +113,7 @@ def replace_schedulers() -> None:
     import dask.base
     import dask.local
     import dask.threaded
+    from dask.delayed import Delayed
 
     from taskgpt.schedulers import _dask_get
 
@@ -127,6 +128,7 @@ def replace_schedulers() -> None:
     for name, scheduler in dask.base.named_schedulers.items():
         dask.base.named_schedulers[name] = ours.get(scheduler, scheduler)
     dask.threaded.get = get
+    Delayed.__dask_scheduler__ = staticmethod(get)  # was made when Dask was imported
     if find_spec("dask.bag"):
         import dask.bag.core
 
