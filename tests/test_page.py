@@ -50,6 +50,7 @@ def test_a_page_opens_from_disk(tmp_path):
 def test_a_page_shows_what_the_next_run_waits_for(tmp_path):
     """Of a task at the end of a run: tasks of the next one, which are drawn too; of runs that are not shown nothing is said."""
     trace = traced("native", order=(0, 0))
+    page.write([trace, trace.without_first(1)], tmp_path / "page.html", "native")
     a, b = trace.edges[0, 0][0].tolist()
     rows = trace.records[["run", "task"]].tolist()
     before, after, first = rows.index((0, a)), rows.index((1, b)), trace.without_first(1).records["task"].tolist().index(b)
