@@ -24,7 +24,7 @@ from taskgpt.gpt2 import checkpoint
 
 SCHEDULERS = ["native", "native", "sequential", "loops", "threads", "local-cluster"]
 NUMBERS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
-HANGS_S = 30  # then it is made to say where
+HANGS_S = 120  # then it is made to say where
 EARLIEST_S = 0.05  # Python itself is up by then, and has our handler
 
 
