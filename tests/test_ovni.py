@@ -1,6 +1,7 @@
 """ovni's streams: every task read back with a reader of the test's own; broken rules of the emulator are found."""
 
 import json
+import os
 import re
 import shutil
 import struct
@@ -166,4 +167,14 @@ def test_a_cut_stream_and_missing_words_are_found(tmp_path):
         ovni_check.check(tmp_path)
     shutil.rmtree(tmp_path / "loom.taskgpt")
     with pytest.raises(RuleError, match=r"stream\.json, got none"):
+        ovni_check.check(tmp_path)
+
+
+def test_a_pipe_in_place_of_a_stream_is_refused(tmp_path):
+    """Instead of waiting for who might write into it."""
+    ovni.write(traced("native"), tmp_path)
+    file = tmp_path / "loom.taskgpt" / "proc.1" / "thread.2" / "stream.obs"
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(RuleError, match=rf"{file}: wanted a file, got a pipe"):
         ovni_check.check(tmp_path)

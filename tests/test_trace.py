@@ -169,6 +169,7 @@ DAMAGED_ARRAYS = {  # what the message says, and what is done to the arrays of a
     "not eight bits": lambda a: a.update(head=np.frombuffer(b"\xff\xfe", np.uint8)),
     "surrogates not allowed": lambda a: a.update(about=as_bytes({**ABOUT, "a": "\ud800"})),
     "edges between graphs 0 and 1": lambda a: a["edges-0"].__setitem__(0, 10**9),
+    "edges between graphs 0 and 1 that": lambda a: a.update({"edges-0": a["records"][:2]}),
     "bytes of so small a file": lambda a: a.update(extra=np.zeros(10**7, np.int64)),
 }
 ABOUT = {"scheduler": "x", "workers": 1, "is_fork_join": False}

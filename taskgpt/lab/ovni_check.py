@@ -167,7 +167,7 @@ def _verified(about: dict[str, Any], file: Path) -> dict[str, Any]:
 def _events(file: Path) -> Iterator[tuple[int, int, str, bytes]]:
     """Yield (clock, offset, letters, payload). Raises RuleError for what is no event, or cut short, or goes back in time."""
     last = 0
-    with open(file, "rb") as opened:
+    with reading(file), open(file, "rb") as opened:
         if opened.read(8) != b"ovni\x01\0\0\0":
             raise RuleError(f"{file}: wanted ovni, version 1, in its first 8 bytes")
         while head := opened.read(12):

@@ -254,7 +254,11 @@ class Trace:
         if len(r) and not ((r["task"] >= 0) & (r["task"] < sizes[runs["graph"][r["run"]]])).all():
             raise ValueError("a task that its graph does not have")
         for (a, b), edges in self.edges.items():
-            if not (0 <= a < len(sizes) and 0 <= b < len(sizes)) or not ((edges >= 0) & (edges < sizes[[a, b]])).all():
+            if (
+                edges.dtype != np.int64
+                or not (0 <= a < len(sizes) and 0 <= b < len(sizes))
+                or not ((edges >= 0) & (edges < sizes[[a, b]])).all()
+            ):
                 raise ValueError(f"edges between graphs {a} and {b} that they do not have")
         self._verify_times()
         order = np.lexsort([r["task"], r["run"]])
