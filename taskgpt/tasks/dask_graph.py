@@ -18,13 +18,17 @@ from typing import Any
 
 import dask
 import dask.threaded
-from dask._task_spec import DataNode, Dict, GraphNode, List, Set, TaskRef, Tuple, _execute_subgraph, convert_legacy_graph
-from dask._task_spec import Task as DaskTask
 from dask.base import DaskMethodsMixin, replace_name_in_key
 from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
 
 from taskgpt.tasks.coarsen import layer_names
 from taskgpt.tasks.graph import Graph, Task
+
+try:
+    from dask._task_spec import DataNode, Dict, GraphNode, List, Set, TaskRef, Tuple, _execute_subgraph, convert_legacy_graph
+    from dask._task_spec import Task as DaskTask
+except ImportError as error:
+    raise ImportError(f"{error}: dask {dask.__version__} keeps it elsewhere than 2026.3 to 2026.8 do; install one of those") from None
 
 Key = tuple[str, int]
 
