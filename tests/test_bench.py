@@ -134,9 +134,9 @@ def test_a_scheduler_runs_every_task_as_recorded(system, monkeypatch):
 def test_a_dask_system_calls_every_task_in_every_run(system, monkeypatch):
     """Also distributed, which knows keys again."""
     called = []
-    monkeypatch.setattr(task_bench, "spin", called.append)
     with task_bench.opened(system, 2) as make_case:
         case = make_case("fft", 2, 3)
+        monkeypatch.setattr(task_bench, "spin", called.append)
         for count in (1, 1, 5):
             assert case.run(count) > 0
     assert called == [1] * 12 + [5] * 6
