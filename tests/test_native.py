@@ -24,7 +24,7 @@ import pytest
 from taskgpt import config
 from taskgpt.errors import UserError
 from taskgpt.schedulers import open_scheduler
-from taskgpt.schedulers._ready import POLICIES, PRIORITY_LIMIT
+from taskgpt.schedulers._ready import FAILED, POLICIES, PRIORITY_LIMIT
 from taskgpt.tasks import (
     Arena,
     Call,
@@ -529,6 +529,66 @@ class TestStopping:
             runs = scheduler.run_each([good, bad, good])
             next(runs)
         runs.close()
+
+    @pytest.mark.parametrize("is_awaited", [False, True], ids=["at_once", "long_ago"])
+    def test_a_failure_is_told_whenever_it_came(self, is_awaited):
+        """Whether the task failed before the iterator was left or after: close() raises it, and so it is told where `graphs` raises."""
+        a = k.arena(is_shared=False)
+        good, bad = Graph(), Graph()
+        good.spawn(k.nap, a.x[0], a.log[0], 1)
+        bad.spawn(k.fail, a.x[0], a.log[1])
+
+        def graphs():
+            yield good
+            yield bad
+            await_failure()
+            raise KeyError("no more")
+
+        def await_failure():
+            while is_awaited and not scheduler._table[FAILED]:
+                time.sleep(0.001)
+
+        with opened(workers=2) as scheduler:
+            runs = scheduler.run_each([good, bad, good])
+            next(runs)
+            await_failure()
+            with pytest.raises(TaskError, match=r"^task 0, fail"):
+                runs.close()
+            with pytest.raises(TaskError, match=r"^task 0, fail") as error:
+                list(scheduler.run_each(graphs()))
+            assert isinstance(error.value.__context__, KeyError)
+            scheduler.run(good)
+
+    def test_a_failure_that_nobody_hears_is_freed(self):
+        """An interrupt abandons a run whose task has failed; the exception does not outlive it."""
+        alive = []
+
+        class Failure(Exception):
+            def __init__(self):
+                super().__init__("lost")
+                alive.append(weakref.ref(self))
+
+        def fail():
+            raise Failure
+
+        a = k.arena(is_shared=False)
+        good, graph = Graph(), Graph()
+        good.spawn(k.nap, a.x[0], a.log[0], 1)
+        graph.spawn(k.act, a.x[0], a.log[1])
+        k.within["act"] = fail
+        with opened(workers=2) as scheduler:
+            runs = scheduler.run_each([graph, graph])
+            with pytest.raises(TaskError):
+                next(runs)
+            runs = scheduler.run_each([good, graph, graph])
+            next(runs)
+            while not scheduler._table[FAILED]:
+                time.sleep(0.001)
+            with pytest.raises(KeyboardInterrupt):
+                runs.throw(KeyboardInterrupt)
+        gc.collect()
+        assert len(alive) == 2
+        assert [each() for each in alive] == [None, None]
 
     def test_an_iterator_that_is_collected_inside_a_task(self):
         """The garbage collector closes it where nobody can wait for the task: its runs end by themselves."""

@@ -13,6 +13,7 @@ import time
 import urllib.request
 import weakref
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 
 import kernels_for_tests as k
 import numpy as np
@@ -704,13 +705,26 @@ class TestLocalCluster:
             graph = k.naps(a, milliseconds=10, length=5)
             scheduler.run(graph)
             workers = worker_processes(os.getpid())
-            for worker in workers:
+            tracker = resource_tracker._resource_tracker._pid
+            for process in [*workers, tracker]:
                 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                    os.kill(worker, number)
+                    os.kill(process, number)
             scheduler.run(graph)
             assert worker_processes(os.getpid()) == workers
+            assert psutil.Process(tracker).status() != psutil.STATUS_ZOMBIE
         assert (a.log.array[:10, k.RUNS] == 2).all()
         assert not any(psutil.pid_exists(worker) for worker in workers)
+
+    def test_threads_take_signals_as_ever(self):
+        """Where the workers are threads nothing is masked: what a kernel starts can be ended."""
+        found = []
+        k.within["act"] = lambda: found.append(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+        a = k.arena(is_shared=False)
+        graph = Graph()
+        graph.spawn(k.act, a.x[0], a.log[0])
+        with opened("local-cluster", workers=1) as scheduler:
+            scheduler.run(graph)
+        assert not found[0] & {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
     @pytest.mark.parametrize("word", ["", "# __name__"])
     def test_a_program_without_guard(self, tmp_path, word):

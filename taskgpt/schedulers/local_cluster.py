@@ -68,6 +68,7 @@ class Scheduler(InTurn):
 
     def _start(self) -> None:
         if self.settings.processes:
+            _start_resource_tracker()
             _verify_can_start_processes()
         self._sent = OncePerGraph(self._send)
         with ExitStack() as stack:
@@ -78,13 +79,10 @@ class Scheduler(InTurn):
             self._stack = stack.pop_all()
 
     def _start_cluster(self, stack: ExitStack) -> None:
-        if hasattr(signal, "pthread_sigmask"):
+        if self.settings.processes and hasattr(signal, "pthread_sigmask"):
             # A terminal sends Ctrl-C to every process, and SIGHUP when it closes; a batch system sends SIGTERM to all before it kills them.
             # What is started from here, and by that, inherits the mask and leaves them to the main process, which may yet save its work.
-            # Python's resource tracker, were it not there yet, would lift the mask of SIGINT and SIGTERM, which it ignores by itself.
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
-            resource_tracker.ensure_running()
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP, signal.SIGINT, signal.SIGTERM})
         self._watch = _Watch()
         try:
             with dask.config.set(_CONFIG):
@@ -194,6 +192,14 @@ class Scheduler(InTurn):
 _GUARD = (
     'each imports the main program anew: put what opens the scheduler below `if __name__ == "__main__":` there, or take processes=false'
 )
+
+
+def _start_resource_tracker() -> None:
+    """Start Python's own process that cleans up behind others, so that no signal to all processes ends it: it ignores only two of them."""
+    if hasattr(signal, "pthread_sigmask"):
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _verify_can_start_processes() -> None:

@@ -82,6 +82,7 @@ class Scheduler(OneAtATime):
         self._edges: weakref.WeakKeyDictionary[Plan, weakref.WeakKeyDictionary] = weakref.WeakKeyDictionary()
         self._runs: list[_Run] = []  # under way: at most two, in order
         self._submitter = 0  # the thread that submitted the last run
+        self._has_told = False  # of the failure in the table: it was raised
         self._count = 0
         self._threads: list[threading.Thread] = []
 
@@ -202,12 +203,12 @@ class Scheduler(OneAtATime):
             raise
 
     def _leave(self, error: BaseException) -> None:
-        """Finish what a run_each has begun, or abandon it: for an interrupt, or when a task has failed."""
+        """Finish what a run_each has begun, which raises what failed in it; abandon it for an interrupt, or if `error` is that failure."""
         if self._is_worker() or self._lock.locked():
             return  # closed by the garbage collector, inside a task or at the start of another run, which will wait instead
         with self._turn():
             try:
-                if self._table[r.FAILED] or not isinstance(error, Exception | GeneratorExit):
+                if self._has_told or not isinstance(error, Exception | GeneratorExit):
                     self._abandon()
                 else:
                     self._finish_all()
@@ -233,6 +234,8 @@ class Scheduler(OneAtATime):
             raise self._failure()
         if self._table[r.STOPPING]:
             self._abandon()  # what a second Ctrl-C left while the first one was answered
+        if not self._table[r.FAILED]:
+            self._has_told = False
         plan = self._plans(graph)
         edges = self._edges_between(before, graph, plan) if before and not before.is_over else None
         if edges is None or not self._has_room(plan):
@@ -280,6 +283,7 @@ class Scheduler(OneAtATime):
         self._runs.clear()
 
     def _failure(self) -> BaseException:
+        self._has_told = True
         error = take_exception(int(self._table[r.FAILED]))
         call, slot = divmod(int(self._table[r.FAILED_CALL]), 2)
         run = next(run for run in self._runs if run.slot == slot)
@@ -293,6 +297,9 @@ class Scheduler(OneAtATime):
             return
         _worker.stop(self._address)  # now all sleep
         self._queue_words[:, r.SIZE] = 0
+        if self._table[r.FAILED] and not self._has_told:
+            self._has_told = True
+            take_exception(int(self._table[r.FAILED]))  # which nobody will: it would never be freed
         self._forget_all()
         self._table[[r.FAILED, r.STOPPING]] = 0  # last: an interrupt before this is made good by the next run
 

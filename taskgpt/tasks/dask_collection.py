@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 class DaskCollection:
     """What a Graph inherits: Dask's collection protocol, by way of the run that Dask is to be given next.
 
-    Computed, a graph gives None: what its tasks made is in their tensors. Graphs that are computed together run together, whatever tensors
-    they share; compute them one after another. A cluster that loses a worker runs tasks again, whose tensors have moved on: if that
-    happens, go on from what was saved.
+    Computed, a graph gives None: what its tasks made is in their tensors. Runs that a Client is given before others have ended, of a graph
+    or of several, run together, whatever tensors they share: wait for one before you ask for the next. A cluster that loses a worker runs
+    tasks again, whose tensors have moved on: if that happens, go on from what was saved.
     """
 
     _run: "Run | None" = None
