@@ -1,13 +1,15 @@
-"""How a file of a user's is read: its bytes, as TOML or JSON, into dataclasses; and refused in one line that names it.
+"""How a file of a user's is read: its bytes, as TOML or JSON, into dataclasses; and refused in one line that names it. How one is written.
 
 config = fill(Settings, read_toml(path), f"{path}: ")
 saved = fill(Saved, read_json(path), f"{path}: ")
+write_whole(path, text)
 
 What is read is a regular file (no pipe or device, which may never end), no larger than its kind can be, in UTF-8, with or without a byte
 order mark, with line ends of any system, nested no deeper than the interpreter's stack. No key stands in it twice.
 """
 
 import dataclasses
+import errno
 import json
 import os
 import stat
@@ -15,9 +17,10 @@ import sys
 import tomllib
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from taskgpt.errors import UserError, did_you_mean, shorten
 
@@ -178,3 +181,106 @@ def as_written(value: Any) -> str:
         return shorten(repr(value))
     except (ValueError, RecursionError, MemoryError):  # an integer of thousands of digits; nested too deeply
         return f"a huge {type(value).__name__}"
+
+
+# Writing -------------------------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def replacing(path: str | Path, *, is_synced: bool = False) -> Iterator[BinaryIO]:
+    """Open a file for writing that appears under its name, complete, when the block ends, and not at all if it raises.
+
+    `is_synced`: and on the disk, so that it outlives a crash of the machine. Raises OSError; also if something that is no regular file has
+    the name.
+    """
+    target = write_target(path)
+    unfinished = target.with_name(f".{target.name}.tmp{os.getpid()}")  # same folder: a rename never copies
+    try:
+        with unfinished.open("wb") as file:
+            yield file
+            if is_synced:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(unfinished, target)
+    finally:
+        with suppress(OSError):
+            unfinished.unlink()
+
+
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
+    """Open a file as `replacing` does, synced. Raises UserError instead of OSError."""
+    try:
+        with replacing(path, is_synced=True) as file:
+            yield file
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def write_whole(path: str | Path, text: str) -> None:
+    """Write a text file, whole or not at all; or into the pipe or the device that has the name. Raises UserError."""
+    try:
+        if _is_stream(path):
+            # A pipe without a reader would otherwise be waited for, and for ever.
+            stream = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            os.set_blocking(stream, True)
+            with open(stream, "wb") as file:
+                file.write(text.encode())
+        else:
+            with replacing(path) as file:
+                file.write(text.encode())
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            raise UserError(f"{shorten(path)}: is a pipe that nobody reads; start its reader first") from None
+        raise cannot_write(path, error) from None
+
+
+def verify_can_write(path: str | Path) -> None:
+    """Raise UserError if `write_whole` could not write now: better before the work than after it. A pipe's reader is not asked for yet."""
+    try:
+        if not _is_stream(path):
+            target = write_target(path)
+            probe = target.with_name(f".{target.name}.probe")
+            probe.touch()
+            probe.unlink()
+        elif not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise cannot_write(path, error) from None
+
+
+def _is_stream(path: str | Path) -> bool:
+    """Return True for what exists and is neither a regular file nor a folder: a rename would put a file in its place."""
+    try:
+        kind = os.stat(path).st_mode
+    except FileNotFoundError:
+        return False
+    return not (stat.S_ISREG(kind) or stat.S_ISDIR(kind))
+
+
+def write_target(path: str | Path) -> Path:
+    """Return the file that a write to `path` makes or replaces: symbolic links stay, and what they name is written.
+
+    Raises: OSError if it exists and is no regular file, such as /dev/null, or cannot be looked at.
+    """
+    target = Path(os.path.realpath(path))
+    with suppress(FileNotFoundError):
+        file_size(target)
+    return target
+
+
+def file_size(path: str | Path) -> int:
+    """Return the size of a regular file. Raises: OSError if it is anything else: a pipe, say, could be read for ever."""
+    status = os.stat(path)
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "Not a regular file")
+    return status.st_size
+
+
+def cannot_write(path: str | Path, error: OSError) -> UserError:
+    """Return the UserError that says why a file could not be written."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UserError(f"{shorten(path)}: the disk is full; free some space, or choose another folder")
+    return UserError(f"{shorten(path)}: cannot write: {error.strerror or error}; choose another place, where you may write")

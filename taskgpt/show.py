@@ -12,10 +12,10 @@ python -m taskgpt.show graph --graph gpt2-124m --format dask --output dask.html 
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from taskgpt.config import available, load_graph, parse_graph_settings
 from taskgpt.errors import UserError, did_you_mean, run_program
+from taskgpt.files import write_whole
 from taskgpt.gpt2.model import GPT2
 from taskgpt.gpt2.program import training_graph
 from taskgpt.lab.graph_formats import to_dask_html, to_dot, to_graphml, to_html, to_json
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def show_graph(flags: argparse.Namespace) -> int:
-    """Write the graph in the format asked for. Raises UserError or OSError."""
+    """Write the graph in the format asked for. Raises UserError."""
     config = load_graph(flags.graph, parse_graph_settings(flags.set))
     graph = training_graph(GPT2(config.model, config.batch, config.tiles, config.options))
     if flags.layer is not None or flags.phase is not None:
@@ -75,7 +75,7 @@ def show_graph(flags: argparse.Namespace) -> int:
     if flags.output is None:
         sys.stdout.write(text)
     else:
-        Path(flags.output).write_text(text, encoding="utf-8")
+        write_whole(flags.output, text)
     return 0
 
 

@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from taskgpt.errors import UserError, did_you_mean, run_program
+from taskgpt.files import write_whole
 from taskgpt.lab import page
 from taskgpt.lab.comparison import Comparison
 from taskgpt.lab.formats import FORMATS, USUAL, check, export
-from taskgpt.lab.report import in_range, write_whole
+from taskgpt.lab.report import in_range
 from taskgpt.lab.trace import Trace
 
 
@@ -67,7 +68,7 @@ def check_trace(flags: argparse.Namespace) -> int:
 
 
 def report(flags: argparse.Namespace) -> int:
-    """Print the tables; write what was asked for. Raises UserError or OSError."""
+    """Print the tables; write what was asked for. Raises UserError."""
     in_range("--skip", flags.skip, 0)
     traces = [steps_of(path, flags) for path in flags.paths]
     reference = steps_of(flags.reference, flags) if flags.reference is not None else None

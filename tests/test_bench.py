@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -491,6 +492,16 @@ def test_the_fastest_peer_is_that_of_its_precision():
     assert peers.fastest(table[1:], "float32") == table[2]
     assert peers.fastest(table[1:], "bfloat16") == table[4]
     assert peers.fastest(table[:1], "bfloat16") is None
+
+
+def test_a_report_is_written_into_a_pipe_that_is_read(tmp_path):
+    """The pipe stays one, and its reader gets the record once."""
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    report.Report(type("Flags", (), {"json": str(tmp_path / "pipe")})()).save()
+    assert "machine" in json.loads(os.read(reader, 1 << 16))
+    os.close(reader)
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_peers_must_begin_with_our_loss():

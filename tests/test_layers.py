@@ -11,7 +11,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ALLOWED = {
     "tasks": set(),
     "schedulers": {"tasks", "errors"},
-    "gpt2": {"tasks", "errors"},
+    "gpt2": {"tasks", "files", "errors"},
     "config": {"files", "gpt2", "schedulers", "errors"},
     "errors": set(),
     "files": {"errors"},
@@ -20,11 +20,11 @@ ALLOWED = {
     "console": {"config", "gpt2", "lab", "tasks", "errors"},
     "train": {"config", "console", "data", "gpt2", "lab", "schedulers", "tasks", "errors"},
     "bench": {"config", "gpt2", "lab", "schedulers", "tasks", "errors"},
-    "trace": {"lab", "errors"},
+    "trace": {"files", "lab", "errors"},
     "compare": {"lab", "errors"},
     "simulate": {"lab", "tasks", "errors"},
     "tune": {"config", "gpt2", "lab", "schedulers", "errors"},
-    "show": {"config", "gpt2", "lab", "tasks", "errors"},
+    "show": {"config", "files", "gpt2", "lab", "tasks", "errors"},
     "__main__": {"config", "gpt2", "errors"},
     "__init__": {"config", "gpt2", "schedulers", "tasks", "errors"},
 }

@@ -1,8 +1,10 @@
 """`taskgpt show graph`: every format holds the same tasks and edges, and large graphs become readable."""
 
 import json
+import os
 import re
 import subprocess
+import threading
 from xml.etree import ElementTree
 
 import pytest
@@ -160,6 +162,27 @@ def test_the_longest_path_is_the_longest():
         assert sum(seconds[n] for n in found) == pytest.approx(max(sum(seconds[n] for n in path) for path in paths))
     assert graph.longest_path() == graph.longest_path([task.estimated_seconds for task in graph.tasks])
     assert Graph().longest_path() == []
+
+
+def test_what_is_no_file_is_written_into_and_never_replaced(tmp_path, capsys):
+    """A link stays, and what it names is written; a pipe without a reader is refused, with one it carries the text."""
+    text = shown(tmp_path, "text")
+    (tmp_path / "link").symlink_to(tmp_path / "named")
+    assert show(["graph", "--output", str(tmp_path / "link")]) == 0
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "named").read_text() == text
+
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    assert show(["graph", "--output", str(pipe)]) == 2
+    assert capsys.readouterr().err == f"taskgpt.show: error: {pipe}: is a pipe that nobody reads; start its reader first\n"
+    got = []
+    reader = threading.Thread(target=lambda: got.append(pipe.read_text()))
+    reader.start()
+    while (code := show(["graph", "--output", str(pipe)])) == 2:  # until the reader is there
+        pass
+    reader.join()
+    assert code == 0 and got == [text] and pipe.is_fifo()
+    assert {path.name for path in tmp_path.iterdir()} == {"graph", "link", "named", "pipe"}
 
 
 @needs_browser

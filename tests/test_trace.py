@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import importlib.util
 import json
+import os
 import re
 import resource
 import shutil
@@ -356,7 +357,22 @@ def test_reports_that_cannot_be_are_refused(tmp_path, capsys):
     assert trace_program.main([*argv, "--skip", "-1"]) == 2
     assert "--skip: wanted at least 0, got -1" in capsys.readouterr().err
     assert trace_program.main([*argv, "--html", str(tmp_path / "none" / "x.html")]) == 2
-    assert f"{tmp_path}/none/x.html: No such file or directory" in capsys.readouterr().err
+    assert f"{tmp_path}/none/x.html: cannot write: No such file or directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--json", "--html"])
+def test_a_report_never_replaces_what_is_no_file(flag, tmp_path, capsys):
+    """A link keeps its name, and what it names is written; a pipe without a reader is refused, and stays."""
+    trace = traced("sequential")
+    trace.save(tmp_path / "trace.npz")
+    (tmp_path / "link").symlink_to(tmp_path / "named")
+    os.mkfifo(tmp_path / "pipe")
+    argv = ["report", str(tmp_path), "--runs", trace.graphs[0].name, "--skip", "0", flag]
+    assert trace_program.main([*argv, str(tmp_path / "link")]) == 0
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "named").stat().st_size > 100
+    assert trace_program.main([*argv, str(tmp_path / "pipe")]) == 2
+    assert f"{tmp_path}/pipe: is a pipe that nobody reads" in capsys.readouterr().err
+    assert (tmp_path / "pipe").is_fifo()
 
 
 BREAKS = {

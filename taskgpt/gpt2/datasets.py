@@ -29,8 +29,9 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
 from taskgpt.errors import UserError, did_you_mean, shorten
+from taskgpt.files import cannot_write, file_size
 from taskgpt.gpt2.tokenizer import gpt2_tokenizer
-from taskgpt.gpt2.tokens import TokenWriter, cannot_write, file_size, write_tokens
+from taskgpt.gpt2.tokens import TokenWriter, write_tokens
 
 VAL_TOKENS = 32768  # llm.c's validation part of tinyshakespeare
 UNPACKED = ".unpacked.tmp"

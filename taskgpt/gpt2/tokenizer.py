@@ -23,8 +23,8 @@ from pathlib import Path
 import numpy as np
 
 from taskgpt.errors import UserError, shorten
+from taskgpt.files import file_size
 from taskgpt.gpt2.kinds import TOKENIZER, refuse_another_kind
-from taskgpt.gpt2.tokens import file_size
 
 GPT2_VOCAB_SIZE = 50257
 BYTE_VOCAB_SIZE = 257

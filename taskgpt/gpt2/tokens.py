@@ -5,18 +5,17 @@ A token file is a header of 256 int32 {20240520, 1, number of tokens, 0...} and 
 or more of them, a *shard* each. Source: llm.c, `dev/data/data_common.py`, `llmc/dataloader.h` and `llmc/rand.h`.
 """
 
-import errno
 import os
-import stat
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
 from taskgpt.errors import UserError, shorten
+from taskgpt.files import atomic_file, file_size
 from taskgpt.gpt2.kinds import TOKENS, refuse_another_kind
 
 HEADER_WORDS = 256
@@ -25,56 +24,6 @@ TOKENS_MAGIC, TOKENS_VERSION = 20240520, 1
 MOST_TOKENS = 2**31 - 1  # the header counts them in an int32
 SHUFFLE_SEED = 42
 CHECK_TOKENS = 1 << 20  # ids are checked in chunks of this many: 2 MB fit the cache
-
-
-@contextmanager
-def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
-    """Open a file for writing that appears under its name, complete and on the disk, when the block ends, and not at all if it raises.
-
-    Raises: UserError if the folder cannot be written, the disk is full, or something that is no regular file has the name.
-    """
-    try:
-        target = write_target(path)
-        unfinished = target.with_name(f".{target.name}.tmp{os.getpid()}")  # same folder: a rename never copies
-        try:
-            with unfinished.open("wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(unfinished, target)
-        finally:
-            with suppress(OSError):
-                unfinished.unlink()
-    except OSError as error:
-        raise cannot_write(path, error) from error
-
-
-def write_target(path: str | Path) -> Path:
-    """Return the file that a write to `path` makes or replaces: symbolic links stay, and what they name is written.
-
-    Raises: OSError if it exists and is no regular file, such as /dev/null, or cannot be looked at.
-    """
-    target = Path(os.path.realpath(path))
-    with suppress(FileNotFoundError):
-        file_size(target)
-    return target
-
-
-def file_size(path: str | Path) -> int:
-    """Return the size of a regular file. Raises: OSError if it is anything else: a pipe, say, could be read for ever."""
-    status = os.stat(path)
-    if stat.S_ISDIR(status.st_mode):
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-    if not stat.S_ISREG(status.st_mode):
-        raise OSError(errno.EINVAL, "Not a regular file")
-    return status.st_size
-
-
-def cannot_write(path: str | Path, error: OSError) -> UserError:
-    """Return the UserError that says why a file could not be written."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(f"{shorten(path)}: the disk is full; free some space, or choose another folder")
-    return UserError(f"{shorten(path)}: cannot write: {error.strerror or error}; choose another place, where you may write")
 
 
 class TokenWriter:

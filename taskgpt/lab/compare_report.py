@@ -12,11 +12,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from taskgpt.files import write_whole
 from taskgpt.lab.figures import figures
 from taskgpt.lab.idle import CAUSES
 from taskgpt.lab.layout import Table, to_html, to_markdown
 from taskgpt.lab.named import make_config
-from taskgpt.lab.report import LEAST_TURNS, NOT_YET, table_of, write_whole
+from taskgpt.lab.report import LEAST_TURNS, NOT_YET, table_of
 from taskgpt.lab.results import Result, Results
 from taskgpt.lab.turns import FACTORS
 
@@ -164,7 +165,7 @@ def _verdict(before: tuple[float, float] | None, after: tuple[float, float] | No
 
 
 def write(results: Results) -> list[Path]:
-    """Write compare.csv, compare.md and compare.html beside the results; return their paths. Raises OSError."""
+    """Write compare.csv, compare.md and compare.html beside the results; return their paths. Raises UserError."""
     found, folder = tables(results), results.path.parent
     machine = {"caption": "machine", "head": ["", ""], "rows": [[key, value] for key, value in results.machine.items()]}
     markdown = "\n\n".join([to_markdown(found[0]), f"{known(results)}.", *map(to_markdown, [*found[1:], machine])])

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from taskgpt.files import write_whole
 from taskgpt.lab.efficiency import longest_path
-from taskgpt.lab.report import write_whole
 from taskgpt.lab.trace import Trace, TracedGraph
 from taskgpt.tasks.picture import COLOURS
 
@@ -18,7 +18,7 @@ TEMPLATE = Path(__file__).with_name("page.html")
 def write(traces: Sequence[Trace], path: str | Path, title: str, tables: Sequence[dict[str, Any]] = ()) -> None:
     """Write the page, whole or not at all: traces one above the other, each from its own beginning, then tables.
 
-    A table has a caption, a head (a list of words) and rows of words. Raises OSError.
+    A table has a caption, a head (a list of words) and rows of words. Raises UserError.
     """
     data = {"title": title, "traces": [_data(trace) for trace in traces], "tables": list(tables), "colours": COLOURS}
     words = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")  # nothing ends the script early

@@ -13,7 +13,6 @@ which shares a gap among its causes.
 """
 
 import itertools
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from time import localtime, strftime
 import numpy as np
 
 from taskgpt.errors import shorten
+from taskgpt.files import replacing
 from taskgpt.lab import paraver_views
 from taskgpt.lab.idle import CAUSES, gaps
 from taskgpt.lab.layout import label
@@ -38,7 +38,7 @@ _CHUNK = 20_000  # lines in memory at a time
 
 
 def write(trace: Trace, path: str | Path) -> None:
-    """Write path, a .prv, and the .pcf, .row and .cfgs beside it, each file whole or not at all. Raises OSError."""
+    """Write path, a .prv, and the .pcf, .row and .cfgs beside it, each file whole or not at all. Raises OSError or UserError."""
     path = Path(path)
     _put(path.with_suffix(".pcf"), iter([_pcf(trace)]))
     _put(path.with_suffix(".row"), _row(trace.workers))
@@ -56,19 +56,14 @@ def _row(workers: int) -> Iterator[str]:
 
 
 def _put(path: Path, lines: Iterator[str]) -> None:
-    part = Path(f"{path}.part")
-    try:
-        with open(part, "w", encoding="utf-8") as file:
-            waiting: list[str] = []
-            for line in lines:
-                waiting.append(line)
-                if len(waiting) == _CHUNK:
-                    file.write("\n".join(waiting) + "\n")
-                    waiting.clear()
-            file.write("\n".join([*waiting, ""]))
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(path) as file:
+        waiting: list[str] = []
+        for line in lines:
+            waiting.append(line)
+            if len(waiting) == _CHUNK:
+                file.write(("\n".join(waiting) + "\n").encode())
+                waiting.clear()
+        file.write("\n".join([*waiting, ""]).encode())
 
 
 @dataclass(frozen=True)

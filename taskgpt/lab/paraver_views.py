@@ -8,8 +8,7 @@ import re
 from pathlib import Path
 
 from taskgpt.errors import shorten
-from taskgpt.files import read_text
-from taskgpt.lab.report import write_whole
+from taskgpt.files import read_text, write_whole
 from taskgpt.lab.rules import RuleError, reading
 
 _THREAD_OF = {True: "State As Is", False: "Last Evt Val"}  # Paraver's functions that make a timeline of records
@@ -17,7 +16,7 @@ _ANY = "1" + "0" * 18 + ".000000000000"
 
 
 def write(folder: Path, timelines: dict[str, tuple[str, int | None]], profiled: str) -> None:
-    """Write FILE.cfg for each (title, type of events; None = states), and profile.cfg of one, each whole or not at all. Raises OSError."""
+    """Write FILE.cfg for each (title, type of events; None = states), and profile.cfg of one, each file whole. Raises UserError."""
     folder.mkdir(exist_ok=True)
     for file, (title, event_type) in timelines.items():
         text = _head(1, f"{title} of every worker over time.") + _timeline(1, title, event_type)

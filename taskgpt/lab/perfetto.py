@@ -7,7 +7,6 @@ Processes and threads count from 1: Perfetto reads a tid of 0 as none, puts its 
 import bisect
 import itertools
 import json
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from taskgpt.errors import shorten
+from taskgpt.files import replacing
 from taskgpt.lab.rules import RuleError, reading
 from taskgpt.lab.trace import Trace
 
@@ -26,23 +26,18 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 
 def write(trace: Trace, path: str | Path, arrows: bool = False) -> None:
     """Write the file, whole or not at all; with `arrows`, a flow along every dependency. Raises OSError."""
-    part = Path(f"{path}.part")
-    try:
-        with open(part, "w", encoding="utf-8") as file:
-            file.write('{"displayTimeUnit": "ns", "otherData": ' + json.dumps(trace.about) + ', "traceEvents": [\n')
-            lines: list[str] = []
-            comma = ""
-            for event in _events(trace, arrows):
-                lines.append(json.dumps(event, separators=(",", ":")))
-                if len(lines) == _CHUNK:
-                    file.write(comma + ",\n".join(lines))
-                    lines, comma = [], ",\n"
-            if lines:
-                file.write(comma + ",\n".join(lines))
-            file.write("\n]}\n")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.write(f'{{"displayTimeUnit": "ns", "otherData": {json.dumps(trace.about)}, "traceEvents": [\n'.encode())
+        lines: list[str] = []
+        comma = ""
+        for event in _events(trace, arrows):
+            lines.append(json.dumps(event, separators=(",", ":")))
+            if len(lines) == _CHUNK:
+                file.write((comma + ",\n".join(lines)).encode())
+                lines, comma = [], ",\n"
+        if lines:
+            file.write((comma + ",\n".join(lines)).encode())
+        file.write(b"\n]}\n")
 
 
 def _events(trace: Trace, arrows: bool) -> Iterator[dict[str, Any]]:

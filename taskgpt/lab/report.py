@@ -3,14 +3,12 @@
 import argparse
 import json
 import math
-import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -18,7 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from taskgpt.errors import UserError, shorten
-from taskgpt.files import as_written
+from taskgpt.files import as_written, verify_can_write, write_whole
 from taskgpt.lab import layout, machine
 from taskgpt.lab.disturbance import Disturbance
 
@@ -31,7 +29,7 @@ class Report:
     """What a benchmark prints, line by line, and at the end writes to its `--json` file.
 
     `columns` of a table map a heading to (key of the row, format): rows are dictionaries, and may hold more than is printed. None is
-    shown as a dash. Raises OSError at once, rather than after all rounds, if the file cannot be written.
+    shown as a dash. Raises UserError at once, rather than after all rounds, if the file cannot be written.
     """
 
     def __init__(self, flags: argparse.Namespace):
@@ -39,7 +37,7 @@ class Report:
         settings = {key: value for key, value in vars(flags).items() if not callable(value)}
         self._record: dict[str, Any] = {"settings": settings, "machine": machine.describe(), "notes": {}}
         if self._file is not None:
-            open(self._file, "ab").close()
+            verify_can_write(self._file)
         for key, value in self._record["machine"].items():
             print(f"{key:10} {value}")
 
@@ -93,18 +91,6 @@ def progress(budget_s: float, pause_s: float = 0.0) -> Iterator[Callable[..., No
             bar.update(task, total=total, completed=min(passed, total), total_s=words, description=escape(line))
 
         yield show
-
-
-def write_whole(path: str | Path, text: str) -> None:
-    """Write a text file, whole or not at all. Raises OSError."""
-    part = Path(f"{path}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None  # the part's name means nothing to the user
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def table_of(caption: str, columns: dict[str, tuple[str, str]], rows: Sequence[dict[str, Any]]) -> layout.Table:

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Self
 
 from taskgpt.errors import UserError, shorten
-from taskgpt.files import fill, read_json
+from taskgpt.files import fill, read_json, write_whole
 from taskgpt.lab import machine
 from taskgpt.lab.cells import WHOLE_TENSOR, Cell
 from taskgpt.lab.named import make_config
-from taskgpt.lab.report import interval_words, median_interval, write_whole
+from taskgpt.lab.report import interval_words, median_interval
 from taskgpt.lab.turns import MOST_MS, First
 
 VERSION = 1
@@ -132,7 +132,7 @@ class Results:
         return cls(file, saved["machine"], found)
 
     def save(self) -> None:
-        """Write the file, whole or not at all. Raises OSError."""
+        """Write the file, whole or not at all. Raises UserError."""
         saved = asdict(_Saved(VERSION, self.machine, list(self.found.values())))
         write_whole(self.path, json.dumps(saved, indent=1, allow_nan=False) + "\n")
 

@@ -13,7 +13,6 @@ overlap: then tasks of a run wait for those of the run before that they depend o
 
 import itertools
 import json
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -25,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from taskgpt.errors import UserError, shorten
-from taskgpt.files import fill
+from taskgpt.files import fill, replacing
 from taskgpt.lab import trace_file
 from taskgpt.lab.rules import whole
 from taskgpt.schedulers import Scheduler, loops
@@ -186,13 +185,8 @@ class Trace:
         arrays |= {"runs": self.runs, "records": self.records, "others": self.others}
         arrays |= {f"{name}-{at}": getattr(graph, name) for at, graph in enumerate(self.graphs) for name in TracedGraph.ARRAYS}
         arrays |= {f"edges-{at}": edges.ravel() for at, edges in enumerate(self.edges.values())}
-        part = f"{path}.part"
-        try:
-            with open(part, "wb") as file:
-                np.savez_compressed(file, **arrays)
-            os.replace(part, path)
-        finally:
-            Path(part).unlink(missing_ok=True)
+        with replacing(path) as file:
+            np.savez_compressed(file, **arrays)
 
     @classmethod
     def load(cls, path: str | Path) -> "Trace":

@@ -16,13 +16,11 @@ from typing import Any
 
 from taskgpt.config import GraphConfig, find_file, load_graph
 from taskgpt.errors import UserError
-from taskgpt.files import fill, parse_toml, read_json, read_text, read_toml
+from taskgpt.files import cannot_write, fill, parse_toml, read_json, read_text, read_toml, write_whole
 from taskgpt.gpt2.datasets import user_cache
 from taskgpt.gpt2.model import Tiles
-from taskgpt.gpt2.tokens import cannot_write
 from taskgpt.lab import machine
 from taskgpt.lab.cells import Changes
-from taskgpt.lab.report import write_whole
 
 _LINE = re.compile(r"(?P<key>\w+)(?P<equals>\s*=\s*)(?P<value>\"[^\"]*\"|[^#\s]+)(?P<gap>\s*)(?P<comment>#.*)?$")
 
@@ -100,13 +98,13 @@ def make_folder(folder: Path) -> None:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file, and the folder that it is in. Raises UserError or OSError."""
+    """Write a file, and the folder that it is in. Raises UserError."""
     make_folder(path.parent)
     write_whole(path, text)
 
 
 def remember(config: GraphConfig, workers: int, tiles: Tiles, settings: dict[str, str], made: str) -> Path:
-    """Keep tiles in the cache, with what else `_Remembered` has; return the file. Raises UserError or OSError."""
+    """Keep tiles in the cache, with what else `_Remembered` has; return the file. Raises UserError."""
     key = _key(config, workers)
     path = _path(key)
     write(path, json.dumps(dataclasses.asdict(_Remembered(key, tiles, settings, made)), indent=1) + "\n")
