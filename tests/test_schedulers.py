@@ -4,12 +4,14 @@ import asyncio
 import contextlib
 import errno
 import gc
+import importlib.machinery
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+import types
 import urllib.request
 import weakref
 from collections.abc import Iterator
@@ -735,6 +737,25 @@ class TestLocalCluster:
         assert result.returncode == 1
         assert result.stderr.count("Traceback") == 1
         assert "put what opens the scheduler below `if __name__ ==" in result.stderr.splitlines()[-1]
+
+    @pytest.mark.parametrize(
+        ("module", "file", "is_refused"),
+        [
+            ("package.__main__", "__main__.py", False),
+            ("__main__", "__main__.py", False),
+            (None, "ipython.py", False),
+            ("package.program", "program.py", True),
+            (None, "program.py", True),
+        ],
+    )
+    def test_a_guard_is_asked_for_where_the_program_is_imported_anew(self, module, file, is_refused, tmp_path, monkeypatch):
+        """Which `python -m package` is not, nor ipython: the same as multiprocessing's own rule."""
+        (tmp_path / file).write_text("print()\n")
+        main = types.ModuleType("__main__")
+        main.__file__, main.__spec__ = str(tmp_path / file), module and importlib.machinery.ModuleSpec(module, None)
+        monkeypatch.setitem(sys.modules, "__main__", main)
+        with pytest.raises(UserError, match="put what opens") if is_refused else contextlib.nullcontext():
+            local_cluster._verify_can_start_processes()
 
     def test_no_semaphores(self, monkeypatch):
         """Without /dev/shm there are no worker processes, and the error says so."""

@@ -211,7 +211,10 @@ def _verify_can_start_processes() -> None:
     except OSError as error:
         what = f"worker processes need /dev/shm, which is missing, full or not writable here ({error.strerror})"
         raise UserError(f"{what}; mend that, or take processes=false") from None
-    program = getattr(sys.modules["__main__"], "__file__", None)
+    main = sys.modules["__main__"]
+    module, program = getattr(getattr(main, "__spec__", None), "name", ""), getattr(main, "__file__", None)
+    if module.split(".")[-1] == "__main__" or (not module and program and Path(program).stem == "ipython"):
+        return  # `python -m package`, and `ipython`, are what multiprocessing does not import anew
     with suppress(OSError, UnicodeDecodeError):
         if program and program.endswith(".py") and "__name__" not in Path(program).read_text(encoding="utf-8"):
             raise UserError(f"{program}: worker processes cannot start; {_GUARD}")
