@@ -17,14 +17,25 @@ runtime's own threads, `x.compute(scheduler=taskgpt.get)`.
 
 import itertools
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from taskgpt.errors import begin_program
 
 __all__ = ["get"]
 
+
 # `python -m taskgpt.train` imports this package first, and looks for the module then; what it imports may take seconds.
-if sys.argv[:1] == ["-m"] and any(a == "-m" and b.partition(".")[0] == __name__ for a, b in itertools.pairwise(sys.orig_argv)):
+def _is_our_program(words: Sequence[str]) -> bool:
+    """Return True if one of the words is -m taskgpt..., also as -mtaskgpt... and behind other letters: -um taskgpt..."""
+    for word, following in itertools.pairwise([*words, ""]):
+        _, option, module = word.partition("m")
+        if option and word.startswith("-") and not word.startswith("--") and (module or following).partition(".")[0] == __name__:
+            return True
+    return False
+
+
+if sys.argv[:1] == ["-m"] and _is_our_program(sys.orig_argv):
     begin_program()
 
 

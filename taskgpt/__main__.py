@@ -32,10 +32,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb == "sizes":
         return sizes(rest)
     if verb in ("-h", "--help"):
-        print(__doc__ or f"verbs: {', '.join(PROGRAMS)}, sizes")  # none under python -OO
-        return 0
+        return run_program("taskgpt", print_help)
     print(f"taskgpt: error: unknown verb '{shorten(verb)}'{did_you_mean(verb, [*PROGRAMS, 'sizes'])}", file=sys.stderr)
     return 2
+
+
+def print_help() -> int:
+    print(__doc__ or f"verbs: {', '.join(PROGRAMS)}, sizes")  # none under python -OO
+    return 0
 
 
 def sizes(argv: Sequence[str]) -> int:

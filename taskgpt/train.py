@@ -155,7 +155,7 @@ def train(flags: argparse.Namespace, report: Report, stop: StopRequest) -> int:
 
     found = disturbance.found(machine.usable_cores())
     setup = flags, graph_config, scheduler_config, scheduler.workers, data.description
-    report.summary(summarize(*setup, m, step_graphs[0], seconds, memory, found), is_wanted=not stop.is_requested)
+    report.summary(summarize(*setup, m, step_graphs[0], seconds, memory, found), is_wanted=bool(seconds))
     report.notes(dataclasses.replace(found, variables={}).notes())  # of those it was told before
     if flags.trace is not None and (seconds or not has_trace(flags.trace)):  # after what a full disk cannot take away
         about = {"command": shlex.join(["taskgpt", "train", *flags.argv]), "machine": machine.describe()}

@@ -26,6 +26,12 @@ def test_a_reader_of_the_help_may_leave():
     assert (done.returncode, done.stdout, done.stderr) == (0, "T", "")
 
 
+def test_a_reader_of_the_help_has_left():
+    """Also where every line is written at once."""
+    done = program("taskgpt -h", "(sleep 0.2; PYTHONUNBUFFERED=1 {}; echo $? >&2) | true")
+    assert done.stderr == "1\n"
+
+
 def test_output_is_closed_or_full():
     """Said in one line, with exit code 2."""
     done = program("taskgpt sizes tiny", "{} >&-")
@@ -48,8 +54,9 @@ def test_too_small_an_address_space_is_said():
     assert re.fullmatch(r"taskgpt: error: the address space is limited to 488 MiB; .*\n", done.stderr)
 
 
-def test_ctrl_c_while_modules_are_imported():
-    """A module that never ends its import stands for what takes seconds."""
+@pytest.mark.parametrize("words", [["-m", "taskgpt.train"], ["-um", "taskgpt.train"], ["-mtaskgpt.train"], ["-B", "-Imtaskgpt"]])
+def test_ctrl_c_while_modules_are_imported(words):
+    """A module that never ends its import stands for what takes seconds; however the interpreter is told to run ours."""
     code = (
         "import sys, runpy, importlib.abc, os, signal\n"
         "class Stop(importlib.abc.MetaPathFinder):\n"
@@ -58,7 +65,7 @@ def test_ctrl_c_while_modules_are_imported():
         "            os.kill(os.getpid(), signal.SIGINT)\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "sys.meta_path.insert(0, Stop())\n"
-        "sys.orig_argv = ['python', '-m', 'taskgpt.train']\n"
+        f"sys.orig_argv = {['python', *words]}\n"
         "sys.argv = ['-m']\n"
         "import taskgpt\n"
         "runpy.run_module('taskgpt.train', run_name='__main__')\n"

@@ -288,6 +288,18 @@ def test_no_steps_replace_no_checkpoint(text, tmp_path, capsys):
     assert Path(first).read_bytes() == Path(second).read_bytes()
 
 
+def test_no_steps_replace_no_log(text, tmp_path, capsys):
+    """An earlier log stays; a new one has the summary."""
+    log = tmp_path / "log.jsonl"
+    flags = [*TINY, "--data", text, "--steps", "0", "--log"]
+    log.write_text('{"step": 0}\n')
+    assert main([*flags, str(log)]) == 0
+    assert log.read_text() == '{"step": 0}\n'
+    assert "log.jsonl stays as it was" in capsys.readouterr().out.replace("\n", "")
+    assert main([*flags, str(tmp_path / "new.jsonl")]) == 0
+    assert records(tmp_path / "new.jsonl")[-1]["summary"]["steps"] == 0
+
+
 def test_a_checkpoint_may_be_read_and_replaced(text, tmp_path, capsys):
     """--init and --save of one file: as with two."""
     first, second = str(tmp_path / "first.bin"), str(tmp_path / "second.bin")
