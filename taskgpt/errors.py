@@ -39,8 +39,9 @@ def shorten(text: object, most: int = 200) -> str:
     What a terminal would not print as it is, line ends and escapes, is written as Python writes it.
     """
     text = str(text)
-    text = text if len(text) <= most else f"{text[: most // 2 - 3]}...{text[-(most // 2) :]}"
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    text = text if len(text) <= 2 * most else text[:most] + text[-most:]  # more than is shown, and not all of a huge one
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return text if len(text) <= most else f"{text[: most // 2 - 3]}...{text[-(most // 2) :]}"
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

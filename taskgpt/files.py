@@ -33,19 +33,20 @@ MOST_INT = 2**63 - 1
 def read_bytes(path: str | Path, most: int) -> bytes:
     """Return what is in a regular file of at most so many bytes. Raises UserError."""
     try:
-        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # not waiting for who might write into a pipe
-        with open(file, "rb") as opened:
-            kind = os.fstat(file).st_mode
-            if not stat.S_ISREG(kind):
-                raise UserError(f"{path}: cannot read: {_kind(kind)}; choose a file")
-            data = opened.read(most + 1)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # not waiting for who might write into a pipe
+        kind = os.fstat(descriptor).st_mode
+        if not stat.S_ISREG(kind):
+            os.close(descriptor)
+            raise UserError(f"{shorten(path)}: cannot read: {_kind(kind)}; choose a file")
+        with open(descriptor, "rb") as file:
+            data = file.read(most + 1)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise UserError(f"{shorten(path)}: no such file") from None
     except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{shorten(path)}: cannot read: {reason}; choose a file that you may read") from None
     if len(data) > most:
-        raise UserError(f"{path}: more than {most:,} bytes, which is too large for what it should be; choose another file")
+        raise UserError(f"{shorten(path)}: more than {most:,} bytes, which is too large for what it should be; choose another file")
     return data
 
 
@@ -66,21 +67,21 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 
 def read_json(path: str | Path, most_bytes: int = JSON_BYTES) -> Any:
     """Return what a JSON file holds. Raises UserError."""
-    return _parsed(path, "JSON", most_bytes, lambda text: json.loads(text, object_pairs_hook=_object, parse_constant=_no_number))
+    return _parsed(path, "JSON", most_bytes, parse_json)
 
 
 def _parsed(path: str | Path, kind: str, most: int, parse: Callable[[str], Any]) -> Any:
     data = read_bytes(path, most)
     if not data.strip():
-        raise UserError(f"{path}: not a {kind} file: it is empty")
+        raise UserError(f"{shorten(path)}: not a {kind} file: it is empty")
     try:
         return parse(data.decode("utf-8-sig"))
     except RecursionError:
-        raise UserError(f"{path}: not a {kind} file that can be read: it is nested too deeply") from None
+        raise UserError(f"{shorten(path)}: not a {kind} file that can be read: it is nested too deeply") from None
     except MemoryError:
-        raise UserError(f"{path}: its {len(data):,} bytes of {kind} need more memory than there is") from None
+        raise UserError(f"{shorten(path)}: its {len(data):,} bytes of {kind} need more memory than there is") from None
     except ValueError as error:  # of the parsers, of decoding, and of int() for thousands of digits
-        raise UserError(f"{path}: not a {kind} file: {shorten(error)}") from None
+        raise UserError(f"{shorten(path)}: not a {kind} file: {shorten(error)}") from None
 
 
 def parse_toml(text: str) -> dict[str, Any]:
@@ -103,6 +104,14 @@ def _no_number(word: str) -> None:
     raise ValueError(f"{word} is no number of JSON's")
 
 
+JSON = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_number)
+
+
+def parse_json(text: str) -> Any:
+    """Return what a JSON text says. Raises ValueError, also for a key that stands twice, or RecursionError as `parse_toml` does."""
+    return JSON.decode(text)
+
+
 def fill(cls: type, table: Any, where: str, elsewhere: Sequence[str] = ()) -> Any:
     """Return `cls(**table)`, whose fields may be dataclasses, lists, tuples and dictionaries of such.
 
@@ -121,7 +130,7 @@ def fill(cls: type, table: Any, where: str, elsewhere: Sequence[str] = ()) -> An
         _verify_limits(values[key], fields[key].metadata, f"{where}{key}")
     for key, field in fields.items():
         if key not in table and field.default is field.default_factory is dataclasses.MISSING:
-            raise UserError(f"{where}{key}: missing; add '{key} = ...'")
+            raise UserError(f"{where}{key}: missing")
     try:
         return cls(**values)
     except ValueError as error:
@@ -138,18 +147,25 @@ def _checked(wanted: Any, value: Any, where: str) -> Any:
         if dataclasses.is_dataclass(of) and isinstance(value, dict):
             return fill(of, value, f"{where}.")
         if of is list and isinstance(value, list):
-            return [_checked(parts[0], part, f"{where}[{at}]") for at, part in enumerate(value)]
+            return [_part(parts[0], part, f"{where}[{at}]") for at, part in enumerate(value)]
         if of is tuple and isinstance(value, list) and (parts[-1] is ... or len(parts) == len(value)):
             kinds = parts[:1] * len(value) if parts[-1] is ... else parts
-            return tuple(_checked(kind, part, f"{where}[{at}]") for at, (kind, part) in enumerate(zip(kinds, value, strict=True)))
+            return tuple(_part(kind, part, f"{where}[{at}]") for at, (kind, part) in enumerate(zip(kinds, value, strict=True)))
         if of is dict and isinstance(value, dict):
-            return {key: _checked(parts[1], part, f"{where}.{shorten(key)}") for key, part in value.items()}
+            return {key: _part(parts[1], part, f"{where}.{shorten(key)}") for key, part in value.items()}
         if of is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:  # not NaN
             return float(value)
         if of in (bool, int, str, types.NoneType) and type(value) is of:
             return value
     names = " or ".join(_name(each) for each in allowed)
     raise UserError(f"{where}: wanted {names}, got {as_written(value)}")
+
+
+def _part(wanted: Any, value: Any, where: str) -> Any:
+    """Return a part of a list, a tuple or a dictionary as `_checked` does; fields' limits are not for parts. Raises UserError."""
+    part = _checked(wanted, value, where)
+    _verify_limits(part, {}, where)
+    return part
 
 
 def _name(kind: Any) -> str:

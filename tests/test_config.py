@@ -1,5 +1,6 @@
 """Configurations: whatever a person writes into a file or behind `--set` is taken, or its mistake told in one line."""
 
+import dataclasses
 import errno
 import os
 import re
@@ -10,7 +11,7 @@ import pytest
 from taskgpt import config as config_module
 from taskgpt.config import available, find_file, load_graph, load_scheduler, parse_settings
 from taskgpt.errors import UserError, shorten
-from taskgpt.files import as_written
+from taskgpt.files import as_written, fill, read_bytes, read_text
 from taskgpt.gpt2.program import training_graph
 from taskgpt.lab.named import make, named_config
 
@@ -110,7 +111,7 @@ def test_files_of_other_systems_are_read(tmp_path, change):
     assert load_graph(str(tmp_path / "tiny.toml")) == load_graph("tiny")
 
 
-@pytest.mark.parametrize("address", ["tcp://10.0.0.1:8786", "tls://x:1", "localhost:8786", "[::1]:8786"])
+@pytest.mark.parametrize("address", ["tcp://10.0.0.1:8786", "tls://x:1", "TCP://h", "localhost:8786", "[::1]:8786"])
 def test_a_cluster_by_address_is_no_file(address):
     """Said at once, where a scheduler's name is wanted."""
     for load in (load_scheduler, lambda name: named_config(name, 2)):
@@ -197,3 +198,40 @@ def test_what_a_message_repeats_is_short_and_on_one_line():
     assert shorten("é" * 200) == "é" * 200
     assert shorten("a" * 5000 + "b" * 5000, most=20) == "aaaaaaa...bbbbbbbbbb"
     assert shorten("two\nlines\x1b[31m") == r"two\nlines\x1b[31m"
+    assert max(len(shorten(c * n)) for c in ("\0", "\U000e0001", "a") for n in (20, 199, 200, 201, 400, 10**6)) == 200
+
+
+def test_integers_have_64_bits_wherever_they_stand():
+    """In lists, tuples and tables too."""
+
+    @dataclasses.dataclass
+    class Numbers:
+        a: list[int] = dataclasses.field(default_factory=list)
+        b: tuple[int, str] = (1, "")
+        c: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+
+    assert fill(Numbers, {"a": [2**63 - 1]}, "x: ").a == [2**63 - 1]
+    for table, place in (({"a": [1, 2**63]}, "a[1]"), ({"b": [2**63, ""]}, "b[0]"), ({"c": {"d": [2**63]}}, "c.d[0]")):
+        with pytest.raises(UserError, match=re.escape(f"x: {place}: wanted at most 9,223,372,036,854,775,807")):
+            fill(Numbers, table, "x: ")
+
+
+def test_what_cannot_be_read_leaves_nothing_open(tmp_path):
+    """A folder, read again and again."""
+    before = os.listdir("/proc/self/fd")
+    for _ in range(5):
+        with pytest.raises(UserError, match=r"Is a directory; choose a file$"):
+            read_bytes(tmp_path, 100)
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
+def test_a_long_path_is_repeated_in_short(tmp_path):
+    folder = tmp_path / ("a" * 200) / ("b" * 200)
+    folder.mkdir(parents=True)
+    (folder / "empty").touch()
+    (folder / "large").write_bytes(bytes(100_000))
+    (folder / "latin").write_bytes(b"\xff")
+    for name in ("none", "empty", "large", "latin", "."):
+        with pytest.raises(UserError) as told:
+            read_text(folder / name)
+        assert len(str(told.value)) < 350

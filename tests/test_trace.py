@@ -169,11 +169,17 @@ DAMAGED_ARRAYS = {  # what the message says, and what is done to the arrays of a
     "of version 7": lambda a: a.update(head=as_bytes({"taskgpt_trace": 7})),
     "not eight bits": lambda a: a.update(head=np.frombuffer(b"\xff\xfe", np.uint8)),
     "surrogates not allowed": lambda a: a.update(about=as_bytes({**ABOUT, "a": "\ud800"})),
+    "head.edges[0][0]: wanted at most 9,223,372,036,854,775,807": lambda a: a.update(head=changed(a["head"], edges=[[10**3000, 1]])),
+    "the key 'workers' stands twice": lambda a: a.update(about=np.frombuffer(b'{"workers": 1, "workers": 1}', np.uint8)),
     "edges between graphs 0 and 1": lambda a: a["edges-0"].__setitem__(0, 10**9),
     "edges between graphs 0 and 1 that": lambda a: a.update({"edges-0": a["records"][:2]}),
     "bytes of so small a file": lambda a: a.update(extra=np.zeros(10**7, np.int64)),
 }
 ABOUT = {"scheduler": "x", "workers": 1, "is_fork_join": False}
+
+
+def changed(text: np.ndarray, **changes: object) -> np.ndarray:
+    return as_bytes(json.loads(text.tobytes()) | changes)
 
 
 def as_bytes(found: object) -> np.ndarray:
@@ -196,6 +202,18 @@ def test_numbers_that_cannot_be_are_refused(message, tmp_path, capsys):
         assert message.replace("not eight bits", "'utf-8' codec can't decode") in error
         assert len(error) < 1000
         assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2])
+def test_a_compression_that_numpy_never_writes_is_refused(method, tmp_path):
+    """Before anything of it is unpacked, which here is noise."""
+    traced("sequential", order=(0, 1)).save(tmp_path / "trace.npz")
+    data = bytearray((tmp_path / "trace.npz").read_bytes())
+    for at in (8, data.index(b"PK\x01\x02") + 10):  # the first member's, before it and in the directory
+        data[at : at + 2] = struct.pack("<H", method)
+    (tmp_path / "trace.npz").write_bytes(data)
+    with pytest.raises(UserError, match=r"about\.npy: compressed in a way that NumPy never writes"):
+        Trace.load(tmp_path)
 
 
 def test_a_size_that_is_not_true_is_refused(tmp_path):
@@ -582,6 +600,33 @@ def test_broken_chrome_json_is_found(broken, message, tmp_path):
     path.write_text(json.dumps(whole))
     with pytest.raises(RuleError, match=message):
         perfetto.check(path)
+
+
+@pytest.mark.parametrize(("tail", "message"), [("{}", "wanted the end, got {}"), (" x", "wanted the end, got x")])
+def test_chrome_json_ends_where_it_ends(tail, message, tmp_path):
+    """Space may follow, nothing else; and NaN is no number."""
+    traced("sequential").save(tmp_path / "trace.npz")
+    formats.export(Trace.load(tmp_path), tmp_path, ["perfetto"])
+    text = (tmp_path / "perfetto.json").read_text()
+    (tmp_path / "perfetto.json").write_text(text + "\n \n")
+    assert perfetto.check(tmp_path / "perfetto.json")["tasks"] > 0
+    (tmp_path / "perfetto.json").write_text(text + tail)
+    with pytest.raises(RuleError, match=message):
+        perfetto.check(tmp_path / "perfetto.json")
+    (tmp_path / "perfetto.json").write_text(text.replace('"otherData": {', '"otherData": {"a": NaN, ', 1))
+    with pytest.raises(RuleError, match="NaN is no number"):
+        perfetto.check(tmp_path / "perfetto.json")
+
+
+def test_threads_of_two_processes_may_have_one_number(tmp_path):
+    """Their slices may overlap; each wants a name of its own."""
+    events = [{"ph": "M", "pid": pid, "tid": 1, "name": "thread_name", "args": {"name": "a"}} for pid in (1, 2)]
+    events += [{"ph": "X", "pid": pid, "tid": 1, "ts": 1, "dur": 5, "name": "a"} for pid in (1, 2)]
+    (tmp_path / "x.json").write_text(json.dumps({"traceEvents": events}))
+    assert perfetto.check(tmp_path / "x.json")["tasks"] == 2
+    (tmp_path / "x.json").write_text(json.dumps({"traceEvents": events[1:]}))
+    with pytest.raises(RuleError, match="a track with a name"):
+        perfetto.check(tmp_path / "x.json")
 
 
 def read_csv(path) -> list[dict]:

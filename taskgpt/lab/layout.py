@@ -14,7 +14,7 @@ _NUMBER = re.compile(r"[-+]?[\d.,]+%?(-[\d.,]+)?")  # and ranges of two
 
 def label(name: str) -> str:
     """Return a name as files of lines and fixed sizes can hold it: one line of 1 to 120 printable characters."""
-    return shorten(name, 120)[:120] or "no name"
+    return shorten(name, 120) or "no name"
 
 
 def to_text(table: Table) -> str:

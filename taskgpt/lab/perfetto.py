@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from taskgpt.errors import shorten
-from taskgpt.files import replacing
+from taskgpt.files import JSON, replacing
 from taskgpt.lab.rules import RuleError, reading
 from taskgpt.lab.trace import Trace
 
@@ -119,9 +119,9 @@ def check(path: str | Path) -> dict[str, int]:
 
 def _check(path: str | Path, events: Iterator[Any]) -> dict[str, int]:
     counts = {"tasks": 0, "counters": 0, "arrows": 0}
-    named: set[int] = set()
-    tracks: dict[int, list[tuple[float, float, int]]] = {}  # (begin, end, number of the event) of each slice
-    ends: list[tuple[int, float, int]] = []  # (track, time, number) of each arrow's
+    named: set[tuple[int, int]] = set()  # pid and tid of a track
+    tracks: dict[tuple[int, int], list[tuple[float, float, int]]] = {}  # (begin, end, number of the event) of each slice
+    ends: list[tuple[tuple[int, int], float, int]] = []  # (track, time, number) of each arrow's
     open_arrows: dict[int, float] = {}
     for at, event in enumerate(events):
 
@@ -131,8 +131,8 @@ def _check(path: str | Path, events: Iterator[Any]) -> dict[str, int]:
         kind = event.get("ph") if isinstance(event, dict) else None
         if kind not in ("M", "X", "C", "s", "f"):
             raise wrong("ph M, X, C, s or f")
-        track, moment = event.get("tid", 0 if kind in "Xsf" else 1), event.get("ts", 0 if kind == "M" else None)
-        if not all(type(number) is int and number >= 1 for number in (event.get("pid"), track)):
+        track, moment = (event.get("pid"), event.get("tid", 0 if kind in "Xsf" else 1)), event.get("ts", 0 if kind == "M" else None)
+        if not all(type(number) is int and number >= 1 for number in track):
             raise wrong("integers for pid and tid from 1 on: Perfetto takes 0 for none")
         if type(moment) not in (int, float) or not 0 <= moment < 2**53:
             raise wrong("a time of 0 or more")
@@ -174,7 +174,7 @@ def _check(path: str | Path, events: Iterator[Any]) -> dict[str, int]:
 
 def _read(text: str) -> Iterator[Any]:
     """Yield the events of a text in JSON, one after the other: all at once would take twenty times the text's memory."""
-    decode = json.JSONDecoder().raw_decode
+    decode = JSON.raw_decode
 
     def mark(at: int, wanted: str) -> tuple[str, int]:
         at = _SPACE.match(text, at).end()
@@ -195,5 +195,7 @@ def _read(text: str) -> Iterator[Any]:
         else:
             _, at = decode(text, _SPACE.match(text, at).end())
         sign, at = mark(at, ",}")
+    if (at := _SPACE.match(text, at).end()) < len(text):
+        raise ValueError(f"character {at}: wanted the end, got {shorten(text[at : at + 40])}")
     if not has_events:
         raise ValueError("wanted traceEvents, got none")

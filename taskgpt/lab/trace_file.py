@@ -5,7 +5,6 @@ JSON as arrays of bytes. Headers are compared with those of the types that may b
 """
 
 import io
-import json
 import re
 import struct
 import zipfile
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from taskgpt.errors import shorten
+from taskgpt.files import parse_json
 
 _MOST_TIMES = 64  # what is unpacked is so much larger than the file at most: traces of GPT-2 are 6 times as large
 _SPARE_BYTES = 1 << 20  # small files compress better
@@ -34,6 +34,8 @@ def unpacked(data: bytes, types: Iterable[np.dtype]) -> dict[str, np.ndarray]:
                 raise ValueError(f"wanted at most {most:,} bytes of so small a file, got {unpacked:,}")
             if len({info.filename for info in infos}) < len(infos):
                 raise ValueError("a name stands twice in it")
+            if other := [info.filename for info in infos if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)]:
+                raise ValueError(f"{shorten(other[0])}: compressed in a way that NumPy never writes")
             found = {}
             for info in infos:
                 with members.open(info) as member:
@@ -59,7 +61,7 @@ def _array(data: bytes, name: str, known: Mapping[str, np.dtype]) -> np.ndarray:
 def parsed(text: np.ndarray) -> Any:
     """Return what JSON in an array of bytes says. Raises ValueError; also if it is nested too deeply to be written again."""
     try:
-        found = json.loads(text.tobytes().decode("utf-8"), parse_constant=_refuse)
+        found = parse_json(text.tobytes().decode("utf-8"))
         pending = [(found, 0)]
         while pending:
             value, depth = pending.pop()
@@ -72,7 +74,3 @@ def parsed(text: np.ndarray) -> Any:
     except RecursionError:
         raise ValueError("JSON that is nested too deeply") from None
     return found
-
-
-def _refuse(word: str) -> None:
-    raise ValueError(f"{word} is no number of JSON's")
