@@ -3,7 +3,8 @@
 The map of the house; imports point one way, from the programs down to the tasks.
 
     train.py data.py bench.py show.py trace.py compare.py tune.py simulate.py   the programs: `python -m taskgpt.train`, or `taskgpt train`
-    config.py errors.py console.py      TOML files and flags to frozen dataclasses; mistakes and signals; what a person sees
+    config.py files.py                  TOML files and flags to frozen dataclasses; how a file is read, and written whole
+    errors.py console.py                mistakes and signals; what a person sees of a training run
     tasks/        room 1: kernels, accesses, tiles, graphs. Has heard of neither transformers nor threads
     schedulers/   room 2: ways to run a graph, one file per value of --scheduler
     gpt2/         room 3: GPT-2's kernels, tensors and program of tasks; data, checkpoints, sampling. Has never heard of schedulers

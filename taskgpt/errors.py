@@ -3,8 +3,9 @@
 A message says where, what was wanted, what was found, and what to do: `graphs/tiny.toml: unknown key 'row'; did you mean 'rows'?`
 
 A program ends with exit code 0, or with one line on standard error: 2 for what the user or the system can mend, 1 for a task or a worker
-that failed, 128 + n for a signal (130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP). A reader of its output that leaves, `head` say, ends it
-quietly, with 1. A signal that was ignored when the program began, as under nohup, stays ignored.
+that failed and for results that are not as they should be, 128 + n for a signal (130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP). A
+reader of its output that leaves, `head` say, ends it quietly, with 1. A signal that was ignored when the program began, as under nohup,
+stays ignored.
 """
 
 import atexit

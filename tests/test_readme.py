@@ -23,7 +23,7 @@ COMMANDS = [
 
 SMALL = {
     "compare": ("--turn", "0.01s", "--precision", "0.9", "--budget", "60s"),  # until six rounds are over
-    "tune": ("--budget", "6s"),
+    "tune": ("--budget", "15s"),  # the last race takes six rounds
     "simulate": ("--steps", "3", "--rounds", "1"),
     "step": ("--graphs", "tiny"),
     "roofline": ("--graphs", "tiny"),
