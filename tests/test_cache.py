@@ -615,3 +615,74 @@ def test_a_method_that_is_added_to_arrays_is_in_the_digest():
 def test_an_object_without_content_is_named():
     """Numba may freeze, and intrinsics may use, what nobody can compare: then no digest would tell."""
     assert digest_of("X", "object()")[1] == ["'X' is a builtins.object, whose changes a cache would not see"]
+
+
+PAIR_FILE = """
+    import numba
+    from taskgpt.tasks import InOut, dims, kernel
+
+    (R,) = dims("R")
+    G = 2.0
+
+    @numba.njit
+    def put(out, at):
+        out[at] = G
+
+    def make(body, beyond):
+        body = kernel(body)
+
+        @body.compiled
+        def _(out):
+            for i in range(out.shape[0] + beyond):
+                put(out, i)
+
+        return body
+
+    def one(out: InOut[R]): ...
+    def two(out: InOut[R]): ...
+    one, two = make(one, 0), make(two, 100)
+"""
+
+
+@pytest.fixture
+def load_pair(tmp_path, monkeypatch):
+    """Import PAIR_FILE as if in a new process."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "pair_module.py").write_text(textwrap.dedent(PAIR_FILE))
+
+    def load():
+        sys.modules.pop("pair_module", None)
+        return importlib.import_module("pair_module")
+
+    yield load
+    sys.modules.pop("pair_module", None)
+
+
+def test_a_helper_of_other_sources_beside_a_twin_from_the_cache(load_pair):
+    """A loaded twin says nothing of the helper in this process: the next twin, compiled, does not link what is old, nor keep it."""
+    assert load_pair().one.compile() is False
+    module = load_pair()
+    module.G = 1.0
+    module.put(np.zeros(1, np.float32), 0)
+    module.G = 2.0
+    assert module.one.compile() is True
+    assert module.two.compile() is False
+    out = np.zeros(200, np.float32)
+    module.two(out[:8])
+    assert out[0] == 2
+    module = load_pair()
+    assert module.two.compile() is True
+    module.two(out[100:108])
+    assert out[100] == 2
+
+
+def test_a_helper_without_checks_beside_a_checked_twin_from_the_cache(load_pair):
+    """The same with the checks of indices: they are in every helper of a checked twin."""
+    load_pair().one.bounds_checked.compile()
+    for was_cached in False, True:
+        module = load_pair()
+        module.one.compile()
+        assert module.one.bounds_checked.compile() is True
+        assert module.two.bounds_checked.compile() is was_cached
+        with pytest.raises(IndexError, match="out of bounds"):
+            module.two.bounds_checked(np.zeros(200, np.float32)[:8])

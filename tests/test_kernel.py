@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from numba.core.errors import NumbaError
 
+from taskgpt.config import load_scheduler
+from taskgpt.schedulers import open_scheduler
 from taskgpt.tasks import (
     AccessError,
     Commutative,
@@ -744,3 +746,34 @@ def test_threads_may_meet_an_uncompiled_twin_together():
         list(pool.map(first_call, outputs))
     assert (outputs == 2 * inp).all()
     assert len(double._twin.signatures) == 1
+
+
+@pytest.mark.parametrize("name", ["sequential", "native"])
+def test_the_twin_that_was_defined_last_runs(name):
+    """A cell of a notebook that defines a twin anew: graphs old and new run it, and what checks its indices is made of it."""
+
+    @kernel
+    def add(x: InOut[R]):
+        x += 1
+
+    def define(number: float) -> None:
+        @add.compiled
+        def _(x):
+            for i in range(x.shape[0]):
+                x[i] += number
+
+    define(1)
+    x = np.zeros(4, np.float32)
+    known, new = Graph(), Graph()
+    known.spawn(add, Tensor("x", x)[:])
+    chosen = load_scheduler(name, {"workers": 1})
+    with open_scheduler(chosen.scheduler, chosen.settings) as scheduler:
+        scheduler.run(known)
+        add.bounds_checked(x)
+        assert x[0] == 2
+        define(100)
+        scheduler.run(known)
+        new.spawn(add, Tensor("x", x)[:])
+        scheduler.run(new)
+        add.bounds_checked(x)
+        assert x[0] == 302

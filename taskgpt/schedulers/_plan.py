@@ -18,13 +18,14 @@ class Plan:
     """The arrays of a graph, all int64 (`first` arrays: what belongs to task n stands from first[n] to first[n + 1] of the other).
 
     Attributes: call_first, call_entry, call_words (addresses); successor_first, successor; indegree; sinks, the number of tasks without
-    successors; locks, lock_first, lock_of; priorities; seconds, the estimate for each task; scratch_bytes. None stands for what the graph
-    has not. Compiles the kernels. Raises ValueError if a priority is too large, TaskError, naming the first task of a kernel that does not
-    compile.
+    successors; locks, lock_first, lock_of; priorities; seconds, the estimate for each task; scratch_bytes; functions, what each kernel ran
+    when the plan was made, kept alive with its machine code. None stands for what the graph has not. Compiles the kernels.
+    Raises ValueError if a priority is too large, TaskError, naming the first task of a kernel that does not compile.
     """
 
     def __init__(self, graph: Graph):
         _compile(graph)
+        self.functions = [kernel.function for kernel in graph.kernels]
         tasks = graph.tasks
         self.tasks = len(tasks)
         calls = [call for task in tasks for call in task.calls]

@@ -105,5 +105,12 @@ class OncePerGraph(Generic[Plan]):
     def __call__(self, graph: Graph) -> Plan:
         known = self._kept.get(graph)
         if known is None or known[0] != len(graph.tasks):
-            known = self._kept[graph] = len(graph.tasks), self._prepare(graph)
+            return self.renew(graph)
         return known[1]
+
+    def renew(self, graph: Graph) -> Plan:
+        """Prepare a graph anew, as something else than its tasks has changed."""
+        count = len(graph.tasks)
+        plan = self._prepare(graph)
+        self._kept[graph] = count, plan
+        return plan

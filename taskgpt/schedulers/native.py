@@ -78,6 +78,7 @@ class Scheduler(OneAtATime):
         self.settings = settings
         self.workers = worker_count(settings.workers)
         self._plans = OncePerGraph(Plan)
+        self._kernels = OncePerGraph(lambda graph: graph.kernels)
         self._shares = OncePerGraph(_shares)
         self._edges: weakref.WeakKeyDictionary[Plan, weakref.WeakKeyDictionary] = weakref.WeakKeyDictionary()
         self._runs: list[_Run] = []  # under way: at most two, in order
@@ -237,6 +238,8 @@ class Scheduler(OneAtATime):
         if not self._table[r.FAILED]:
             self._has_told = False
         plan = self._plans(graph)
+        if plan.functions != [kernel.function for kernel in self._kernels(graph)]:
+            plan = self._plans.renew(graph)  # a kernel has got another compiled twin
         edges = self._edges_between(before, graph, plan) if before and not before.is_over else None
         if edges is None or not self._has_room(plan):
             before = None

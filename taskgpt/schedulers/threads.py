@@ -13,6 +13,8 @@ from taskgpt.schedulers._prepare import InTurn, OncePerGraph, worker_count
 from taskgpt.schedulers._record import Recorder
 from taskgpt.tasks import Graph, Task, coarsen, one_blas_thread
 
+_TOKEN = "0" * 32  # of a form that Dask's tools take off, so that the kernel's name is left
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -68,7 +70,7 @@ class Scheduler(InTurn):
 
     def _translate(self, graph: Graph) -> tuple[Mapping, list[tuple]]:
         """Return the Dask graph and its last keys. Dask's local schedulers remember nothing, so that every step can use the same keys."""
-        layers, last = self.as_run(graph).to_dask(lambda task: (self._call, task), token="step")
+        layers, last = self.as_run(graph).to_dask(lambda task: (self._call, task), token=_TOKEN)
         return layers.to_dict(), last
 
     def _call(self, task: Task, *_predecessors: None) -> None:

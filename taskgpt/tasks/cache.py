@@ -46,10 +46,12 @@ def compile_kept(function: Callable, signature: Any, name: str | None = None) ->
     function.compile(signature)
     function.disable_compile()
     compiled_from[function] = sources.digest()
-    for helper in sources.helpers:
-        if helper.signatures:
-            compiled_from[helper] = Sources(helper.py_func).digest()
-    return sources, bool(function.stats.cache_hits)
+    is_loaded = bool(function.stats.cache_hits)
+    if not is_loaded:  # else nothing was prepared, and helpers may be of other sources, which the next twin must not link
+        for helper in sources.helpers:
+            if helper.signatures:
+                compiled_from[helper] = Sources(helper.py_func).digest()
+    return sources, is_loaded
 
 
 def _prepare(sources: Sources) -> None:

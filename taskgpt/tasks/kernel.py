@@ -258,6 +258,8 @@ class Kernel:
         self._refuse_results(twin, "the compiled twin")
         self._twin = _njit(twin)
         self.function = self._compile_and_run
+        self._sources = None  # those of an earlier twin: a cell of a notebook may run again
+        self.__dict__.pop("bounds_checked", None)
         return self
 
     def _compile_and_run(self, *args) -> object:

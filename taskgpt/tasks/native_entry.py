@@ -36,10 +36,11 @@ def has_native_entry(call: Call) -> bool:
 
 
 def native_entry(kernel: Kernel) -> int:
-    """Return the address of the kernel's entry, made at the first call. The kernel must be compiled; the code lives as long as it does."""
-    if kernel not in _entries:
-        _entries[kernel] = undisturbed(lambda: _build(kernel))
-    return _entries[kernel][1]
+    """Return the address of the kernel's entry, made at the first call. The kernel must be compiled; the code lives as long as its twin."""
+    twin = kernel._twin  # which the kernel may change for another one
+    if twin not in _entries:
+        _entries[twin] = undisturbed(lambda: _build(kernel))
+    return _entries[twin][1]
 
 
 def python_entry(call: Call) -> tuple[int, object]:
@@ -93,7 +94,7 @@ def _bits_of(number: float) -> int:
 
 
 _numbers = itertools.count()
-_entries: "weakref.WeakKeyDictionary[Kernel, tuple[object, int]]" = weakref.WeakKeyDictionary()  # kernel -> its code library, its address
+_entries: "weakref.WeakKeyDictionary[object, tuple[object, int]]" = weakref.WeakKeyDictionary()  # twin -> its code library, its address
 
 
 def _build(kernel: Kernel) -> tuple[object, int]:
