@@ -384,9 +384,12 @@ def test_the_program_from_tuning_to_training(tmp_path, capsys):
     """Files that train takes, a table and JSON; then `--tiles auto` takes the same tiles, and says what to run for another shape."""
     out, text = tmp_path / "tuned", tmp_path / "text.txt"
     text.write_text("To be or not to be, that is the question. " * 100)
-    argv = ["--graph", "tiny:model.layers=1", "--workers", "1", "--budget", "9s"]
-    assert tune([*argv, "--output", str(out), "--json", str(tmp_path / "t.json")]) == 0
-    shown = capsys.readouterr().out
+    argv = ["--graph", "tiny:model.layers=1", "--workers", "1", "--output", str(out), "--json", str(tmp_path / "t.json")]
+    for budget in ("9s", "60s", "240s"):  # on a slow or busy machine seconds decide nothing, which is code 1
+        code, shown = tune([*argv, "--budget", budget]), capsys.readouterr().out
+        if code != 1:
+            break
+    assert code == 0
     assert all(f"\n{word}" in f"\n{shown}" for word in ("processor", "shipped", "tiles", "native", "gain", "wrote", "remembered"))
     assert sorted(path.name for path in out.iterdir()) == ["native-tuned.toml", "tiny-tuned.toml"]
     record = json.loads((tmp_path / "t.json").read_text())
