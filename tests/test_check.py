@@ -357,7 +357,7 @@ def test_integer_tiles():
     assert checked_error(rename, ids[:], out[:]) == "rename wrote 'ids', declared In"
 
 
-@pytest.mark.parametrize("dtype", [np.bool_, np.uint8, np.int8, np.float64, np.complex64])
+@pytest.mark.parametrize("dtype", [np.bool_, np.uint8, np.int8, np.float64, np.longdouble, np.complex64, np.clongdouble])
 def test_any_type_of_element(dtype):
     """Every NumPy type can be checked, also those in which every value is a likely one: a copy passes, an undeclared write does not."""
 

@@ -146,7 +146,9 @@ class _Guarded:
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype):
         self.borders = [max(_LEAST_BORDER, n) for n in shape]
         first, *others = (n + border for n, border in zip(shape, self.borders, strict=True))
-        self.block = np.full([first + self.borders[0], *others], _pattern(dtype), dtype)
+        self.pattern = np.full(1, _pattern(dtype), dtype).view(np.uint8)
+        # Whole elements: NumPy need not write the 6 bytes of a long double that hold nothing.
+        self.block = np.tile(self.pattern, [first + self.borders[0], *others, 1]).view(dtype)[..., 0]
         self.starts = [self.borders[0]] + [0] * len(others)
         self.inner = self.block[tuple(slice(start, start + n) for start, n in zip(self.starts, shape, strict=True))]
 
@@ -160,9 +162,9 @@ class _Guarded:
 
     def is_border_whole(self) -> bool:
         """Compare bits, not values: NaN compares unequal to itself."""
-        word = np.dtype(f"u{min(8, self.block.itemsize)}")
-        pattern = np.full(1, _pattern(self.block.dtype), self.block.dtype).view(word)[0]
-        return all((part.view(word) == pattern).all() for part in self._border())
+        word = np.dtype(f"u{math.gcd(8, self.block.itemsize)}")
+        pattern = self.pattern.view(word)
+        return all((part.view(word)[..., at :: len(pattern)] == each).all() for part in self._border() for at, each in enumerate(pattern))
 
 
 class _Box(_Guarded):
@@ -203,7 +205,12 @@ class _Box(_Guarded):
 
 
 def _pattern(dtype: np.dtype) -> complex | int:
-    """Return what stands where nothing was written: NaN, the smallest of signed and the largest of unsigned integers, True."""
+    """Return what stands where nothing was written: NaN, the smallest of signed and the largest of unsigned integers, True.
+
+    Raises TypeError for elements that are no numbers.
+    """
+    if dtype.kind not in "cfbiu":
+        raise TypeError(f"tiles of {dtype} cannot be checked: their elements are no numbers")
     if dtype.kind == "c":
         return complex(math.nan, math.nan)
     if dtype.kind == "f":
