@@ -317,6 +317,21 @@ def test_a_function_that_returns_a_value_is_no_kernel(function):
         right.compiled(function)
 
 
+def test_what_may_be_none_is_accepted():
+    """A variable that holds None, or what a call gave, is no value before it runs."""
+
+    @kernel
+    def early(x: InOut[R]):
+        done, total = None, x + 1
+        if x.size:
+            done = x.fill(total[0])
+        return done
+
+    x = tensor(3)
+    early(x.array)
+    assert (x.array == 1).all()
+
+
 def test_a_value_that_only_shows_when_it_is_returned():
     """What a call returns is seen when it runs: refused then, under the kernel's name."""
 

@@ -145,9 +145,6 @@ def dense(typing_context, row):
     return result(row), codegen
 
 
-_VALUE_OPERATIONS = ("LOAD_FAST", "LOAD_DEREF", "LOAD_ATTR", "BINARY_", "UNARY_", "COMPARE_", "BUILD_")  # not calls: they may return None
-
-
 class Kernel:
     """A declared function on tiles. Call it with arrays to run it; pass it to `spawn` with tiles to make it a task.
 
@@ -382,11 +379,17 @@ class Kernel:
         return sum(_elements(a, sizes) * a.dtype.itemsize * (a.is_read + a.is_written) for a in self.accesses.values())
 
     def _refuse_results(self, function: Callable, what: str) -> None:
-        """Raise TypeError for a function that seen from outside returns a value; the rest shows when it runs."""
+        """Raise TypeError for a function that surely returns a value; the rest shows when it runs."""
         if inspect.isgeneratorfunction(function) or inspect.iscoroutinefunction(function):
             raise TypeError(f"{self.name}: {what} is a generator or a coroutine, which would not run when it is called")
-        for before, last in itertools.pairwise(dis.get_instructions(function)):
-            is_value = before.opname.startswith(_VALUE_OPERATIONS) or (before.opname == "LOAD_CONST" and before.argval is not None)
+        pairs = list(itertools.pairwise(dis.get_instructions(function)))
+        unsure = set()  # variables that may be None
+        for before, store in pairs:
+            if store.opname == "STORE_FAST_STORE_FAST" or (store.opname.startswith("STORE_FAST") and not _is_value(before)):
+                unsure.update(_names(store))
+        for before, last in pairs:
+            is_value = _is_value(before) or (before.opname == "LOAD_CONST" and before.argval is not None)
+            is_value = is_value or ("LOAD_FAST" in before.opname and _names(before)[-1] not in unsure)
             if (last.opname == "RETURN_VALUE" and is_value) or (last.opname == "RETURN_CONST" and last.argval is not None):
                 raise TypeError(f"{self.name}: {what} returns a value, which nobody gets: kernels write into their tiles")
 
@@ -428,6 +431,16 @@ def _what_is(given: object) -> str:
     if inspect.isroutine(given):
         return f"'{name}' is a plain function: decorate it with @kernel"
     return f"got the class {name}" if isinstance(given, type) else f"got a {type(given).__name__}"
+
+
+def _is_value(instruction: dis.Instruction) -> bool:
+    """Return True for what never gives None, as a call, an attribute or a variable may."""
+    return instruction.opname.startswith(("BINARY_", "UNARY_", "COMPARE_", "BUILD_"))
+
+
+def _names(instruction: dis.Instruction) -> tuple[str, ...]:
+    """Return the local variables of a load or a store: Python 3.13 has instructions of two."""
+    return instruction.argval if isinstance(instruction.argval, tuple) else (instruction.argval,)
 
 
 def _elements(access: Access, sizes: dict[str, int]) -> int:
