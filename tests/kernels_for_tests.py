@@ -139,16 +139,19 @@ def add_one(total: Commutative[N]):
     total[:] = before + 1
 
 
+FACTOR, TABLE = 2, np.ones(1)
+
+
 @kernel
 def double(out: InOut[N]):
-    """The only one here with a compiled twin."""
-    out *= 2
+    """The only one here with a compiled twin, which numba makes of the numbers that FACTOR and TABLE have then."""
+    out *= FACTOR * TABLE[0]
 
 
 @double.compiled
 def _(out):
     for i in range(out.shape[0]):
-        out[i] *= 2
+        out[i] *= FACTOR * TABLE[0]
 
 
 def random_program(spawn: Callable, a: Arena, seed: int, length: int = 60) -> None:

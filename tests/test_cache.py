@@ -12,13 +12,14 @@ import textwrap
 from contextlib import nullcontext
 from pathlib import Path
 
+import dask
 import numba
 import numpy as np
 import pytest
 from numba.core.caching import IndexDataCacheFile, _CacheLocator
 from numba.extending import overload_method
 
-from taskgpt.tasks import Graph, In, InOut, Out, Tensor, TwinError, cache, compile_kernels, dense, dims, kernel
+from taskgpt.tasks import Graph, In, InOut, Out, Tensor, TwinError, cache, compile_kernels, dense, dims, kernel, run_now
 from taskgpt.tasks.cache import _warned
 from taskgpt.tasks.sources import Sources
 
@@ -173,13 +174,14 @@ def test_a_helper_that_was_compiled_before_its_table_changed(with_table, is_kept
 
 
 def test_a_table_that_changes_after_the_twin_was_compiled(with_table):
-    """The twin cannot see it and the body would: refused where a graph is recorded and before it runs, with the name of the table."""
+    """The twin cannot see it and the body would: refused however it is recorded, compiled or run, with the name of the table."""
     scale = with_table("helper_module.by_table(x[r])", np.array([2]))
     module = sys.modules["helper_module"]
     assert scaled(scale) == (2, False)
     tile = Tensor("x", np.ones(1, np.float32))[:]
     graph = Graph()
     graph.spawn(scale, tile)
+    graph.__dask_graph__()  # the run that Dask is given next has been made already
     message = "scale: 'TABLE' has changed since its compiled twin was made, .*; pass what changes as a tile or a constant"
     for change in lambda: setattr(module, "TABLE", np.array([300])), lambda: module.TABLE.__setitem__(0, 5):
         change()
@@ -187,8 +189,20 @@ def test_a_table_that_changes_after_the_twin_was_compiled(with_table):
             Graph().spawn(scale, tile)
         with pytest.raises(TwinError, match=message):
             compile_kernels(graph.kernels)
+        for run in (
+            lambda: scale(tile.array),
+            lambda: run_now(scale, tile),
+            graph.to_dask,
+            graph.compute,
+            lambda: dask.compute(graph, scheduler="sync"),
+        ):
+            with pytest.raises(TwinError, match=message):
+                run()
+    assert tile.array[0] == 1
     module.TABLE = np.array([2])  # another array, the same numbers
     Graph().spawn(scale, tile)
+    graph.compute()
+    assert tile.array[0] == 2
     module.by_table = module.helper
     with pytest.raises(TwinError, match=r"scale: by_table\(\) has changed since"):
         Graph().spawn(scale, tile)
@@ -555,6 +569,75 @@ def test_every_value_that_numba_freezes_is_in_the_digest(before, after):
         assert (kept, unknown) == (digest_of(text, before, is_closure=is_closure)[0], []), text
         assert kept != digest_of(text, after, is_closure=is_closure)[0], text
     assert digest_of("pass", before)[0] == digest_of("pass", after)[0]  # what nobody reads is nobody's business
+
+
+def test_what_is_seen_before_every_run():
+    """Another object under a name, in a closure or in a container, or other bytes in an array. Names of others are others' business."""
+
+    def witnessed(text: str, value: str, is_closure: bool = False) -> tuple[Sources, dict]:
+        namespace = {"__name__": "a_module_of_the_user"}
+        exec(SOURCE.format(text=text, value=value, number=2, options="", is_closure=is_closure), namespace)
+        sources = Sources(namespace["twin"])
+        assert sources.are_untouched()
+        return sources, namespace
+
+    for text in "X", "module.X", "module.inner.X", "of_helper(x)":
+        sources, namespace = witnessed(text, "1.5")
+        namespace["number"] = namespace["Pair"] = 1
+        assert sources.are_untouched()
+        for holder in vars(namespace["module"]), vars(namespace["module"].inner), namespace:
+            holder["X"] = 2.5
+        assert not sources.are_untouched()
+    for value, change in [
+        ("np.ones(2)", lambda x: x.fill(0)),
+        ("(1, np.ones(2))", lambda x: x[1].fill(0)),
+        ("np.ones(1, 'f4,f4')[0]", lambda x: x.__setitem__(0, 0)),
+        ("[1, 2]", lambda x: x.append(3)),
+        ("dict(a=1)", lambda x: x.update(a=1.0)),
+        ("{1}", lambda x: x.clear()),
+    ]:
+        sources, namespace = witnessed("X", value)
+        change(namespace["X"])
+        assert not sources.are_untouched(), value
+    sources, namespace = witnessed("pass", "1.5", is_closure=True)
+    [cell] = namespace["twin"].__closure__
+    cell.cell_contents = 2.5
+    assert not sources.are_untouched()
+    del cell.cell_contents
+    assert not sources.are_untouched()
+
+
+def test_helpers_that_compile_later_are_no_change():
+    """For another type, by themselves or in another twin, whether lazily or with the types that their author gave."""
+
+    @numba.njit
+    def lazy(x):
+        return 2 * x
+
+    @numba.njit("f4(f4)")
+    def typed(x):
+        return 3 * x
+
+    def made(declared):
+        @kernel
+        def six(x: declared):
+            x *= 6
+
+        @six.compiled
+        def _(x):
+            x[0] = typed(lazy(x[0]))
+
+        return six
+
+    one, other = made(InOut[R]), made(InOut[R, np.float64])
+    x = np.ones(1, np.float32)
+    one(x)
+    lazy(1)
+    other(np.ones(1))
+    one(x)
+    one.verify_sources()
+    other.verify_sources()
+    assert x[0] == 36
 
 
 @pytest.mark.parametrize("text", ["plain(x)", "jitable(x)", "made(x)"])

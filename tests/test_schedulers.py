@@ -32,7 +32,7 @@ from taskgpt.errors import UserError
 from taskgpt.schedulers import Scheduler, WorkerError, local_cluster, open_scheduler
 from taskgpt.schedulers._cores import _quota_cores, usable_cores
 from taskgpt.schedulers.loops import cut
-from taskgpt.tasks import Graph, TaskError, check, compile_kernels, run_now
+from taskgpt.tasks import Graph, TaskError, TwinError, check, compile_kernels, run_now
 
 # Scheduler file and overrides. A scheduler joins the contract by joining this list.
 VARIANTS = {
@@ -324,6 +324,27 @@ class TestContract:
         compile_kernels(graph.kernels)
         scheduler.run(graph)
         assert (a.x.array == 2 * k.arena(is_shared=False).x.array).all()
+
+    @pytest.mark.parametrize("of, name", [(vars(k), "FACTOR"), (k.TABLE, 0)])
+    def test_numbers_that_a_twin_was_compiled_with(self, scheduler, of, name):
+        """Changed after a graph has run, they are refused before any task starts; as they were, it goes on."""
+        a = k.arena(scheduler.needs_shared_memory)
+        graph = Graph()
+        graph.spawn(k.nap, a.x[0], a.log[0], 0)
+        graph.spawn(k.double, a.x[1])
+        compile_kernels(graph.kernels)
+        scheduler.run(graph)
+        before = of[name]
+        of[name] = 3
+        try:
+            for run in scheduler.run, lambda graph: list(scheduler.run_each([graph])):
+                with pytest.raises(TwinError, match=r"double: '(FACTOR|TABLE)' has changed since its compiled twin was made"):
+                    run(graph)
+        finally:
+            of[name] = before
+        assert (a.log.array[0, k.RUNS], a.x.array[1, 0]) == (1, 8)
+        scheduler.run(graph)
+        assert (a.log.array[0, k.RUNS], a.x.array[1, 0]) == (2, 16)
 
     def test_failure(self, scheduler):
         """The first exception names its task; no task starts after it, none still runs when it is raised, and the next run is fresh."""

@@ -50,7 +50,8 @@ class Scheduler(Protocol):
         """Run every task of the graph once, each after its predecessors; return when all are done.
 
         Called again for every step: what can be prepared once per graph, is. The first exception ends the run: no further task starts,
-        those that run are waited for, then it is raised: TaskError, which names the task, WorkerError, or KeyboardInterrupt. A second
+        those that run are waited for, then it is raised: TaskError, which names the task, WorkerError, or KeyboardInterrupt. TwinError,
+        before any task starts, is for a kernel that was compiled from what has changed since. A second
         KeyboardInterrupt may end that wait; the next run makes up for it. It starts afresh. Until the run ends, the graph cannot grow.
         """
 

@@ -63,6 +63,7 @@ class InTurn(OneAtATime):
 
     def run(self, graph: Graph) -> None:
         with self._turn():
+            graph.verify_untouched()
             if self._is_cut_short:
                 self._settle()
             try:

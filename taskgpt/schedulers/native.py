@@ -78,7 +78,6 @@ class Scheduler(OneAtATime):
         self.settings = settings
         self.workers = worker_count(settings.workers)
         self._plans = OncePerGraph(Plan)
-        self._kernels = OncePerGraph(lambda graph: graph.kernels)
         self._shares = OncePerGraph(_shares)
         self._edges: weakref.WeakKeyDictionary[Plan, weakref.WeakKeyDictionary] = weakref.WeakKeyDictionary()
         self._runs: list[_Run] = []  # under way: at most two, in order
@@ -237,8 +236,9 @@ class Scheduler(OneAtATime):
             self._abandon()  # what a second Ctrl-C left while the first one was answered
         if not self._table[r.FAILED]:
             self._has_told = False
+        graph.verify_untouched()
         plan = self._plans(graph)
-        if plan.functions != [kernel.function for kernel in self._kernels(graph)]:
+        if plan.functions != [kernel.function for kernel in graph.kernels]:
             plan = self._plans.renew(graph)  # a kernel has got another compiled twin
         edges = self._edges_between(before, graph, plan) if before and not before.is_over else None
         if edges is None or not self._has_room(plan):

@@ -22,7 +22,7 @@ from typing import Any
 import numba
 from numba.core.compiler_lock import global_compiler_lock
 
-from taskgpt.tasks.sources import Sources, compiled_from
+from taskgpt.tasks.sources import Sources, compiled_for_one, compiled_from
 
 try:  # private to numba, all of it
     from numba.core.bytecode import FunctionIdentity
@@ -45,12 +45,12 @@ def compile_kept(function: Callable, signature: Any, name: str | None = None) ->
         _prepare(sources)
     function.compile(signature)
     function.disable_compile()
-    compiled_from[function] = sources.digest()
+    compiled_for_one.add(function)
+    compiled_from[function] = sources.digest(), function.signatures
     is_loaded = bool(function.stats.cache_hits)
     if not is_loaded:  # else nothing was prepared, and helpers may be of other sources, which the next twin must not link
         for helper in sources.helpers:
-            if helper.signatures:
-                compiled_from[helper] = Sources(helper.py_func).digest()
+            compiled_from[helper] = compiled_from[helper][0], helper.signatures
     return sources, is_loaded
 
 
@@ -59,9 +59,10 @@ def _prepare(sources: Sources) -> None:
     for helper in sources.helpers:
         if _is_numba_known and not isinstance(helper._cache, NullCache):
             helper._cache = NullCache()  # njit(cache=True): numba's cache, which does not see all sources
-        if helper.signatures and compiled_from.get(helper) != (digest := Sources(helper.py_func).digest()):
+        state = Sources(helper.py_func).digest(), helper.signatures
+        if helper.signatures and compiled_from.get(helper) != state:
             helper.recompile()  # its machine code in this process may be of other sources, and would be linked
-            compiled_from[helper] = digest
+        compiled_from[helper] = state
     if _is_numba_known:
         # Numba numbers the functions of a process from 1 and writes the number into the names of their symbols. Two helpers of one name,
         # kept by two processes, could so meet in a third under one symbol, and one be called for the other.

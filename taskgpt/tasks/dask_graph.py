@@ -39,6 +39,7 @@ def to_dask(graph: Graph, call: Callable[[Task], tuple] | None = None, token: st
     Dependencies are passed as arguments, in whose place Dask puts the predecessors' result, None. Names of layers carry the token, too: of
     two layers of one name that are computed together, Dask would keep one.
     """
+    graph.verify_untouched()
     token = token or uuid.uuid4().hex
     call = call or _known_here(graph).call
     names = {name: f"{name}-{token}" for name in {task.name for task in graph.tasks}}

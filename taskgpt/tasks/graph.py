@@ -182,7 +182,7 @@ class Graph(DaskCollection):
         self.tasks: list[Task] = []
         self.runs: set[object] = set()
         self._made_in = this_thread.at
-        self._kernels: set[Kernel] = set()  # whose sources are as they were when they were compiled
+        self._kernels: dict[Kernel, None] = {}  # in order of first use
         self._cells: dict[tuple, _Cell] = {}
         self._tensors: dict[int, Tensor] = {}
         self._ancestors: list[int] = []  # one bit per earlier task; only while recording
@@ -193,9 +193,9 @@ class Graph(DaskCollection):
 
         Raises ShapeError if a tile's shape or type is not as declared, GridError if its memory is also cut by another grid, AccessError if
         a written tile overlaps another tile of the same call or is read-only, TypeError for what is no kernel or a wrong number or kind of
-        arguments, TwinError for a kernel that was compiled from what has changed since, RuntimeError for a graph that was derived or sent:
-        it knows its edges, but not what its tasks access; for one that is being run, and, inside a task, for one that the task did not
-        make.
+        arguments, TwinError for a kernel new to the graph that was compiled from what has changed since (what changes later, the run sees),
+        RuntimeError for a graph that was derived or sent: it knows its edges, but not what its tasks access; for one that is being run,
+        and, inside a task, for one that the task did not make.
         """
         self._verify_may_grow()
         if len(self._ancestors) != len(self.tasks):
@@ -233,7 +233,11 @@ class Graph(DaskCollection):
         self._verify_may_grow()
         for p in task.predecessors:
             self.tasks[p].successors.append(task.number)
+        self._add(task)
+
+    def _add(self, task: Task) -> None:
         self.tasks.append(task)
+        self._kernels.update((call.kernel, None) for call in task.calls)
 
     def _verify_may_grow(self) -> None:
         if this_thread.at is not None and this_thread.at is not self._made_in:
@@ -246,7 +250,6 @@ class Graph(DaskCollection):
         call.verify()
         if kernel not in self._kernels:
             kernel.verify_sources()
-            self._kernels.add(kernel)
         tiles = list(call.tiles())
         for at, (name, tile) in enumerate(tiles):
             self._know(tile.tensor)
@@ -330,7 +333,12 @@ class Graph(DaskCollection):
     @property
     def kernels(self) -> list[Kernel]:
         """The kernels used, in order of first use."""
-        return list(dict.fromkeys(call.kernel for task in self.tasks for call in task.calls))
+        return list(self._kernels)
+
+    def verify_untouched(self) -> None:
+        """Raise TwinError for a kernel that was compiled from what has changed since. Before every run: it costs 3 us a kernel."""
+        for kernel in self._kernels:
+            kernel.verify_untouched()
 
     @property
     def flops(self) -> int:
@@ -354,7 +362,7 @@ class Graph(DaskCollection):
 
         `call(task)` gives (function, *arguments) for the Dask task. By default that is the task itself, with BLAS on one thread. It runs in
         this process, on threads or in a Client(processes=False); and in other processes of this machine if all tensors are shared. If they
-        are not, it raises TypeError there.
+        are not, it raises TypeError there. Raises TwinError for a kernel that was compiled from what has changed since.
         """
         from taskgpt.tasks.dask_graph import to_dask  # Dask loads slowly, and only those who ask need it
 
@@ -378,7 +386,7 @@ class Graph(DaskCollection):
             task.locks = tuple((serial, locks[serial]) for serial in serials)
             for slot, value in fields.items():
                 setattr(task, slot, value)
-            self.tasks.append(task)
+            self._add(task)
 
 
 class _Cell:
@@ -434,9 +442,10 @@ def without_implied(waits: Iterable[int], ancestors: list[int]) -> tuple[int, ..
 def run_now(kernel: Kernel, *args, section: Section = ("", -1), priority: int = 0) -> None:
     """The spawn of a program that runs without a graph: calls the kernel, with BLAS on one thread, for the bits that a graph gives.
 
-    Raises as `Graph.spawn` does for arguments that do not fit.
+    Raises as `Graph.spawn` does for arguments that do not fit, and TwinError for a kernel that was compiled from what has changed since.
     """
     call = Call(kernel, args)
     call.verify()
+    kernel.verify_untouched()
     with one_blas_thread:
         call.run()

@@ -192,6 +192,7 @@ class Kernel:
             if not isinstance(declared, Access) and not (isinstance(given, (int, declared)) and fits_64_bits(given, declared)):
                 # numba would take 1.5 for an int, and make it 1
                 raise TypeError(f"{self.name}: '{name}' wants a constant ({declared.__name__} of 64 bits), got {given!r:.40}")
+        self.verify_untouched()
         self.run(*args, *(scratch_arrays(self.scratch_shapes(args)) if self.scratch else ()))
 
     def run(self, *args) -> None:
@@ -297,12 +298,19 @@ class Kernel:
     def verify_sources(self) -> None:
         """Raise TwinError if something has changed since the twin was compiled from it: numba freezes globals, and the body would not."""
         if self._sources:
-            changed = Sources(self._twin.py_func).changed_since(self._sources)
+            now = Sources(self._twin.py_func)
+            changed = now.changed_since(self._sources)
             if changed:
                 raise TwinError(
                     f"{self.name}: {changed} has changed since its compiled twin was made, which goes on with what was there before; pass "
                     "what changes as a tile or a constant, or define the kernel again"
                 )
+            self._sources = now  # equal, and perhaps of other objects: `verify_untouched` is to know these
+
+    def verify_untouched(self) -> None:
+        """Do what `verify_sources` does, before every run of a graph and every direct call: if no name nor array has changed, in 3 us."""
+        if self._sources and not self._sources.are_untouched():
+            self.verify_sources()
 
     def _compile(self) -> bool:
         if self.is_compiled:

@@ -11,13 +11,14 @@ import functools
 import hashlib
 import inspect
 import itertools
+import operator
 import os
 import sys
 import sysconfig
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
+from collections.abc import Callable, Iterable, Iterator
+from types import BuiltinFunctionType, CellType, CodeType, FunctionType, ModuleType
 from typing import NamedTuple
 
 import llvmlite
@@ -34,9 +35,12 @@ try:  # private to numba
 except ImportError:
     Dispatcher, _is_numba_known = (), False  # what is no Dispatcher has no content: nothing is kept
 
-# dispatcher -> the digest of what its machine code in this process was made from, as far as cache.py has compiled it
-compiled_from: "weakref.WeakKeyDictionary[Dispatcher, str]" = weakref.WeakKeyDictionary()
+# dispatcher -> (the digest of what its machine code in this process was made from, its signatures), as far as cache.py has compiled it
+compiled_from: "weakref.WeakKeyDictionary[Dispatcher, tuple[str, list]]" = weakref.WeakKeyDictionary()
+# those that it compiled for one signature and no others; their author gave them none
+compiled_for_one: "weakref.WeakSet[Dispatcher]" = weakref.WeakSet()
 
+_NOTHING = object()  # what a name stands for that the namespace has not
 _PLAIN = (type(None), type(...), bool, int, float, complex, str, bytes, range, slice)
 _LIBRARIES = ("numba", "numpy", "llvmlite")  # whose versions stand for what is in them, as Python's does for its own modules
 _ARRAY_LIMIT_BYTES = 10**6  # numba does not copy larger global arrays into the code: it keeps their address, and sees their elements change
@@ -57,10 +61,13 @@ class Sources:
         self.helpers: list[Dispatcher] = []
         self.has_intrinsics = False
         self._open: list[Callable] = []  # the functions that are being visited
+        self._names: dict[tuple[int, str], tuple[dict, str, object]] = {}  # (namespace, name, what it stands for)
+        self._insides: dict[int, tuple[object, list]] = {}  # (object that can change, what is in it) by its id
         self._numbers: dict[int, int] = {}  # id of a function, which what it belongs to keeps alive -> its number
         if not _is_numba_known:
             self.unknown.append(f"numba {numba.__version__} registers overloads in an unknown way")
         self._visit(function)
+        self._namespaces = tuple(zip(*self._names.values(), strict=True)) or ((), (), ())
 
     def digest(self) -> str:
         """Return 64 bits that differ when the machine code may: by the parts, numba's settings, or the versions of what compiles."""
@@ -70,6 +77,17 @@ class Sources:
         """Return what is not as it was, or None."""
         pairs = itertools.zip_longest(earlier.parts, self.parts, fillvalue=(self.parts[0][0], None))
         return next((what for (what, before), (_, content) in pairs if content != before), None)
+
+    def are_untouched(self) -> bool:
+        """Return True if every name stands for the very object that it stood for, and this has the bytes or the members that it had.
+
+        To be asked before every run: a comparison takes a thousand times as long. It does not see what changes deeper, such as the
+        attribute of a class.
+        """
+        namespaces, names, values = self._namespaces
+        if not all(map(operator.is_, map(dict.get, namespaces, names, itertools.repeat(_NOTHING)), values)):
+            return False
+        return all(_are_same(_inside(value), before) for value, before in self._insides.values())
 
     def _visit(self, function: Callable) -> str:
         """Take in a function of Python code, once; return its number, in words; of a library's function the name."""
@@ -95,10 +113,11 @@ class Sources:
         """Yield (name, value) of what a function finds outside itself: globals, its closure, attributes of modules that it reaches."""
         names, attributes, imports = _names_in(function.__code__)
         found = [(name, function.__globals__[name]) for name in names if name in function.__globals__]
+        self._watch_names(function.__globals__, names)
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-            try:
-                found.append((name, cell.cell_contents))
-            except ValueError:
+            self._watch(cell)
+            found += [(name, value) for value in _inside(cell)]
+            if not _inside(cell):
                 self.unknown.append(f"'{name}' has no value yet")
         for name in imports:
             if not _is_of_library(name):
@@ -107,8 +126,16 @@ class Sources:
         for name, value in found:  # which grows
             if inspect.ismodule(value) and value not in modules and not _is_of_library(value.__name__):
                 modules.append(value)
-                found += [(f"{name}.{attribute}", vars(value)[attribute]) for attribute in attributes if attribute in vars(value)]
+                reached = [attribute for attribute in attributes if attribute in vars(value)]
+                found += [(f"{name}.{attribute}", vars(value)[attribute]) for attribute in reached]
+                self._watch_names(vars(value), reached)
         yield from found
+
+    def _watch_names(self, namespace: dict, names: Iterable[str]) -> None:
+        self._names.update(((id(namespace), name), (namespace, name, namespace.get(name, _NOTHING))) for name in names)
+
+    def _watch(self, value: object) -> None:
+        self._insides[id(value)] = value, _inside(value)
 
     def _content(self, value: object, name: str) -> str:
         """Return text that differs when what numba makes of the value may; note in `unknown` that it has none."""
@@ -121,6 +148,8 @@ class Sources:
             return f"dtype {value!r}"
         if isinstance(value, (np.generic, np.ndarray)):
             return self._array(value, name)
+        if isinstance(value, (list, dict, set)):
+            self._watch(value)
         if isinstance(value, (tuple, list, set, frozenset)):
             contents = [self._content(each, name) for each in value]
             return f"{_name_of(kind)} {sorted(contents) if isinstance(value, (set, frozenset)) else contents}"
@@ -136,6 +165,8 @@ class Sources:
     def _array(self, value: np.generic | np.ndarray, name: str) -> str:
         form = f"{_name_of(type(value))} {value.dtype!r} {value.shape}"
         if isinstance(value, np.generic):
+            if isinstance(value, np.void):  # a row of an array, which can change
+                self._watch(value)
             return f"{form} {value.tobytes().hex()}"
         flags = value.flags
         form += f" {flags.c_contiguous} {flags.f_contiguous} {flags.aligned} {flags.writeable}"
@@ -144,17 +175,19 @@ class Sources:
             return f"{form} at {value.ctypes.data} {value.strides}"
         if value.dtype.hasobject:
             return self._no_content(value, name)
+        self._watch(value)
         return f"{form} {hashlib.sha256(value.tobytes()).hexdigest()}"
 
     def _callable(self, value: object, name: str) -> str:
         if isinstance(value, Dispatcher) and hasattr(value, "targetoptions"):
             if value.py_func in self._open:
                 self.unknown.append(f"'{name}' calls itself, and numba crashes when it loads such code")
-            text = f"njit {self._visit(value.py_func)} {self._content((value.targetoptions, getattr(value, 'locals', None)), name)}"
+            options = tuple(value.targetoptions.items()), tuple(getattr(value, "locals", {}).items())
+            text = f"njit {self._visit(value.py_func)} {self._content(options, name)}"
             if value not in self.helpers:
                 self.helpers.append(value)
             # A helper that its author compiled for given types alone converts its arguments to them.
-            is_lazy = getattr(value, "_can_compile", False) or value in compiled_from
+            is_lazy = getattr(value, "_can_compile", False) or value in compiled_for_one
             return text if is_lazy else f"{text} {sorted(map(str, value.signatures))}"
         definition = getattr(value, "_defn", None)  # of an intrinsic
         if isinstance(definition, FunctionType):
@@ -177,6 +210,22 @@ class Sources:
     def _no_content(self, value: object, name: str) -> str:
         self.unknown.append(f"'{name}' is a {_name_of(type(value))}, whose changes a cache would not see")
         return f"{_name_of(type(value))} at {id(value)}"
+
+
+def _inside(value: object) -> list:
+    """Return what can change inside of an object while that stays the same object."""
+    if isinstance(value, CellType):
+        try:
+            return [value.cell_contents]
+        except ValueError:
+            return []
+    if isinstance(value, (np.ndarray, np.void)):
+        return [value.tobytes()]
+    return [*value, *value.values()] if isinstance(value, dict) else list(value)
+
+
+def _are_same(members: list, others: list) -> bool:
+    return len(members) == len(others) and all(a is b or (type(a) is bytes and a == b) for a, b in zip(members, others, strict=True))
 
 
 @functools.lru_cache(maxsize=1024)
