@@ -9,6 +9,7 @@ import pwd
 import subprocess
 import sys
 import textwrap
+import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -311,7 +312,7 @@ def rename_nothing(self, cache_path, filename_base, source_stamp):
     self._index_path = os.path.join(cache_path, "index")
 
 
-@pytest.mark.parametrize("owner, name, value", [(cache, "_is_numba_known", False), (IndexDataCacheFile, "__init__", rename_nothing)])
+@pytest.mark.parametrize("owner, name, value", [(cache, "_is_cache_known", False), (IndexDataCacheFile, "__init__", rename_nothing)])
 def test_a_numba_that_caches_otherwise_costs_the_cache(write, monkeypatch, owner, name, value):
     """Its cache is private to numba. Where it is not as expected, nothing is kept, rather than something stale."""
     monkeypatch.setattr(owner, name, value)
@@ -384,6 +385,28 @@ def test_damaged_files_of_the_cache_are_replaced(write, ending, kept):
         assert scaled(write("local(x[r])", "2")) == (2, False)
     assert len(seen) == 1
     assert scaled(write("local(x[r])", "2")) == (2, True)
+
+
+def test_what_was_made_from_other_sources_goes(write, monkeypatch):
+    """What was used last stays, and what was used within a day, by loading it as well."""
+    monkeypatch.setattr(cache, "_KEPT", 1)
+
+    def age(count: int) -> None:
+        files = files_of_cache(first, "nb?")
+        assert len(files) == 2 * count
+        for file in files:
+            os.utime(file, (time.time() - 100_000,) * 2)
+
+    first = write("local(x[r])", "2")
+    scaled(first)
+    age(1)
+    assert scaled(write("local(x[r])", "2")) == (2, True)
+    for factor in 3, 4:
+        assert scaled(write("local(x[r])", str(factor))) == (factor, False)
+    age(3)
+    assert scaled(write("local(x[r])", "5")) == (5, False)
+    assert scaled(write("local(x[r])", "5")) == (5, True)
+    age(1)
 
 
 @pytest.mark.parametrize("method", ["_save_index", "_save_data"])

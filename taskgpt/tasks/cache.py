@@ -14,7 +14,9 @@ import os
 import re
 import secrets
 import threading
+import time
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -28,10 +30,10 @@ try:  # private to numba, all of it
     from numba.core.bytecode import FunctionIdentity
     from numba.core.caching import CompileResultCacheImpl, FunctionCache, NullCache
 
-    _is_numba_known = hasattr(FunctionIdentity, "_unique_ids")
+    _is_cache_known = hasattr(FunctionIdentity, "_unique_ids")
 except ImportError:
     FunctionCache = CompileResultCacheImpl = object
-    _is_numba_known = False
+    _is_cache_known = False
 
 
 def compile_kept(function: Callable, signature: Any, name: str | None = None) -> tuple[Sources, bool]:
@@ -57,13 +59,13 @@ def compile_kept(function: Callable, signature: Any, name: str | None = None) ->
 def _prepare(sources: Sources) -> None:
     """Do what must be done before anything is compiled from the sources."""
     for helper in sources.helpers:
-        if _is_numba_known and not isinstance(helper._cache, NullCache):
+        if _is_cache_known and not isinstance(helper._cache, NullCache):
             helper._cache = NullCache()  # njit(cache=True): numba's cache, which does not see all sources
         state = Sources(helper.py_func).digest(), helper.signatures
         if helper.signatures and compiled_from.get(helper) != state:
             helper.recompile()  # its machine code in this process may be of other sources, and would be linked
         compiled_from[helper] = state
-    if _is_numba_known:
+    if _is_cache_known:
         # Numba numbers the functions of a process from 1 and writes the number into the names of their symbols. Two helpers of one name,
         # kept by two processes, could so meet in a third under one symbol, and one be called for the other.
         FunctionIdentity._unique_ids = itertools.count(secrets.randbits(48))
@@ -127,6 +129,9 @@ def bounds_checked() -> Iterator[None]:
 # The files -----------------------------------------------------------------------------------------------------------------------------
 
 
+_KEPT, _KEPT_S = 8, 86_400  # of the sources of one function: those used last, and all that were used within a day
+
+
 class _Place(CompileResultCacheImpl):
     """Where numba keeps a function: NUMBA_CACHE_DIR, __pycache__ beside its file, or the user's cache folder, if there is one."""
 
@@ -144,8 +149,10 @@ class _Cache(FunctionCache):
     def __init__(self, function: Callable, digest: str, before_compiling: Callable[[], None]):
         super().__init__(function)
         self._before_compiling = before_compiling
-        if digest not in os.path.basename(self._cache_file._index_path):
+        name, found, _ = os.path.basename(self._cache_file._index_path).rpartition(digest)
+        if not found:
             raise AttributeError("files are not named after functions")
+        self._is_of_function = re.compile(re.escape(name) + r"([0-9a-f]{16})-.*\.nb[ic]").fullmatch  # of any digest
 
     def _index_key(self, signature, codegen) -> tuple:
         # Numba's own has the pickled closure in it, which is never the same twice if a dispatcher is among it. The digest knows closures.
@@ -159,7 +166,11 @@ class _Cache(FunctionCache):
 
     def _load(self, *args):
         try:
-            return super().load_overload(*args)
+            loaded = super().load_overload(*args)
+            if loaded is not None:
+                with contextlib.suppress(OSError):
+                    os.utime(self._cache_file._index_path)  # for `_prune`
+            return loaded
         except OSError:  # saving will meet it again, and say so
             return None
         except Exception:  # damaged bytes make unpickling raise anything
@@ -170,6 +181,7 @@ class _Cache(FunctionCache):
     def save_overload(self, *args) -> None:
         try:
             super().save_overload(*args)
+            self._prune()
         except Exception as error:
             self._forget()  # numba writes the index first: left alone, it could name a file that is not whole
             reason = getattr(error, "strerror", None) or type(error).__name__
@@ -178,6 +190,25 @@ class _Cache(FunctionCache):
                 f"cannot keep compiled kernels in numba's cache ({reason}), so every run compiles them anew; free space there, or set "
                 "NUMBA_CACHE_DIR to another folder",
             )
+
+    def _prune(self) -> None:
+        """Remove what was made from other sources, but for what was used last.
+
+        Other processes may be at it, too. One that has read an index, and then finds no code, compiles.
+        """
+
+        def last_use(files: list[os.DirEntry]) -> float:
+            return max(file.stat().st_mtime for file in files)
+
+        found: defaultdict[str, list[os.DirEntry]] = defaultdict(list)
+        with contextlib.suppress(OSError):  # of what another process has removed meanwhile
+            for file in os.scandir(self.cache_path):
+                if is_of_function := self._is_of_function(file.name):
+                    found[is_of_function[1]].append(file)
+            for files in sorted(found.values(), key=last_use)[:-_KEPT]:
+                if last_use(files) < time.time() - _KEPT_S:
+                    for file in sorted(files, key=lambda file: file.name, reverse=True):  # the index first
+                        os.unlink(file)
 
     def _forget(self) -> None:
         with contextlib.suppress(OSError):
@@ -194,7 +225,7 @@ def _set_cache(dispatcher: Any, sources: Sources, name: str) -> bool:
     digest = sources.digest()
     function.__qualname__ = f"{name}_{digest}"  # numba names files and symbols after it
     try:
-        if not (_is_numba_known and hasattr(dispatcher, "_cache")):
+        if not (_is_cache_known and hasattr(dispatcher, "_cache")):
             raise AttributeError("no cache to replace")
         dispatcher._cache = _Cache(function, digest, lambda: _prepare(sources))
         return True
