@@ -8,9 +8,12 @@ import os
 import pwd
 import subprocess
 import sys
+import sysconfig
 import textwrap
 import time
-from contextlib import nullcontext
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import dask
@@ -18,9 +21,8 @@ import numba
 import numpy as np
 import pytest
 from numba.core.caching import IndexDataCacheFile, _CacheLocator
-from numba.extending import overload_method
 
-from taskgpt.tasks import Graph, In, InOut, Out, Tensor, TwinError, cache, compile_kernels, dense, dims, kernel, run_now
+from taskgpt.tasks import Graph, In, InOut, Out, Tensor, TwinError, cache, compile_kernels, dense, dims, kernel, run_now, sources
 from taskgpt.tasks.cache import _warned
 from taskgpt.tasks.sources import Sources
 
@@ -490,11 +492,12 @@ def test_gpt2_runs_without_the_compiler():
 # --- what a twin is compiled from
 
 SOURCE = """
-import enum, math, types
+import enum, math, operator, types
 from collections import namedtuple
 import numba, numpy as np
 from llvmlite import ir
-from numba.extending import intrinsic, overload, register_jitable
+from numba.extending import intrinsic, lower_builtin, lower_cast, overload, overload_attribute, overload_method
+from numba.extending import register_jitable, type_callable
 
 Pair = namedtuple("Pair", "a b")
 X = {value}
@@ -538,20 +541,42 @@ def closure():
     inside = {value}
     return lambda x: x + inside
 
+def lowering(context, builder, *args):
+    return ir.Constant(ir.DoubleType(), {number})
+
+{registered}
+
 def f(x):
     {text}
 twin = closure() if {is_closure} else f
 """
 
 
-def digest_of(text: str, value: object = "1.5", number: int = 2, options: str = "", is_closure: bool = False) -> tuple[str, list[str]]:
-    """Return the digest of a twin with this line that is compiled beside SOURCE, and why it could not be kept."""
+def sources_of(text: str, value: object = "1.5", number: int = 2, **given: object) -> tuple[Sources, dict]:
+    """Return what a twin with this line that is compiled beside SOURCE is made from, and the namespace of both."""
     namespace = {"__name__": "a_module_of_the_user"}
-    exec(
-        compile(SOURCE.format(text=text, value=value, number=number, options=options, is_closure=is_closure), "user.py", "exec"), namespace
-    )
-    sources = Sources(namespace["twin"])
-    return sources.digest(), sources.unknown
+    given = {"options": "", "is_closure": False, "registered": ""} | given
+    exec(compile(SOURCE.format(text=text, value=value, number=number, **given), "user.py", "exec"), namespace)
+    return Sources(namespace["twin"]), namespace
+
+
+def digest_of(*args: object, **given: object) -> tuple[str, list[str]]:
+    """Return its digest, and why it could not be kept."""
+    found, _ = sources_of(*args, **given)
+    return found.digest(), found.unknown
+
+
+@contextmanager
+def registries_as_before() -> Iterator[None]:
+    """Let numba forget what is registered meanwhile. It has not seen it, as nothing is compiled."""
+    lists = [*sources._registries(), sources.templates.builtin_registry.globals]
+    counts = list(map(len, lists))
+    try:
+        yield
+    finally:
+        for each, count in zip(lists, counts, strict=True):
+            del each[count:]
+        sources._registrations_among.cache_clear()
 
 
 VALUES = {
@@ -597,20 +622,13 @@ def test_every_value_that_numba_freezes_is_in_the_digest(before, after):
 def test_what_is_seen_before_every_run():
     """Another object under a name, in a closure or in a container, or other bytes in an array. Names of others are others' business."""
 
-    def witnessed(text: str, value: str, is_closure: bool = False) -> tuple[Sources, dict]:
-        namespace = {"__name__": "a_module_of_the_user"}
-        exec(SOURCE.format(text=text, value=value, number=2, options="", is_closure=is_closure), namespace)
-        sources = Sources(namespace["twin"])
-        assert sources.are_untouched()
-        return sources, namespace
-
     for text in "X", "module.X", "module.inner.X", "of_helper(x)":
-        sources, namespace = witnessed(text, "1.5")
+        seen, namespace = sources_of(text, "1.5")
         namespace["number"] = namespace["Pair"] = 1
-        assert sources.are_untouched()
+        assert seen.are_untouched()
         for holder in vars(namespace["module"]), vars(namespace["module"].inner), namespace:
             holder["X"] = 2.5
-        assert not sources.are_untouched()
+        assert not seen.are_untouched()
     for value, change in [
         ("np.ones(2)", lambda x: x.fill(0)),
         ("(1, np.ones(2))", lambda x: x[1].fill(0)),
@@ -619,15 +637,15 @@ def test_what_is_seen_before_every_run():
         ("dict(a=1)", lambda x: x.update(a=1.0)),
         ("{1}", lambda x: x.clear()),
     ]:
-        sources, namespace = witnessed("X", value)
+        seen, namespace = sources_of("X", value)
         change(namespace["X"])
-        assert not sources.are_untouched(), value
-    sources, namespace = witnessed("pass", "1.5", is_closure=True)
+        assert not seen.are_untouched(), value
+    seen, namespace = sources_of("pass", "1.5", is_closure=True)
     [cell] = namespace["twin"].__closure__
     cell.cell_contents = 2.5
-    assert not sources.are_untouched()
+    assert not seen.are_untouched()
     del cell.cell_contents
-    assert not sources.are_untouched()
+    assert not seen.are_untouched()
 
 
 def test_helpers_that_compile_later_are_no_change():
@@ -707,20 +725,102 @@ def test_the_digest_is_the_same_in_every_process():
     assert printed.endswith(" []\n") and printed.count("'") > 60
 
 
-def test_a_method_that_is_added_to_arrays_is_in_the_digest():
-    """@overload_method names no function that the twin would find: the name of the method decides."""
-    before = digest_of("x.method_for_tests()")
+REGISTERED = {
+    "a function of a library": ("np.gradient(x)", "overload(np.gradient)(lambda x: lambda x: x * {number})"),
+    "a function that others call": ("np.sum(x)", "overload(np.isclose)(lambda x: lambda x: x * {number})"),
+    "a builtin": ("len(x)", "overload(len)(lambda x: lambda x: {number})"),
+    "an operator": ("x + x", "overload(operator.add)(lambda x, y: lambda x, y: {number})"),
+    "a method": ("x.mine()", "overload_method(numba.types.Array, 'mine')(lambda x: lambda x: {number})"),
+    "an attribute": ("x.mine", "overload_attribute(numba.types.Array, 'mine')(lambda x: lambda x: {number})"),
+    "options": ("np.gradient(x)", "overload(np.gradient, jit_options=dict(boundscheck={number} == 2))(lambda x: lambda x: x)"),
+    "what for": ("pass", "overload([np.sin, np.cos][{number} - 2])(lambda x: lambda x: x)"),
+    "a type": ("closure(x)", "type_callable(closure)(lambda context: lambda x: numba.types.Tuple([x] * {number}))"),
+    "a lowering": ("closure(x)", "lower_builtin(closure, numba.types.float64)(lowering)"),
+    "a string's lowering": ("x[0]", "lower_builtin('getitem', numba.types.float64)(lowering)"),
+    "a cast": ("x", "lower_cast(numba.types.float64, numba.types.voidptr)(lowering)"),
+}
 
-    @overload_method(numba.types.Array, "method_for_tests")
-    def compiled(x):
-        return lambda x: x[0]
 
-    assert digest_of("x.method_for_tests()") != before
+@pytest.mark.parametrize("text, registered", REGISTERED.values(), ids=REGISTERED)
+def test_what_is_registered_with_numba_is_in_the_digest(text, registered):
+    """Whatever decorator of numba's extending says it, and however the twin comes to it."""
+    digests = []
+    for number in 2, 2, 3:
+        with registries_as_before():
+            digests.append(digest_of(text, number=number, registered=registered.format(number=number)))
+    assert digests[0] == digests[1] != digests[2]
+    assert digests[0][1] == []
+    assert digests[0] != digest_of(text)
+
+
+def test_what_is_registered_later_is_no_change():
+    """Unless the code has its name; but a number of what was registered before is: an operator is reached without a name."""
+    with registries_as_before():
+        before, namespace = sources_of("x + x", registered="overload(operator.add)(lambda x, y: lambda x, y: X)")
+        exec("overload(np.gradient)(lambda x: lambda x: 2)", namespace)
+        assert Sources(namespace["f"]).changed_since(before) is None
+        namespace["X"] = 3
+        assert not before.are_untouched()
+        assert Sources(namespace["f"]).changed_since(before) == "'X'"
+    with registries_as_before():
+        before, namespace = sources_of("x.mine()")
+        exec("overload_method(numba.types.Array, 'mine')(lambda x: lambda x: 2)", namespace)
+        assert Sources(namespace["f"]).changed_since(before) == "f()"
+
+
+def test_installed_packages_are_known_by_their_version(monkeypatch):
+    """What they register for all, whoever uses it, may be beyond comparing, and would keep everything from being kept."""
+    digests = []
+    for version in "1", "1", "2":
+        package = types.ModuleType("installed_for_tests")
+        package.__file__, package.__version__ = f"{sysconfig.get_path('purelib')}/installed_for_tests.py", version
+        monkeypatch.setitem(sys.modules, package.__name__, package)
+        with registries_as_before():
+            exec("import numba, numpy\nX = object()\nnumba.extending.overload(numpy.gradient)(lambda x: lambda x: X)", vars(package))
+            digests.append(digest_of("np.gradient(x)"))
+    assert digests[0] == digests[1] != digests[2]
+    assert digests[0][1] == []
+
+
+def test_a_class_that_tells_numba_what_a_function_is(monkeypatch):
+    """Its attributes may be anything: nothing is kept of what is compiled beside it."""
+    for registered in (
+        "@infer\nclass Typed(ConcreteTemplate):\n    key = 'op'\n    cases = [numba.types.float64(numba.types.float32)]",
+        "@infer_global(twice)\nclass Typed(AbstractTemplate):\n    generic = print",
+    ):
+        with registries_as_before():
+            module = types.ModuleType("a_module_of_the_user")
+            monkeypatch.setitem(sys.modules, module.__name__, module)
+            exec(f"import numba\nfrom numba.core.typing.templates import *\ndef twice(x): ...\n{registered}", vars(module))
+            [why] = digest_of("pass")[1]
+            assert why == "a_module_of_the_user.Typed tells numba what functions are, and a cache would not see it change"
+
+
+def test_numba_that_registers_in_another_way(monkeypatch):
+    """Then nothing is kept, as overloads would not be found."""
+    found, namespace = sources_of("plain(x)")
+    assert found.unknown == []
+    for name, value in ("make_overload_template", lambda key, *args: type("Template", (), {"key": key})), ("builtin_registry", None):
+        with monkeypatch.context() as patch:
+            patch.setattr(sources.templates, name, value)
+            sources._are_registries_known.cache_clear()
+            assert Sources(namespace["f"]).unknown == [f"numba {numba.__version__} registers overloads in an unknown way"]
+    sources._are_registries_known.cache_clear()
+
+
+def test_attributes_that_are_asked_for_by_name():
+    """Numba evaluates getattr() when it compiles; which attribute it asks for is not always in the code."""
+    kept, unknown = digest_of("getattr(module, 'X')")
+    assert unknown == ["it may ask module for attributes by getattr()"]
+    assert kept != digest_of("getattr(module, 'X')", "2.5")[0]
 
 
 def test_an_object_without_content_is_named():
-    """Numba may freeze, and intrinsics may use, what nobody can compare: then no digest would tell."""
+    """Numba may freeze, and intrinsics may use, what nobody can compare: then no digest would tell. Whose class it is does not matter."""
     assert digest_of("X", "object()")[1] == ["'X' is a builtins.object, whose changes a cache would not see"]
+    assert digest_of("X", "numba.cfunc('f8(f8)')(lambda x: x)")[1] == [
+        "'X' is a numba.core.ccallback.CFunc, whose changes a cache would not see"
+    ]
 
 
 PAIR_FILE = """

@@ -25,15 +25,15 @@ import llvmlite
 import numba
 import numpy as np
 from llvmlite import ir
-from numba import types
+from numba import extending, types
 
-try:  # private to numba
+try:  # private to numba; `_are_registries_known` looks whether they are what this module takes them for
+    from numba.core import entrypoints, imputils
     from numba.core.dispatcher import Dispatcher
-    from numba.core.typing.templates import builtin_registry
-
-    _is_numba_known = hasattr(builtin_registry, "globals") and hasattr(builtin_registry, "attributes")
+    from numba.core.typing import templates
 except ImportError:
-    Dispatcher, _is_numba_known = (), False  # what is no Dispatcher has no content: nothing is kept
+    entrypoints = imputils = templates = None
+    Dispatcher = ()  # what is no Dispatcher has no content: nothing is kept
 
 # dispatcher -> (the digest of what its machine code in this process was made from, its signatures), as far as cache.py has compiled it
 compiled_from: "weakref.WeakKeyDictionary[Dispatcher, tuple[str, list]]" = weakref.WeakKeyDictionary()
@@ -51,11 +51,12 @@ _HARMLESS = ("CACHE_", "COLOR_", "CUDA_", "DEBUG_CACHE", "DISABLE_PERF", "FUNCTI
 class Sources:
     """All that numba compiles a function from.
 
-    Attributes: `parts`, (what, content) in an order that the program gives; `unknown`, why the machine code cannot be kept, if it cannot;
+    Attributes: `parts`, (what, content) in an order that the program gives; `everywhere`, the same of what is registered with numba for
+    operators, libraries' functions and the like, to which any code may come; `unknown`, why the machine code cannot be kept, if it cannot;
     `helpers`, the dispatchers that it calls, directly or not; `has_intrinsics`, whether an intrinsic is among what it calls.
     """
 
-    def __init__(self, function: Callable):
+    def __init__(self, function: Callable, is_everywhere: bool = False):
         self.parts: list[tuple[str, str]] = []
         self.unknown: list[str] = []
         self.helpers: list[Dispatcher] = []
@@ -64,19 +65,33 @@ class Sources:
         self._names: dict[tuple[int, str], tuple[dict, str, object]] = {}  # (namespace, name, what it stands for)
         self._insides: dict[int, tuple[object, list]] = {}  # (object that can change, what is in it) by its id
         self._numbers: dict[int, int] = {}  # id of a function, which what it belongs to keeps alive -> its number
-        if not _is_numba_known:
+        self._registrations = _registrations()
+        if self._registrations is None:
             self.unknown.append(f"numba {numba.__version__} registers overloads in an unknown way")
+            self._registrations = _Registrations({}, {}, [], set(), [])
         self._visit(function)
+        others = () if is_everywhere else self._registrations.everywhere
+        self.everywhere = {each: Sources(each.function, is_everywhere=True) for each in others}
+        self.unknown += self._registrations.unknown
+        for each in self.everywhere.values():
+            self.unknown += each.unknown
+            self.helpers += [helper for helper in each.helpers if helper not in self.helpers]
+            self._names.update(each._names)
+            self._insides.update(each._insides)
         self._namespaces = tuple(zip(*self._names.values(), strict=True)) or ((), (), ())
 
     def digest(self) -> str:
         """Return 64 bits that differ when the machine code may: by the parts, numba's settings, or the versions of what compiles."""
-        return hashlib.sha256(repr((self.parts, _environment())).encode()).hexdigest()[:16]
+        everywhere = [(each.purpose, sources.parts) for each, sources in self.everywhere.items()]
+        parts = self.parts, everywhere, sorted(self._registrations.versions)
+        return hashlib.sha256(repr((parts, _environment())).encode()).hexdigest()[:16]
 
     def changed_since(self, earlier: "Sources") -> str | None:
-        """Return what is not as it was, or None."""
+        """Return what is not as it was, or None. What was registered since, for names that the code does not have, is no change."""
         pairs = itertools.zip_longest(earlier.parts, self.parts, fillvalue=(self.parts[0][0], None))
-        return next((what for (what, before), (_, content) in pairs if content != before), None)
+        changed = [what for (what, before), (_, content) in pairs if content != before]
+        changed += [self.everywhere[each].changed_since(earlier.everywhere[each]) for each in earlier.everywhere if each in self.everywhere]
+        return next(filter(None, changed), None)
 
     def are_untouched(self) -> bool:
         """Return True if every name stands for the very object that it stood for, and this has the bytes or the members that it had.
@@ -91,8 +106,8 @@ class Sources:
 
     def _visit(self, function: Callable) -> str:
         """Take in a function of Python code, once; return its number, in words; of a library's function the name."""
-        if _is_of_library(function.__module__):
-            return f"library {_name_of(function)}"
+        if _is_library_function(function):
+            return f"library {_name_of(function)} {[self._visit(each) for each in _functions_of_users(function)]}"
         if id(function) in self._numbers:
             return f"function {self._numbers[id(function)]}"
         number = self._numbers[id(function)] = len(self._numbers)
@@ -103,11 +118,14 @@ class Sources:
             self.parts.append((f"the {name} of {code.co_qualname}()", self._content(value, name)))
         for name, value in self._outside(function):
             self.parts.append((f"'{name}'", self._content(value, name)))
-        for name in _names_in(code)[1]:
-            for overload in _overloads().attributes.get(name, ()):
-                self.parts.append((f"the overload of '{name}'", self._visit(overload)))
+        for name in dict.fromkeys([*_names_in(code)[0], *_names_in(code)[1]]):
+            for each in self._registrations.by_name.get(name, ()):
+                self.parts.append((f"the overload of '{name}'", self._visit_registered(each)))
         self._open.pop()
         return f"function {number}"
+
+    def _visit_registered(self, registered: "_Registered") -> str:
+        return f"{self._visit(registered.function)} {registered.purpose}"
 
     def _outside(self, function: Callable) -> Iterator[tuple[str, object]]:
         """Yield (name, value) of what a function finds outside itself: globals, its closure, attributes of modules that it reaches."""
@@ -123,9 +141,12 @@ class Sources:
             if not _is_of_library(name):
                 self.unknown.append(f"it imports {name} while it is compiled")
         modules: list[ModuleType] = []
+        asks = "getattr" in names
         for name, value in found:  # which grows
             if inspect.ismodule(value) and value not in modules and not _is_of_library(value.__name__):
                 modules.append(value)
+                if asks:
+                    self.unknown.append(f"it may ask {name} for attributes by getattr()")
                 reached = [attribute for attribute in attributes if attribute in vars(value)]
                 found += [(f"{name}.{attribute}", vars(value)[attribute]) for attribute in reached]
                 self._watch_names(vars(value), reached)
@@ -158,8 +179,8 @@ class Sources:
         if isinstance(value, ModuleType):
             return f"module {value.__name__}"
         if isinstance(value, (types.Type, ir.Type)) and not isinstance(value, (types.ClassType, types.ClassInstanceType)):
-            return f"{_name_of(kind)} {value}"
-        overloads = [self._visit(each) for each in _overloads().functions.get(id(value), ())]
+            return f"{_name_of(kind)} {value}" if _is_of_library(kind.__module__) else self._no_content(value, name)
+        overloads = [self._visit_registered(each) for each in self._registrations.by_key.get(id(value), ())]
         return f"{self._callable(value, name)} {overloads}"
 
     def _array(self, value: np.generic | np.ndarray, name: str) -> str:
@@ -195,9 +216,9 @@ class Sources:
             return f"intrinsic {self._visit(definition)}"
         if isinstance(value, FunctionType):
             return self._visit(value)  # run when an intrinsic is compiled; or, with NUMBA_DISABLE_JIT, a helper
-        if isinstance(value, np.ufunc):
+        if isinstance(value, np.ufunc) and getattr(np, value.__name__, None) is value:
             return f"ufunc {value.__name__}"
-        if isinstance(value, BuiltinFunctionType) or (hasattr(value, "__qualname__") and _is_of_library(value.__module__)):
+        if isinstance(value, BuiltinFunctionType) or _is_in_library(value):
             return f"library {_name_of(value)}"
         if isinstance(value, type) and issubclass(value, enum.Enum):
             return f"{_name_of(value)} {[self._content(member, name) for member in value]}"
@@ -256,11 +277,31 @@ def _names_in(code: CodeType) -> tuple[list[str], list[str], list[str]]:
             kind = operations.get(instruction.opname)
             if kind is not None:
                 found[kind][instruction.argval] = None
+    if "getattr" in found[0]:
+        found[1].update({constant: None for each in codes for constant in each.co_consts if isinstance(constant, str)})
     return list(found[0]), list(found[1]), list(found[2])
 
 
 def _name_of(value) -> str:
     return f"{value.__module__}.{value.__qualname__}"
+
+
+def _is_in_library(value: object) -> bool:
+    """Return True for the very object that a library has under its name, such as a class: what is made of that class may be anybody's."""
+    module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
+    return isinstance(name, str) and _is_of_library(module) and getattr(sys.modules.get(module), name, None) is value
+
+
+def _is_library_function(function: FunctionType) -> bool:
+    return _is_of_library(function.__globals__.get("__name__"))  # __module__ says what it wraps, if it does
+
+
+def _functions_of_users(function: FunctionType) -> list[FunctionType]:
+    """Return the function, or, if it is a library's, those of others that it has been made of."""
+    if not _is_library_function(function):
+        return [function]
+    inside = [value for cell in function.__closure__ or () for value in _inside(cell)]
+    return [value for value in inside if isinstance(value, FunctionType) and not _is_library_function(value)]
 
 
 @functools.cache
@@ -280,34 +321,109 @@ def _environment() -> tuple:
     return sys.version, numba.__version__, llvmlite.__version__, np.__version__, settings
 
 
-# Functions that @overload, @overload_method and @overload_attribute put in the place of others --------------------------------------------
+# What is registered with numba: @overload and its kin, @type_callable, @lower_builtin and its kin -----------------------------------------
 
 
-class _Overloads(NamedTuple):
-    """Functions outside numba that say what others are in compiled code."""
+class _Registered(NamedTuple):
+    """A function of Python code, not of a library, that numba runs to know what something is in compiled code."""
 
-    functions: dict[int, list[Callable]]  # by the id of what they replace, which numba keeps
-    attributes: dict[str, list[Callable]]  # by the name of a method or an attribute
+    function: Callable
+    purpose: str  # what it is registered for, and with which options
 
 
-def _overloads() -> _Overloads:
-    if not _is_numba_known:
-        return _Overloads({}, {})
-    return _overloads_among(len(builtin_registry.globals), len(builtin_registry.attributes))
+class _Registrations(NamedTuple):
+    """What is registered for a function of the user's own counts where that is reached. All else counts everywhere, under any name."""
+
+    by_key: dict[int, list[_Registered]]  # by the id of that function, which numba keeps
+    by_name: dict[str, list[_Registered]]  # of all else: by the name of the method, the attribute or the function
+    everywhere: list[_Registered]
+    versions: set[str]  # of installed packages that register something everywhere; they stand for it
+    unknown: list[str]  # why nothing that is compiled can be kept
+
+
+def _registrations() -> _Registrations | None:
+    """Return what is registered now, or None if this numba has it in other places than this module knows."""
+    if not _are_registries_known():
+        return None
+    entrypoints.init_all()  # which compiling would do first
+    return _registrations_among(*map(len, _registries()))
+
+
+def _registries() -> tuple[list, ...]:
+    typing, lowering = templates.builtin_registry, imputils.builtin_registry
+    lowered = lowering.functions, lowering.getattrs, lowering.setattrs, lowering.casts, lowering.constants
+    return typing.functions, typing.attributes, typing.globals, *lowered
 
 
 @functools.lru_cache(maxsize=1)
-def _overloads_among(*_counts: int) -> _Overloads:
-    found = _Overloads(defaultdict(list), defaultdict(list))
-
-    def note(template: object, where: dict, key: object) -> None:
-        overload = getattr(template, "_overload_func", None)
-        if isinstance(overload, FunctionType) and not _is_of_library(overload.__globals__.get("__name__")):
-            where[key].append(overload)
-
-    for value, numba_type in builtin_registry.globals:
-        for template in getattr(numba_type, "templates", ()):
-            note(template, found.functions, id(value))
-    for template in builtin_registry.attributes:
-        note(template, found.attributes, getattr(template, "_attr", None))
+def _registrations_among(*_counts: int) -> _Registrations:
+    found = _Registrations(defaultdict(list), defaultdict(list), [], set(), [])
+    functions, attributes, typed, *lowered = _registries()
+    classes = [*functions, *attributes, *(each for _, numba_type in typed for each in getattr(numba_type, "templates", ()))]
+    for template in dict.fromkeys(classes):
+        for function in _functions_in(template):
+            _note(found, function, template.key, getattr(template, "_attr", None), getattr(template, "_jit_options", {}))
+        for each in _classes_of_users(template):
+            if version := _installed_version(each.__module__):
+                found.versions.add(version)
+            else:
+                found.unknown.append(f"{_name_of(each)} tells numba what functions are, and a cache would not see it change")
+    for function, key, *arguments in itertools.chain(*lowered):
+        for each in _functions_of_users(function):
+            _note(found, each, key, None, arguments)
     return found
+
+
+@functools.cache
+def _functions_in(template: type) -> list[FunctionType]:
+    """Return the functions of others than libraries that numba has made a template of, such as @overload does."""
+    values = [getattr(value, "__func__", value) for name, value in vars(template).items() if name != "key"]
+    return [function for value in values if isinstance(value, FunctionType) for function in _functions_of_users(value)]
+
+
+@functools.cache
+def _classes_of_users(template: type) -> list[type]:
+    return [each for each in template.__mro__ if not _is_of_library(each.__module__)]
+
+
+def _note(found: _Registrations, function: Callable, key: object, attribute: str | None, options: object) -> None:
+    module, name = getattr(key, "__module__", None), getattr(key, "__name__", str(key))
+    if isinstance(options, dict):
+        options = sorted((k, sorted(v) if isinstance(v, (set, frozenset)) else v) for k, v in options.items())
+    registered = _Registered(function, f"for {module}.{name} {attribute} {options}")
+    if isinstance(module, str) and not _is_of_library(module) and attribute is None:
+        found.by_key[id(key)].append(registered)
+    elif version := _installed_version(function.__globals__.get("__name__")):
+        found.versions.add(version)
+    else:
+        found.everywhere.append(registered)
+        found.by_name[attribute or name].append(registered)
+
+
+def _installed_version(module: str | None) -> str | None:
+    """Return name and version of the installed package that the module belongs to, if it does."""
+    top = (module or "").partition(".")[0]
+    package = sys.modules.get(top)
+    folders = tuple(os.path.realpath(sysconfig.get_path(name)) + os.sep for name in ("purelib", "platlib"))
+    is_installed = os.path.realpath(getattr(package, "__file__", None) or "").startswith(folders)
+    return f"{top} {package.__version__}" if is_installed and hasattr(package, "__version__") else None
+
+
+@functools.cache
+def _are_registries_known() -> bool:
+    """Return True if what a program registers would be found where this module looks for it."""
+
+    def key(): ...
+
+    def overload(): ...
+
+    try:
+        template = templates.make_overload_template(key, overload, {"fastmath": True}, True, "never")
+        is_known = template.key is key and _functions_in(template) == [overload] and template._jit_options == {"fastmath": True}
+        is_known = is_known and types.Function(template).templates == (template,)
+        is_known = is_known and extending.infer.__self__ is extending.infer_getattr.__self__ is templates.builtin_registry
+        return (
+            is_known and extending.lower_builtin.__self__ is imputils.builtin_registry and all(type(each) is list for each in _registries())
+        )
+    except (AttributeError, TypeError):
+        return False
