@@ -419,11 +419,14 @@ def _are_registries_known() -> bool:
 
     try:
         template = templates.make_overload_template(key, overload, {"fastmath": True}, True, "never")
-        is_known = template.key is key and _functions_in(template) == [overload] and template._jit_options == {"fastmath": True}
-        is_known = is_known and types.Function(template).templates == (template,)
-        is_known = is_known and extending.infer.__self__ is extending.infer_getattr.__self__ is templates.builtin_registry
         return (
-            is_known and extending.lower_builtin.__self__ is imputils.builtin_registry and all(type(each) is list for each in _registries())
+            template.key is key
+            and template._jit_options == {"fastmath": True}
+            and _functions_in(template) == [overload]
+            and types.Function(template).templates == (template,)
+            and extending.infer.__self__ is extending.infer_getattr.__self__ is templates.builtin_registry
+            and extending.lower_builtin.__self__ is imputils.builtin_registry
+            and all(type(each) is list for each in _registries())
         )
     except (AttributeError, TypeError):
         return False
