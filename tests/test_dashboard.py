@@ -15,6 +15,7 @@ import kernels_for_tests as k
 import numpy as np
 import pytest
 from browser import needs_browser, visit
+from dask.utils import key_split
 from test_efficiency import hand_made
 from test_trace import traced
 
@@ -124,7 +125,7 @@ def test_local_cluster_gets_the_page_and_keeps_its_stream():
         scheduler.run(graph)
         assert dashboard.url.partition("/taskgpt")[0] in bare.describe()
         assert dashboard.task_stream is None
-        names = {key[0] for key in bare.dask_scheduler.tasks}
+        names = {key_split(key) for key in bare.dask_scheduler.tasks}
         assert names <= {task.name for task in graph.tasks}
         with urllib.request.urlopen(dashboard.url) as answer:
             assert b"taskgpt" in answer.read()

@@ -560,6 +560,9 @@ def blas_threads() -> list[int]:
     return [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"]
 
 
+FROM_OUTSIDE = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}  # what terminals and batch systems send
+
+
 def worker_processes(pid: int) -> list[int]:
     """Return the children of a process; not Python's resource tracker, which multiprocessing starts once and keeps."""
     children = psutil.Process(pid).children(recursive=True)
@@ -728,15 +731,26 @@ class TestLocalCluster:
             graph = k.naps(a, milliseconds=10, length=5)
             scheduler.run(graph)
             workers = worker_processes(os.getpid())
-            tracker = resource_tracker._resource_tracker._pid
-            for process in [*workers, tracker]:
-                for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                    os.kill(process, number)
+            for worker in workers:
+                for number in FROM_OUTSIDE:
+                    os.kill(worker, number)
             scheduler.run(graph)
             assert worker_processes(os.getpid()) == workers
-            assert psutil.Process(tracker).status() != psutil.STATUS_ZOMBIE
         assert (a.log.array[:10, k.RUNS] == 2).all()
         assert not any(psutil.pid_exists(worker) for worker in workers)
+
+    def test_signals_to_the_resource_tracker(self, monkeypatch):
+        """As a scheduler starts it, where nothing has before: what a terminal sends does not end it, and so no shared memory is lost."""
+        tracker = resource_tracker.ResourceTracker()
+        monkeypatch.setattr(resource_tracker, "ensure_running", tracker.ensure_running)
+        local_cluster._start_resource_tracker()
+        try:
+            for number in FROM_OUTSIDE:
+                os.kill(tracker._pid, number)
+            assert tracker._check_alive()
+        finally:
+            os.close(tracker._fd)  # which ends it
+        assert os.waitpid(tracker._pid, 0)[1] == 0
 
     def test_threads_take_signals_as_ever(self):
         """Where the workers are threads nothing is masked: what a kernel starts can be ended."""
@@ -747,7 +761,7 @@ class TestLocalCluster:
         graph.spawn(k.act, a.x[0], a.log[0])
         with opened("local-cluster", workers=1) as scheduler:
             scheduler.run(graph)
-        assert not found[0] & {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+        assert not found[0] & FROM_OUTSIDE
 
     @pytest.mark.parametrize("word", ["", "# __name__"])
     def test_a_program_without_guard(self, tmp_path, word):

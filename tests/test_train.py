@@ -81,7 +81,7 @@ def test_the_loss_falls(text, tmp_path):
 
 def test_a_saved_model_goes_on_where_it_stopped(text, tmp_path):
     """--init of what --save wrote: the same validation loss, and the shape from the checkpoint instead of the graph file."""
-    first, second, model = tmp_path / "1.jsonl", tmp_path / "2.jsonl", str(tmp_path / "model.bin")
+    first, second, third, model = tmp_path / "1.jsonl", tmp_path / "2.jsonl", tmp_path / "3.jsonl", str(tmp_path / "model.bin")
     base = ["--scheduler", "sequential", "--sample-every", "0", "--data", text]
     assert (
         main(
@@ -93,8 +93,8 @@ def test_a_saved_model_goes_on_where_it_stopped(text, tmp_path):
     summaries = [records(path)[-1]["summary"] for path in (first, second)]
     assert summaries[1]["graph"]["model"] == {**summaries[0]["graph"]["model"], "padded_vocabulary": 384}
     assert summaries[1]["graph"]["model"]["layers"] == 1
-    assert main([*base, "--graph", "tiny", "--init", model, "--steps", "0", "--log", str(second)]) == 0
-    assert records(second)[-1]["summary"]["parameters_sha256"] == summaries[0]["parameters_sha256"]
+    assert main([*base, "--graph", "tiny", "--init", model, "--steps", "0", "--log", str(third)]) == 0
+    assert records(third)[-1]["summary"]["parameters_sha256"] == summaries[0]["parameters_sha256"]
 
 
 def refused(capsys, argv: list[str]) -> str:
