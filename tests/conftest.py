@@ -12,6 +12,8 @@ from taskgpt.gpt2.model import GPT2, Batch, Options
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a background job of a script; what tests start would ignore it too
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # as under nohup
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 PARITY = Path(__file__).parent / "parity"
 

@@ -13,6 +13,7 @@ import time
 from xml.etree import ElementTree
 
 import pytest
+from programs import started
 
 from taskgpt.compare import main as compare
 from taskgpt.errors import UserError
@@ -110,7 +111,7 @@ def test_a_signal_leaves_results_to_go_on_with(tmp_path):
     """SIGTERM in the middle of a round: exit code 143, one line, files whole, no turn lost that was saved."""
     argv = ["--graph", "tiny", "--schedulers", "native", "--workers", "1", "--turn", "0.01s", "--precision", "0.000001"]
     command = [sys.executable, "-m", "taskgpt.compare", *argv, "--output", str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+    with started(command, stdout=subprocess.DEVNULL) as process:
         while not ((tmp_path / "compare.json").exists() and Results.load(tmp_path).measured):
             assert process.poll() is None
             time.sleep(0.2)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from browser import needs_browser, visit
 from dask.utils import key_split
+from programs import started
 from test_efficiency import hand_made
 from test_trace import traced
 
@@ -193,7 +194,7 @@ def test_a_browser_shows_a_run(page, tmp_path):
     text.write_text("to be or not to be, that is the question. " * 400)
     flags = ["--graph", "tiny", "--steps", "1000000", "--val-every", "50", "--sample-every", "0", "--data", str(text), "--dashboard", "0"]
     command = [sys.executable, "-m", "taskgpt.train", *flags]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    with started(command, stderr=subprocess.STDOUT) as process:
         try:
             url = next(line.split()[1] for line in process.stdout if line.startswith("dashboard"))
             threading.Thread(target=process.stdout.read, daemon=True).start()  # nobody else empties the pipe

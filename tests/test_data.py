@@ -12,7 +12,6 @@ import pwd
 import random
 import re
 import signal
-import subprocess
 import sys
 import tarfile
 import threading
@@ -22,6 +21,7 @@ import numpy as np
 import platformdirs
 import psutil
 import pytest
+from programs import started
 from test_tokens import batches, header
 
 from taskgpt import data
@@ -603,8 +603,8 @@ def test_ctrl_c_ends_with_code_130(tmp_path):
     with datasets._only_one(tmp_path, print):
         command = [sys.executable, "-um", "taskgpt.data", "prepare", "tinyshakespeare", "--folder", str(tmp_path)]
         root = Path(data.__file__).parents[1]
-        program = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root)
-        assert "waiting for another run" in program.stdout.readline()
-        program.send_signal(signal.SIGINT)
-        assert "interrupted" in program.communicate(timeout=10)[1]
+        with started(command, cwd=root) as program:
+            assert "waiting for another run" in program.stdout.readline()
+            program.send_signal(signal.SIGINT)
+            assert "interrupted" in program.communicate(timeout=10)[1]
     assert program.returncode == 130

@@ -24,6 +24,7 @@ import pytest
 from dask.callbacks import Callback
 from dask.system import cpu_count
 from dask.utils import key_split
+from programs import started
 from threadpoolctl import threadpool_info
 
 import taskgpt
@@ -495,7 +496,7 @@ class TestLife:
     def test_interrupted_program(self, name, moment):
         """Ctrl-C in a terminal ends a program soon, with one traceback and an exit code that is not 0, and leaves no process behind."""
         program = [sys.executable, k.__file__, name]
-        with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        with started(program, start_new_session=True) as process:
             while process.stdout.readline() != f"{moment}\n":
                 pass
             time.sleep(0.3)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from programs import started
 
 from taskgpt import train
 from taskgpt.__main__ import main as taskgpt
@@ -181,12 +182,12 @@ def test_ctrl_c_ends_after_the_step_with_summary_and_checkpoint(text, tmp_path):
     """The first Ctrl-C: exit code 130, the log whole, the model saved."""
     log, model = tmp_path / "log.jsonl", tmp_path / "model.bin"
     argv = [sys.executable, "-m", "taskgpt.train", *TINY, "--data", text, "--steps", "1000000", "--log", str(log), "--save", str(model)]
-    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not (log.exists() and log.stat().st_size) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    with started(argv) as process:
+        deadline = time.monotonic() + 60
+        while not (log.exists() and log.stat().st_size) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "stopping as soon as the steps under way are done" in out
     assert "Traceback" not in err
@@ -204,7 +205,7 @@ def test_a_stop_is_orderly_at_any_time(number, after, text, tmp_path):
     if after == "val loss":
         flags[-1] = "1000000"
     argv = [sys.executable, "-u", "-m", "taskgpt.train", *flags, "--save", str(model)]
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with started(argv) as process:
         while not (line := process.stdout.readline()).startswith("scheduler" if after == "val loss" else after):
             assert line, process.stderr.read()
         process.send_signal(number)
@@ -391,7 +392,7 @@ def test_a_reader_that_leaves_ends_the_program_quietly(text, tmp_path):
     """As `taskgpt train | head`: no traceback, and the model is saved."""
     model = tmp_path / "model.bin"
     argv = [sys.executable, "-u", "-m", "taskgpt.train", *TINY, "--data", text, "--steps", "100000", "--save", str(model)]
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with started(argv) as process:
         while not process.stdout.readline().startswith("step 1"):
             pass
         process.stdout.close()
