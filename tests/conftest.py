@@ -1,5 +1,6 @@
 """What several test files share: the parity case that llm.c made, and models small enough to train in a test."""
 
+import gc
 import json
 import signal
 from pathlib import Path
@@ -36,3 +37,10 @@ def parity_model(request) -> GPT2:
     m = GPT2(checkpoint.read_shape(PARITY / "model.bin"), Batch(4, 64), load_graph("tiny").tiles, options)
     checkpoint.load(PARITY / "model.bin", m)
     return m
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cheap_collections():
+    """Take what is there out of the garbage collector's sight: after a few files, to look at all that numba made takes it a second."""
+    gc.collect()
+    gc.freeze()
