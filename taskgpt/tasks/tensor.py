@@ -17,6 +17,7 @@ import tempfile
 import threading
 import uuid
 import weakref
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -41,7 +42,7 @@ class TensorSpec:
     cuts: tuple[int | tuple[int, ...] | None, ...] = ()
     dtype: np.dtype = field(default=np.dtype(np.float32))
 
-    def bounds(self) -> tuple[np.ndarray, ...]:
+    def bounds(self) -> tuple[tuple[int, ...], ...]:
         """Return the cell boundaries of each axis, from 0 to the axis' length. Raises GridError for a cut below 1."""
         cuts = self.cuts or (None,) * len(self.shape)
         if not self.shape:
@@ -56,7 +57,7 @@ class TensorSpec:
             if any(step < 1 for step in steps) and length > 0:
                 raise GridError(f"cannot cut an axis of {length} elements every {min(steps)}: a tile has at least 1 element")
             points = set().union(*(range(0, length, step) for step in steps)) if length else {0}
-            bounds.append(np.array([*sorted(points), length]))
+            bounds.append((*sorted(points), length))
         return tuple(bounds)
 
     @property
@@ -140,9 +141,7 @@ class Tile:
         """Yield the grid position of every cell that this tile touches, wholly or in part."""
         spans = []
         for (start, stop), bounds in zip(self.ranges, self.tensor.bounds, strict=True):
-            first = int(np.searchsorted(bounds, start, side="right")) - 1
-            last = int(np.searchsorted(bounds, stop, side="left"))
-            spans.append(range(first, last))
+            spans.append(range(bisect_right(bounds, start) - 1, bisect_left(bounds, stop)))
         return itertools.product(*spans)
 
     def __getitem__(self, index) -> "Tile":
