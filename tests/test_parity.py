@@ -17,8 +17,8 @@ SCHEDULERS = {
     "loops-dynamic": [],
     "loops-llmc": [],
     "threads": [],
-    "local-cluster": ["--set", "coarsen=40"],  # few tasks: each costs it a millisecond, and sampling runs 126 graphs
-    "local-cluster-processes": ["--set", "coarsen=40"],
+    "local-cluster": ["--set", "coarsen=10"],  # few tasks: each costs it a millisecond, and sampling runs 126 graphs
+    "local-cluster-processes": ["--set", "coarsen=10"],
 }
 WAYS = {  # the graph file's fused kernels; llm.c's own; logits in blocks of rows
     "": [],
