@@ -385,7 +385,7 @@ def test_the_program_from_tuning_to_training(tmp_path, capsys):
     out, text = tmp_path / "tuned", tmp_path / "text.txt"
     text.write_text("To be or not to be, that is the question. " * 100)
     argv = ["--graph", "tiny:model.layers=1", "--workers", "1", "--output", str(out), "--json", str(tmp_path / "t.json")]
-    for budget in ("9s", "60s", "240s"):  # on a slow or busy machine seconds decide nothing, which is code 1
+    for budget in ("60s", "240s"):  # on a slow or busy machine seconds decide nothing, which is code 1
         code, shown = tune([*argv, "--budget", budget]), capsys.readouterr().out
         if code != 1:
             break
@@ -408,7 +408,7 @@ def test_the_program_from_tuning_to_training(tmp_path, capsys):
     def line(text: str, key: str) -> str:
         return next(line for line in text.splitlines() if line.startswith(key))
 
-    assert line(remembered, "tiles") == line(from_files, "tiles") == line(shown[shown.index("wrote") - 2000 :], "tiles")
+    assert line(remembered, "tiles") == line(from_files, "tiles") == line("\n".join(reversed(shown.splitlines())), "tiles")
     assert line(remembered, "parameters sha256") == line(from_files, "parameters sha256")
     assert train([*auto, "--set", "tiles.heads=4"]) == 0
     assert "heads 4," in line(capsys.readouterr().out, "tiles")
