@@ -680,7 +680,7 @@ def test_a_merged_task_is_named_after_its_costliest_call():
     graph.spawn(change, x[0:1], section=("first", 1))
     graph.spawn(add, x[0:8], y[:], section=("second", 2))
     [task] = coarsen(graph, 1).tasks
-    assert (task.name, task.section, task.key) == ("add", ("second", 2), ("add", 0))
+    assert (task.name, task.section, task.number) == ("add", ("second", 2), 0)
     assert str(task) == "0 change inout(x[0:1]); add commutative(x[:]) in(x[:])"
 
 

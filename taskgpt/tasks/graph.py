@@ -133,10 +133,6 @@ class Task:
         self.flops = self.bytes = self.priority = 0
 
     @property
-    def key(self) -> tuple[str, int]:
-        return self.name, self.number
-
-    @property
     def estimated_seconds(self) -> float:
         """Return what the task may take, until it has been measured: by a core's order of magnitude in operations and bytes a second."""
         return self.flops / 1e11 + self.bytes / 1e10
