@@ -20,6 +20,7 @@ import dask
 import numba
 import numpy as np
 import pytest
+from numba import extending
 from numba.core.caching import IndexDataCacheFile, _CacheLocator
 
 from taskgpt.tasks import Graph, In, InOut, Out, Tensor, TwinError, cache, compile_kernels, dense, dims, kernel, run_now, sources
@@ -389,15 +390,14 @@ def test_damaged_files_of_the_cache_are_replaced(write, ending, kept):
     assert scaled(write("local(x[r])", "2")) == (2, True)
 
 
-def test_what_was_made_from_other_sources_goes(write, monkeypatch):
-    """What was used last stays, and what was used within a day, by loading it as well."""
-    monkeypatch.setattr(cache, "_KEPT", 1)
+def test_what_was_made_from_other_sources_goes(write):
+    """Unless it was used within a month, by loading it as well."""
 
     def age(count: int) -> None:
         files = files_of_cache(first, "nb?")
         assert len(files) == 2 * count
         for file in files:
-            os.utime(file, (time.time() - 100_000,) * 2)
+            os.utime(file, (time.time() - 31 * 86_400,) * 2)
 
     first = write("local(x[r])", "2")
     scaled(first)
@@ -500,8 +500,8 @@ from numba.extending import intrinsic, lower_builtin, lower_cast, overload, over
 from numba.extending import register_jitable, type_callable
 
 Pair = namedtuple("Pair", "a b")
-X = {value}
 module = types.ModuleType("module")
+X = {value}
 module.inner = types.ModuleType("inner")
 module.inner.X = module.X = X
 
@@ -648,6 +648,60 @@ def test_what_is_seen_before_every_run():
     assert not seen.are_untouched()
 
 
+def test_what_has_changed_is_named():
+    """A new name as well; what only stands on another line has not, though a cache that tells lines would be stale."""
+    before, namespace = sources_of("abs(X)")
+    namespace["abs"] = 3
+    assert Sources(namespace["f"]).changed_since(before) == "'abs'"
+    before, after = (sources_of("of_helper(x)", registered=lines)[0] for lines in ("", "\n\n"))
+    assert after.changed_since(before) is None
+    assert after.digest() != before.digest()
+
+
+@pytest.mark.parametrize("vectorized", ["numba.vectorize(lambda x: x * module.Y)", "numba.vectorize(['f8(f8)'])(lambda x: x * module.Y)"])
+def test_what_an_object_without_content_is_made_of_is_watched(vectorized):
+    """It is not kept, but a change before a run is seen."""
+    seen, namespace = sources_of("X(x)", f"(setattr(module, 'Y', 1), {vectorized})[1]")
+    namespace["module"].Y = 2
+    assert not seen.are_untouched()
+    assert Sources(namespace["f"]).changed_since(seen) == "'module.Y'"
+
+
+@pytest.mark.parametrize("value", ["holds_itself", "raises_something"])
+def test_odd_values_are_not_kept(value):
+    """A list that holds itself twice; an object whose attributes raise."""
+    holds_itself = []
+    holds_itself += [holds_itself, holds_itself]
+    odd = {"holds_itself": holds_itself, "raises_something": type("Odd", (), {"__getattr__": lambda self, name: 1 / 0})()}[value]
+    _, namespace = sources_of("X")
+    namespace["X"] = odd
+    assert "whose changes a cache would not see" in Sources(namespace["f"]).unknown[0]
+
+
+def test_what_compiling_notes_is_no_change():
+    """An intrinsic may count how often it is compiled."""
+    calls = []
+
+    @extending.intrinsic
+    def counted(context, x):
+        calls.append(x)
+        return x(x), lambda context, builder, signature, args: args[0]
+
+    @kernel
+    def same(x: InOut[R]):
+        pass
+
+    @same.compiled
+    def _(x):
+        x[0] = counted(x[0])
+
+    x = np.ones(1, np.float32)
+    same(x)
+    same(x)
+    same.verify_sources()
+    assert len(calls) == 1
+
+
 def test_helpers_that_compile_later_are_no_change():
     """For another type, by themselves or in another twin, whether lazily or with the types that their author gave."""
 
@@ -733,6 +787,11 @@ REGISTERED = {
     "a method": ("x.mine()", "overload_method(numba.types.Array, 'mine')(lambda x: lambda x: {number})"),
     "an attribute": ("x.mine", "overload_attribute(numba.types.Array, 'mine')(lambda x: lambda x: {number})"),
     "options": ("np.gradient(x)", "overload(np.gradient, jit_options=dict(boundscheck={number} == 2))(lambda x: lambda x: x)"),
+    "literals": ("np.gradient(x)", "overload(np.gradient, prefer_literal={number} == 2)(lambda x: lambda x: x)"),
+    "strictness": ("np.gradient(x)", "overload(np.gradient, strict={number} == 2)(lambda x: lambda x: x)"),
+    "inlining": ("np.gradient(x)", "overload(np.gradient, inline=['never', 'always'][{number} - 2])(lambda x: lambda x: x)"),
+    "a method's options": ("x.mine()", "overload_method(numba.types.Array, 'mine', prefer_literal={number} == 2)(lambda x: lambda x: x)"),
+    "an intrinsic's": ("other(x)", "other = intrinsic(prefer_literal={number} == 2)(made._defn)"),
     "what for": ("pass", "overload([np.sin, np.cos][{number} - 2])(lambda x: lambda x: x)"),
     "a type": ("closure(x)", "type_callable(closure)(lambda context: lambda x: numba.types.Tuple([x] * {number}))"),
     "a lowering": ("closure(x)", "lower_builtin(closure, numba.types.float64)(lowering)"),
@@ -761,11 +820,11 @@ def test_what_is_registered_later_is_no_change():
         assert Sources(namespace["f"]).changed_since(before) is None
         namespace["X"] = 3
         assert not before.are_untouched()
-        assert Sources(namespace["f"]).changed_since(before) == "'X'"
+        assert Sources(namespace["f"]).changed_since(before) == "'X' (of what is registered with numba for _operator.add)"
     with registries_as_before():
         before, namespace = sources_of("x.mine()")
         exec("overload_method(numba.types.Array, 'mine')(lambda x: lambda x: 2)", namespace)
-        assert Sources(namespace["f"]).changed_since(before) == "f()"
+        assert Sources(namespace["f"]).changed_since(before) == "<lambda>()"
 
 
 def test_installed_packages_are_known_by_their_version(monkeypatch):

@@ -47,6 +47,8 @@ def compile_kept(function: Callable, signature: Any, name: str | None = None) ->
         _prepare(sources)
     function.compile(signature)
     function.disable_compile()
+    if not sources.are_untouched():  # compiling ran Python code, of intrinsics or overloads, which noted something
+        sources = Sources(function.py_func)
     compiled_for_one.add(function)
     compiled_from[function] = sources.digest(), function.signatures
     is_loaded = bool(function.stats.cache_hits)
@@ -129,7 +131,7 @@ def bounds_checked() -> Iterator[None]:
 # The files -----------------------------------------------------------------------------------------------------------------------------
 
 
-_KEPT, _KEPT_S = 8, 86_400  # of the sources of one function: those used last, and all that were used within a day
+_KEPT_S = 30 * 86_400  # since they were last used
 
 
 class _Place(CompileResultCacheImpl):
@@ -192,7 +194,7 @@ class _Cache(FunctionCache):
             )
 
     def _prune(self) -> None:
-        """Remove what was made from other sources, but for what was used last.
+        """Remove what was made from other sources of the function, and has not been used for long.
 
         Other processes may be at it, too. One that has read an index, and then finds no code, compiles.
         """
@@ -205,7 +207,7 @@ class _Cache(FunctionCache):
             for file in os.scandir(self.cache_path):
                 if is_of_function := self._is_of_function(file.name):
                     found[is_of_function[1]].append(file)
-            for files in sorted(found.values(), key=last_use)[:-_KEPT]:
+            for files in found.values():
                 if last_use(files) < time.time() - _KEPT_S:
                     for file in sorted(files, key=lambda file: file.name, reverse=True):  # the index first
                         os.unlink(file)

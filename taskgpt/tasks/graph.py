@@ -332,7 +332,10 @@ class Graph(DaskCollection):
         return list(self._kernels)
 
     def verify_untouched(self) -> None:
-        """Raise TwinError for a kernel that was compiled from what has changed since. Before every run: it costs 3 us a kernel."""
+        """Raise TwinError for a kernel that was compiled from what has changed since.
+
+        Before every run: it costs 2 to 10 us a kernel, and 0.1 ms for each MB of arrays that it was compiled with.
+        """
         for kernel in self._kernels:
             kernel.verify_untouched()
 

@@ -17,7 +17,7 @@ import sys
 import sysconfig
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, ModuleType
 from typing import NamedTuple
 
@@ -31,9 +31,10 @@ try:  # private to numba; `_are_registries_known` looks whether they are what th
     from numba.core import entrypoints, imputils
     from numba.core.dispatcher import Dispatcher
     from numba.core.typing import templates
+    from numba.np.ufunc.dufunc import DUFunc
 except ImportError:
     entrypoints = imputils = templates = None
-    Dispatcher = ()  # what is no Dispatcher has no content: nothing is kept
+    Dispatcher = DUFunc = ()  # what is no Dispatcher has no content: nothing is kept
 
 # dispatcher -> (the digest of what its machine code in this process was made from, its signatures), as far as cache.py has compiled it
 compiled_from: "weakref.WeakKeyDictionary[Dispatcher, tuple[str, list]]" = weakref.WeakKeyDictionary()
@@ -51,17 +52,19 @@ _HARMLESS = ("CACHE_", "COLOR_", "CUDA_", "DEBUG_CACHE", "DISABLE_PERF", "FUNCTI
 class Sources:
     """All that numba compiles a function from.
 
-    Attributes: `parts`, (what, content) in an order that the program gives; `everywhere`, the same of what is registered with numba for
+    Attributes: `parts`, (what, content) in an order that the program gives; `lines`, where in its file each function stands, which machine
+    code tells where it raises; `everywhere`, the same of what is registered with numba for
     operators, libraries' functions and the like, to which any code may come; `unknown`, why the machine code cannot be kept, if it cannot;
     `helpers`, the dispatchers that it calls, directly or not; `has_intrinsics`, whether an intrinsic is among what it calls.
     """
 
     def __init__(self, function: Callable, is_everywhere: bool = False):
         self.parts: list[tuple[str, str]] = []
+        self.lines: list[str] = []
         self.unknown: list[str] = []
         self.helpers: list[Dispatcher] = []
         self.has_intrinsics = False
-        self._open: list[Callable] = []  # the functions that are being visited
+        self._open: list[object] = []  # the functions and containers that are being visited
         self._names: dict[tuple[int, str], tuple[dict, str, object]] = {}  # (namespace, name, what it stands for)
         self._insides: dict[int, tuple[object, list]] = {}  # (object that can change, what is in it) by its id
         self._numbers: dict[int, int] = {}  # id of a function, which what it belongs to keeps alive -> its number
@@ -82,16 +85,24 @@ class Sources:
 
     def digest(self) -> str:
         """Return 64 bits that differ when the machine code may: by the parts, numba's settings, or the versions of what compiles."""
-        everywhere = [(each.purpose, sources.parts) for each, sources in self.everywhere.items()]
-        parts = self.parts, everywhere, sorted(self._registrations.versions)
+        everywhere = [(each.purpose, sources.parts, sources.lines) for each, sources in self.everywhere.items()]
+        parts = self.parts, self.lines, everywhere, sorted(self._registrations.versions)
         return hashlib.sha256(repr((parts, _environment())).encode()).hexdigest()[:16]
 
     def changed_since(self, earlier: "Sources") -> str | None:
-        """Return what is not as it was, or None. What was registered since, for names that the code does not have, is no change."""
-        pairs = itertools.zip_longest(earlier.parts, self.parts, fillvalue=(self.parts[0][0], None))
-        changed = [what for (what, before), (_, content) in pairs if content != before]
-        changed += [self.everywhere[each].changed_since(earlier.everywhere[each]) for each in earlier.everywhere if each in self.everywhere]
-        return next(filter(None, changed), None)
+        """Return what is not as it was, or None.
+
+        Neither a function that only stands on other lines is a change, nor what was registered since for names that the code does not have.
+        """
+        for before, now in itertools.zip_longest(earlier.parts, self.parts, fillvalue=("", "")):
+            if before != now:
+                (was, _), (now_is, _) = before, now
+                is_inserted = was in dict(self.parts) and now_is not in dict(earlier.parts)
+                return now_is if is_inserted or not was else was
+        for each, sources in self.everywhere.items():
+            if each in earlier.everywhere and (changed := sources.changed_since(earlier.everywhere[each])):
+                return f"{changed} (of what is registered with numba for {each.key})"
+        return None
 
     def are_untouched(self) -> bool:
         """Return True if every name stands for the very object that it stood for, and this has the bytes or the members that it had.
@@ -114,6 +125,7 @@ class Sources:
         self._open.append(function)
         code = function.__code__
         self.parts.append((f"{code.co_qualname}()", _content_of_code(code)))
+        self.lines.append(_lines_of_code(code))
         for name, value in (("defaults", function.__defaults__), ("keyword defaults", function.__kwdefaults__)):
             self.parts.append((f"the {name} of {code.co_qualname}()", self._content(value, name)))
         for name, value in self._outside(function):
@@ -143,7 +155,7 @@ class Sources:
         modules: list[ModuleType] = []
         asks = "getattr" in names
         for name, value in found:  # which grows
-            if inspect.ismodule(value) and value not in modules and not _is_of_library(value.__name__):
+            if inspect.ismodule(value) and value not in modules and not _is_of_library(getattr(value, "__name__", None)):
                 modules.append(value)
                 if asks:
                     self.unknown.append(f"it may ask {name} for attributes by getattr()")
@@ -160,6 +172,14 @@ class Sources:
 
     def _content(self, value: object, name: str) -> str:
         """Return text that differs when what numba makes of the value may; note in `unknown` that it has none."""
+        if any(each is value for each in self._open):
+            return self._no_content(value, name)  # a list that holds itself
+        try:
+            return self._content_of(value, name)
+        except Exception:  # of an object whose attributes raise
+            return self._no_content(value, name)
+
+    def _content_of(self, value: object, name: str) -> str:
         kind = type(value)
         if kind in _PLAIN:
             return f"{kind.__name__} {value!r}"
@@ -171,11 +191,11 @@ class Sources:
             return self._array(value, name)
         if isinstance(value, (list, dict, set)):
             self._watch(value)
-        if isinstance(value, (tuple, list, set, frozenset)):
-            contents = [self._content(each, name) for each in value]
+        if isinstance(value, (tuple, list, set, frozenset, dict)):
+            self._open.append(value)
+            contents = [self._content(each, name) for each in (value.items() if isinstance(value, dict) else value)]
+            self._open.pop()
             return f"{_name_of(kind)} {sorted(contents) if isinstance(value, (set, frozenset)) else contents}"
-        if isinstance(value, dict):
-            return f"{_name_of(kind)} {[(self._content(k, name), self._content(v, name)) for k, v in value.items()]}"
         if isinstance(value, ModuleType):
             return f"module {value.__name__}"
         if isinstance(value, (types.Type, ir.Type)) and not isinstance(value, (types.ClassType, types.ClassInstanceType)):
@@ -213,7 +233,7 @@ class Sources:
         definition = getattr(value, "_defn", None)  # of an intrinsic
         if isinstance(definition, FunctionType):
             self.has_intrinsics = True
-            return f"intrinsic {self._visit(definition)}"
+            return f"intrinsic {self._visit(definition)} {_text_of((value._prefer_literal, sorted(value._ctor_kwargs.items())))}"
         if isinstance(value, FunctionType):
             return self._visit(value)  # run when an intrinsic is compiled; or, with NUMBA_DISABLE_JIT, a helper
         if isinstance(value, np.ufunc) and getattr(np, value.__name__, None) is value:
@@ -230,7 +250,10 @@ class Sources:
 
     def _no_content(self, value: object, name: str) -> str:
         self.unknown.append(f"'{name}' is a {_name_of(type(value))}, whose changes a cache would not see")
-        return f"{_name_of(type(value))} at {id(value)}"
+        text = f"{_name_of(type(value))} at {id(value)}"
+        if isinstance(value, DUFunc):  # of numba.vectorize
+            return f"{text} {self._visit(value._dispatcher.py_func)}"
+        return text
 
 
 def _inside(value: object) -> list:
@@ -259,10 +282,16 @@ def _content_of_code(code: CodeType) -> str:
             return f"{type(value).__name__} {contents if isinstance(value, tuple) else sorted(contents)}"
         return f"{type(value).__name__} {value!r}"
 
-    counts = code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags, code.co_firstlineno
+    counts = code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags
     names = code.co_name, code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars
-    parts = counts, names, code.co_code, code.co_exceptiontable, code.co_linetable, list(map(constant, code.co_consts))
+    parts = counts, names, code.co_code, code.co_exceptiontable, list(map(constant, code.co_consts))
     return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+@functools.lru_cache(maxsize=1024)
+def _lines_of_code(code: CodeType) -> str:
+    inner = [_lines_of_code(constant) for constant in code.co_consts if inspect.iscode(constant)]
+    return hashlib.sha256(repr((code.co_firstlineno, code.co_linetable, inner)).encode()).hexdigest()
 
 
 @functools.lru_cache(maxsize=1024)
@@ -328,7 +357,12 @@ class _Registered(NamedTuple):
     """A function of Python code, not of a library, that numba runs to know what something is in compiled code."""
 
     function: Callable
-    purpose: str  # what it is registered for, and with which options
+    key: str  # what it is registered for
+    options: str
+
+    @property
+    def purpose(self) -> str:
+        return f"for {self.key} {self.options}"
 
 
 class _Registrations(NamedTuple):
@@ -362,7 +396,7 @@ def _registrations_among(*_counts: int) -> _Registrations:
     classes = [*functions, *attributes, *(each for _, numba_type in typed for each in getattr(numba_type, "templates", ()))]
     for template in dict.fromkeys(classes):
         for function in _functions_in(template):
-            _note(found, function, template.key, getattr(template, "_attr", None), getattr(template, "_jit_options", {}))
+            _note(found, function, template.key, getattr(template, "_attr", None), _options_of(template))
         for each in _classes_of_users(template):
             if version := _installed_version(each.__module__):
                 found.versions.add(version)
@@ -386,11 +420,21 @@ def _classes_of_users(template: type) -> list[type]:
     return [each for each in template.__mro__ if not _is_of_library(each.__module__)]
 
 
+def _options_of(template: type) -> dict:
+    options = {name: getattr(template, name, None) for name in ("_jit_options", "_strict", "prefer_literal", "metadata")}
+    return options | {"inline": getattr(getattr(template, "_inline", None), "value", None)}
+
+
+def _text_of(options: object) -> str:
+    """Return the same text for equal options in any order."""
+    if isinstance(options, Mapping):
+        return str(sorted((name, _text_of(value)) for name, value in options.items()))
+    return str(sorted(map(str, options)) if isinstance(options, (set, frozenset)) else options)
+
+
 def _note(found: _Registrations, function: Callable, key: object, attribute: str | None, options: object) -> None:
     module, name = getattr(key, "__module__", None), getattr(key, "__name__", str(key))
-    if isinstance(options, dict):
-        options = sorted((k, sorted(v) if isinstance(v, (set, frozenset)) else v) for k, v in options.items())
-    registered = _Registered(function, f"for {module}.{name} {attribute} {options}")
+    registered = _Registered(function, f"{module}.{name}{f'.{attribute}' if attribute else ''}", _text_of(options))
     if isinstance(module, str) and not _is_of_library(module) and attribute is None:
         found.by_key[id(key)].append(registered)
     elif version := _installed_version(function.__globals__.get("__name__")):
@@ -418,10 +462,11 @@ def _are_registries_known() -> bool:
     def overload(): ...
 
     try:
-        template = templates.make_overload_template(key, overload, {"fastmath": True}, True, "never")
+        template = templates.make_overload_template(key, overload, {"fastmath": True}, True, "always", prefer_literal=True, target="cpu")
+        options = {"_jit_options": {"fastmath": True}, "_strict": True, "prefer_literal": True, "metadata": {"target": "cpu"}}
         return (
             template.key is key
-            and template._jit_options == {"fastmath": True}
+            and _options_of(template) == {**options, "inline": "always"}
             and _functions_in(template) == [overload]
             and types.Function(template).templates == (template,)
             and extending.infer.__self__ is extending.infer_getattr.__self__ is templates.builtin_registry
