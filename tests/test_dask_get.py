@@ -47,8 +47,9 @@ PATIENCE = 20  # seconds until a wait in a test counts as lost
 
 @pytest.fixture(autouse=True)
 def nothing_stays():
-    """No thread outlives a run, and no callback."""
+    """No thread outlives a run, no callback, and no run is taken for the one around what the caller does next."""
     yield
+    assert getattr(_dask_get._thread, "run", None) is None
     assert workers_alive() == []
     assert not Callback.active
 
@@ -876,6 +877,19 @@ class TestInterrupt:
         self.end_of_workers()
         assert log == ["ended"] * (3 if where == "pool" else 2)
         assert calls[-1] == "finish"
+
+    def test_as_the_caller_stops_working(self, monkeypatch):
+        """However late it comes: what the caller runs next is not inside of the run that was stopped."""
+        leave, interrupts = _dask_get._Run._leave, iter([KeyboardInterrupt])
+
+        def interrupted(run, outer):
+            for error in interrupts:
+                raise error
+            leave(run, outer)
+
+        monkeypatch.setattr(_dask_get._Run, "_leave", interrupted)
+        self.stopped({"x": (inc, 1)}, num_workers=1)
+        assert get({"x": (inc, 1)}, "x") == 2
 
     def test_between_tasks(self):
         """While many short tasks run, wherever it comes."""

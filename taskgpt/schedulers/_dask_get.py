@@ -178,6 +178,8 @@ class _Run:
                 self._start_helper()
             self._wait()
         except BaseException as error:  # Ctrl-C, wherever it came
+            if self._works_here:
+                self._leave(self._outer)  # which it may have kept `_work` from
             if self._is_stopped:
                 raise
             self._interrupt(error)
@@ -260,11 +262,15 @@ class _Run:
         except BaseException as error:
             (self._interrupt if get_ident() == self._caller else self.stop)(error, task)
         finally:
-            _thread.run = outer
-            with self._lock:
-                self._working.discard(get_ident())
-                if self._is_over and not self._working and self._ended.locked():
-                    self._ended.release()
+            self._leave(outer)
+
+    def _leave(self, outer: "_Run | None") -> None:
+        """Let this thread work for the run around this one again, if there is one."""
+        _thread.run = outer
+        with self._lock:
+            self._working.discard(get_ident())
+            if self._is_over and not self._working and self._ended.locked():
+                self._ended.release()
 
     def _next(self, done: int | None) -> int | None:
         """Release what waited for a task that is done; return the next one, or None if the run is over. Sleep while none is ready."""
