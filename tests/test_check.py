@@ -425,7 +425,7 @@ def test_a_checked_graph_is_the_same_graph(arena):
     assert checked.name == "program, checked"
     assert checked.listing() == graph.listing()
     for task, twin in zip(graph.tasks, checked.tasks, strict=True):
-        for field in "key", "section", "predecessors", "successors", "locks", "flops", "bytes":
+        for field in "name", "number", "section", "predecessors", "successors", "locks", "flops", "bytes":
             assert getattr(twin, field) == getattr(task, field)
     sent = pickle.loads(pickle.dumps(checked))
     assert [type(task.calls[0]).__name__ for task in sent.tasks] == ["CheckedCall"] * 5
