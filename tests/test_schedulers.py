@@ -328,18 +328,19 @@ class TestContract:
 
     @pytest.mark.parametrize("of, name", [(vars(k), "FACTOR"), (k.TABLE, 0)])
     def test_numbers_that_a_twin_was_compiled_with(self, scheduler, of, name):
-        """Changed after a graph has run, they are refused before any task starts; as they were, it goes on."""
+        """Changed after a graph has run, they are refused before any task starts, wherever it was compiled; as they were, it goes on."""
+        k.double.compiled(k.double._twin.py_func)  # anew: worker processes alone will compile it
+        refusal = r"has changed since its compiled twin was made|is not in the worker processes what it is in this one"
         a = k.arena(scheduler.needs_shared_memory)
         graph = Graph()
         graph.spawn(k.nap, a.x[0], a.log[0], 0)
         graph.spawn(k.double, a.x[1])
-        compile_kernels(graph.kernels)
         scheduler.run(graph)
         before = of[name]
         of[name] = 3
         try:
             for run in scheduler.run, lambda graph: list(scheduler.run_each([graph])):
-                with pytest.raises(TwinError, match=r"double: '(FACTOR|TABLE)' has changed since its compiled twin was made"):
+                with pytest.raises(TwinError, match=rf"double: '(FACTOR|TABLE)' ({refusal})"):
                     run(graph)
         finally:
             of[name] = before
@@ -724,6 +725,42 @@ class TestLocalCluster:
         monkeypatch.setattr(k.nap, "module", "__main__")
         with opened("local-cluster-processes", workers=1) as scheduler, pytest.raises(UserError, match="move it to a module"):
             scheduler.run(k.naps(k.arena(is_shared=True), milliseconds=0, length=1))
+
+    def test_numbers_that_worker_processes_do_not_find(self, monkeypatch):
+        """What they import afresh has not what the program has set since: refused before the first run, and in a new graph too."""
+        k.double.compiled(k.double._twin.py_func)  # anew: worker processes alone will compile it
+        refusal = "double: 'FACTOR' is not in the worker processes what it is in this one: they import kernels_for_tests afresh"
+
+        def doubled(*kernels) -> Graph:
+            graph = Graph()
+            for kernel in kernels:
+                graph.spawn(kernel, a.x[1])
+            return graph
+
+        with opened("local-cluster-processes", workers=1, dashboard=-1) as scheduler:
+            a = k.arena(is_shared=True)
+            a.x.array[1] = 1
+            for kernel in k.double, k.double.bounds_checked:
+                graph = doubled(kernel)
+                with monkeypatch.context() as changed:
+                    changed.setattr(k, "FACTOR", 3)
+                    for refused in graph, graph, doubled(kernel):
+                        with pytest.raises(TwinError, match=refusal):
+                            scheduler.run(refused)
+                scheduler.run(graph)
+            assert a.x.array[1, 0] == 4
+            monkeypatch.setattr(k, "TABLE", k.TABLE.copy())  # another array, the same numbers
+            scheduler.run(graph)
+            scheduler.run(doubled(k.double, k.count_blas_threads))
+            assert a.x.array[1, 0] == 1 and not k.double.is_compiled
+            monkeypatch.setattr(k, "FACTOR", 3)
+            assert scheduler.run(doubled(k.count_blas_threads)) is None  # which has no twin
+            with opened("sequential") as sequential:
+                sequential.run(doubled(k.double))  # compiles it of what is here now
+            assert a.x.array[1, 0] == 3
+            with pytest.raises(TwinError, match=refusal):
+                scheduler.run(doubled(k.double))
+        k.double.compiled(k.double._twin.py_func)
 
     def test_signals_to_all_processes(self):
         """What a terminal or a batch system sends to every process of a program is for the main process: a run goes on in its workers."""

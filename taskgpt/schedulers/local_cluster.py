@@ -11,6 +11,7 @@ import itertools
 import logging
 import multiprocessing
 import pickle
+import re
 import signal
 import sys
 import threading
@@ -30,7 +31,8 @@ from taskgpt.errors import UserError
 from taskgpt.schedulers import WorkerError
 from taskgpt.schedulers._prepare import InTurn, OncePerGraph, worker_count
 from taskgpt.schedulers._record import Recorder, ThreadTimes, Times
-from taskgpt.tasks import Graph, coarsen, compile_kernels, one_blas_thread
+from taskgpt.tasks import Graph, Kernel, TwinError, coarsen, compile_kernels, one_blas_thread
+from taskgpt.tasks.sources import Sources
 
 _CONFIG = {
     "distributed.scheduler.allowed-failures": 0,  # a task must not run again on another worker
@@ -133,7 +135,8 @@ class Scheduler(InTurn):
         return self._cluster.scheduler
 
     def _run(self, graph: Graph) -> None:
-        graph_id, coarse = self._sent(graph)
+        graph_id, coarse, sources = self._sent(graph)
+        _verify_as_sent(sources)
         run_id = self._run_id = next(_ids)
         times = self._id, self.recorder.count(coarse), self.settings.record
         tasks, last = coarse.to_dask(lambda task: (_run_task, run_id, graph_id, task.number, times))
@@ -169,8 +172,11 @@ class Scheduler(InTurn):
                 self.recorder.add((worker, thread), rows, lost)
         return self.recorder.take()
 
-    def _send(self, graph: Graph) -> tuple[int, Graph]:
-        """Make the graph known to every worker, also to one that starts later; return its number and the graph that will run."""
+    def _send(self, graph: Graph) -> tuple[int, Graph, dict[Kernel, Sources]]:
+        """Make the graph known to every worker, also to one that starts later.
+
+        Return its number, the graph that will run, and what worker processes were found to compile its kernels from.
+        """
         if graph.is_commutative and self.settings.processes:
             raise UserError(
                 f"{graph.name}: commutative tasks lock their tiles, and a lock does not reach another process; "
@@ -181,17 +187,48 @@ class Scheduler(InTurn):
                 raise UserError(f"{kernel.name}: worker processes import kernels, and cannot import __main__; move it to a module")
         coarse = coarsen(graph, self.settings.coarsen, self.workers) if self.settings.coarsen else graph
         graph_id = next(_ids)
+        sources: dict[Kernel, Sources] = {}
         if self.settings.processes:
-            self._client.register_plugin(_Prepare(graph_id, pickle.dumps(coarse)))
+            sources = {kernel: found for kernel in coarse.kernels if (found := kernel.read_sources())}
+            contents = [(kernel, _contents(found)) for kernel, found in sources.items()]
+            self._client.register_plugin(_Prepare(graph_id, pickle.dumps((coarse, contents))))
         else:
             _graphs[graph_id] = coarse
             self._stack.callback(_graphs.pop, graph_id)
-        return graph_id, coarse
+        return graph_id, coarse, sources
 
 
 _GUARD = (
     'each imports the main program anew: put what opens the scheduler below `if __name__ == "__main__":` there, or take processes=false'
 )
+
+
+def _contents(sources: Sources) -> list[tuple[str, str]]:
+    """Return (what, its content) of what a twin is compiled from, for another process to compare: without addresses, which differ.
+
+    The main program has another name there. Numba's settings are the same, and what else registers overloads need not be imported there.
+    """
+    return [(what, _NOT_COMPARED.sub("", content).replace("__mp_main__", "__main__")) for what, content in sources.parts]
+
+
+_NOT_COMPARED = re.compile(r" at (0x[0-9a-f]+|\d+)|(?<=\bint )\d{14,15}\b")  # addresses, also those that a program has made an integer
+
+
+def _verify_as_sent(sources: dict[Kernel, Sources]) -> None:
+    """Raise TwinError if something has changed since worker processes compiled a kernel from it; if no name has, in 3 us a kernel."""
+    for kernel, sent in sources.items():
+        if not sent.are_untouched():
+            now = kernel.read_sources()
+            if changed := now.changed_since(sent):
+                raise _differs(kernel, changed)
+            sources[kernel] = now  # equal, and of other objects: `are_untouched` is to know these
+
+
+def _differs(kernel: Kernel, what: str) -> TwinError:
+    return TwinError(
+        f"{kernel.name}: {what} is not in the worker processes what it is in this one: they import {kernel.module} afresh, and compile the "
+        "twin from what is there; pass what changes as a tile or a constant, or set it in the module's file before the program starts"
+    )
 
 
 def _start_resource_tracker() -> None:
@@ -265,7 +302,12 @@ class _Prepare(WorkerPlugin):
         self.graph_id, self.pickled = graph_id, pickled
 
     def setup(self, worker: object) -> None:
-        graph = pickle.loads(self.pickled)
+        graph, contents = pickle.loads(self.pickled)
+        for kernel, sent in contents:
+            found = kernel.read_sources()
+            for theirs, ours in itertools.zip_longest(sent, _contents(found) if found else ()):
+                if theirs != ours:
+                    raise _differs(kernel, (theirs or ours)[0])
         compile_kernels(graph.kernels)
         one_blas_thread.acquire()  # for good
         _graphs[self.graph_id] = graph

@@ -279,6 +279,10 @@ class Kernel:
         checked.function = checked._compile_and_run
         return checked
 
+    def read_sources(self) -> Sources | None:
+        """Return what the twin would be compiled from now; None for a kernel that has none."""
+        return self._twin and Sources(getattr(self._twin, "py_func", self._twin))
+
     @property
     def unchecked(self) -> "Kernel":
         """The kernel of which this one is `bounds_checked`, otherwise itself."""
@@ -298,7 +302,7 @@ class Kernel:
     def verify_sources(self) -> None:
         """Raise TwinError if something has changed since the twin was compiled from it: numba freezes globals, and the body would not."""
         if self._sources:
-            now = Sources(self._twin.py_func)
+            now = self.read_sources()
             changed = now.changed_since(self._sources)
             if changed:
                 raise TwinError(
