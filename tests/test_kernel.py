@@ -586,6 +586,30 @@ def test_a_twin_that_does_not_compile(tmp_path, line, message):
         graph.tasks[0].run()
 
 
+@pytest.mark.parametrize("is_checked", [False, True])
+@pytest.mark.parametrize("line", ["x[0] = missing(x[0])", "x[0] = helper(x[0])"])
+def test_a_twin_that_compiles_once_what_it_lacks_is_there(line, is_checked):
+    """Numba would remember the failure, of the twin and of its helper."""
+    namespace = {}
+    exec(f"def by_missing(value): return missing(value)\ndef good(value): return value * 3\ndef twin(x): {line}", namespace)
+    namespace["helper"] = numba.njit(namespace["by_missing"])
+
+    @kernel
+    def late(x: InOut[R]):
+        x *= 3
+
+    late.compiled(namespace["twin"])
+    tried = late.bounds_checked if is_checked else late
+    for _ in range(2):
+        with pytest.raises(TwinError, match=r"late: its compiled twin does not compile: .*'missing'"):
+            tried.compile()
+    namespace["missing"] = numba.njit(namespace["good"])
+    x = np.ones(1, np.float32)
+    tried(x)
+    late(x)
+    assert x[0] == 9
+
+
 def test_the_first_call_compiles_for_the_declaration():
     """A twin that nobody compiled is compiled by its first call, for its declared types: the same rules, and no second version."""
 

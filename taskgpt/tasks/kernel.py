@@ -327,9 +327,18 @@ class Kernel:
             with bounds_checked() if self._unchecked else nullcontext():
                 self._sources, was_cached = compile_kept(self._twin, self._signature(inputs), self.body.__qualname__)
         except Exception as error:  # also from a helper's own code: intrinsics run Python when they are compiled
-            raise self._explained(error, inputs) from error
+            explained = self._explained(error, inputs)
+            if isinstance(error, NumbaError):
+                self._forget_failure()
+            raise explained from error
         self.function = self._twin
         return was_cached
+
+    def _forget_failure(self) -> None:
+        """Let the twin be compiled again, as what it lacks may come: numba's dispatchers remember what did not compile, helpers' too."""
+        self._twin = _njit(self._twin.py_func)
+        for helper in self.read_sources().helpers:
+            getattr(getattr(helper, "_compiler", None), "_failed_cache", {}).clear()  # private to numba
 
     def _signature(self, read_only: list[str]) -> Any:
         """Return the declared types, with these tiles read-only and no others."""
