@@ -312,7 +312,7 @@ class Kernel:
             self._sources = now  # equal, and perhaps of other objects: `verify_untouched` is to know these
 
     def verify_untouched(self) -> None:
-        """Do what `verify_sources` does, before every run of a graph and every direct call: if no name nor array has changed, in microseconds."""
+        """Do what `verify_sources` does, before every run and every direct call: if no name nor array has changed, in microseconds."""
         if self._sources and not self._sources.are_untouched():
             self.verify_sources()
 
