@@ -21,7 +21,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 import taskgpt
 from taskgpt.tasks import Graph, TaskError, dims, kernel, one_blas_thread, run_now
-from taskgpt.tasks.kernel import Commutative, InOut
+from taskgpt.tasks.access import Commutative, InOut
 
 (N,) = dims("N")
 

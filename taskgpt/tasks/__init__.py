@@ -1,6 +1,7 @@
 """Room 1: kernels, accesses, tiles and graphs. It has heard of neither transformers nor threads.
 
-kernel.py           @kernel with In / Out / InOut / Commutative / Scratch; NumPy body and compiled twin
+access.py           In / Out / InOut / Commutative / Scratch: what a kernel declares of a tile
+kernel.py           @kernel: a NumPy body, its declaration, and its compiled twin
 sources.py          what a compiled twin is made from
 cache.py            compiled twins are kept on disk, as long as nothing of that has changed
 tensor.py           tensors cut into grids, tiles, arenas (also shared between processes)
@@ -15,25 +16,12 @@ dask_collection.py  the graph as a Dask collection
 picture.py          the graph as a picture
 """
 
+from taskgpt.tasks.access import Commutative, In, InOut, Out, Scratch, dims
 from taskgpt.tasks.blas_threads import one_blas_thread
 from taskgpt.tasks.check import check
 from taskgpt.tasks.coarsen import by_section, coarsen, part
 from taskgpt.tasks.graph import Call, Graph, Section, Task, TaskError, run_now
-from taskgpt.tasks.kernel import (
-    AccessError,
-    Commutative,
-    In,
-    InOut,
-    Kernel,
-    Out,
-    Scratch,
-    ShapeError,
-    TwinError,
-    compile_kernels,
-    dense,
-    dims,
-    kernel,
-)
+from taskgpt.tasks.kernel import AccessError, Kernel, ShapeError, TwinError, compile_kernels, dense, kernel
 from taskgpt.tasks.tensor import Arena, GridError, Tensor, TensorSpec, Tile
 
 __all__ = [

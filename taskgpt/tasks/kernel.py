@@ -24,7 +24,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -35,6 +34,7 @@ from numba.core.errors import NumbaError
 from numba.core.imputils import impl_ret_borrowed
 from numba.extending import intrinsic
 
+from taskgpt.tasks.access import Access
 from taskgpt.tasks.cache import bounds_checked, compile_kept, reason_of, undisturbed
 from taskgpt.tasks.scratch import Shapes, scratch_arrays
 from taskgpt.tasks.sources import Sources
@@ -53,82 +53,6 @@ class AccessError(RuntimeError):
 
 class TwinError(RuntimeError):
     """A compiled twin does not compile, or is not of what it was compiled from any more. `__cause__` is what numba raised."""
-
-
-class Dim(str):
-    """The name of a dimension: within one call of a kernel it stands for one size."""
-
-
-def dims(names: str) -> list[Dim]:
-    """Return a Dim for each of the space-separated names: `R, C = dims("R C")`."""
-    return [Dim(name) for name in names.split()]
-
-
-@dataclass(frozen=True)
-class Access:
-    """How a kernel uses one tile: `kind` (in, out, inout, commutative; scratch for no tile), its dimensions and its element type."""
-
-    kind: str
-    dims: tuple[Dim | int, ...]
-    dtype: np.dtype
-
-    @property
-    def is_read(self) -> bool:
-        return self.kind != "out"
-
-    @property
-    def is_written(self) -> bool:
-        return self.kind != "in"
-
-    @property
-    def numba_type(self) -> types.Array:
-        """One type per declaration, so that one compiled version serves every tile: rows of any distance, elements side by side."""
-        layout = "C" if len(self.dims) == 1 else "A"
-        return types.Array(numba.from_dtype(self.dtype), len(self.dims), layout, readonly=not self.is_written)
-
-
-class _Declaration:
-    kind: str
-
-    def __class_getitem__(cls, items) -> Access:
-        """`In[R, C]`: a float32 tile of R x C; a NumPy type as last item names another type: `In[R, np.int32]`."""
-        *sizes, last = items if isinstance(items, tuple) and items else (items,)
-        has_type = isinstance(last, type) and issubclass(last, np.generic)
-        if not has_type:
-            sizes.append(last)
-        if not sizes or not all(isinstance(s, str) or (type(s) is int and s > 0) for s in sizes):
-            raise TypeError(f"{cls.__name__}[...] takes dimension names or sizes, then perhaps a NumPy type; got {items!r}")
-        return Access(cls.kind, tuple(sizes), np.dtype(last if has_type else np.float32))
-
-
-class In(_Declaration):
-    """Read, never written."""
-
-    kind = "in"
-
-
-class Out(_Declaration):
-    """Written whole, never read before that."""
-
-    kind = "out"
-
-
-class InOut(_Declaration):
-    """Read and written, in program order."""
-
-    kind = "inout"
-
-
-class Commutative(_Declaration):
-    """Read and written; tasks that declare it may run in any order, one at a time. In program order unless the graph allows otherwise."""
-
-    kind = "commutative"
-
-
-class Scratch(_Declaration):
-    """Working memory, not a tile: undefined on entry and lost at exit. Stands last in the signature, and no caller passes it."""
-
-    kind = "scratch"
 
 
 @intrinsic
