@@ -31,6 +31,7 @@ EARLIEST_S = 0.05  # Python itself is up by then, and has our handler
 def main(runs: int = 60, seed: int = 0) -> int:
     """Run it; return how many runs left something wrong."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it, and so would what it starts
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and nohup this one
     choose, counts = random.Random(seed), Counter()
     with tempfile.TemporaryDirectory() as folder:
         model, text = Path(folder, "model.bin"), Path(folder, "text.txt")
