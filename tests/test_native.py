@@ -652,7 +652,7 @@ class TestStress:
 
     @pytest.mark.parametrize("workers", range(1, 9))
     def test_random_graphs(self, workers):
-        """500 graphs in all, of up to 500 tasks, alone and overlapping, on more workers than cores, left early or not: the bits of
+        """1,000 graphs in all, of up to 500 tasks, alone and overlapping, on more workers than cores, left early or not: the bits of
         program order, of as many runs as were begun.
 
         The arithmetic does not forgive an exchange of two accesses, so a stale or torn read, a lost wake-up (the run would hang) or an edge
@@ -665,7 +665,7 @@ class TestStress:
             with opened(
                 workers=workers, policy=policy, immediate_successor=immediate, work_stealing=stealing, spins=draw.choice([1, 300])
             ) as s:
-                for _ in range(7):
+                for _ in range(14):
                     programs = [self.program(draw, draw.randint(1, 500)) for _ in range(3)]
                     graphs = [Graph(allow_commutative=False) for _ in programs]
                     for graph, program in zip(graphs, programs, strict=True):
