@@ -215,19 +215,16 @@ _NOT_COMPARED = re.compile(r" at (0x[0-9a-f]+|\d+)|(?<=\bint )\d{14,15}\b")  # a
 
 
 def _verify_as_sent(sources: dict[Kernel, Sources]) -> None:
-    """Raise TwinError if something has changed since worker processes compiled a kernel from it; if no name has, in 3 us a kernel."""
+    """Raise TwinError if something has changed since worker processes compiled a kernel from it; if no name has, in microseconds."""
     for kernel, sent in sources.items():
         if not sent.are_untouched():
-            now = kernel.read_sources()
-            if changed := now.changed_since(sent):
-                raise _differs(kernel, changed)
-            sources[kernel] = now  # equal, and of other objects: `are_untouched` is to know these
+            sources[kernel] = kernel.reread(sent, _difference(kernel))
 
 
-def _differs(kernel: Kernel, what: str) -> TwinError:
-    return TwinError(
-        f"{kernel.name}: {what} is not in the worker processes what it is in this one: they import {kernel.module} afresh, and compile the "
-        "twin from what is there; pass what changes as a tile or a constant, or set it in the module's file before the program starts"
+def _difference(kernel: Kernel) -> str:
+    return (
+        f"is not in the worker processes what it is in this one: they import {kernel.module} afresh, and compile the twin from what is "
+        "there; pass what changes as a tile or a constant, or set it in the module's file before the program starts"
     )
 
 
@@ -307,7 +304,7 @@ class _Prepare(WorkerPlugin):
             found = kernel.read_sources()
             for theirs, ours in itertools.zip_longest(sent, _contents(found) if found else ()):
                 if theirs != ours:
-                    raise _differs(kernel, (theirs or ours)[0])
+                    raise TwinError(f"{kernel.name}: {(theirs or ours)[0]} {_difference(kernel)}")
         compile_kernels(graph.kernels)
         one_blas_thread.acquire()  # for good
         _graphs[self.graph_id] = graph

@@ -26,10 +26,11 @@ class DaskCollection:
     def _next_run(self) -> "Run":
         from taskgpt.tasks.dask_graph import Run, to_dask  # Dask loads slowly
 
-        self.verify_untouched()
         if self._run is None or self._is_handed_over or self._tasks_in_run != len(self.tasks):
             self._run = Run(*to_dask(self))
             self._is_handed_over, self._tasks_in_run = False, len(self.tasks)
+        else:
+            self.verify_untouched()  # as `to_dask` does
         return self._run
 
     def _latest_run(self) -> "Run":

@@ -223,17 +223,24 @@ class Kernel:
         self.verify_sources()
         return False
 
+    def reread(self, earlier: Sources, difference: str) -> Sources:
+        """Return the sources as they are now: equal, and perhaps of other objects, which `are_untouched` is to know.
+
+        Raises TwinError if they are not equal; `difference` is what it says of the part that is not, after its name.
+        """
+        now = self.read_sources()
+        if changed := now.changed_since(earlier):
+            raise TwinError(f"{self.name}: {changed} {difference}")
+        return now
+
     def verify_sources(self) -> None:
         """Raise TwinError if something has changed since the twin was compiled from it: numba freezes globals, and the body would not."""
         if self._sources:
-            now = self.read_sources()
-            changed = now.changed_since(self._sources)
-            if changed:
-                raise TwinError(
-                    f"{self.name}: {changed} has changed since its compiled twin was made, which goes on with what was there before; pass "
-                    "what changes as a tile or a constant, or define the kernel again"
-                )
-            self._sources = now  # equal, and perhaps of other objects: `verify_untouched` is to know these
+            self._sources = self.reread(
+                self._sources,
+                "has changed since its compiled twin was made, which goes on with what was there before; pass what changes as a tile or a "
+                "constant, or define the kernel again",
+            )
 
     def verify_untouched(self) -> None:
         """Do what `verify_sources` does, before every run and every direct call: if no name nor array has changed, in microseconds."""

@@ -53,9 +53,9 @@ class Sources:
     """All that numba compiles a function from.
 
     Attributes: `parts`, (what, content) in an order that the program gives; `lines`, where in its file each function stands, which machine
-    code tells where it raises; `everywhere`, the same of what is registered with numba for
-    operators, libraries' functions and the like, to which any code may come; `unknown`, why the machine code cannot be kept, if it cannot;
-    `helpers`, the dispatchers that it calls, directly or not; `has_intrinsics`, whether an intrinsic is among what it calls.
+    code tells where it raises; `everywhere`, the sources of what is registered with numba for operators, libraries' functions and the like,
+    to which any code may come; `unknown`, why the machine code cannot be kept, if it cannot; `helpers`, the dispatchers that it calls,
+    directly or not; `has_intrinsics`, whether an intrinsic is among what it calls.
     """
 
     def __init__(self, function: Callable, is_everywhere: bool = False):
@@ -172,8 +172,6 @@ class Sources:
 
     def _content(self, value: object, name: str) -> str:
         """Return text that differs when what numba makes of the value may; note in `unknown` that it has none."""
-        if any(each is value for each in self._open):
-            return self._no_content(value, name)  # a list that holds itself
         try:
             return self._content_of(value, name)
         except Exception:  # of an object whose attributes raise
@@ -192,6 +190,8 @@ class Sources:
         if isinstance(value, (list, dict, set)):
             self._watch(value)
         if isinstance(value, (tuple, list, set, frozenset, dict)):
+            if any(each is value for each in self._open):
+                return self._no_content(value, name)  # it holds itself
             self._open.append(value)
             contents = [self._content(each, name) for each in (value.items() if isinstance(value, dict) else value)]
             self._open.pop()
