@@ -2,13 +2,13 @@
 
 The map of the house; imports point one way, from the programs down to the tasks.
 
-    train.py data.py bench.py show.py trace.py compare.py tune.py simulate.py   the programs: `python -m taskgpt.train`, or `taskgpt train`
+    train.py programs/                  the verbs of `taskgpt`, a file each; train.py reads downwards like llm.c's main
     config.py files.py                  TOML files and flags to frozen dataclasses; how a file is read, and written whole
     errors.py console.py                mistakes and signals; what a person sees of a training run
     tasks/        room 1: kernels, accesses, tiles, graphs. Has heard of neither transformers nor threads
-    schedulers/   room 2: ways to run a graph, one file per value of --scheduler
-    gpt2/         room 3: GPT-2's kernels, tensors and program of tasks; data, checkpoints, sampling. Has never heard of schedulers
-    lab/          room 4: looks at runs, graphs and the machine
+    schedulers/   room 2: ways to run a graph, a file or folder per value of --scheduler
+    gpt2/         room 3: GPT-2's kernels, tensors and program, checkpoints, sampling; its data in text/. Has never heard of schedulers
+    lab/          room 4: looks at runs, graphs and the machine, in rooms of its own
     graphs/             what runs: a TOML file per model, batch and tiling
     scheduler_configs/  how it runs: a TOML file per scheduler set-up
 
@@ -43,7 +43,7 @@ if sys.argv[:1] == ["-m"] and _is_our_program(sys.orig_argv):
 def __getattr__(name: str) -> Any:
     """Import `get` when it is asked for: importing taskgpt stays cheap, and does not import Dask."""
     if name == "get":
-        from taskgpt.schedulers._dask_get import get
+        from taskgpt.schedulers.dask_get import get
 
         return get
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

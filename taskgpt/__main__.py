@@ -1,25 +1,31 @@
-"""The command `taskgpt`: one verb per program.
+"""The command `taskgpt`: one verb per program. `python -m taskgpt` is the same."""
 
-taskgpt train --graph tiny                   # = python -m taskgpt.train
-taskgpt data prepare tinyshakespeare         # = python -m taskgpt.data
-taskgpt bench step --graphs tiny             # = python -m taskgpt.bench
-taskgpt trace check runs/native              # = python -m taskgpt.trace
-taskgpt show graph --graph tiny              # = python -m taskgpt.show
-taskgpt compare --graph tiny --workers 1,2   # = python -m taskgpt.compare
-taskgpt simulate --graph tiny --workers 112  # = python -m taskgpt.simulate
-taskgpt tune --graph gpt2-124m               # = python -m taskgpt.tune
-taskgpt sizes                                # models, parameters, memory
-taskgpt sizes --set model.layers=6 --set model.channels=384 gpt2-124m
-"""
-
-import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 
 from taskgpt.errors import begin_program, did_you_mean, run_program, shorten
 
-PROGRAMS = ("train", "data", "bench", "trace", "show", "compare", "simulate", "tune")
+PROGRAMS = {
+    "train": "train GPT-2",
+    "data": "download a dataset, or list what is prepared",
+    "sizes": "list the models with their parameters and memory",
+    "show": "draw a graph, or write it as text, JSON, GraphML or DOT",
+    "trace": "report on traces, check them, convert them",
+    "compare": "race schedulers, tiles and policies on a graph",
+    "tune": "search the fastest tiles and policy on this machine",
+    "simulate": "predict a step on cores that one does not have",
+    "bench": "measure a step, a task's overhead, other libraries",
+}
+EXAMPLES = """\
+examples:
+  taskgpt train --graph tiny
+  taskgpt data prepare tinyshakespeare
+  taskgpt show graph --graph tiny --format svg --output tiny.svg
+  taskgpt trace check runs/native
+  taskgpt compare --graph tiny --workers 1,2
+  taskgpt VERB --help"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,43 +34,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         begin_program()
     verb, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if verb in PROGRAMS:
-        return importlib.import_module(f"taskgpt.{verb}").main(rest)
-    if verb == "sizes":
-        return sizes(rest)
+        return importlib.import_module("taskgpt.train" if verb == "train" else f"taskgpt.programs.{verb}").main(rest)
     if verb in ("-h", "--help"):
         return run_program("taskgpt", print_help)
-    print(f"taskgpt: error: unknown verb '{shorten(verb)}'{did_you_mean(verb, [*PROGRAMS, 'sizes'])}", file=sys.stderr)
+    if verb == "--version":
+        return run_program("taskgpt", print_version)
+    print(f"taskgpt: error: unknown verb '{shorten(verb)}'{did_you_mean(verb, PROGRAMS)}", file=sys.stderr)
     return 2
 
 
 def print_help() -> int:
-    print(__doc__ or f"verbs: {', '.join(PROGRAMS)}, sizes")  # none under python -OO
+    print("usage: taskgpt VERB ...\n\nTrain GPT-2 as a graph of tasks, and look at how it runs.\n\nverbs:")
+    for verb, help in PROGRAMS.items():
+        print(f"  {verb:9} {help}")
+    print(f"  --version\n\n{EXAMPLES}")
     return 0
 
 
-def sizes(argv: Sequence[str]) -> int:
-    """Print shape, parameters and training memory of graph files."""
-    p = argparse.ArgumentParser("taskgpt sizes", description="Print shape, parameters and training memory of graph files.")
-    p.add_argument("graphs", nargs="*", metavar="NAME", help="graph files (default: all)")
-    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key, for example model.layers=6")
-    flags = p.parse_args(argv)
-    return run_program("taskgpt sizes", lambda: print_sizes(flags))
-
-
-def print_sizes(flags: argparse.Namespace) -> int:
-    from taskgpt.config import available, load_graph, parse_graph_settings
-    from taskgpt.gpt2.model import GPT2
-
-    overrides = parse_graph_settings(flags.set)
-    configs = [load_graph(name, overrides) for name in flags.graphs or available("graphs")]
-    print(f"{'graph':16} {'L':>3} {'NH':>3} {'C':>5} {'V':>6} {'parameters':>14} {'B':>4} {'T':>5} {'memory':>10}")
-    for config in sorted(configs, key=lambda config: config.model.parameter_count()):
-        model, batch = config.model, config.batch
-        gib = GPT2.bytes_needed(model, batch, config.tiles, config.options) / 2**30
-        print(
-            f"{config.name:16} {model.layers:3} {model.heads:3} {model.channels:5} {model.vocabulary:6} {model.parameter_count():14,} "
-            f"{batch.batch_size:4} {batch.seq_len:5} {gib:6.2f} GiB"
-        )
+def print_version() -> int:
+    print(f"taskgpt {version('taskgpt')}")
     return 0
 
 

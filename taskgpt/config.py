@@ -103,17 +103,20 @@ def load_scheduler(name: str, overrides: dict[str, Any] | None = None) -> Schedu
     scheduler = table.pop("scheduler", path.stem)
     if not isinstance(scheduler, str):
         raise UserError(f"{path.name}: scheduler: wanted the name of a scheduler, got {as_written(scheduler)}; write it in quotes")
-    known = {p.stem for p in (_PACKAGE / "schedulers").glob("*.py") if not p.stem.startswith("_")}
-    module_name = scheduler.replace("-", "_")
-    if module_name not in known:
-        raise UserError(
-            f"{path.name}: unknown scheduler '{shorten(scheduler)}'{did_you_mean(scheduler, [k.replace('_', '-') for k in known])}"
-        )
+    known = schedulers()
+    if scheduler not in known:
+        raise UserError(f"{path.name}: unknown scheduler '{shorten(scheduler)}'{did_you_mean(scheduler, known)}")
     defaults = read_toml(find_file("scheduler_configs", scheduler))
     defaults.pop("scheduler", None)
-    module = importlib.import_module(f"taskgpt.schedulers.{module_name}")
+    module = importlib.import_module(f"taskgpt.schedulers.{scheduler.replace('-', '_')}")
     settings = fill(module.Settings, {**defaults, **table, **(overrides or {})}, f"{path.name}: ", elsewhere=graph_keys())
     return SchedulerConfig(path.stem, scheduler, settings)
+
+
+def schedulers() -> list[str]:
+    """Return the names of all schedulers: of what is in taskgpt/schedulers, that which has a file of defaults by its own name."""
+    modules = {path.stem.replace("_", "-") for path in (_PACKAGE / "schedulers").iterdir()}
+    return [name for name in available("scheduler_configs") if name in modules]
 
 
 def graph_keys() -> list[str]:

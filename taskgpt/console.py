@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from taskgpt.config import GraphConfig
 from taskgpt.errors import Interrupted, UserError, drop_output, shorten
 from taskgpt.gpt2.model import GPT2
-from taskgpt.lab.live import Live
+from taskgpt.lab.dashboard.live import Live
 from taskgpt.tasks import Graph
 
 
@@ -103,7 +103,7 @@ class Report:
         if self.output.error and self.has_reader and not self.has_lost_output:
             self.has_lost_output = True
             with suppress(OSError):
-                print(f"taskgpt.train: standard output: cannot write: {self.output.error.strerror}; going on without it", file=sys.stderr)
+                print(f"taskgpt train: standard output: cannot write: {self.output.error.strerror}; going on without it", file=sys.stderr)
 
     def notes(self, lines: Iterable[str]) -> None:
         """Say what times should be read with."""

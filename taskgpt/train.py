@@ -1,12 +1,12 @@
 """Train GPT-2 as a graph of tasks.
 
-    python -m taskgpt.train                                        # GPT-2 124M from scratch on tinyshakespeare, 40 steps
-    python -m taskgpt.train --graph tiny --steps 100               # a toy, seconds on any machine
-    python -m taskgpt.train --scheduler loops --workers 2          # the same bits, run as fork-join loops
-    python -m taskgpt.train --init gpt2_124M.bin --data my.txt --lr 1e-5 --save tuned.bin       # fine-tune an llm.c checkpoint
-    python -m taskgpt.train --set tiles.rows=128 --set coarsen=0 --log run.jsonl                # other tiles, another set-up
-    python -m taskgpt.train --dashboard           # watch it: tasks in Dask's dashboard, loss and efficiency on a page beside them
-    python -m taskgpt.train --steps 5 --trace runs/native        # which task ran when, on which worker: for Perfetto, Paraver and ovni
+    taskgpt train                                        # GPT-2 124M from scratch on tinyshakespeare, 40 steps
+    taskgpt train --graph tiny --steps 100               # a toy, seconds on any machine
+    taskgpt train --scheduler loops --workers 2          # the same bits, run as fork-join loops
+    taskgpt train --init gpt2_124M.bin --data my.txt --lr 1e-5 --save tuned.bin       # fine-tune an llm.c checkpoint
+    taskgpt train --set tiles.rows=128 --set coarsen=0 --log run.jsonl                # other tiles, another set-up
+    taskgpt train --dashboard           # watch it: tasks in Dask's dashboard, loss and efficiency on a page beside them
+    taskgpt train --steps 5 --trace runs/native        # which task ran when, on which worker: for Perfetto, Paraver and ovni
 
 The graph file (graphs/) says what is computed, the scheduler file (scheduler_configs/) how. Prints what llm.c prints, then a summary.
 """
@@ -28,17 +28,18 @@ import psutil
 
 from taskgpt.config import GraphConfig, SchedulerConfig, available, load_graph, load_scheduler, parse_settings
 from taskgpt.console import Report, StopRequest
-from taskgpt.data import Data, open_data
 from taskgpt.errors import UserError, on_signals, run_program, shorten
 from taskgpt.gpt2 import checkpoint
 from taskgpt.gpt2.model import GPT2
 from taskgpt.gpt2.program import loss_graph, training_graph
 from taskgpt.gpt2.sampling import Sampler
-from taskgpt.lab import machine, tuned
+from taskgpt.gpt2.text.data import Data, open_data
+from taskgpt.lab import machine
 from taskgpt.lab.disturbance import Disturbance
-from taskgpt.lab.formats import has_trace, save, verify_can_write
 from taskgpt.lab.pace import Pace
-from taskgpt.lab.trace import RECORD, Traced
+from taskgpt.lab.traces.formats import has_trace, save, verify_can_write
+from taskgpt.lab.traces.trace import RECORD, Traced
+from taskgpt.lab.tuning import tuned
 from taskgpt.schedulers import Scheduler, WorkerError, open_scheduler
 from taskgpt.tasks import AccessError, Graph, Kernel, TaskError, TwinError, check, compile_kernels
 
@@ -102,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             with on_signals(stop.request):
                 return train(flags, report, stop)
 
-    return run_program("taskgpt.train", run, (TaskError, TwinError, AccessError, WorkerError))
+    return run_program("taskgpt train", run, (TaskError, TwinError, AccessError, WorkerError))
 
 
 def train(flags: argparse.Namespace, report: Report, stop: StopRequest) -> int:
@@ -119,7 +120,7 @@ def train(flags: argparse.Namespace, report: Report, stop: StopRequest) -> int:
     if flags.trace is not None:
         verify_can_write(flags.trace)
     if flags.dashboard is not None:
-        from taskgpt.lab.dashboard import Dashboard  # here, as it takes half a second, and needs bokeh
+        from taskgpt.lab.dashboard.dashboard import Dashboard  # here, as it takes half a second, and needs bokeh
 
         dashboard = Dashboard(report.open_live(scheduler.workers), flags.dashboard)
     if flags.trace is not None or dashboard:

@@ -115,15 +115,15 @@ def replace_schedulers() -> None:
     import dask.threaded
     from dask.delayed import Delayed
 
-    from taskgpt.schedulers import _dask_get
+    from taskgpt.schedulers.dask_get import workers
 
-    class Counted(_dask_get._Run):
+    class Counted(workers._Run):
         def __init__(self, *args):
             global _graphs
             _graphs += 1
             super().__init__(*args)
 
-    _dask_get._Run, get = Counted, _dask_get.get
+    workers._Run, get = Counted, workers.get
     ours = {dask.threaded.get: get, dask.local.get_sync: partial(get, num_workers=1)}
     for name, scheduler in dask.base.named_schedulers.items():
         dask.base.named_schedulers[name] = ours.get(scheduler, scheduler)

@@ -12,14 +12,15 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from taskgpt import trace
-from taskgpt.bench import main
 from taskgpt.gpt2.program import training_graph
-from taskgpt.lab import machine, peer_setups, peers, report, roofline, task_bench
+from taskgpt.lab import machine, report, roofline
+from taskgpt.lab.benchmarks import peer_setups, peers, task_bench
+from taskgpt.lab.benchmarks.peer_process import Start
 from taskgpt.lab.named import make, named_scheduler, prepare
-from taskgpt.lab.peer_process import Start
 from taskgpt.lab.roofline import Product, product_of, products
-from taskgpt.lab.trace import Trace
+from taskgpt.lab.traces.trace import Trace
+from taskgpt.programs import trace
+from taskgpt.programs.bench import main
 from taskgpt.tasks import Call, In, InOut, Kernel, Out, Tensor, dims, kernel
 
 R, C, OC = dims("R C OC")
@@ -365,7 +366,7 @@ def test_peers_says_what_is_missing(quick, tmp_path, monkeypatch, capsys):
 
 FAKE_PEER = """
 import os, signal, time
-from taskgpt.lab.peer_process import Peer
+from taskgpt.lab.benchmarks.peer_process import Peer
 
 VERSION = "1.0"
 IS_TUNED = "hugetlb" in os.environ.get("GLIBC_TUNABLES", "")
@@ -606,4 +607,4 @@ def test_every_verb_has_an_example(verb, capsys):
     with pytest.raises(SystemExit) as stop:
         main([verb, "--help"])
     assert stop.value.code == 0
-    assert f"python -m taskgpt.bench {verb}" in capsys.readouterr().out
+    assert f"taskgpt bench {verb}" in capsys.readouterr().out

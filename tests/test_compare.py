@@ -15,16 +15,17 @@ from xml.etree import ElementTree
 import pytest
 from programs import started
 
-from taskgpt.compare import main as compare
 from taskgpt.errors import UserError
 from taskgpt.files import fill
-from taskgpt.lab import compare_report, layout
-from taskgpt.lab.cells import Cell, product_of
-from taskgpt.lab.figures import figures
-from taskgpt.lab.idle import CAUSES
+from taskgpt.lab import layout
+from taskgpt.lab.contests import compare_report
+from taskgpt.lab.contests.cells import Cell, product_of
+from taskgpt.lab.contests.figures import figures
+from taskgpt.lab.contests.results import Results
+from taskgpt.lab.contests.turns import FACTORS, CellFailed, First, Turns, Watched
 from taskgpt.lab.report import median_interval, seconds_in
-from taskgpt.lab.results import Results
-from taskgpt.lab.turns import FACTORS, CellFailed, First, Turns, Watched
+from taskgpt.lab.traces.idle import CAUSES
+from taskgpt.programs.compare import main as compare
 
 
 def test_the_product_has_every_combination_once():
@@ -110,7 +111,7 @@ def test_a_cell_that_kills_its_process_does_not_take_the_others_along(turns):
 def test_a_signal_leaves_results_to_go_on_with(tmp_path):
     """SIGTERM in the middle of a round: exit code 143, one line, files whole, no turn lost that was saved."""
     argv = ["--graph", "tiny", "--schedulers", "native", "--workers", "1", "--turn", "0.01s", "--precision", "0.000001"]
-    command = [sys.executable, "-m", "taskgpt.compare", *argv, "--output", str(tmp_path)]
+    command = [sys.executable, "-m", "taskgpt", "compare", *argv, "--output", str(tmp_path)]
     with started(command, stdout=subprocess.DEVNULL) as process:
         while not ((tmp_path / "compare.json").exists() and Results.load(tmp_path).measured):
             assert process.poll() is None
@@ -118,7 +119,7 @@ def test_a_signal_leaves_results_to_go_on_with(tmp_path):
         process.terminate()
         said = process.communicate()[1]
     assert process.returncode == 143
-    assert said.splitlines()[-1] == f"taskgpt.compare: interrupted; {tmp_path} holds what was measured, go on with --resume"
+    assert said.splitlines()[-1] == f"taskgpt compare: interrupted; {tmp_path} holds what was measured, go on with --resume"
     assert Results.load(tmp_path).measured
     assert (tmp_path / "compare.html").read_text().endswith("</html>\n")
 

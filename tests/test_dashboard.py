@@ -22,13 +22,13 @@ from test_trace import traced
 
 from taskgpt import config, train
 from taskgpt.errors import UserError
-from taskgpt.lab.live import Live
-from taskgpt.lab.trace import Trace, Traced
+from taskgpt.lab.dashboard.live import Live
+from taskgpt.lab.traces.trace import Trace, Traced
 from taskgpt.schedulers import open_scheduler
 
 plt = pytest.importorskip("matplotlib.image", reason="screenshots are read with matplotlib: pip install 'taskgpt[notebooks]'")
 pytest.importorskip("bokeh", reason="the dashboard needs bokeh: pip install 'taskgpt[dashboard]'")
-from taskgpt.lab.dashboard import Dashboard  # noqa: E402
+from taskgpt.lab.dashboard.dashboard import Dashboard  # noqa: E402
 
 NAMES = ["native", "sequential", "loops", "threads"]
 

@@ -37,8 +37,8 @@ from dask.utils_test import GetFunctionTestMixin, add, inc
 
 import taskgpt
 from taskgpt import get
-from taskgpt.schedulers import _dask_get
-from taskgpt.schedulers._dask_plan import POLICIES
+from taskgpt.schedulers.dask_get import workers
+from taskgpt.schedulers.dask_get.plan import POLICIES
 from taskgpt.tasks.dask_graph import nodes
 
 ONE = partial(get, num_workers=1)
@@ -49,7 +49,7 @@ PATIENCE = 20  # seconds until a wait in a test counts as lost
 def nothing_stays():
     """No thread outlives a run, no callback, and no run is taken for the one around what the caller does next."""
     yield
-    assert getattr(_dask_get._thread, "run", None) is None
+    assert getattr(workers._thread, "run", None) is None
     assert workers_alive() == []
     assert not Callback.active
 
@@ -406,7 +406,7 @@ class TestErrors:
 
         assert frames(get) == frames("threads")
         with dask.config.set({"admin.traceback.shorten": []}):
-            assert any("_dask_get.py" in filename for filename, _ in frames(get))
+            assert any(os.path.join("dask_get", "workers.py") in filename for filename, _ in frames(get))
 
     @pytest.mark.parametrize("workers", [1, 3])
     def test_traceback(self, workers):
@@ -712,7 +712,7 @@ class TestThreads:
         barrier = threading.Barrier(3)
         graph = {("x", i): (lambda i: (barrier.wait(PATIENCE) and None) or threading.get_ident(), i) for i in range(30)}
         assert len(set(get(graph, list(graph), num_workers=3))) == 3
-        monkeypatch.setattr(_dask_get, "usable_cores", lambda: 3)
+        monkeypatch.setattr(workers, "usable_cores", lambda: 3)
         assert len(set(get(graph, list(graph)))) == 3
         with dask.config.set(num_workers=3):
             assert len(set(get(graph, list(graph)))) == 3
@@ -880,14 +880,14 @@ class TestInterrupt:
 
     def test_as_the_caller_stops_working(self, monkeypatch):
         """However late it comes: what the caller runs next is not inside of the run that was stopped."""
-        leave, interrupts = _dask_get._Run._leave, iter([KeyboardInterrupt])
+        leave, interrupts = workers._Run._leave, iter([KeyboardInterrupt])
 
         def interrupted(run, outer):
             for error in interrupts:
                 raise error
             leave(run, outer)
 
-        monkeypatch.setattr(_dask_get._Run, "_leave", interrupted)
+        monkeypatch.setattr(workers._Run, "_leave", interrupted)
         self.stopped({"x": (inc, 1)}, num_workers=1)
         assert get({"x": (inc, 1)}, "x") == 2
 

@@ -24,13 +24,14 @@ import pytest
 from programs import started
 from test_tokens import batches, header
 
-from taskgpt import data
-from taskgpt.data import main, open_data
+import taskgpt
 from taskgpt.errors import UserError
-from taskgpt.gpt2 import datasets
-from taskgpt.gpt2.datasets import DATASETS, UNPACKED, download, prepare, write_tinystories
-from taskgpt.gpt2.tokenizer import GPT2_VOCAB_SIZE, byte_tokenizer, gpt2_tokenizer
-from taskgpt.gpt2.tokens import TokenFile, TokenWriter, write_tokens
+from taskgpt.gpt2.text import datasets
+from taskgpt.gpt2.text.data import open_data
+from taskgpt.gpt2.text.datasets import DATASETS, UNPACKED, download, prepare, write_tinystories
+from taskgpt.gpt2.text.tokenizer import GPT2_VOCAB_SIZE, byte_tokenizer, gpt2_tokenizer
+from taskgpt.gpt2.text.tokens import TokenFile, TokenWriter, write_tokens
+from taskgpt.programs.data import main
 
 TINYSHAKESPEARE = (Path(__file__).parents[2] / "shared" / "data" / "tinyshakespeare.txt", Path("tinyshakespeare.txt"))
 V = GPT2_VOCAB_SIZE
@@ -180,7 +181,7 @@ def test_no_answer_is_told(cache, capsys, serve):
     """A closed port and an error page end in exit code 2 and one line with the reason and the way out."""
     assert main(["prepare", "small"]) == 2
     line = capsys.readouterr().err
-    assert line.startswith("taskgpt.data: error: http://127.0.0.1:9/small.txt: Connection refused; ")
+    assert line.startswith("taskgpt data: error: http://127.0.0.1:9/small.txt: Connection refused; ")
     assert "--from FILE" in line
     serve(b"", status=404)
     assert main(["prepare", "small"]) == 2
@@ -321,7 +322,7 @@ def test_without_network_training_reads_pythons_reference(cache, vocab_size):
     assert len(said) == 1
     assert "Connection refused" in said[0]
     assert f"training on {name} (pydoc_data.topics) instead, so that losses compare only with those of this version of Python" in said[0]
-    assert "python -m taskgpt.data prepare tinyshakespeare" in said[0]
+    assert "taskgpt data prepare tinyshakespeare" in said[0]
     assert opened.description.startswith(f"{name}: ")
     assert opened.val.num_tokens == min(32768, (opened.val.num_tokens + opened.train.num_tokens) // 10)
     assert opened.tokenizer is (gpt2_tokenizer() if vocab_size == V else byte_tokenizer())
@@ -347,7 +348,7 @@ def test_where_there_is_no_home(home, tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match=complaint):
         open_data("tinystories", 4, 64, V)
     assert main(["prepare", "tinyshakespeare"]) == 2
-    assert capsys.readouterr().err == f"taskgpt.data: error: {complaint}\n"
+    assert capsys.readouterr().err == f"taskgpt data: error: {complaint}\n"
     assert main(["list"]) == 0
     assert capsys.readouterr().out.count(complaint) == 2
     assert os.listdir(tmp_path) == []
@@ -355,7 +356,7 @@ def test_where_there_is_no_home(home, tmp_path, monkeypatch, capsys):
 
 def test_a_large_dataset_is_never_downloaded_unasked(cache):
     """tinystories that is not prepared gives an error with the command and its size."""
-    with pytest.raises(UserError, match=r"do: python -m taskgpt.data prepare tinystories \(downloads 1.6 GB\)"):
+    with pytest.raises(UserError, match=r"do: taskgpt data prepare tinystories \(downloads 1.6 GB\)"):
         open_data("tinystories", 4, 64, V)
 
 
@@ -577,7 +578,7 @@ def test_garbage_is_a_users_mistake(tmp_path, name):
 def test_mistakes_end_with_code_2(capsys):
     """An unknown dataset gives one line on stderr with a guess; no command gives the usage."""
     assert main(["prepare", "tinystory"]) == 2
-    assert capsys.readouterr().err == "taskgpt.data: error: unknown dataset 'tinystory'; did you mean 'tinystories'?\n"
+    assert capsys.readouterr().err == "taskgpt data: error: unknown dataset 'tinystory'; did you mean 'tinystories'?\n"
     with pytest.raises(SystemExit, match="2"):
         main([])
 
@@ -601,8 +602,8 @@ def test_list_shows_what_is_where(cache, capsys):
 def test_ctrl_c_ends_with_code_130(tmp_path):
     """A real interrupt of the real program, while it waits for another run, ends with a line and code 130."""
     with datasets._only_one(tmp_path, print):
-        command = [sys.executable, "-um", "taskgpt.data", "prepare", "tinyshakespeare", "--folder", str(tmp_path)]
-        root = Path(data.__file__).parents[1]
+        command = [sys.executable, "-um", "taskgpt", "data", "prepare", "tinyshakespeare", "--folder", str(tmp_path)]
+        root = Path(taskgpt.__file__).parents[1]
         with started(command, cwd=root) as program:
             assert "waiting for another run" in program.stdout.readline()
             program.send_signal(signal.SIGINT)

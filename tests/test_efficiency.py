@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_trace import NAMES, traced
 
-from taskgpt import trace as trace_program
-from taskgpt.lab.comparison import Comparison
-from taskgpt.lab.efficiency import analyse
-from taskgpt.lab.idle import CAUSES, gaps
-from taskgpt.lab.trace import RUN_TYPE, Trace, TracedGraph
-from taskgpt.schedulers._record import RECORD_TYPE
+from taskgpt.lab.traces.comparison import Comparison
+from taskgpt.lab.traces.efficiency import analyse
+from taskgpt.lab.traces.idle import CAUSES, gaps
+from taskgpt.lab.traces.trace import RUN_TYPE, Trace, TracedGraph
+from taskgpt.programs import trace as trace_program
+from taskgpt.schedulers.records import RECORD_TYPE
 
 
 def hand_made(tasks: list[tuple], workers: int, loops: list[int] | None = None) -> Trace:

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from test_tokens import header
 
-from taskgpt.data import open_data
 from taskgpt.errors import UserError
 from taskgpt.gpt2 import checkpoint
-from taskgpt.gpt2.tokenizer import read_tokenizer
-from taskgpt.gpt2.tokens import TokenFile
+from taskgpt.gpt2.text.data import open_data
+from taskgpt.gpt2.text.tokenizer import read_tokenizer
+from taskgpt.gpt2.text.tokens import TokenFile
 
 
 class Bomb:

@@ -24,7 +24,7 @@ import pytest
 from taskgpt import config
 from taskgpt.errors import UserError
 from taskgpt.schedulers import open_scheduler
-from taskgpt.schedulers._ready import FAILED, POLICIES, PRIORITY_LIMIT
+from taskgpt.schedulers.native.queues import FAILED, POLICIES, PRIORITY_LIMIT
 from taskgpt.tasks import (
     Arena,
     Call,

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from test_trace import NAMES, traced
 
-from taskgpt.lab import ovni, ovni_check
-from taskgpt.lab.rules import RuleError
+from taskgpt.lab.traces import ovni, ovni_check
+from taskgpt.lab.traces.rules import RuleError
 
 
 def stream(folder: Path) -> list[list]:

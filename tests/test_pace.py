@@ -7,7 +7,7 @@ import pytest
 
 from taskgpt import config
 from taskgpt.lab.pace import Pace
-from taskgpt.lab.trace import Traced
+from taskgpt.lab.traces.trace import Traced
 from taskgpt.schedulers import open_scheduler
 from taskgpt.tasks import Graph
 

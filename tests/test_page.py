@@ -15,9 +15,9 @@ from browser import BROWSER, needs_browser, visit
 from test_efficiency import hand_made
 from test_trace import traced
 
-from taskgpt.lab import page, timeline
-from taskgpt.lab.efficiency import longest_path
-from taskgpt.lab.trace import RUN_TYPE, Trace
+from taskgpt.lab.traces import page, timeline
+from taskgpt.lab.traces.efficiency import longest_path
+from taskgpt.lab.traces.trace import RUN_TYPE, Trace
 from taskgpt.tasks.picture import COLOURS
 
 
@@ -179,10 +179,9 @@ def test_a_still_picture_has_every_task(colour_by):
         assert -0.01 * len(tasks(svg)) <= shown - took / pixel <= least + 0.01 * len(tasks(svg))
 
 
-def test_graphs_and_traces_display_themselves():
+def test_graphs_and_timelines_display_themselves():
     """In a notebook, as pictures."""
-    trace = traced("native")
-    assert ElementTree.fromstring(trace._repr_html_()).tag.endswith("svg")
+    assert ElementTree.fromstring(timeline.Timeline(traced("native"))._repr_html_()).tag.endswith("svg")
     graph = k.random_graph(k.arena(False), 1)
     assert ElementTree.fromstring(graph._repr_svg_()).tag.endswith("svg")
 

@@ -8,9 +8,9 @@ import pytest
 from test_efficiency import hand_made
 from test_trace import NAMES, traced, waits
 
-from taskgpt.lab import paraver
-from taskgpt.lab.idle import CAUSES, gaps
-from taskgpt.lab.rules import RuleError
+from taskgpt.lab.traces import paraver
+from taskgpt.lab.traces.idle import CAUSES, gaps
+from taskgpt.lab.traces.rules import RuleError
 
 
 def names_of(pcf: str, event_type: int) -> dict[int, str]:

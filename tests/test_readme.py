@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from taskgpt.show import main as show
+from taskgpt.programs.show import main as show
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -31,7 +31,7 @@ import taskgpt
 from taskgpt import config
 from taskgpt.errors import UserError
 from taskgpt.schedulers import Scheduler, WorkerError, local_cluster, open_scheduler
-from taskgpt.schedulers._cores import _quota_cores, usable_cores
+from taskgpt.schedulers.cores import _quota_cores, usable_cores
 from taskgpt.schedulers.loops import cut
 from taskgpt.tasks import Graph, TaskError, TwinError, check, compile_kernels, run_now
 

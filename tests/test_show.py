@@ -13,7 +13,7 @@ from browser import BROWSER, needs_browser
 from taskgpt.config import load_graph
 from taskgpt.gpt2.model import GPT2
 from taskgpt.gpt2.program import training_graph
-from taskgpt.show import main as show
+from taskgpt.programs.show import main as show
 from taskgpt.tasks import Graph, by_section, coarsen, part
 
 
@@ -174,7 +174,7 @@ def test_what_is_no_file_is_written_into_and_never_replaced(tmp_path, capsys):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     assert show(["graph", "--output", str(pipe)]) == 2
-    assert capsys.readouterr().err == f"taskgpt.show: error: {pipe}: is a pipe that nobody reads; start its reader first\n"
+    assert capsys.readouterr().err == f"taskgpt show: error: {pipe}: is a pipe that nobody reads; start its reader first\n"
     got = []
     reader = threading.Thread(target=lambda: got.append(pipe.read_text()))
     reader.start()

@@ -11,18 +11,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from taskgpt import trace as trace_program
 from taskgpt.config import load_scheduler
 from taskgpt.errors import UserError
 from taskgpt.lab import machine as this
-from taskgpt.lab import validation
-from taskgpt.lab.machine_file import Machine
-from taskgpt.lab.simulated import Costs, ms_a_step, simulated
-from taskgpt.lab.task_costs import Rates, traffic
-from taskgpt.lab.trace import Trace, Traced
+from taskgpt.lab.simulator import validation
+from taskgpt.lab.simulator.machine_file import Machine
+from taskgpt.lab.simulator.simulated import Costs, ms_a_step, simulated
+from taskgpt.lab.simulator.task_costs import Rates, traffic
+from taskgpt.lab.traces.trace import Trace, Traced
+from taskgpt.programs import trace as trace_program
+from taskgpt.programs.simulate import main as simulate
 from taskgpt.schedulers import open_scheduler
-from taskgpt.schedulers._ready import POLICIES
-from taskgpt.simulate import main as simulate
+from taskgpt.schedulers.native.queues import POLICIES
 from taskgpt.tasks import Graph, InOut, Tensor, dims, kernel
 from taskgpt.train import main as train
 

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from taskgpt.data import open_data
 from taskgpt.errors import UserError
-from taskgpt.gpt2.tokenizer import GPT2_VOCAB_SIZE, byte_tokenizer, gpt2_tokenizer, read_tokenizer
-from taskgpt.gpt2.tokens import Loader, TokenFile, TokenWriter, write_tokens
+from taskgpt.gpt2.text.data import open_data
+from taskgpt.gpt2.text.tokenizer import GPT2_VOCAB_SIZE, byte_tokenizer, gpt2_tokenizer, read_tokenizer
+from taskgpt.gpt2.text.tokens import Loader, TokenFile, TokenWriter, write_tokens
 
 V = GPT2_VOCAB_SIZE
 

@@ -21,13 +21,13 @@ import numpy as np
 import pytest
 
 from taskgpt import config, train
-from taskgpt import trace as trace_program
 from taskgpt.errors import UserError
-from taskgpt.lab import formats, page, perfetto, table, timeline
-from taskgpt.lab.comparison import Comparison
-from taskgpt.lab.idle import CAUSES, gaps
-from taskgpt.lab.rules import RuleError
-from taskgpt.lab.trace import Trace, Traced
+from taskgpt.lab.traces import formats, page, perfetto, table, timeline
+from taskgpt.lab.traces.comparison import Comparison
+from taskgpt.lab.traces.idle import CAUSES, gaps
+from taskgpt.lab.traces.rules import RuleError
+from taskgpt.lab.traces.trace import Trace, Traced
+from taskgpt.programs import trace as trace_program
 from taskgpt.schedulers import open_scheduler
 
 NAMES = ["native", "sequential", "loops", "threads", "local-cluster"]
@@ -198,7 +198,7 @@ def test_numbers_that_cannot_be_are_refused(message, tmp_path, capsys):
     for verb in ("report", "convert", "check"):
         assert trace_program.main([verb, str(tmp_path)]) == 2
         error = capsys.readouterr().err
-        assert error.startswith(f"taskgpt.trace: error: {path}: ")
+        assert error.startswith(f"taskgpt trace: error: {path}: ")
         assert message.replace("not eight bits", "'utf-8' codec can't decode") in error
         assert len(error) < 1000
         assert error.count("\n") == 1

@@ -18,8 +18,8 @@ from programs import started
 from taskgpt import train
 from taskgpt.__main__ import main as taskgpt
 from taskgpt.console import Report
-from taskgpt.gpt2.tokens import write_tokens
-from taskgpt.lab.trace import Trace
+from taskgpt.gpt2.text.tokens import write_tokens
+from taskgpt.lab.traces.trace import Trace
 from taskgpt.train import main
 
 PARITY = Path(__file__).parent / "parity"
@@ -273,7 +273,7 @@ def test_a_second_signal_ends_the_program_at_once(text, tmp_path, capsys, monkey
 
     monkeypatch.setattr(Report, "step", interrupted)
     assert main([*flags, "--lr", "1"]) == 143
-    assert capsys.readouterr().err == "taskgpt.train: interrupted at once; nothing was saved\n"
+    assert capsys.readouterr().err == "taskgpt train: interrupted at once; nothing was saved\n"
     assert model.read_bytes() == before
 
 
@@ -355,7 +355,7 @@ def test_output_that_cannot_be_written_costs_no_model(text, tmp_path):
     argv = [sys.executable, "-m", "taskgpt.train", *TINY, "--data", text, "--steps", "2", "--save", str(model)]
     with open("/dev/full", "w") as full:
         done = subprocess.run(argv, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
-    assert done.stderr == "taskgpt.train: standard output: cannot write: No space left on device; going on without it\n"
+    assert done.stderr == "taskgpt train: standard output: cannot write: No space left on device; going on without it\n"
     assert done.returncode == 2
     assert model.exists()
 

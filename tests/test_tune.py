@@ -12,19 +12,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from taskgpt import tune as program
 from taskgpt.config import available, load_graph, load_scheduler
 from taskgpt.errors import UserError
 from taskgpt.gpt2.model import Batch, Model, Tiles
-from taskgpt.lab import tuned
-from taskgpt.lab.cells import Cell
+from taskgpt.lab.contests.cells import Cell
+from taskgpt.lab.contests.turns import CellFailed
 from taskgpt.lab.named import make_config
-from taskgpt.lab.races import FASTER, MARGIN, SLOWER, Search, Track, final_verdict, verdict
 from taskgpt.lab.report import Report
-from taskgpt.lab.tilings import KEYS, Forecast, Space
-from taskgpt.lab.turns import CellFailed
+from taskgpt.lab.tuning import tuned
+from taskgpt.lab.tuning.races import FASTER, MARGIN, SLOWER, Search, Track, final_verdict, verdict
+from taskgpt.lab.tuning.tilings import KEYS, Forecast, Space
+from taskgpt.programs import tune as program
+from taskgpt.programs.tune import main as tune
 from taskgpt.train import main as train
-from taskgpt.tune import main as tune
 
 UNSEEN = "gpt2-124m:batch.batch_size=2,batch.seq_len=96,model.layers=6,model.heads=6,model.channels=384"
 GRAPHS = Path(__file__).parent.parent / "graphs"
@@ -443,7 +443,7 @@ def test_ctrl_c_leaves_nothing(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(program, "find", interrupted)
     assert tune(["--graph", "tiny", "--output", str(tmp_path / "out")]) == 130
-    assert capsys.readouterr().err == "taskgpt.tune: interrupted; nothing was written\n"
+    assert capsys.readouterr().err == "taskgpt tune: interrupted; nothing was written\n"
     assert not any((tmp_path / "out").iterdir())
     assert not (tmp_path / "cache").exists()
 

@@ -14,9 +14,9 @@ import numpy as np
 
 from taskgpt.errors import UserError, shorten
 from taskgpt.files import atomic_file, cannot_write, file_size, write_target
-from taskgpt.gpt2.kinds import CHECKPOINT, refuse_another_kind
 from taskgpt.gpt2.model import GPT2, Model
-from taskgpt.gpt2.tokens import HEADER_BYTES, HEADER_WORDS
+from taskgpt.gpt2.text.kinds import CHECKPOINT, refuse_another_kind
+from taskgpt.gpt2.text.tokens import HEADER_BYTES, HEADER_WORDS
 
 MAGIC, FLOAT32, BFLOAT16 = 20240326, 3, 5
 ADVICE = "llm.c's train_gpt2.py writes one, also from Hugging Face's models: python train_gpt2.py --model gpt2"

@@ -7,13 +7,7 @@ Both ways share their loops and their products, and give the same bits. `hyper` 
 import numba
 import numpy as np
 
-from taskgpt.gpt2.kernels import (
-    encoder_backward_wte,
-    layernorm_backward_weight,
-    layernorm_gradient,
-    scatter_rows,
-    sum_rows,
-)
+from taskgpt.gpt2.kernels import encoder_backward_wte, layernorm_backward_weight, layernorm_gradient, scatter_rows, sum_rows
 from taskgpt.tasks import In, InOut, Scratch, dense, dims, kernel
 from taskgpt.tasks.blas import gemm
 

@@ -16,7 +16,7 @@ import psutil
 import threadpoolctl
 
 from taskgpt.errors import address_space_bytes
-from taskgpt.schedulers._cores import usable_cores
+from taskgpt.schedulers.cores import usable_cores
 from taskgpt.tasks import In, InOut, Out, dims, kernel
 from taskgpt.tasks.blas import gemm
 

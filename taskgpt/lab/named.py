@@ -14,7 +14,7 @@ from taskgpt.errors import UserError, shorten
 from taskgpt.gpt2.model import GPT2
 from taskgpt.gpt2.program import training_graph
 from taskgpt.lab import machine
-from taskgpt.lab.trace import RECORD, Trace, Traced
+from taskgpt.lab.traces.trace import RECORD, Trace, Traced
 from taskgpt.schedulers import Scheduler, open_scheduler
 from taskgpt.tasks import Graph, compile_kernels
 

@@ -1,15 +1,14 @@
-"""Room 2: ways to run a graph. One file per value of `--scheduler`; a new scheduler is a new file here and its TOML in scheduler_configs/.
+"""Room 2: ways to run a graph. One file or folder per value of `--scheduler`; a new one is that and its TOML in scheduler_configs/.
 
-    native.py          compiled workers without the GIL, with policies; runs overlap. The default
+    native/            compiled workers without the GIL, with policies; runs overlap. The default
     sequential.py      program order, in the calling thread
     loops.py           fork-join: parallel loops with a barrier after each, what OpenMP does to llm.c
     threads.py         dask.threaded, on threads of this process
     local_cluster.py   dask.distributed on this machine, with its dashboard: worker threads or worker processes
-    _cores.py          how many cores there are to use
-    _prepare.py        what they share: the number of workers, one run at a time, plans that are made once per graph
-    _record.py         when and where each task ran, on request
-    _plan.py _ready.py _worker.py _pointers.py    of native: a graph as flat arrays, policies and queues, the workers' loop, atomics
-    _dask_get.py _dask_plan.py                    taskgpt.get, for any Dask graph: its workers; what it keeps of a graph, and its policies
+    cores.py           how many cores there are to use
+    prepare.py         what they share: the number of workers, one run at a time, plans that are made once per graph
+    records.py         when and where each task ran, on request
+    dask_get/          taskgpt.get, for any Dask graph
 
 A scheduler may change the time that a graph takes, and nothing else. Each is a module with a frozen dataclass `Settings`, whose fields are
 the keys of its TOML file, and a class `Scheduler(settings)` that keeps the contract below; tests/test_schedulers.py checks it.
@@ -76,7 +75,7 @@ class Scheduler(Protocol):
         """Return the graph whose tasks run for this one: itself, or a coarsened one."""
 
     def take_records(self) -> tuple[np.ndarray, int]:
-        """Return (records, how many found no room) since the last call, of _record.RECORD_TYPE, by start time.
+        """Return (records, how many found no room) since the last call, of records.RECORD_TYPE, by start time.
 
         Between runs, or while `run_each` waits for its caller: then also of those tasks of the run under way that are done. Empty unless
         settings.record, the number of tasks that each worker can keep, says otherwise.

@@ -29,8 +29,8 @@ from distributed.gc import disable_gc_diagnosis
 
 from taskgpt.errors import UserError
 from taskgpt.schedulers import WorkerError
-from taskgpt.schedulers._prepare import InTurn, OncePerGraph, worker_count
-from taskgpt.schedulers._record import Recorder, ThreadTimes, Times
+from taskgpt.schedulers.prepare import InTurn, OncePerGraph, worker_count
+from taskgpt.schedulers.records import Recorder, ThreadTimes, Times
 from taskgpt.tasks import Graph, Kernel, TwinError, coarsen, compile_kernels, one_blas_thread
 from taskgpt.tasks.sources import Sources
 

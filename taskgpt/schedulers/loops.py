@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Self
 
-from taskgpt.schedulers._prepare import InTurn, OncePerGraph, worker_count
-from taskgpt.schedulers._record import Recorder
+from taskgpt.schedulers.prepare import InTurn, OncePerGraph, worker_count
+from taskgpt.schedulers.records import Recorder
 from taskgpt.tasks import Graph, Task, one_blas_thread
 
 

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from taskgpt.schedulers._prepare import InTurn
-from taskgpt.schedulers._record import Recorder
+from taskgpt.schedulers.prepare import InTurn
+from taskgpt.schedulers.records import Recorder
 from taskgpt.tasks import Graph, one_blas_thread
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 import dask.threaded
 
-from taskgpt.schedulers._prepare import InTurn, OncePerGraph, worker_count
-from taskgpt.schedulers._record import Recorder
+from taskgpt.schedulers.prepare import InTurn, OncePerGraph, worker_count
+from taskgpt.schedulers.records import Recorder
 from taskgpt.tasks import Graph, Task, coarsen, one_blas_thread
 
 _TOKEN = "0" * 32  # of a form that Dask's tools take off, so that the kernel's name is left

@@ -5,7 +5,9 @@ kernel.py           @kernel: a NumPy body, its declaration, and its compiled twi
 sources.py          what a compiled twin is made from
 cache.py            compiled twins are kept on disk, as long as nothing of that has changed
 tensor.py           tensors cut into grids, tiles, arenas (also shared between processes)
-graph.py            spawn: calls become tasks with dependencies
+task.py             calls, and tasks of one or more of them
+dependencies.py     what an access must wait for
+task_graph.py       spawn: calls become tasks with dependencies
 coarsen.py          fewer, larger tasks
 scratch.py          working memory of kernels
 check.py            the declaration, enforced
@@ -14,14 +16,16 @@ blas_threads.py     BLAS on one thread while tasks run
 dask_graph.py       the graph as a Dask graph
 dask_collection.py  the graph as a Dask collection
 picture.py          the graph as a picture
+graph.py            Graph, all of that: what programs use
 """
 
 from taskgpt.tasks.access import Commutative, In, InOut, Out, Scratch, dims
 from taskgpt.tasks.blas_threads import one_blas_thread
 from taskgpt.tasks.check import check
 from taskgpt.tasks.coarsen import by_section, coarsen, part
-from taskgpt.tasks.graph import Call, Graph, Section, Task, TaskError, run_now
+from taskgpt.tasks.graph import Graph
 from taskgpt.tasks.kernel import AccessError, Kernel, ShapeError, TwinError, compile_kernels, dense, kernel
+from taskgpt.tasks.task import Call, Section, Task, TaskError, run_now
 from taskgpt.tasks.tensor import Arena, GridError, Tensor, TensorSpec, Tile
 
 __all__ = [

@@ -22,20 +22,21 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from taskgpt.tasks.graph import Call, Graph, Task
 from taskgpt.tasks.kernel import AccessError, Kernel
+from taskgpt.tasks.task import Call, Task
+from taskgpt.tasks.task_graph import AnyGraph
 from taskgpt.tasks.tensor import Tile
 
 _LEAST_BORDER = 8  # elements
 _PATIENCE_S = 60
 
 
-def check(graph: Graph) -> Graph:
+def check(graph: AnyGraph) -> AnyGraph:
     """Return a graph that runs the same calls checked. Runs under every scheduler, as the checks touch private copies alone.
 
     Its tasks raise TaskError from AccessError.
     """
-    checked = Graph(f"{graph.name}, checked", graph.allow_commutative)
+    checked = graph.derived(f"{graph.name}, checked")
     for task in graph.tasks:
         calls = tuple(CheckedCall(call.kernel.bounds_checked, call.args) for call in task.calls)
         twin = Task(task.number, calls, task.section, task.predecessors, task.name)

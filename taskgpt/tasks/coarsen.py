@@ -15,10 +15,12 @@ import heapq
 import math
 from collections.abc import Callable, Iterable, Sequence
 
-from taskgpt.tasks.graph import Graph, Section, Task, without_implied
+from taskgpt.tasks.dependencies import without_implied
+from taskgpt.tasks.task import Section, Task
+from taskgpt.tasks.task_graph import AnyGraph, TaskGraph
 
 
-def coarsen(graph: Graph, max_tasks: int, width: int = 8) -> Graph:
+def coarsen(graph: AnyGraph, max_tasks: int, width: int = 8) -> AnyGraph:
     """Return a graph of at most `max_tasks` tasks that run the calls of `graph`, with the same bits.
 
     Up to `width` merged tasks of a band stay apart, to keep that many workers busy. Low bands leave many tasks, high ones few components:
@@ -44,7 +46,7 @@ def coarsen(graph: Graph, max_tasks: int, width: int = 8) -> Graph:
     return _merge(graph, [group for groups in best for group in groups])
 
 
-def by_section(graph: Graph) -> Graph:
+def by_section(graph: AnyGraph) -> AnyGraph:
     """Return a graph of one task for each phase and layer, more where these would wait for each other in a cycle: to look at."""
     merged: dict[str, list[int]] = {}
     for number, layer in enumerate(layer_names(graph)):
@@ -52,14 +54,14 @@ def by_section(graph: Graph) -> Graph:
     return _merge(graph, list(merged.values()))
 
 
-def part(graph: Graph, is_in: Callable[[Task], bool]) -> Graph:
+def part(graph: AnyGraph, is_in: Callable[[Task], bool]) -> AnyGraph:
     """Return the graph of some of the tasks, each after those that come before it in the whole graph, be it through others: to look at."""
     found = _merge(graph, [[task.number] for task in graph.tasks if is_in(task)])
     found.name = f"{graph.name}, a part"
     return found
 
 
-def layer_names(graph: Graph) -> list[str]:
+def layer_names(graph: TaskGraph) -> list[str]:
     """Return the name of each task's layer: its section, and `.2` if something of a later layer comes before it.
 
     Layers do not wait for each other in a cycle, and come in an order in which none waits for a later one. Ranks count layers in the order
@@ -85,7 +87,7 @@ def layer_name(section: Section) -> str:
     return f"{phase or 'tasks'}_{layer:02d}" if layer >= 0 else phase or "tasks"
 
 
-def _components(graph: Graph, band_of: Sequence[int]) -> list[list[list[int]]]:
+def _components(graph: TaskGraph, band_of: Sequence[int]) -> list[list[list[int]]]:
     """Return, for each band, its connected components as lists of task numbers."""
     parent = list(range(len(graph.tasks)))
 
@@ -105,7 +107,7 @@ def _components(graph: Graph, band_of: Sequence[int]) -> list[list[list[int]]]:
     return [list(components.values()) for components in bands]
 
 
-def _balance(graph: Graph, components: list[list[int]], room: int) -> list[list[int]]:
+def _balance(graph: TaskGraph, components: list[list[int]], room: int) -> list[list[int]]:
     """Put components into at most `room` groups of about equal cost: the costliest first, each into the lightest group so far."""
     groups: list[tuple[float, int, list[int]]] = [(0.0, at, []) for at in range(min(room, len(components)))]
     for cost, component in sorted(((_seconds(graph, c), c) for c in components), key=lambda pair: (-pair[0], pair[1])):
@@ -114,11 +116,11 @@ def _balance(graph: Graph, components: list[list[int]], room: int) -> list[list[
     return [sorted(members) for _, _, members in groups]
 
 
-def _seconds(graph: Graph, numbers: Iterable[int]) -> float:
+def _seconds(graph: TaskGraph, numbers: Iterable[int]) -> float:
     return sum(graph.tasks[n].estimated_seconds for n in numbers)
 
 
-def _merge(graph: Graph, groups: list[list[int]]) -> Graph:
+def _merge(graph: AnyGraph, groups: list[list[int]]) -> AnyGraph:
     """Return the graph of the groups, each a list of task numbers, in an order that no path contradicts.
 
     A path through tasks that are in no group leads from group to group all the same.
@@ -132,7 +134,7 @@ def _merge(graph: Graph, groups: list[list[int]]) -> Graph:
     for task in graph.tasks:
         if task.number not in group_of:
             around[task.number] = before(task)
-    merged = Graph(f"{graph.name}, coarsened", graph.allow_commutative)
+    merged = graph.derived(f"{graph.name}, coarsened")
     ancestors: list[int] = []
     for at, group in enumerate(groups):
         parts = [graph.tasks[n] for n in group]

@@ -1,6 +1,6 @@
 """Graphs to Dask and from Dask. The only file that imports Dask's private names, so that one file breaks when they move.
 
-    to_dask             a Graph as a Dask graph
+    to_dask             a graph as a Dask graph
     Run                 a Dask collection of that: one run of a Graph
     nodes, constants    any Dask graph as a flat dictionary; the values of those nodes that are data
     evaluate            what a node gives
@@ -22,7 +22,8 @@ from dask.base import DaskMethodsMixin, replace_name_in_key
 from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
 
 from taskgpt.tasks.coarsen import layer_names
-from taskgpt.tasks.graph import Graph, Task
+from taskgpt.tasks.task import Task
+from taskgpt.tasks.task_graph import TaskGraph
 
 try:
     from dask._task_spec import DataNode, Dict, GraphNode, List, Set, TaskRef, Tuple, _execute_subgraph, convert_legacy_graph
@@ -33,7 +34,7 @@ except ImportError as error:
 Key = tuple[str, int]
 
 
-def to_dask(graph: Graph, call: Callable[[Task], tuple] | None = None, token: str | None = None) -> tuple[HighLevelGraph, list[Key]]:
+def to_dask(graph: TaskGraph, call: Callable[[Task], tuple] | None = None, token: str | None = None) -> tuple[HighLevelGraph, list[Key]]:
     """Return the Dask graph of one run, and the keys of the tasks that nothing waits for. See Graph.to_dask.
 
     Dependencies are passed as arguments, in whose place Dask puts the predecessors' result, None. Names of layers carry the token, too: of
@@ -56,7 +57,7 @@ def to_dask(graph: Graph, call: Callable[[Task], tuple] | None = None, token: st
 
 
 class Run(DaskMethodsMixin):
-    """One run of a Graph as a Dask collection: a Dask graph, and the keys of its last tasks. Computed, it gives None."""
+    """One run of a graph as a Dask collection: a Dask graph, and the keys of its last tasks. Computed, it gives None."""
 
     __dask_scheduler__ = staticmethod(dask.threaded.get)  # as arrays and delayed calls, to be computed with them
 
@@ -103,9 +104,9 @@ def _run(task: "Task | _Sendable | _Named", *_predecessors: None) -> None:
 
 
 class _Known:
-    """The tasks of a Graph, and the name under which this process knows them."""
+    """The tasks of a graph, and the name under which this process knows them."""
 
-    def __init__(self, graph: Graph):
+    def __init__(self, graph: TaskGraph):
         self.tasks = graph.tasks  # not the graph, which then would wait for the garbage collector
         self.name = uuid.uuid4().hex
         self._obstacle = 0, ""
@@ -121,11 +122,11 @@ class _Known:
         return self._obstacle[1]
 
 
-_known: "weakref.WeakKeyDictionary[Graph, _Known]" = weakref.WeakKeyDictionary()
+_known: "weakref.WeakKeyDictionary[TaskGraph, _Known]" = weakref.WeakKeyDictionary()
 _by_name: "weakref.WeakValueDictionary[str, _Known]" = weakref.WeakValueDictionary()
 
 
-def _known_here(graph: Graph) -> _Known:
+def _known_here(graph: TaskGraph) -> _Known:
     known = _known.get(graph)
     if known is None:
         known = _known[graph] = _Known(graph)

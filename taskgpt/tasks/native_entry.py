@@ -21,9 +21,9 @@ from numba.core.compiler_lock import global_compiler_lock
 from numba.np.arrayobj import populate_array
 
 from taskgpt.tasks.cache import undisturbed
-from taskgpt.tasks.graph import Call, this_thread
 from taskgpt.tasks.kernel import Kernel
 from taskgpt.tasks.scratch import scratch_layout
+from taskgpt.tasks.task import Call, this_thread
 
 _WORD = ir.IntType(64)
 _BYTE_POINTER = ir.IntType(8).as_pointer()

@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Sequence
 from html import escape
 
-from taskgpt.tasks.graph import Graph, Task
+from taskgpt.tasks.task import Task
+from taskgpt.tasks.task_graph import TaskGraph
 
 _COLUMN, _ROW, _WIDTH, _HEIGHT = 22, 15, 15, 10  # distance of columns and rows, size of a task, in pixels
 _MARGIN = 16
@@ -46,7 +47,7 @@ def _ink_on(colour: str) -> str:
     return "#000000" if 0.299 * red + 0.587 * green + 0.114 * blue > 150 else "#ffffff"
 
 
-def groups(graph: Graph, colour_by: str) -> list[str]:
+def groups(graph: TaskGraph, colour_by: str) -> list[str]:
     """Return what gives each task its colour: its `kernel` (the family), `layer`, `phase`, or whether it is on the longest `path`.
 
     The longest path is that of estimated times: Task.estimated_seconds.
@@ -61,7 +62,7 @@ def groups(graph: Graph, colour_by: str) -> list[str]:
     return [task.section[0] or "no phase" for task in graph.tasks]
 
 
-def to_svg(graph: Graph, title: str = "", colour_by: str = "kernel") -> str:
+def to_svg(graph: TaskGraph, title: str = "", colour_by: str = "kernel") -> str:
     """Return the graph as SVG text. Pointing at a task shows its call. `colour_by`: kernel, layer, phase or path."""
     columns = _arrange(graph)
     place = {number: (x, y) for x, column in enumerate(columns) for y, number in enumerate(column)}
@@ -114,7 +115,7 @@ def to_svg(graph: Graph, title: str = "", colour_by: str = "kernel") -> str:
     return "\n".join(parts) + "\n"
 
 
-def _arrange(graph: Graph) -> list[list[int]]:
+def _arrange(graph: TaskGraph) -> list[list[int]]:
     """Return the columns of task numbers, each ordered so that edges run level where they can (barycentre of the predecessors)."""
     depth_of = graph.depths()
     columns: list[list[int]] = [[] for _ in range(max(depth_of, default=-1) + 1)]

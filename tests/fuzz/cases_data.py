@@ -3,11 +3,11 @@
 import struct
 from pathlib import Path
 
-from taskgpt.data import open_data
 from taskgpt.gpt2 import checkpoint
 from taskgpt.gpt2.model import GPT2, Batch, Options, Tiles
-from taskgpt.gpt2.tokenizer import read_tokenizer
-from taskgpt.gpt2.tokens import TokenFile, write_tokens
+from taskgpt.gpt2.text.data import open_data
+from taskgpt.gpt2.text.tokenizer import read_tokenizer
+from taskgpt.gpt2.text.tokens import TokenFile, write_tokens
 
 from . import Case
 

@@ -5,12 +5,13 @@ from pathlib import Path
 from unittest import mock
 
 from taskgpt.config import find_file, load_graph, load_scheduler
-from taskgpt.lab import compare_report, tuned
-from taskgpt.lab.cells import product_of
-from taskgpt.lab.idle import CAUSES
-from taskgpt.lab.machine_file import MACHINES, Machine
-from taskgpt.lab.results import Results
-from taskgpt.lab.turns import FACTORS, First, Watched
+from taskgpt.lab.contests import compare_report
+from taskgpt.lab.contests.cells import product_of
+from taskgpt.lab.contests.results import Results
+from taskgpt.lab.contests.turns import FACTORS, First, Watched
+from taskgpt.lab.simulator.machine_file import MACHINES, Machine
+from taskgpt.lab.traces.idle import CAUSES
+from taskgpt.lab.tuning import tuned
 
 from . import Case
 

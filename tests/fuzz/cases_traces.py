@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from taskgpt.lab import formats, page, timeline
-from taskgpt.lab.comparison import Comparison
-from taskgpt.lab.trace import RECORD_TYPE, RUN_TYPE, Trace, TracedGraph
-from taskgpt.trace import steps_of
+from taskgpt.lab.traces import formats, page, timeline
+from taskgpt.lab.traces.comparison import Comparison
+from taskgpt.lab.traces.trace import RECORD_TYPE, RUN_TYPE, Trace, TracedGraph
+from taskgpt.programs.trace import steps_of
 
 from . import Case
 

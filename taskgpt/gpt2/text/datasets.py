@@ -1,0 +1,339 @@
+"""The datasets known by name: download, check, tokenize as llm.c does, keep.
+
+`prepare` turns a name into two of llm.c's token files in a folder, by default one of the user's cache. It may be stopped at any moment and
+run again: a download goes on where it stopped, and no file carries its final name before it is whole. Runs started together wait for each
+other, so that only one of them does the work.
+"""
+
+import hashlib
+import http.client
+import json
+import os
+import queue
+import random
+import shutil
+import sys
+import tarfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path, PurePosixPath
+
+import platformdirs
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+from taskgpt.errors import UserError, did_you_mean, shorten
+from taskgpt.files import cannot_write, file_size
+from taskgpt.gpt2.text.tokenizer import gpt2_tokenizer
+from taskgpt.gpt2.text.tokens import TokenWriter, write_tokens
+
+VAL_TOKENS = 32768  # llm.c's validation part of tinyshakespeare
+UNPACKED = ".unpacked.tmp"
+SECONDS_BETWEEN_LINES = 10
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Where a dataset comes from and what becomes of it."""
+
+    name: str
+    url: str
+    num_bytes: int
+    """Size of the download."""
+    sha256: str
+    """SHA-256 of the download."""
+    train: str
+    val: str
+    """Names of the token files: llm.c's."""
+    write: Callable[[Path, Path], None]
+    """Tokenizes the download (first argument) into both files of a folder (second argument)."""
+    token_sha256: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of token files, where llm.c's are published."""
+
+    @property
+    def folder(self) -> Path:
+        """Its own folder in the user's cache. Raises: UserError as `user_cache`."""
+        return user_cache() / self.name
+
+    def part(self, folder: Path) -> Path:
+        """The download, whole or in part; removed once it is tokenized."""
+        return folder / (self.url.rpartition("/")[2] + ".part")
+
+    def is_in(self, folder: Path) -> bool:
+        """Whether both token files are there."""
+        return all(os.path.isfile(folder / name) for name in (self.train, self.val))  # False, too, where one may not look
+
+
+def user_cache() -> Path:
+    """Return this package's folder in the user's cache. Raises: UserError if the system knows no place for one."""
+    try:
+        folder = Path(platformdirs.user_cache_dir("taskgpt", appauthor=False))
+    except RuntimeError:  # newer platformdirs; older ones return a path that is not absolute
+        folder = Path()
+    if not folder.is_absolute():
+        raise UserError(f"no cache folder: HOME is not set, and user {os.getuid()} has no home; set XDG_CACHE_HOME to a folder's full path")
+    return folder
+
+
+def split_sections(text: str) -> Iterator[str]:
+    """Cut a text into llm.c's documents: a document ends with an empty line, which it keeps."""
+    start = 0
+    while (end := text.find("\n\n", start) + 2) >= 2:
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def write_tinyshakespeare(text_path: Path, folder: Path):
+    """Tokenize tinyshakespeare: the first 32,768 tokens are for validation. Source: llm.c, `dev/data/tinyshakespeare.py`."""
+    ids = gpt2_tokenizer().encode_documents(split_sections(text_path.read_text("utf-8")))
+    write_tokens(folder / "tiny_shakespeare_val.bin", ids[:VAL_TOKENS])
+    write_tokens(folder / "tiny_shakespeare_train.bin", ids[VAL_TOKENS:])
+
+
+def write_tinystories(archive: Path, folder: Path):
+    """Tokenize TinyStories, holding one shard of stories at a time: the first shard is for validation, the others for training.
+
+    Stories are shuffled within their shard as llm.c does (`dev/data/tinystories.py`); but llm.c appends the shards in the order in which
+    its processes end, and this in the order of their names, so the training file has the same stories in another, repeatable order.
+    """
+    try:
+        shards = _unpack(archive, folder / UNPACKED)
+        done = 0
+        with progress("tokenizing", sum(map(_size, shards))) as show:
+            for file_name, split in (("TinyStories_val.bin", shards[:1]), ("TinyStories_train.bin", shards[1:])):
+                with TokenWriter.open(folder / file_name) as writer:
+                    for index, shard in enumerate(split):
+                        stories = [entry["story"].strip() for entry in json.loads(shard.read_bytes())]
+                        random.Random(1337 + index).shuffle(stories)
+                        writer.append(gpt2_tokenizer().encode_documents(stories))
+                        show(done := done + _size(shard))
+    finally:
+        shutil.rmtree(folder / UNPACKED, ignore_errors=True)
+
+
+def _unpack(archive: Path, folder: Path) -> list[Path]:
+    """Unpack the shards of TinyStories and return their paths in the order of their names, whatever their order in the archive."""
+    shutil.rmtree(folder, ignore_errors=True)  # what a killed run left
+    try:
+        folder.mkdir()
+        with archive.open("rb") as file, tarfile.open(fileobj=file, mode="r|gz") as tar, progress("unpacking", _size(archive)) as show:
+            for member in tar:
+                name = PurePosixPath(member.name).name  # the last part only: an archive never chooses the folder
+                if member.isfile() and name.endswith(".json") and not name.startswith("."):
+                    with (folder / name).open("xb") as shard:
+                        shutil.copyfileobj(tar.extractfile(member), shard)
+                show(file.tell())
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    return sorted(folder.iterdir())
+
+
+DATASETS = {
+    dataset.name: dataset
+    for dataset in (
+        Dataset(
+            name="tinyshakespeare",
+            url="https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+            num_bytes=1_115_394,
+            sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+            train="tiny_shakespeare_train.bin",
+            val="tiny_shakespeare_val.bin",
+            write=write_tinyshakespeare,
+            token_sha256={
+                "tiny_shakespeare_train.bin": "8a70606be574040c26d225694f5f9759973b419852d22f7fe5c118e1b359dcc8",
+                "tiny_shakespeare_val.bin": "fe99db720dc7c83e694806d4e047a952909411da1daccde4ccc2e55f40882a62",
+            },
+        ),
+        Dataset(
+            name="tinystories",
+            url="https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStories_all_data.tar.gz",
+            num_bytes=1_608_001_638,
+            sha256="26cf7605aca15bc4ea6fa637256400d9d01317b28ed296172b2d1dd160cd7699",
+            train="TinyStories_train.bin",
+            val="TinyStories_val.bin",
+            write=write_tinystories,
+        ),
+    )
+}
+
+
+def find_dataset(name: str) -> Dataset:
+    """Return a dataset by its name. Raises: UserError if there is none."""
+    if name not in DATASETS:
+        raise UserError(f"unknown dataset '{shorten(name)}'{did_you_mean(name, DATASETS)}")
+    return DATASETS[name]
+
+
+def prepare(name: str, folder: Path | None = None, source: Path | None = None, *, seconds: float = 30, say: Callable[[str], None] = print):
+    """Write a dataset's token files into a folder (default: its own in the cache), unless they are there.
+
+    Args: source: an already downloaded file to take instead of the network, left as it is. seconds: to wait for the server.
+    Raises: UserError if there is no such dataset, no network, no folder, not enough disk, or if a file has another SHA-256 than wanted.
+    """
+    dataset = find_dataset(name)
+    folder = folder or dataset.folder
+    if not dataset.is_in(folder):
+        with _only_one(folder, say):
+            if not dataset.is_in(folder):  # still: another run may have ended meanwhile
+                _prepare(dataset, folder, source, seconds)
+                say(f"{name}: wrote {folder / dataset.train} and {dataset.val} beside it")
+                return
+    say(f"{name}: already prepared in {folder}; to prepare it anew, delete its files there first")
+
+
+def _prepare(dataset: Dataset, folder: Path, source: Path | None, seconds: float):
+    for file_name in (dataset.train, dataset.val):
+        for leftover in folder.glob(f".{file_name}.tmp*"):  # of a run that was killed; nobody else writes here now
+            leftover.unlink()
+    part = dataset.part(folder)
+    if source is None:
+        download(dataset.url, part, dataset.num_bytes, seconds)
+    if (found := _sha256(source or part)) != dataset.sha256:
+        if source is None:
+            part.unlink()
+        what = (
+            f"{source}: this is not {dataset.name}'s {part.stem}" if source else f"{dataset.url}: the download was damaged and is deleted"
+        )
+        raise UserError(f"{what}: wanted SHA-256 {dataset.sha256}, got {found}; {'download it' if source else 'run'} again")
+    dataset.write(source or part, folder)
+    for file_name, wanted in dataset.token_sha256.items():
+        if (found := _sha256(folder / file_name)) != wanted:
+            (folder / file_name).unlink()
+            raise UserError(f"{folder / file_name}: deleted: SHA-256 {found}, but llm.c's is {wanted}; install another tiktoken")
+    part.unlink(missing_ok=True)
+
+
+def download(url: str, part: Path, num_bytes: int, seconds: float):
+    """Fetch a URL of num_bytes into `part`, going on where an earlier try stopped if the server can.
+
+    A connection that drops is taken up again as long as each try gets further than the last. Args: seconds: to wait for the server.
+    Raises: UserError if the server does not answer or stops sending (what came is kept), or if the disk is full.
+    """
+    furthest = _size(part)
+    with progress("downloading", num_bytes, furthest) as show:
+        while (have := _size(part)) < num_bytes:
+            try:
+                _fetch(url, part, have, num_bytes, seconds, show)
+                reason = "the server stopped sending"
+            except urllib.error.HTTPError as error:
+                error.close()  # it is the response, too
+                if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+                    part.unlink()  # the file at the server is now shorter than what came before
+                reason = f"the server answers {error.code} {error.reason}"
+            except (OSError, http.client.HTTPException) as error:
+                cause = getattr(error, "reason", error)  # urllib wraps what went wrong
+                reason = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
+            if _size(part) <= furthest:
+                if have := _size(part):
+                    raise UserError(f"{url}: {reason}; {have:,} of {num_bytes:,} bytes are here, run again to go on")
+                raise UserError(f"{url}: {reason}; without a network, fetch it elsewhere and give it with --from FILE")
+            furthest = _size(part)
+
+
+def _fetch(url: str, part: Path, have: int, num_bytes: int, seconds: float, show: Callable[[int], None]):
+    headers = {"User-Agent": "taskgpt"} | ({"Range": f"bytes={have}-"} if have else {})
+    with _answer(urllib.request.Request(url, headers=headers), seconds) as response:
+        resumed = response.status == http.HTTPStatus.PARTIAL_CONTENT
+        done = have if resumed else 0
+        try:
+            file = part.open("ab" if resumed else "wb", buffering=0)
+        except OSError as error:
+            raise cannot_write(part, error) from error
+        with file:
+            while done <= num_bytes and (block := response.read1(1 << 18)):
+                try:
+                    file.write(block)
+                except OSError as error:
+                    raise cannot_write(part, error) from error
+                done += len(block)
+                show(done)
+
+
+def _answer(request: urllib.request.Request, seconds: float) -> http.client.HTTPResponse:
+    # In a thread: urlopen's timeout counts for each of the server's addresses anew, and not for looking up its name, so that a machine
+    # behind a wall would wait for minutes. The thread is a daemon: it may be stuck in there when the program ends.
+    answers = queue.SimpleQueue()
+
+    def ask():
+        try:
+            answers.put(urllib.request.urlopen(request, timeout=seconds))
+        except Exception as error:
+            answers.put(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        answer = answers.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"no answer within {seconds:g} seconds") from None
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+@contextmanager
+def progress(label: str, total_bytes: int, done_bytes: int = 0) -> Iterator[Callable[[int], None]]:
+    """Show on stderr how far a job is: a bar on a terminal, else a line every ten seconds and at the end. Yields `show(done_bytes)`."""
+    if sys.stderr.isatty():
+        columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task(label, total=total_bytes, completed=done_bytes)
+            yield lambda done: bar.update(task, completed=done)
+        return
+    begin = last_line = time.monotonic()
+
+    def show(done: int):
+        nonlocal last_line
+        if (now := time.monotonic()) - last_line < SECONDS_BETWEEN_LINES:
+            return
+        last_line = now
+        rate = max(done - done_bytes, 1) / (now - begin)  # bytes per second of this try alone
+        left = timedelta(seconds=round(max(total_bytes - done, 0) / rate))
+        print(f"{label}: {_mb(done)} of {_mb(total_bytes)} MB, {_mb(rate)} MB/s, {left} left", file=sys.stderr, flush=True)
+
+    yield show
+    print(f"{label}: {_mb(total_bytes)} MB, done after {timedelta(seconds=round(time.monotonic() - begin))}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _only_one(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Make the folder and hold its lock: of runs started together one works and the others wait, then find its files."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    with lock:
+        # Windows, and some network disks, have no such lock: there two runs at once do the work twice, and the later one's files stay.
+        with suppress(ImportError, OSError):
+            import fcntl
+
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                say(f"waiting for another run that writes into {folder}")
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _mb(num_bytes: float) -> str:
+    return f"{num_bytes / 1e6:,.1f}"
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _sha256(path: Path) -> str:
+    try:
+        file_size(path)  # refuses what could be read for ever
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{shorten(path)}: cannot read: {error.strerror or error}") from error

@@ -1,0 +1,8 @@
+"""Contests: who is faster, measured in turns.
+
+cells.py            what is compared: scheduler x tiles x workers x settings
+baselines.py        what is no schedule of tasks: whole tensors in NumPy
+turns.py            runs cells in turns, each in a process that can die
+results.py          what was measured, in a file
+compare_report.py   tables and a page of that; figures.py: its figures
+"""

@@ -1,0 +1,156 @@
+"""Dask's dashboard for schedulers that are not Dask's: its task stream shows their tasks; and a page of ours in it, /taskgpt.
+
+    dashboard = Dashboard(live)                             # before the scheduler starts
+    with Traced(scheduler, on_run=dashboard.look) as traced, dashboard.serve(scheduler):
+        ...                                                 # dashboard.url is http://127.0.0.1:8787/taskgpt, or a free port
+
+The server is a Dask cluster without workers, inside this process. Bound to 127.0.0.1 unless asked for more: whoever can reach it can look.
+"""
+
+import importlib.util
+import ipaddress
+import logging
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import dask
+from distributed import LocalCluster
+from distributed import Scheduler as DaskScheduler
+from distributed.diagnostics.task_stream import TaskStreamPlugin
+
+from taskgpt.errors import UserError, shorten
+from taskgpt.lab.dashboard.live import Live
+from taskgpt.lab.traces.trace import Trace
+from taskgpt.schedulers import Scheduler, local_cluster
+
+PORT = 8787  # Dask's
+SPANS = 5000  # tasks that the task stream shows: some steps
+_CONFIG = {
+    "distributed.scheduler.dashboard.status.task-stream-length": SPANS,
+    "distributed.admin.system-monitor.gil.enabled": False,
+}
+
+
+class Dashboard:
+    """The page /taskgpt shows what `live` holds. Made before a cluster starts, so that the cluster's own dashboard has the page too."""
+
+    def __init__(self, live: Live, address: str = ""):
+        """`address`: where to serve, `[HOST:]PORT`; "": at 127.0.0.1 and Dask's port, or a free one if that is in use.
+
+        Raises UserError if bokeh is missing, or if the address cannot be used.
+        """
+        self.live, self.address, self.url = live, address, ""
+        if importlib.util.find_spec("bokeh") is None:
+            raise UserError("--dashboard: needs bokeh; install it with: pip install 'taskgpt[dashboard]'")
+        from distributed.dashboard.scheduler import applications
+
+        from taskgpt.lab.dashboard import page
+
+        applications["/taskgpt"] = lambda _scheduler, extra, document: page.fill(document, live, extra)
+        self._host, self._port = _parse(address) if address else ("127.0.0.1", PORT if _why_not("127.0.0.1", PORT) is None else 0)
+        if why := _why_not(self._host, self._port):
+            raise UserError(f"--dashboard {shorten(address)}: cannot listen there: {why}; choose another port, or 0 for any")
+        self._to_wall_ns = time.time_ns() - time.monotonic_ns()
+        self.task_stream: TaskStreamPlugin | None = None
+
+    @contextmanager
+    def serve(self, scheduler: Scheduler) -> Iterator[None]:
+        """Serve the pages; those of a scheduler that has a dashboard, and so a task stream, already are joined by ours.
+
+        Raises UserError if that scheduler has its dashboard switched off, or elsewhere than at the address asked for.
+        """
+        with dask.config.set(_CONFIG):
+            if isinstance(scheduler, local_cluster.Scheduler):
+                if self.address or scheduler.settings.dashboard < 0:
+                    raise UserError("--dashboard: local-cluster serves its own; choose its port with --set dashboard=PORT, 0 for any")
+                self._link(scheduler.dask_scheduler, "127.0.0.1")
+                yield
+                return
+            # In a thread of its own: Ctrl-C in the middle of a start waits for its end, and then finds a cluster that can be closed.
+            with ThreadPoolExecutor(1) as starter:
+                cluster = starter.submit(self._start).result()
+            with cluster:
+                self.task_stream, self._loop = TaskStreamPlugin(cluster.scheduler), cluster.loop
+                cluster.scheduler.add_plugin(self.task_stream)
+                self._link(cluster.scheduler, self._host)
+                yield
+
+    def _start(self) -> LocalCluster:
+        return LocalCluster(
+            n_workers=0,
+            processes=False,
+            dashboard_address=[(self._host, self._port)],  # as a string, an IPv6 address is one colon too many
+            silence_logs=logging.CRITICAL,
+        )
+
+    def _link(self, dask_scheduler: DaskScheduler, host: str) -> None:
+        """Put the page into the bar at the top of every page."""
+        from distributed.dashboard.scheduler import template_variables
+
+        pages = template_variables(dask_scheduler)["pages"]
+        if "taskgpt" not in pages:
+            pages.insert(0, "taskgpt")
+        shown = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+        self.url = f"http://{shown}:{dask_scheduler.http_server.port}/taskgpt"
+
+    def look(self, part: Trace) -> None:
+        """Take note of what ran since the last look: for the page, and for the task stream, if it is ours to fill."""
+        self.live.look(part)
+        if self.task_stream is not None and len(part.records):
+            self._loop.add_callback(self._append, part)
+
+    def _append(self, part: Trace) -> None:
+        """Add tasks to Dask's buffer by the time they ended, as its own come; in the thread of the server."""
+        names, kernel = part.names("kernel"), part.column("kernel")
+        order = part.records["stop_ns"].argsort()
+        steps, records = part.runs["step"][part.records["run"]][order].tolist(), part.records[order]
+        name = part.about["scheduler"].partition(":")[0]
+        columns = (records[field].tolist() for field in ("task", "start_ns", "stop_ns", "worker"))
+        for k, step, moved, task, start, stop, worker in zip(
+            kernel[order].tolist(), steps, part.column("bytes")[order].tolist(), *columns, strict=True
+        ):
+            span = {"action": "compute", "start": (start + self._to_wall_ns) / 1e9, "stop": (stop + self._to_wall_ns) / 1e9}
+            self.task_stream.buffer.append(
+                {
+                    "key": (names[k], step, task),
+                    "status": "OK",
+                    "worker": name,
+                    "thread": worker,
+                    "type": "",
+                    "nbytes": moved,
+                    "startstops": [span],
+                }
+            )
+            self.task_stream.index += 1
+
+
+def _parse(address: str) -> tuple[str, int]:
+    """Return (host, port) of `[HOST:]PORT`; an IPv6 address stands in brackets, as in a link, and comes out without."""
+    host, _, port = address.rpartition(":")
+    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    is_host = ":" not in host or (bare != host and _is_ipv6(bare))
+    if not (is_host and port.isascii() and port.isdecimal() and len(port) < 6 and int(port) < 1 << 16):
+        raise UserError(
+            f"--dashboard {shorten(address)}: wanted [HOST:]PORT, the port from 0 to 65535; 8787 say, [::1]:8787, or 0.0.0.0:8787 for all "
+            "who can reach it"
+        )
+    return bare or "127.0.0.1", int(port)
+
+
+def _is_ipv6(text: str) -> bool:
+    try:
+        return ipaddress.ip_address(text).version == 6
+    except ValueError:
+        return False
+
+
+def _why_not(host: str, port: int) -> str | None:
+    """Return why nothing can listen there, or None."""
+    try:
+        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
+            return None
+    except (OSError, UnicodeError) as error:  # UnicodeError: no name of a host
+        return getattr(error, "strerror", None) or shorten(error)

@@ -1,0 +1,82 @@
+"""The numbers of a run while it goes on: what the thread that trains notes, and the pages of a dashboard show.
+
+live = Live(workers=2)
+scheduler = Traced(scheduler, on_run=live.look)     # after every run: which tasks ran when
+live.step(step, loss, tokens_per_s)                 # after every step of training
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from taskgpt.lab.traces.trace import Trace
+
+POINTS = 240  # at which the number of ready tasks is counted, along a run
+
+
+@dataclass
+class Run:
+    """What a run showed. efficiency: time in tasks / (workers x time). kernel_ms: all workers' time, the longest first.
+
+    ready: the number of tasks that were ready and not begun, at `ready_at_ms` since the beginning; of the run before, as only the next one
+    tells which tasks were ready, but not begun, at its end.
+    """
+
+    efficiency: float = 0.0
+    kernel_ms: dict[str, float] = field(default_factory=dict)
+    ready_at_ms: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    ready: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+
+
+@dataclass
+class Live:
+    """What there is to show. Written by one thread; others may read at any time, for nothing that is there ever changes.
+
+    steps: (step, loss, tokens a second, efficiency). validations: (step, loss). last_run: whatever ran last; last_step: the last step of
+    training, as validations and samples are other programs.
+    """
+
+    workers: int
+    title: str = ""
+    steps: list[tuple[int, float, float, float]] = field(default_factory=list)
+    validations: list[tuple[int, float]] = field(default_factory=list)
+    last_run: Run = field(default_factory=Run)
+    last_step: Run = field(default_factory=Run)
+    _seen_ns: int = 0
+    _window: tuple[int, int] = (0, 0)
+    _waits: np.ndarray = field(default_factory=lambda: np.zeros((2, 0), np.int64))  # when tasks were ready, and when they began
+
+    def look(self, part: Trace) -> None:
+        """Take note of what ran since the last look."""
+        r = part.records
+        if not len(r):
+            return
+        begin, end = max(self._seen_ns, part.begin_ns), int(r["stop_ns"].max())  # not part.end_ns: another run may have been submitted
+        took = r["stop_ns"] - r["start_ns"]
+        kernel, names = part.column("kernel"), part.names("kernel")
+        by_kernel = sorted(zip(np.bincount(kernel, took, len(names)).tolist(), names, strict=True), reverse=True)
+        waits = np.stack([r["ready_ns"], r["start_ns"]])
+        at, ready = self._ready(np.concatenate([self._waits, waits], axis=1))
+        self.last_run = Run(
+            efficiency=float((r["stop_ns"] - np.maximum(r["start_ns"], begin)).sum()) / (self.workers * max(1, end - begin)),
+            kernel_ms={name: ns / 1e6 for ns, name in by_kernel if ns},
+            ready_at_ms=at,
+            ready=ready,
+        )
+        self._seen_ns, self._window, self._waits = end, (begin, end), waits
+
+    def _ready(self, waits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return (ms, how many tasks were ready then) along the run before."""
+        begin, end = self._window
+        at = np.linspace(begin, end, POINTS)
+        were_ready, began = (np.searchsorted(np.sort(each), at, side="right") for each in waits)
+        return (at - begin) / 1e6, were_ready - began
+
+    def step(self, step: int, loss: float, tokens_per_s: float) -> None:
+        """Take note of a step of training, whose run was the last one."""
+        self.last_step = self.last_run
+        self.steps.append((step, loss, tokens_per_s, self.last_step.efficiency))
+
+    def validation(self, step: int, loss: float) -> None:
+        """Take note of a validation before a step."""
+        self.validations.append((step, loss))

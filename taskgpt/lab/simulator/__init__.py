@@ -1,0 +1,8 @@
+"""The simulator: schedulers with workers that one does not have.
+
+machine_file.py   a machine of sockets and cores, from machines/
+task_costs.py     how long each task takes, and what it moves through memory
+events.py         a clock, on which workers take tasks and finish them
+simulated.py      schedulers on that clock, with the native scheduler's own queues
+validation.py     predicted beside measured
+"""

@@ -1,0 +1,136 @@
+"""What a trace says of time: efficiencies, idle time by cause, kernels, and the longest path. A trace in, numbers out.
+
+Efficiencies follow POP (pop-coe.eu): a product of factors, 1 is perfect. W workers; wall, the time in which a run is under way (not that
+between two runs, in which validation may run, say); useful, the time inside tasks in the meantime, of runs that were left out too; m, the
+worker with the most of it.
+
+    parallel efficiency = useful / (W wall)  =  load balance x dependency efficiency x scheduling efficiency
+    load balance        = (useful / W) / useful of m
+    dependency eff.     = useful of m / (wall - m's idle time by scheduling)
+    scheduling eff.     = (wall - m's idle time by scheduling) / wall
+    computation scaling = useful of a 1-worker trace / useful, of a step each
+    global efficiency   = parallel efficiency x computation scaling
+
+A worker that runs no task idles, for the causes of idle.py.
+"""
+
+import statistics
+from typing import Any
+
+import numpy as np
+
+from taskgpt.lab.traces.idle import CAUSES, gaps, in_runs_ns
+from taskgpt.lab.traces.trace import Trace
+
+
+def analyse(trace: Trace, reference: Trace | None = None, limits: dict[str, float] | None = None) -> dict[str, Any]:
+    """Return the numbers, all of them JSON's. `reference`: the same steps on one worker, for computation scaling.
+
+    `limits`: what the machine reaches on as many threads (machine.limits), if not what the trace itself says.
+
+    Raises ValueError for a trace without tasks.
+    """
+    if not len(trace.records):
+        raise ValueError("a trace without tasks says nothing; wanted runs with records")
+    r, workers, limits = trace.records, trace.workers, limits or trace.about.get("limits")
+    wall_ns, elsewhere = in_runs_ns(trace)
+    useful = np.bincount(r["worker"], r["stop_ns"] - r["start_ns"], workers) + elsewhere
+    waits = gaps(trace)
+    idle = {cause: np.bincount(waits["worker"], waits[cause], workers) for cause in CAUSES}
+    most = int(useful.argmax())
+    unhindered_ns = wall_ns - idle["scheduling"][most]
+    factors = {
+        "parallel efficiency": useful.sum() / (workers * wall_ns),
+        "load balance": useful.mean() / useful[most],
+        "dependency efficiency": useful[most] / unhindered_ns,
+        "scheduling efficiency": unhindered_ns / wall_ns,
+    }
+    scaling = _useful_a_step(reference) / _useful_a_step(trace) if reference else None
+    ends = np.sort(trace.runs["end_ns"])
+    steps_ns = np.diff(ends) if len(ends) > 1 else np.array([wall_ns])
+    return {
+        "scheduler": trace.about["scheduler"],
+        "workers": workers,
+        "steps": len(trace.runs),
+        "tasks": len(r),
+        "limits": limits,
+        "wall_ms": wall_ns / 1e6,
+        "step_ms": float(np.median(steps_ns)) / 1e6,
+        "efficiency": {name: float(value) for name, value in factors.items()}
+        | {
+            "computation scaling": None if scaling is None else float(scaling),
+            "global efficiency": None if scaling is None else float(scaling * factors["parallel efficiency"]),
+        },
+        "idle_ms": {cause: float(idle[cause].sum()) / 1e6 for cause in CAUSES},
+        "useful_ms": float(useful.sum() - elsewhere.sum()) / 1e6,
+        "other_runs_ms": float(elsewhere.sum()) / 1e6,
+        **{f"by_{name}": _by(trace, name, limits) for name in ("kernel", "layer", "phase")},
+        "longest_path": longest_path(trace),
+    }
+
+
+def _useful_a_step(trace: Trace) -> float:
+    return float((trace.records["stop_ns"] - trace.records["start_ns"]).sum()) / len(trace.runs)
+
+
+def _by(trace: Trace, name: str, limits: dict[str, float] | None) -> list[dict[str, Any]]:
+    """Return count, time and speeds of each kernel, layer or phase, the longest first.
+
+    of_sgemm, of_memory: a worker's speed against its share of the machine's, measured on as many threads, if it is known. Bytes are
+    those that tasks declare: what they find in caches makes of_memory larger than 1.
+    """
+    column, took = trace.column(name), trace.records["stop_ns"] - trace.records["start_ns"]
+    flops, moved = trace.column("flops"), trace.column("bytes")
+    rows = []
+    for value in np.unique(column):
+        mine = column == value
+        ns = int(took[mine].sum())
+        label = int(value) if name == "layer" else trace.names(name)[value] or "other"
+        rows.append(
+            {
+                "name": label,
+                "tasks": int(mine.sum()),
+                "ms": ns / 1e6,
+                "share": ns / max(1, int(took.sum())),
+                "mean_us": ns / mine.sum() / 1e3,
+                "gflops": float(flops[mine].sum()) / max(1, ns),
+                "gbs": float(moved[mine].sum()) / max(1, ns),
+            }
+        )
+        of = {"of_sgemm": ("gflops", "sgemm_gflops"), "of_memory": ("gbs", "memory_gbs")}
+        rows[-1] |= {name: rows[-1][speed] / (limits[limit] / trace.workers) if limits else None for name, (speed, limit) in of.items()}
+    return sorted(rows, key=lambda row: -row["ms"])
+
+
+def longest_path(trace: Trace) -> dict[str, Any]:
+    """Return, for the run of median length, T1 (all task times), T-infinity (those of the longest path), and that path.
+
+    No schedule of W workers can be shorter than `bound_ms`, the larger of T1 / W and T-infinity, with tasks that take as long as here.
+    """
+    lengths = (trace.runs["end_ns"] - trace.runs["begin_ns"]).tolist()
+    chosen = lengths.index(statistics.median_low(lengths))
+    graph = trace.graphs[trace.runs["graph"][chosen]]
+    mine = trace.records[trace.records["run"] == chosen]
+    took = np.zeros(len(graph), np.int64)
+    took[mine["task"]] = mine["stop_ns"] - mine["start_ns"]
+    path_ns, before = took.tolist(), [-1] * len(graph)
+    for task in range(len(graph)):
+        predecessors = graph.predecessors[graph.first[task] : graph.first[task + 1]].tolist()
+        if predecessors:
+            before[task] = max(predecessors, key=path_ns.__getitem__)
+            path_ns[task] += path_ns[before[task]]
+    task = int(np.argmax(path_ns))
+    longest, path = path_ns[task], []
+    while task >= 0:
+        path.append({"task": task, "kernel": graph.kernels[graph.kernel[task]], "layer": int(graph.layer[task]), "ms": took[task] / 1e6})
+        task = before[task]
+    total = int(took.sum())
+    return {
+        "run": chosen,
+        "step": int(trace.runs["step"][chosen]),
+        "t1_ms": total / 1e6,
+        "tinf_ms": longest / 1e6,
+        "average_parallelism": total / max(1, longest),
+        "bound_ms": max(total / trace.workers, longest) / 1e6,
+        "path": path[::-1],
+    }

@@ -1,0 +1,260 @@
+"""A trace for Paraver, BSC's trace browser: a .prv of records, beside it a .pcf that names values, a .row that names threads and CPUs, and
+a folder .cfgs of views to open.
+
+One application, one process, a thread a worker, on a CPU each: worker 0 is THREAD 1.1.1, as Extrae would call it and PyPOP looks for it, on
+the CPU `worker 0`. Numbers are Extrae's where it has some, so that its configurations work: states 0 Idle (nothing is ready), 1 Running,
+5 Synchronization (a barrier), 7 Scheduling (a task is ready, nobody runs it); types 60000018 outlined function (loops), 60000023 task
+function, 60000028 task id. Ours follow on 70000001. An interval is an event with its value, then one with 0. Dependencies are
+communications, from the end of a task to the start of the one that waited, in the next run too; their size is the bytes that it moves,
+their tag the kernel.
+
+A gap between two tasks is one state, that of the cause to which most of it is due: times by state differ from those of `trace report`,
+which shares a gap among its causes.
+"""
+
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from time import localtime, strftime
+
+import numpy as np
+
+from taskgpt.errors import shorten
+from taskgpt.files import replacing
+from taskgpt.lab.layout import label
+from taskgpt.lab.traces import paraver_views
+from taskgpt.lab.traces.idle import CAUSES, gaps
+from taskgpt.lab.traces.rules import RuleError, reading
+from taskgpt.lab.traces.trace import Trace
+
+IDLE, RUNNING, SYNCHRONIZATION, SCHEDULING = 0, 1, 5, 7
+STATES = {IDLE: "Idle", RUNNING: "Running", SYNCHRONIZATION: "Synchronization", SCHEDULING: "Scheduling and Fork/Join"}
+STATE_OF = {"barrier": SYNCHRONIZATION, "dependency": IDLE, "scheduling": SCHEDULING, "between": IDLE}  # by what a gap is mostly due to
+OUTLINED, TASK_FUNCTION, TASK_ID = 60000018, 60000023, 60000028
+LAYER, PHASE, STEP, FLOPS, BYTES = range(70000001, 70000006)
+_CHUNK = 20_000  # lines in memory at a time
+
+
+def write(trace: Trace, path: str | Path) -> None:
+    """Write path, a .prv, and the .pcf, .row and .cfgs beside it, each file whole or not at all. Raises OSError or UserError."""
+    path = Path(path)
+    _put(path.with_suffix(".pcf"), iter([_pcf(trace)]))
+    _put(path.with_suffix(".row"), _row(trace.workers))
+    function = OUTLINED if trace.about["is_fork_join"] else TASK_FUNCTION
+    timelines = {"kernel": ("Kernel", function), "layer": ("Layer", LAYER), "phase": ("Phase", PHASE), "step": ("Step", STEP)}
+    paraver_views.write(path.with_suffix(".cfgs"), {"state": ("State", None), **timelines}, profiled="kernel")
+    _put(path, _prv(trace))
+
+
+def _row(workers: int) -> Iterator[str]:
+    yield f"LEVEL CPU SIZE {workers}"
+    yield from (f"worker {worker}" for worker in range(workers))
+    yield from ("", "LEVEL NODE SIZE 1", "node", "", f"LEVEL THREAD SIZE {workers}")
+    yield from (f"THREAD 1.1.{worker + 1}" for worker in range(workers))
+
+
+def _put(path: Path, lines: Iterator[str]) -> None:
+    with replacing(path) as file:
+        waiting: list[str] = []
+        for line in lines:
+            waiting.append(line)
+            if len(waiting) == _CHUNK:
+                file.write(("\n".join(waiting) + "\n").encode())
+                waiting.clear()
+        file.write("\n".join([*waiting, ""]).encode())
+
+
+@dataclass(frozen=True)
+class _Lines:
+    """Lines of one form: when, in what order at the same time, and what stands in the form's %d, an array each."""
+
+    times: np.ndarray
+    sequence: np.ndarray
+    form: str
+    values: tuple[np.ndarray, ...]
+
+
+def _prv(trace: Trace) -> Iterator[str]:
+    """Yield the lines, by time."""
+    length = trace.end_ns - trace.begin_ns
+    now = strftime("%d/%m/%Y at %H:%M", localtime())
+    yield f"#Paraver ({now}):{length}_ns:1({trace.workers}):1:1({trace.workers}:1)"
+    parts = [*_states(trace, length), *_tasks(trace), _communications(trace)]
+    part_of = np.repeat(np.arange(len(parts)), [len(part.times) for part in parts])
+    row_of = np.concatenate([np.arange(len(part.times)) for part in parts])
+    order = np.lexsort([np.concatenate([getattr(part, key) for part in parts]) for key in ("sequence", "times")])
+    for begin in range(0, len(order), _CHUNK):
+        chunk = order[begin : begin + _CHUNK]
+        lines = [""] * len(chunk)
+        for number, part in enumerate(parts):
+            here = np.flatnonzero(part_of[chunk] == number)
+            rows = zip(*(values[row_of[chunk[here]]].tolist() for values in part.values), strict=True)
+            for at, row in zip(here.tolist(), rows, strict=True):
+                lines[at] = part.form % row
+        yield from lines
+
+
+def _states(trace: Trace, length: int) -> Iterator[_Lines]:
+    """Yield those of the tasks, of tasks that were left out, and of gaps."""
+    idle = gaps(trace)
+    idle_state = np.array([STATE_OF[cause] for cause in CAUSES])[np.argmax([idle[cause] for cause in CAUSES], axis=0)]
+    spans = [(found, "start_ns", "stop_ns", np.full(len(found), RUNNING)) for found in (trace.records, trace.others)]
+    for found, begin, end, state in [*spans, (idle, "begin_ns", "end_ns", idle_state)]:
+        since, until = ((found[name] - trace.begin_ns).clip(0, length) for name in (begin, end))
+        has_length = until > since
+        thread, since, until, state = (column[has_length] for column in (found["worker"] + 1, since, until, state))
+        yield _Lines(since, np.zeros_like(since), "1:%d:1:1:%d:%d:%d:%d", (thread, thread, since, until, state))
+
+
+def _tasks(trace: Trace) -> Iterator[_Lines]:
+    """Yield the events that begin tasks, and those that end them: each after those of the worker's task before, which may take no time."""
+    r, function = trace.records, OUTLINED if trace.about["is_fork_join"] else TASK_FUNCTION
+    starts, stops, thread, number = r["start_ns"] - trace.begin_ns, r["stop_ns"] - trace.begin_ns, r["worker"] + 1, np.arange(len(r))
+    values = {function: trace.column("kernel") + 1, TASK_ID: r["task"] + 1}
+    values |= {LAYER: trace.column("layer") + 2, PHASE: trace.column("phase") + 1, STEP: trace.runs["step"][r["run"]] + 1}  # 0 ends them
+    costs = {FLOPS: trace.column("flops"), BYTES: trace.column("bytes")}
+    begins, ends = (":".join(["2:%d:1:1:%d:%d", *words]) for words in ([f"{n}:%d" for n in values | costs], [f"{n}:0" for n in values]))
+    yield _Lines(starts, 2 * number, begins, (thread, thread, starts, *values.values(), *costs.values()))
+    yield _Lines(stops, 2 * number + 1, ends, (thread, thread, stops))
+
+
+def _communications(trace: Trace) -> _Lines:
+    """Return a line for each dependency: sent when the one that is waited for stops, received when the one that waits starts."""
+    r, sizes, tags = trace.records, trace.column("bytes"), trace.column("kernel") + 1
+    before, after = (np.concatenate([np.empty(0, np.int64), *each]) for each in list(zip(*trace.dependencies(), strict=True)) or [(), ()])
+    out, ready, start = (r[name][at] - trace.begin_ns for name, at in (("stop_ns", before), ("ready_ns", after), ("start_ns", after)))
+    one, other, ready = r["worker"][before] + 1, r["worker"][after] + 1, np.maximum(ready, out)
+    values = one, one, out, out, other, other, start, ready, sizes[after], tags[after]
+    return _Lines(out, np.zeros_like(out), "3:%d:1:1:%d:%d:%d:%d:1:1:%d:%d:%d:%d:%d", values)
+
+
+def _pcf(trace: Trace) -> str:
+    colours = {IDLE: "117,195,255", RUNNING: "0,0,255", SYNCHRONIZATION: "179,0,0", SCHEDULING: "255,255,0"}
+    kernels = dict(enumerate(map(label, trace.names("kernel")), start=1))
+    layers = {1: "no layer"} | {n + 2: f"layer {n}" for n in np.unique(trace.column("layer")).tolist() if n >= 0}
+    types = [
+        (OUTLINED, "Executed OpenMP parallel function", kernels),
+        (TASK_FUNCTION, "Executed task function", kernels),
+        (TASK_ID, "Task id", {}),
+        (LAYER, "Layer", layers),
+        (PHASE, "Phase", {n: label(name or "no phase") for n, name in enumerate(trace.names("phase"), start=1)}),
+        (STEP, "Step, counted from 1", {}),
+        (FLOPS, "Floating-point operations of the task", {}),
+        (BYTES, "Bytes that the task moves", {}),
+    ]
+    options = "LEVEL THREAD,UNITS NANOSEC,LOOK_BACK 100,SPEED 1,FLAG_ICONS ENABLED,NUM_OF_STATE_COLORS 4,YMAX_SCALE 37"
+    pairs = (option.rsplit(" ", 1) for option in options.split(","))
+    blocks = [
+        "DEFAULT_OPTIONS\n\n" + "\n".join(f"{name:<20}{value}" for name, value in pairs),
+        "DEFAULT_SEMANTIC\n\nTHREAD_FUNC         State As Is",
+    ]
+    blocks.append("STATES\n" + "\n".join(f"{n}    {name}" for n, name in STATES.items()))
+    blocks.append("STATES_COLOR\n" + "\n".join(f"{n}    {{{colour}}}" for n, colour in colours.items()))
+    for number, name, values in types:
+        block = f"EVENT_TYPE\n0    {number}    {name}"
+        blocks.append(block + ("\nVALUES\n" + "\n".join(f"{n}    {text}" for n, text in {0: "End", **values}.items()) if values else ""))
+    return "\n\n".join(blocks) + "\n"
+
+
+# The checker reads what is there, and knows nothing of how it was written -----------------------------------------------------------------
+
+_HEADER = re.compile(r"#Paraver \(\d\d/\d\d/\d{4} at \d\d:\d\d\):(\d+)_ns:1\((\d+)\):1:1\((\d+):1\)")
+_FIELDS = {"1": 8, "3": 15}
+
+
+def check(path: str | Path) -> dict[str, int]:
+    """Return how many tasks, states, events, arrows and views there are. Raises RuleError, with the line, for the first broken rule.
+
+    Rules: the header's form; number and range of fields; order of time; a thread's states without gap or overlap, from 0 to the end; values
+    of named types named in the .pcf; intervals that end; communications that arrive after they left; as many names in the .row as threads.
+    """
+    path = Path(path)
+    with reading(path.with_suffix(".pcf")):
+        named = _named_values(path.with_suffix(".pcf"))
+    with reading(path.with_suffix(".row")):
+        named_threads = _named_threads(path.with_suffix(".row"))
+    counts = {"tasks": 0, "states": 0, "events": 0, "communications": 0}
+    with reading(path), open(path, encoding="utf-8") as file:
+        first = file.readline().rstrip("\n")
+        header = _HEADER.fullmatch(first)
+        if not header:
+            raise RuleError(f"{path}:1: wanted a header, #Paraver (date):END_ns:1(cpus):1:1(threads:1), got {shorten(first)}")
+        end, cpus, threads = map(int, header.groups())
+        if threads != named_threads:
+            wanted = f"LEVEL THREAD SIZE {shorten(threads)} in {path.with_suffix('.row').name}, and as many names"
+            raise RuleError(f"{path}:1: wanted {wanted}, got {named_threads}")
+        covered, open_values, last = [0] * threads, [{} for _ in range(threads)], 0
+        for number, line in enumerate(file, start=2):
+            text = line.rstrip("\n")
+
+            def wrong(wanted: str, number: int = number, text: str = text) -> RuleError:
+                return RuleError(f"{path}:{number}: wanted {wanted}, got {shorten(text)}")
+
+            words = text.split(":")
+            if not all(word.isdecimal() for word in words) or words[0] not in ("1", "2", "3"):
+                raise wrong("a record of type 1, 2 or 3, all numbers")
+            if len(words) != _FIELDS.get(words[0], len(words)) or (words[0] == "2" and (len(words) < 8 or len(words) % 2)):
+                raise wrong("8 fields of a state, 15 of a communication, pairs of type and value of an event")
+            kind, cpu, application, task, thread, time, *rest = map(int, words)
+            ends = [(cpu, application, task, thread)] + ([tuple(rest[1:5])] if kind == 3 else [])
+            if not all(1 <= c <= cpus and (a, t) == (1, 1) and 1 <= th <= threads for c, a, t, th in ends):
+                raise wrong(f"cpu 1 to {cpus}, application 1, task 1, thread 1 to {threads}")
+            if not last <= time <= end:
+                raise wrong(f"a time from {last}, that of the line before, to {end}")
+            last = time
+            if kind == 1:
+                counts["states"] += 1
+                if time != covered[thread - 1] or not time < rest[0] <= end:
+                    raise wrong(f"a state from {covered[thread - 1]}, where the thread's last one ended, to at most {end}")
+                if rest[1] not in named["states"]:
+                    raise wrong("a state that the .pcf names")
+                covered[thread - 1] = rest[0]
+            elif kind == 2:
+                counts["events"] += 1
+                for event_type, value in zip(rest[::2], rest[1::2], strict=True):
+                    values = named.get(event_type)
+                    if values is None or (values and value not in values):
+                        raise wrong(f"a type, and a value of {event_type}, that the .pcf names")
+                    if values and bool(open_values[thread - 1].get(event_type)) == bool(value):
+                        raise wrong(f"values of {event_type} that end with 0 before another one begins")
+                    open_values[thread - 1][event_type] = value if values else 0
+                    counts["tasks"] += event_type in (OUTLINED, TASK_FUNCTION) and value != 0
+            else:
+                counts["communications"] += 1
+                if not time <= rest[0] <= rest[6] <= end or not rest[0] <= rest[5] <= end:
+                    raise wrong("a communication that arrives after it left")
+    if any(stop != end for stop in covered) or any(any(values.values()) for values in open_values):
+        got = f"{shorten(covered)} and {shorten(open_values)}"
+        raise RuleError(f"{path}: wanted states of every thread up to {end} and intervals that end, got {got}")
+    return counts | {"views": paraver_views.check(path.with_suffix(".cfgs"), set(named) - {"states"})}
+
+
+def _named_threads(path: Path) -> int:
+    """Return how many threads a .row names."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    heads = [at for at, line in enumerate(lines) if line.startswith("LEVEL THREAD SIZE ")]
+    if not heads:
+        raise ValueError("wanted LEVEL THREAD SIZE, got none")
+    size = lines[heads[0]].removeprefix("LEVEL THREAD SIZE ")
+    if (count := len(list(itertools.takewhile(bool, lines[heads[0] + 1 :])))) != int(size):
+        raise ValueError(f"wanted LEVEL THREAD SIZE {shorten(size)} and as many names, got {count}")
+    return count
+
+
+def _named_values(path: Path) -> dict:
+    """Return {"states": numbers, type: numbers of its values} of a .pcf."""
+    named: dict = {"states": set()}
+    values: set[int] = set()  # the types of a block share them
+    section = ""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line in ("STATES", "STATES_COLOR", "EVENT_TYPE", "VALUES", "DEFAULT_OPTIONS", "DEFAULT_SEMANTIC"):
+            section, values = line, set() if line == "EVENT_TYPE" else values
+        elif line and section == "STATES":
+            named["states"].add(int(line.split()[0]))
+        elif line and section == "EVENT_TYPE":
+            named[int(line.split()[1])] = values
+        elif line and section == "VALUES":
+            values.add(int(line.split()[0]))
+    return named

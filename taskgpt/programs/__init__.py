@@ -1,0 +1,1 @@
+"""The verbs of `taskgpt`, a file each, but for train, which is in taskgpt/train.py."""

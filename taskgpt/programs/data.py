@@ -1,0 +1,67 @@
+"""Get training data ready.
+
+    taskgpt data prepare tinyshakespeare                    # download 1.1 MB, write 0.7 MB of tokens into the cache
+    taskgpt data prepare tinyshakespeare --from input.txt   # the same on a machine without network
+    taskgpt data prepare tinystories --folder /scratch/me   # download 1.6 GB, write 1.9 GB of tokens
+    taskgpt data list                                       # what is prepared, and where
+
+Training opens data by one word: a name above, a text file, or a folder or pattern of llm.c's token files.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from taskgpt.errors import UserError, run_program
+from taskgpt.gpt2.text.datasets import DATASETS, prepare
+from taskgpt.gpt2.text.tokens import TokenFile
+
+
+def list_datasets() -> str:
+    """Return what is in the cache, a line per dataset."""
+    lines = []
+    for dataset in DATASETS.values():
+        state = f"not prepared; a download of {dataset.num_bytes / 1e6:,.1f} MB"
+        try:
+            place = folder = dataset.folder
+            if dataset.is_in(folder):
+                train, val = (len(TokenFile(folder / file)) for file in (dataset.train, dataset.val))
+                state = f"{train:,} train and {val:,} val tokens"
+            elif (part := dataset.part(folder)).is_file():
+                state += f", of which {part.stat().st_size / 1e6:,.1f} MB are here"
+        except UserError as error:
+            place = error
+        lines.append(f"{dataset.name:15} {state:56} {place}")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit code: 0, 2 after a mistake of the user, 130 after Ctrl-C."""
+    summary, _, examples = (__doc__ or "").partition("\n\n")  # none under python -OO
+    parser = argparse.ArgumentParser(
+        prog="taskgpt data", description=summary, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    prepare_parser = commands.add_parser("prepare", help="download a dataset and write its token files")
+    prepare_parser.add_argument("name", metavar="NAME", help=" or ".join(DATASETS))
+    prepare_parser.add_argument("--folder", type=Path, metavar="DIR", help="where to write the token files (default: the cache)")
+    prepare_parser.add_argument("--from", type=Path, metavar="FILE", dest="source", help="take this downloaded file, no network")
+    commands.add_parser("list", help="show what is prepared, and where")
+    chosen = parser.parse_args(arguments)
+
+    def run() -> int:
+        try:
+            if chosen.command == "list":
+                print(list_datasets())
+            else:
+                prepare(chosen.name, chosen.folder, chosen.source)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("interrupted; what is downloaded stays, the same command goes on from there") from None
+        return 0
+
+    return run_program("taskgpt data", run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+"""Simulate graphs on machines that are not there: more workers, other policies and tiles, loops against tasks.
+
+taskgpt simulate --graph tiny --workers 1,2,4,8                                       # on more cores than this machine has
+taskgpt simulate --graph gpt2-124m --machine 2x56 --workers 1,14,56,112 --schedulers loops,native,threads
+taskgpt simulate --machine 2x56:sockets=5 --workers 256 --policy oldest_first,longest_path_first --tiles rows=32,64 --times rates
+taskgpt simulate --graph tiny --workers 1,2 --measure                                 # beside what is measured here
+taskgpt simulate --graph gpt2-124m --times runs/one-worker --machine 2x56 --workers 112 --trace runs/simulated
+
+Task times are measured here, on one worker, and scaled to the machine's sgemm; --t1 scales them to a whole step that is known. --times says
+where else they come from: `rates` measures those of the first graph alone, and estimates the others; a folder holds the trace of a training
+on one worker, which gives the same results every time. All choices are the schedulers' own. Beside stand the bounds that no schedule beats:
+T1 / p, all tasks shared out without a gap; T-inf, the longest path; bandwidth, what moves through memory.
+"""
+
+import argparse
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from taskgpt.errors import UserError, run_program
+from taskgpt.lab.contests.cells import WHOLE_TENSOR, Cell, product_of
+from taskgpt.lab.named import listed, named_config, worker_counts
+from taskgpt.lab.report import Report, in_range
+from taskgpt.lab.simulator import validation
+from taskgpt.lab.simulator.machine_file import Machine
+from taskgpt.lab.simulator.simulated import Clocked, Costs, simulated
+from taskgpt.lab.simulator.task_costs import Times, traffic
+from taskgpt.lab.traces.formats import save, verify_can_write
+from taskgpt.lab.traces.trace import RECORD, Traced
+from taskgpt.tasks import Graph
+
+MOST_RECORDS = 10**8  # of a simulation, 56 bytes each
+COLUMNS = {
+    "graph": ("graph", ""),
+    "scheduler": ("scheduler", ""),
+    "workers": ("workers", "d"),
+    "ms a step": ("step_ms", ".2f"),
+    "speedup": ("speedup", ".2f"),
+    "efficiency": ("efficiency", ".3f"),
+    "T1 / p": ("area_ms", ".2f"),
+    "T-inf": ("tinf_ms", ".2f"),
+    "bandwidth": ("bandwidth_ms", ".2f"),
+    "measured": ("measured_ms", ".2f"),
+    "first quartile": ("q1_ms", ".2f"),
+    "third": ("q3_ms", ".2f"),
+    "simulated / measured": ("ratio", ".3f"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; return its exit code."""
+    title, _, examples = (__doc__ or "").partition("\n\n")  # none under python -OO
+    p = argparse.ArgumentParser(
+        "taskgpt simulate", description=title, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    named = "NAME[:KEY=VALUE,...]"
+    p.add_argument("--graph", nargs="+", default=["gpt2-124m"], metavar=named, help="graph files, with changes (default gpt2-124m)")
+    p.add_argument("--tiles", nargs="+", action="extend", default=[], metavar="KEY=V,V", help="tile sizes, rows=64,128 for example")
+    p.add_argument("--schedulers", nargs="+", default=["loops", "native"], metavar=named, help="any (default loops,native)")
+    p.add_argument("--policy", nargs="+", metavar="NAME", help="policies of native, instead of its own")
+    p.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=V,V", help="settings, for the schedulers that have them")
+    p.add_argument("--workers", nargs="+", default=["1,2,4,8"], metavar="N", help="numbers of workers (default 1,2,4,8)")
+    p.add_argument("--machine", default="here", metavar=named, help="here, 2x56, or a path of a .toml file (default here)")
+    p.add_argument("--times", default="measured", metavar="FROM", help="measured, rates, or a folder with a trace (default measured)")
+    p.add_argument("--t1", type=float, metavar="MS", help="scale task times so that all of the first graph's take so long a step")
+    p.add_argument("--steps", type=int, default=10, metavar="N", help="steps, which may overlap; their mean counts (default 10)")
+    p.add_argument("--measure", action="store_true", help="also run for real where this machine has the cores, in turns")
+    p.add_argument("--rounds", type=int, default=5, metavar="N", help="of --measure (default 5)")
+    p.add_argument("--trace", metavar="DIR", help="write a trace of each simulation, for `taskgpt trace` and viewers")
+    p.add_argument("--json", metavar="FILE", help="write every number")
+    flags = p.parse_args(argv)
+    flags.argv = list(sys.argv[1:] if argv is None else argv)
+    return run_program("taskgpt simulate", lambda: simulate(flags))
+
+
+def simulate(flags: argparse.Namespace) -> int:
+    """Print a line for each graph, scheduler and number of workers. Raises UserError or OSError."""
+    in_range("--steps", flags.steps, 3)
+    in_range("--rounds", flags.rounds)
+    in_range("--t1", flags.t1, 1e-3, 10**9)
+    settings = flags.set + ([f"policy={','.join(listed(flags.policy))}"] if flags.policy else [])
+    names = listed(flags.schedulers)
+    if WHOLE_TENSOR in names:
+        raise UserError(f"--schedulers {WHOLE_TENSOR}: has no tasks to simulate; leave it to `taskgpt compare`")
+    cells = product_of(listed(flags.graph), flags.tiles, names, worker_counts(flags.workers), settings)
+    if flags.trace is not None:
+        verify_can_write(flags.trace)
+    times, machine = Times(flags.times), Machine.load(flags.machine)
+    is_here = flags.machine.partition(":")[0] == "here"
+    if is_here:
+        machine = machine.with_room_for(max(cell.workers for cell in cells))
+    costs: dict[str, Costs] = {}  # by graph, as soon as they are known
+    schedulers = [
+        simulated(named_config(cell.scheduler_word, cell.workers, record=RECORD), machine, lambda _, word=cell.graph_word: costs[word])
+        for cell in cells
+    ]
+    report, rows, scale = Report(flags), [], 1.0
+    report.line("simulated", f"{flags.machine}: " + ", ".join(f"{key} {value:.4g}" for key, value in vars(machine).items()))
+    if not is_here and not flags.t1:
+        scale = times.sgemm_gflops / machine.sgemm_gflops
+    for word in dict.fromkeys(cell.graph_word for cell in cells):
+        graph, alone = times.of(word)
+        if len(graph.tasks) * flags.steps > MOST_RECORDS:
+            most = MOST_RECORDS // len(graph.tasks)
+            raise UserError(f"--steps {flags.steps}: {len(graph.tasks):,} tasks each are too many to keep; choose --steps {most} or less")
+        if flags.t1 and not costs:
+            scale = flags.t1 / 1e3 / alone.sum()
+        seconds = alone * scale
+        costs[word] = Costs(seconds, traffic(graph, machine.cache_mib * 2**20 * machine.sockets))
+        report.line(f"tasks of {word}", f"{len(seconds)}, {flags.times}, times {scale:.3f}: {seconds.sum() * 1e3:.1f} ms a step")
+        tinf_ms = sum(seconds[n] for n in graph.longest_path(seconds)) * 1e3
+        mine = [(cell, each) for cell, each in zip(cells, schedulers, strict=True) if cell.graph_word == word]
+        rows += [one(flags, cell, each, graph, costs[word], tinf_ms) for cell, each in mine]
+    if flags.measure:
+        validation.measure(cells, rows, flags.rounds, flags.steps)
+    shown = {head: column for head, column in COLUMNS.items() if flags.measure or column[0] not in validation.NOT_MEASURED}
+    report.table("steps", shown, rows)
+    if flags.measure:
+        judge(report, rows)
+    report.save()
+    return 0
+
+
+def one(flags: argparse.Namespace, cell: Cell, scheduler: Clocked, graph: Graph, costs: Costs, tinf_ms: float) -> dict[str, Any]:
+    """Return the row of one simulation."""
+    machine, start = scheduler.machine, time.perf_counter()
+    with Traced(scheduler) as traced:
+        for _ in traced.run_each([graph] * flags.steps):
+            pass
+        trace = traced.trace({"command": shlex.join(["taskgpt", "simulate", *flags.argv]), "machine": vars(machine)})
+    if flags.trace is not None:
+        name = f"{cell.scheduler_word}-{cell.workers}".replace(":", "_")
+        print(f"trace      {save(trace, Path(flags.trace) / cell.graph_word.replace(':', '_') / name)}", file=sys.stderr)
+    t1_ms, step_ms = costs.seconds.sum() * 1e3, (trace.end_ns - trace.begin_ns) / flags.steps / 1e6
+    sockets = min(machine.sockets, -(-cell.workers // machine.cores_per_socket))
+    return {
+        "graph": cell.graph_word,
+        "scheduler": cell.label,
+        "workers": cell.workers,
+        "step_ms": step_ms,
+        "speedup": t1_ms / step_ms,
+        "efficiency": t1_ms / step_ms / cell.workers,
+        "area_ms": t1_ms / cell.workers,
+        "tinf_ms": tinf_ms,
+        "bandwidth_ms": costs.bytes.sum() / (sockets * machine.bandwidth_gbs * 1e6),
+        "simulation_s": time.perf_counter() - start,
+        **validation.NOT_MEASURED,
+    }
+
+
+def judge(report: Report, rows: list[dict[str, Any]]) -> None:
+    """Print how right the predictions are."""
+    error = validation.median_error(rows)
+    count, wrong = validation.ranks(rows)
+    print()
+    report.line("median error", "nothing was measured" if error is None else f"{error:.1%} of what was measured")
+    report.line("ranks", f"{count - len(wrong)} of {count} pairs that differ by more than their spreads are predicted in that order")
+    for number, line in enumerate(wrong, 1):
+        report.line(f"wrong {number}", line)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

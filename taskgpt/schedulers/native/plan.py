@@ -1,0 +1,141 @@
+"""Plans: a recorded graph as flat arrays, which is what compiled workers read. Made once per graph."""
+
+import weakref
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+
+from taskgpt.schedulers.native.queues import NOTHING, PRIORITY_LIMIT
+from taskgpt.tasks import AccessError, Graph, TaskError, TwinError, compile_kernels
+from taskgpt.tasks.native_entry import has_native_entry, native_entry, python_entry, words_of
+from taskgpt.tasks.scratch import scratch_layout
+
+_LEAST_S = 1e-6  # a task takes, whatever it does
+
+
+class Plan:
+    """The arrays of a graph, all int64 (`first` arrays: what belongs to task n stands from first[n] to first[n + 1] of the other).
+
+    Attributes: call_first, call_entry, call_words (addresses); successor_first, successor; indegree; sinks, the number of tasks without
+    successors; locks, lock_first, lock_of; priorities; seconds, the estimate for each task; scratch_bytes; functions, what each kernel ran
+    when the plan was made, kept alive with its machine code. None stands for what the graph has not. Compiles the kernels.
+    Raises ValueError if a priority is too large, TaskError, naming the first task of a kernel that does not compile.
+    """
+
+    def __init__(self, graph: Graph):
+        _compile(graph)
+        self.functions = [kernel.function for kernel in graph.kernels]
+        tasks = graph.tasks
+        self.tasks = len(tasks)
+        calls = [call for task in tasks for call in task.calls]
+        self.call_first = firsts(len(task.calls) for task in tasks)
+        self.successor_first = firsts(len(task.successors) for task in tasks)
+        self.successor = _int64([s for task in tasks for s in task.successors])
+        self.indegree = _int64([len(task.predecessors) for task in tasks])
+        self.sinks = sum(not task.successors for task in tasks)
+        self._graph = weakref.ref(graph)
+        self.runs = 0
+        self.durations = np.zeros(self.tasks, np.int64)
+        self.seconds = np.array([_LEAST_S + task.estimated_seconds for task in tasks], float)
+        self._lower_calls(calls)
+        self._lower_locks(graph)
+        self.priorities = self._priorities(graph)
+        self.scratch_bytes = max((scratch_layout(call.scratch_shapes)[1] for call in calls if call.kernel.scratch), default=0)
+
+    def _lower_calls(self, calls: list) -> None:
+        self._kept_alive = calls[:]  # and with them the memory that the words name
+        self.call_entry = np.empty(len(calls), np.int64)
+        words, starts = [], np.empty(len(calls), np.int64)
+        for at, call in enumerate(calls):
+            starts[at] = len(words)
+            if has_native_entry(call):
+                self.call_entry[at] = native_entry(call.kernel)
+                words += words_of(call)
+            else:
+                self.call_entry[at], callback = python_entry(call)
+                self._kept_alive.append(callback)
+        self._words = _int64(words)
+        self.call_words = self._words.ctypes.data + 8 * starts
+
+    def _lower_locks(self, graph: Graph) -> None:
+        self.locks = self.lock_first = self.lock_of = None
+        if graph.is_commutative:
+            numbers: dict[int, int] = {}
+            self.lock_first = firsts(len(task.locks) for task in graph.tasks)
+            self.lock_of = _int64([numbers.setdefault(serial, len(numbers)) for task in graph.tasks for serial, _ in task.locks])
+            self.locks = np.zeros(len(numbers), np.int64)
+
+    @staticmethod
+    def _priorities(graph: Graph) -> np.ndarray | None:
+        if not any(task.priority for task in graph.tasks):
+            return None
+        priorities = _int64([task.priority for task in graph.tasks])
+        if abs(priorities).max() > PRIORITY_LIMIT:
+            raise ValueError(f"priorities go from {-PRIORITY_LIMIT} to {PRIORITY_LIMIT}, got {priorities[abs(priorities).argmax()]}")
+        return priorities
+
+    @cached_property
+    def favourites(self) -> np.ndarray:
+        return favourites(self._graph())
+
+    def rank(self) -> None:
+        """Set latest_starts_ns, when each task must start for the graph to end in time, and length_ns, that time: its longest path."""
+        first, successor = self.successor_first.tolist(), self.successor.tolist()
+        seconds, to_end = self.seconds.tolist(), [0.0] * self.tasks
+        for task in range(self.tasks - 1, -1, -1):
+            to_end[task] = seconds[task] + max((to_end[s] for s in successor[first[task] : first[task + 1]]), default=0.0)
+        length = max(to_end, default=0.0)
+        self.length_ns = int(length * 1e9)
+        self.latest_starts_ns = ((length - np.array(to_end)) * 1e9).astype(np.int64)
+
+
+def _compile(graph: Graph) -> None:
+    for kernel in graph.kernels:
+        try:
+            compile_kernels([kernel])
+        except (AccessError, TwinError) as error:
+            task, call = next((task, call) for task in graph.tasks for call in task.calls if call.kernel is kernel)
+            raise TaskError.of(task, call, error) from error
+
+
+def firsts(counts) -> np.ndarray:
+    """Return where each of consecutive groups begins, and where the last ends."""
+    return np.concatenate([[0], np.cumsum(np.fromiter(counts, np.int64))]).astype(np.int64)
+
+
+def edges_to_next(graph: Graph, following: Graph) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return (first, successor): for each task of `graph`, the tasks of `following`, run next, that wait for it. None: all wait for all."""
+    edges = graph.edges_to(following)
+    if edges is None:
+        return None
+    successors: list[list[int]] = [[] for _ in graph.tasks]
+    for before, after in edges:
+        successors[before].append(after)
+    return firsts(map(len, successors)), _int64([s for each in successors for s in each])
+
+
+def favourites(graph: Graph) -> np.ndarray:
+    """Return, for each task, the earlier one that wrote the largest part of its tiles, or NOTHING."""
+    writer: dict[tuple, int] = {}
+    chosen = np.full(len(graph.tasks), NOTHING, np.int64)
+    for task in graph.tasks:
+        weights: dict[int, float] = {}
+        written = []
+        for call in task.calls:
+            for name, tile in call.tiles():
+                cells = [(id(tile.tensor), position) for position in tile.cells()]
+                share = tile.array.nbytes / len(cells)
+                for cell in cells:
+                    if cell in writer:
+                        weights[writer[cell]] = weights.get(writer[cell], 0) + share
+                if call.kernel.accesses[name].is_written:
+                    written += cells
+        if weights:
+            chosen[task.number] = max(weights, key=weights.__getitem__)
+        writer.update(dict.fromkeys(written, task.number))
+    return chosen
+
+
+def _int64(values: Sequence[int]) -> np.ndarray:
+    return np.array(values, np.int64)

@@ -1,0 +1,391 @@
+"""Our own scheduler, after nOS-V: compiled workers that need neither Python nor the GIL between tasks.
+
+A graph is lowered once to flat arrays (plan.py). Each worker is a thread inside one compiled loop (worker.py), from the beginning of the
+`with` block to its end: it takes a ready task as the policy says (queues.py), runs it and releases its successors itself. The thread that
+calls `run` only submits and sleeps. `run_each` submits the next run while one is under way: its tasks start as soon as those of the run
+before that used the same cells are done, without a barrier (OmpSs-2's taskiter).
+"""
+
+import itertools
+import os
+import threading
+import weakref
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import numba
+import numpy as np
+
+from taskgpt.errors import UserError
+from taskgpt.schedulers.native import queues as r
+from taskgpt.schedulers.native import worker
+from taskgpt.schedulers.native.plan import Plan, edges_to_next
+from taskgpt.schedulers.native.pointers import OPAQUE_WORDS
+from taskgpt.schedulers.prepare import IS_BUSY, OncePerGraph, OneAtATime, worker_count
+from taskgpt.schedulers.records import RECORD_TYPE
+from taskgpt.tasks import Graph, TaskError, one_blas_thread
+from taskgpt.tasks.cache import compile_function
+from taskgpt.tasks.native_entry import take_exception
+from taskgpt.tasks.tensor import ALIGNMENT_BYTES, aligned
+
+_POLL_MS = 100  # how often the submitting thread looks whether Ctrl-C was pressed
+_MEASURED_RUNS = (2, 3, 4, 8)  # longest_path_first takes its times anew before these runs of a graph: the first one runs cold
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The keys of scheduler_configs/native.toml."""
+
+    workers: int = field(metadata={"at_least": 0, "at_most": 4096})
+    policy: str = field(metadata={"choices": r.POLICIES})
+    immediate_successor: bool
+    work_stealing: bool
+    binding: str = field(metadata={"choices": ("none", "cores")})
+    idle: str = field(metadata={"choices": ("busy", "hybrid", "idle")})
+    spins: int = field(metadata={"at_least": 1, "at_most": 10**12})
+    record: int = field(metadata={"at_least": 0, "at_most": 10**8})
+
+
+_ROW = np.dtype(RECORD_TYPE.descr[:-1])  # whose rows they are, says the worker
+
+
+def _shares(graph: Graph) -> np.ndarray:
+    """Return which part of the graph's FLOPs each task is; of its tasks, if they declare none."""
+    flops = np.array([task.flops for task in graph.tasks], float)
+    return flops / flops.sum() if flops.any() else np.full(len(flops), 1 / max(1, len(flops)))
+
+
+class _Run:
+    """A submitted run: its plan, its slot (0 or 1), the run_each that it belongs to, and what it holds in memory."""
+
+    def __init__(self, number: int, graph: Graph, plan: Plan, slot: int, owner: object | None):
+        self.number, self.graph, self.plan, self.slot, self.owner = number, graph, plan, slot, owner
+        self.arrays: dict[int, np.ndarray | None] = {}
+        self.edges: tuple[np.ndarray, ...] = ()  # to the next run
+        self.offset_ns = 0  # when it must start, counted from the start of the first run under way
+        self.is_over = False
+
+
+class Scheduler(OneAtATime):
+    """Runs graphs on compiled workers."""
+
+    needs_shared_memory = False
+
+    def __init__(self, settings: Settings):
+        super().__init__()
+        self.settings = settings
+        self.workers = worker_count(settings.workers)
+        self._plans = OncePerGraph(Plan)
+        self._shares = OncePerGraph(_shares)
+        self._edges: weakref.WeakKeyDictionary[Plan, weakref.WeakKeyDictionary] = weakref.WeakKeyDictionary()
+        self._runs: list[_Run] = []  # under way: at most two, in order
+        self._submitter = 0  # the thread that submitted the last run
+        self._has_told = False  # of the failure in the table: it was raised
+        self._count = 0
+        self._threads: list[threading.Thread] = []
+
+    # Life ---------------------------------------------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        if numba.config.DISABLE_JIT:
+            raise UserError("scheduler native is compiled code, which NUMBA_DISABLE_JIT=1 switches off; take --scheduler sequential")
+        for function, signature in worker.SIGNATURES.items():
+            compile_function(function, signature)
+        with ExitStack() as undo:
+            undo.enter_context(one_blas_thread)
+            self._make_table()
+            undo.callback(self._join)
+            for me in range(self.workers):
+                thread = threading.Thread(target=self._be_worker, args=(me,), name=f"taskgpt-native-{me}", daemon=True)
+                thread.start()
+                self._threads.append(thread)
+            undo.callback(self._abandon)
+            self._undo = undo.pop_all()
+
+    def __exit__(self, kind: type[BaseException] | None = None, *exception: object) -> None:
+        try:
+            if kind is None or issubclass(kind, Exception):
+                self._finish_all()  # what an iterator that nobody closed has begun
+        finally:
+            super().__exit__(kind, *exception)
+
+    def _stop(self) -> None:
+        self._undo.close()
+
+    def _join(self) -> None:
+        """Have the workers return, and wait for them, even if Ctrl-C is pressed: their code must not vanish while they run."""
+        worker.close(self._address)
+        interrupt = None
+        while self._threads:
+            try:
+                self._threads[-1].join()
+                self._threads.pop()
+            except KeyboardInterrupt as pressed:
+                interrupt = pressed
+        if interrupt:
+            raise interrupt
+
+    def describe(self) -> str:
+        s = self.settings
+        queues = "a queue each" if self._has_queues else "one queue"
+        immediate = ", immediate successor" if s.immediate_successor else ""
+        return f"native: {self.workers} workers, {s.policy}, {queues}{immediate}, {s.idle} when idle"
+
+    @property
+    def _has_queues(self) -> bool:
+        return self.settings.work_stealing and self.workers > 1
+
+    def _make_table(self) -> None:
+        """Lay out what the workers share, one block of memory."""
+        queues = self.workers if self._has_queues else 1
+        sizes = [r.TABLE_WORDS, 2 * r.RUN_WORDS, queues * r.QUEUE_WORDS, (self.workers + 1) * r.WORKER_WORDS, 3 * OPAQUE_WORDS]
+        starts = np.concatenate([[0], np.cumsum(sizes)])
+        self._memory = np.zeros(starts[-1] + 16, np.int64)
+        words = self._memory[-self._memory.ctypes.data // 8 % 16 :]  # begins a pair of cache lines
+        self._address = words.ctypes.data
+        table, runs, queue_words, workers, opaque = (words[a:b] for a, b in itertools.pairwise(starts))
+        self._table, self._run_words = table, runs.reshape(2, -1)
+        self._queue_words, self._worker_words = queue_words.reshape(queues, -1), workers.reshape(self.workers + 1, -1)
+        mutex, work, done = (opaque[at * OPAQUE_WORDS :].ctypes.data for at in range(3))
+        worker.initialize(mutex, work, done)
+        s = self.settings
+        table[r.WORKERS], table[r.QUEUES], table[r.POLICY] = self.workers, queues, r.POLICIES.index(s.policy)
+        table[r.IMMEDIATE] = s.immediate_successor
+        table[r.SPINS] = {"busy": -1, "hybrid": s.spins, "idle": 0}[s.idle]
+        table[r.QUEUES_AT], table[r.RUNS_AT], table[r.WORKERS_AT] = queue_words.ctypes.data, runs.ctypes.data, workers.ctypes.data
+        table[r.MUTEX], table[r.WORK], table[r.DONE] = mutex, work, done
+        self._heap_entries, self._scratch_bytes = 0, -1
+        self._room: list[np.ndarray] = []  # old heaps too: a worker may still look into one
+        self._records = np.zeros((self.workers, s.record), _ROW)
+        self._counts_taken = np.zeros(self.workers, np.int64)
+        if s.record:
+            self._worker_words[:-1, r.RECORD] = [each.ctypes.data for each in self._records]
+            self._worker_words[:-1, r.RECORD_CAPACITY] = s.record
+
+    def _be_worker(self, me: int) -> None:
+        if self.settings.binding == "cores" and hasattr(os, "sched_setaffinity"):
+            cores = sorted(os.sched_getaffinity(0))
+            os.sched_setaffinity(0, {cores[me % len(cores)]})  # this thread, not the process
+        worker.work(self._address, me)
+
+    # Runs ---------------------------------------------------------------------------------------------------------------------------
+
+    def run(self, graph: Graph) -> None:
+        with self._turn():
+            self._verify_can_wait()
+            try:
+                self._finish(self._submit(graph, None))
+            except BaseException:
+                self._abandon()
+                raise
+
+    def run_each(self, graphs: Iterable[Graph]) -> Iterator[Graph]:
+        under_way: deque[_Run] = deque()
+        try:
+            for graph in graphs:
+                with self._turn():
+                    self._verify_can_wait(under_way)
+                    under_way.append(self._submit(graph, under_way[-1] if under_way else None, owner=under_way))
+                    if len(under_way) == 2:
+                        self._finish(under_way[0])
+                if len(under_way) == 2:
+                    yield under_way.popleft().graph
+            while under_way:
+                with self._turn():
+                    self._verify_can_wait(under_way)
+                    self._finish(under_way[0])
+                yield under_way.popleft().graph
+        except BaseException as error:
+            if any(run.owner is under_way for run in self._runs):  # else what is under way is somebody else's
+                self._leave(error)
+            raise
+
+    def _leave(self, error: BaseException) -> None:
+        """Finish what a run_each has begun, which raises what failed in it; abandon it for an interrupt, or if `error` is that failure."""
+        if self._is_worker() or self._lock.locked():
+            return  # closed by the garbage collector, inside a task or at the start of another run, which will wait instead
+        with self._turn():
+            try:
+                if self._has_told or not isinstance(error, Exception | GeneratorExit):
+                    self._abandon()
+                else:
+                    self._finish_all()
+            except BaseException:
+                self._abandon()
+                raise
+
+    def _is_worker(self) -> bool:
+        return threading.current_thread() in self._threads
+
+    def _verify_can_wait(self, mine: Collection[_Run] = ()) -> None:
+        """Raise RuntimeError for a worker; and for a thread that did not begin what is under way between two graphs of a run_each."""
+        if self._is_worker() or (self._runs and not mine and self._submitter != threading.get_ident()):
+            raise RuntimeError(IS_BUSY)
+
+    def _finish_all(self) -> None:
+        for run in self._runs[:]:
+            self._finish(run)
+
+    def _submit(self, graph: Graph, before: _Run | None, owner: object | None = None) -> _Run:
+        """Start a run: beside `before`, if that is still under way and knows what to wait for, else after all others."""
+        if self._table[r.FAILED] and self._runs:
+            raise self._failure()
+        if self._table[r.STOPPING]:
+            self._abandon()  # what a second Ctrl-C left while the first one was answered
+        if not self._table[r.FAILED]:
+            self._has_told = False
+        graph.verify_untouched()
+        plan = self._plans(graph)
+        if plan.functions != [kernel.function for kernel in graph.kernels]:
+            plan = self._plans.renew(graph)  # a kernel has got another compiled twin
+        edges = self._edges_between(before, graph, plan) if before and not before.is_over else None
+        if edges is None or not self._has_room(plan):
+            before = None
+            self._finish_all()
+            self._forget_all()  # what an interrupt kept from being removed
+        self._make_room(plan)
+        run = _Run(self._count, graph, plan, self._count % 2, owner)
+        self._count += 1
+        if before:
+            before.edges = edges
+            self._run_words[before.slot, [r.NEXT_FIRST, r.NEXT]] = [array.ctypes.data for array in edges]
+        self._write(run, before)
+        self._submitter = threading.get_ident()
+        self._runs.append(run)
+        graph.runs.add(run)
+        self._table[r.PRIORITIES] = any(each.plan.priorities is not None for each in self._runs)
+        worker.submit(self._address, run.slot, before is not None)
+        return run
+
+    def _edges_between(self, before: _Run, graph: Graph, plan: Plan) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return which tasks of the run before those of the next one wait for; None: all for all."""
+        if len(before.graph.tasks) != before.plan.tasks:
+            return None  # recorded further since it was submitted
+        known = self._edges.setdefault(before.plan, weakref.WeakKeyDictionary())
+        if plan not in known:
+            known[plan] = edges_to_next(before.graph, graph)
+        return known[plan]
+
+    def _finish(self, run: _Run) -> None:
+        """Wait until a run is over. Raises TaskError for the first task that failed."""
+        while not run.is_over:
+            if run not in self._runs:
+                raise RuntimeError("this run was abandoned when another one failed or was interrupted")
+            if worker.wait(self._address, run.slot, _POLL_MS):  # else back in Python, where Ctrl-C is heard
+                if self._run_words[run.slot, r.REMAINING]:
+                    raise self._failure()  # FAILED: who is interrupted abandons all runs at once
+                run.is_over = True
+                run.graph.runs.discard(run)
+                self._runs.remove(run)
+
+    def _forget_all(self) -> None:
+        for run in self._runs:
+            run.graph.runs.discard(run)
+        self._runs.clear()
+
+    def _failure(self) -> BaseException:
+        self._has_told = True
+        error = take_exception(int(self._table[r.FAILED]))
+        call, slot = divmod(int(self._table[r.FAILED_CALL]), 2)
+        run = next(run for run in self._runs if run.slot == slot)
+        number = int(np.searchsorted(run.plan.call_first, call, side="right")) - 1
+        task = run.graph.tasks[number]
+        return TaskError.of(task, task.calls[call - run.plan.call_first[number]], error) if isinstance(error, Exception) else error
+
+    def _abandon(self) -> None:
+        """Let the workers finish the tasks they are at, and forget the rest of all runs."""
+        if not (self._runs or self._table[r.STOPPING]):
+            return
+        worker.stop(self._address)  # now all sleep
+        self._queue_words[:, r.SIZE] = 0
+        if self._table[r.FAILED] and not self._has_told:
+            self._has_told = True
+            take_exception(int(self._table[r.FAILED]))  # which nobody will: it would never be freed
+        self._forget_all()
+        self._table[[r.FAILED, r.STOPPING]] = 0  # last: an interrupt before this is made good by the next run
+
+    def _has_room(self, plan: Plan) -> bool:
+        return 2 * plan.tasks <= self._heap_entries and plan.scratch_bytes <= self._scratch_bytes
+
+    def _make_room(self, plan: Plan) -> None:
+        """Let every queue hold all tasks of two runs, and every worker have the scratch that the kernels ask for. Nothing is under way."""
+        if self._has_room(plan):
+            return
+        entries, scratch_bytes = max(self._heap_entries, 2 * plan.tasks), max(self._scratch_bytes, plan.scratch_bytes)
+        heaps = np.zeros((len(self._queue_words), 2, entries), np.int64)
+        scratch = np.zeros((self.workers, aligned(scratch_bytes) + ALIGNMENT_BYTES), np.uint8)
+        self._room += [heaps, scratch]
+        self._queue_words[:, [r.KEYS, r.ENTRIES]] = [[array.ctypes.data for array in pair] for pair in heaps]
+        self._worker_words[:-1, r.SCRATCH] = [aligned(each.ctypes.data) for each in scratch]
+        self._heap_entries, self._scratch_bytes = entries, scratch_bytes  # last: an interrupt before this is made good by the next run
+
+    def _write(self, run: _Run, before: _Run | None) -> None:
+        """Write what the workers are to know of a run."""
+        plan, tasks, s = run.plan, run.plan.tasks, self.settings
+        follows_home = s.policy == "same_core_first"
+        run.arrays = {
+            r.PENDING: np.empty(tasks, np.int64),
+            r.MARKS: np.empty(tasks, np.int64) if run.owner is not None else None,
+            r.READY_AT: np.empty(tasks, np.int64) if s.record else None,
+            r.RAN_ON: np.full(tasks, r.NOTHING, np.int64) if follows_home else None,
+            r.CALL_FIRST: plan.call_first,
+            r.CALL_ENTRY: plan.call_entry,
+            r.CALL_WORDS: plan.call_words,
+            r.SUCCESSOR_FIRST: plan.successor_first,
+            r.SUCCESSOR: plan.successor,
+            r.INDEGREE: plan.indegree,
+            r.OWN_PRIORITIES: plan.priorities,
+            r.FAVOURITES: plan.favourites if follows_home else None,
+            r.LOCK_FIRST: plan.lock_first,
+            r.LOCK_OF: plan.lock_of,
+            r.LOCKS: plan.locks,
+            r.RANKS: None,
+            r.DURATIONS: None,
+        }
+        if s.policy == "longest_path_first":
+            self._measure(run, before)
+        words = self._run_words[run.slot]
+        for at, array in run.arrays.items():
+            words[at] = 0 if array is None else array.ctypes.data
+        words[r.TASKS], words[r.NUMBER], words[r.REMAINING] = tasks, run.number, plan.sinks
+
+    def _measure(self, run: _Run, before: _Run | None) -> None:
+        """For longest_path_first: rank tasks by when they must start for the run to end in time, and time them in the first runs."""
+        plan = run.plan
+        if plan.runs in _MEASURED_RUNS:
+            plan.seconds = np.where(plan.durations > 0, plan.durations * 1e-9, plan.seconds)
+        if plan.runs in (0, *_MEASURED_RUNS):
+            plan.rank()
+        if plan.runs < _MEASURED_RUNS[-1]:
+            run.arrays[r.DURATIONS] = plan.durations
+        plan.runs += 1
+        run.arrays[r.RANKS] = plan.latest_starts_ns
+        run.offset_ns = before.offset_ns + before.plan.length_ns if before else 0
+        self._run_words[run.slot, r.OFFSET] = run.offset_ns
+
+    def ahead(self) -> float:
+        run = self._runs[0] if self._runs else None
+        if run is None or run.arrays[r.MARKS] is None:
+            return 0.0
+        return float(self._shares(run.graph)[run.arrays[r.MARKS] & worker.FINISHED != 0].sum())
+
+    # What was recorded --------------------------------------------------------------------------------------------------------------
+
+    def as_run(self, graph: Graph) -> Graph:
+        return graph
+
+    def take_records(self) -> tuple[np.ndarray, int]:
+        counts = self._worker_words[:-1, r.RECORD_COUNT].copy()
+        taken, kept = (np.minimum(each, self.settings.record) for each in (self._counts_taken, counts))
+        parts = [rows[start:stop] for rows, start, stop in zip(self._records, taken, kept, strict=True)]
+        records = np.empty((kept - taken).sum(), RECORD_TYPE)
+        for name in _ROW.names:
+            records[name] = np.concatenate([part[name] for part in parts])
+        records["worker"] = np.repeat(np.arange(self.workers), kept - taken)
+        lost = int((counts - kept).sum() - (self._counts_taken - taken).sum())
+        self._counts_taken = counts
+        if not self._runs:  # else workers go on counting
+            self._worker_words[:-1, r.RECORD_COUNT] = self._counts_taken[:] = 0
+        return records[np.argsort(records["start_ns"], kind="stable")], lost

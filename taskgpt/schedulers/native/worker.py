@@ -1,0 +1,357 @@
+"""The native scheduler's compiled part: what a worker does, and what the submitting thread does to start, await and stop runs.
+
+A worker takes a ready task, calls its kernels, counts its successors down and goes on with what became ready, in one loop without Python
+and without the GIL, from the scheduler's beginning to its end. Who finds nothing to do spins for a while, then sleeps.
+
+Runs may overlap, two at a time. A task of the later run waits also for the tasks of the earlier one that used the same cells; the counts of
+both kinds of predecessors are one number. Such an edge must be counted down once: by the worker that finishes its source, or, if that was
+before the later run was submitted, by the submitting thread. Both set their bit in the mark of the source, in one atomic step each, and the
+second of the two is the one to do it.
+"""
+
+from numba import types
+
+from taskgpt.schedulers.native.pointers import (
+    REALTIME,
+    address_of,
+    call_entry,
+    clock_gettime,
+    condition_broadcast,
+    condition_init,
+    condition_timedwait,
+    condition_wait,
+    exchange,
+    fetch_add,
+    fetch_or,
+    load,
+    mutex_init,
+    mutex_lock,
+    mutex_unlock,
+    relax,
+    sched_yield,
+    store,
+    store_last,
+    words_at,
+)
+from taskgpt.schedulers.native.queues import (
+    CALL_ENTRY,
+    CALL_FIRST,
+    CALL_WORDS,
+    CLOCK,
+    CLOCK_NS,
+    CLOSING,
+    DONE,
+    DURATIONS,
+    ERROR,
+    FAILED,
+    FAILED_CALL,
+    IMMEDIATE,
+    INDEGREE,
+    LOCK_FIRST,
+    LOCK_OF,
+    LOCKS,
+    MARKS,
+    MUTEX,
+    NEXT,
+    NEXT_FIRST,
+    NOTHING,
+    NUMBER,
+    PARKED,
+    PENDING,
+    PRIORITIES,
+    RAN_ON,
+    READY_AT,
+    RECORD,
+    RECORD_CAPACITY,
+    RECORD_COUNT,
+    REMAINING,
+    SCRATCH,
+    SPINS,
+    STOPPING,
+    SUCCESSOR,
+    SUCCESSOR_FIRST,
+    TASKS,
+    WORK,
+    WORKERS,
+    compiled,
+    full_rank,
+    is_anything_ready,
+    now,
+    push,
+    run_of,
+    take,
+    worker_of,
+)
+
+FINISHED, SUBMITTED = 1, 2  # bits of a task's mark: it has run; the next run has been submitted
+RECORD_FIELDS = 5  # run, task, ready, start, end
+_YIELD_EVERY = 64  # spins
+
+
+# Workers --------------------------------------------------------------------------------------------------------------------------------
+
+
+@compiled
+def work(table, me):
+    """Be worker `me` until the scheduler closes."""
+    t = words_at(table)
+    entry = NOTHING
+    while True:
+        if load(t, STOPPING) != 0:
+            entry = NOTHING  # dropped, with all that waits in the queues
+            if not wait_for_work(t):
+                return
+        if entry == NOTHING:
+            entry = take(t, me)
+        if entry == NOTHING:
+            if not wait_for_work(t):
+                return
+        else:
+            entry = run_task(t, me, entry)
+
+
+@compiled
+def wait_for_work(t):
+    """Return True when there may be a ready task, False when the scheduler closes."""
+    spins = 0
+    while (t[SPINS] < 0 or spins < t[SPINS]) and load(t, STOPPING) == 0:
+        if is_anything_ready(t):
+            return True
+        relax()
+        spins += 1
+        if spins % _YIELD_EVERY == 0:
+            sched_yield()
+    mutex_lock(t[MUTEX])
+    fetch_add(t, PARKED, 1)  # from here on, who pushes a task knows that somebody sleeps; so look once more
+    while load(t, CLOSING) == 0:
+        if load(t, STOPPING) != 0:
+            condition_broadcast(t[DONE])
+        elif is_anything_ready(t):
+            break
+        condition_wait(t[WORK], t[MUTEX])
+    fetch_add(t, PARKED, -1)
+    mutex_unlock(t[MUTEX])
+    return load(t, CLOSING) == 0
+
+
+@compiled
+def run_task(t, me, entry):
+    """Run a task and release its successors; return the one to go on with, or NOTHING."""
+    run, worker, task = run_of(t, entry), worker_of(t, me), entry >> 1
+    is_timed = worker[RECORD] != 0 or run[DURATIONS] != 0
+    if run[LOCKS] != 0 and not _take_locks(t, run, task):
+        return NOTHING
+    start = now(worker) if is_timed else 0
+    first = words_at(run[CALL_FIRST])
+    entries, arguments = words_at(run[CALL_ENTRY]), words_at(run[CALL_WORDS])
+    for call in range(first[task], first[task + 1]):
+        if call_entry(entries[call], arguments[call], worker[SCRATCH], address_of(worker, ERROR)) != 0:
+            _fail(t, me, entry, call)
+            if run[LOCKS] != 0:
+                _release_locks(run, task)
+            return NOTHING
+    stop = now(worker) if is_timed else 0
+    if run[LOCKS] != 0:
+        _release_locks(run, task)
+    if run[DURATIONS] != 0:
+        words_at(run[DURATIONS])[task] = stop - start
+    if worker[RECORD] != 0:
+        _record(worker, run, task, start, stop)
+    if run[RAN_ON] != 0:
+        words_at(run[RAN_ON])[task] = me
+    return release(t, me, entry)
+
+
+@compiled
+def release(t, me, entry):
+    """Count the successors of a finished task down, and push all that became ready but the best; return that, or NOTHING."""
+    run, task = run_of(t, entry), entry >> 1
+    best = NOTHING
+    # The next run first: once the last of this run's own edges is counted down, the run may end and its arrays be used again.
+    if run[MARKS] != 0 and fetch_or(words_at(run[MARKS]), task, FINISHED) & SUBMITTED:
+        best = _release_next(t, me, entry, best)
+    firsts, successors, pending = words_at(run[SUCCESSOR_FIRST]), words_at(run[SUCCESSOR]), words_at(run[PENDING])
+    first, last = firsts[task], firsts[task + 1]
+    for at in range(first, last):
+        if fetch_add(pending, successors[at], -1) == 1:
+            best = _offer(t, me, best, successors[at] * 2 + (entry & 1))
+    # A run is over when its last tasks are: all others come before one of them.
+    if first == last and fetch_add(run, REMAINING, -1) == 1:
+        mutex_lock(t[MUTEX])
+        condition_broadcast(t[DONE])
+        mutex_unlock(t[MUTEX])
+    if best != NOTHING and t[PRIORITIES] != 0:  # somebody else's task may come first
+        push(t, me, best)
+        return NOTHING
+    return best
+
+
+@compiled
+def _release_next(t, me, entry, best):
+    """Count down the tasks of the next run that wait for this one."""
+    run, task, other = run_of(t, entry), entry >> 1, (entry & 1) ^ 1
+    firsts, successors = words_at(run[NEXT_FIRST]), words_at(run[NEXT])
+    pending = words_at(run_of(t, other)[PENDING])
+    for at in range(firsts[task], firsts[task + 1]):
+        if fetch_add(pending, successors[at], -1) == 1:
+            best = _offer(t, me, best, successors[at] * 2 + other)
+    return best
+
+
+@compiled
+def _offer(t, me, best, entry):
+    """Keep the better of two ready tasks and push the other; without immediate successor, push every one."""
+    _note_ready(t, me, entry)
+    if t[IMMEDIATE] == 0:
+        push(t, me, entry)
+        return best
+    if best == NOTHING:
+        return entry
+    if full_rank(t, entry, 1) < full_rank(t, best, 0):
+        best, entry = entry, best
+    push(t, me, entry)
+    return best
+
+
+@compiled
+def _note_ready(t, me, entry):
+    run = run_of(t, entry)
+    if run[READY_AT] != 0:
+        words_at(run[READY_AT])[entry >> 1] = now(worker_of(t, me))
+
+
+@compiled
+def _take_locks(t, run, task):
+    """Take a commutative task's locks, in the same order as every task, so that none waits for ever. Return False, with none, to stop."""
+    firsts, locks, which = words_at(run[LOCK_FIRST]), words_at(run[LOCKS]), words_at(run[LOCK_OF])
+    for at in range(firsts[task], firsts[task + 1]):
+        while exchange(locks, which[at], 1) != 0:
+            if load(t, STOPPING) != 0:
+                for held in range(firsts[task], at):
+                    store_last(locks, which[held], 0)
+                return False
+            relax()
+            sched_yield()
+    return True
+
+
+@compiled
+def _release_locks(run, task):
+    firsts, locks, which = words_at(run[LOCK_FIRST]), words_at(run[LOCKS]), words_at(run[LOCK_OF])
+    for at in range(firsts[task], firsts[task + 1]):
+        store_last(locks, which[at], 0)
+
+
+@compiled
+def _record(worker, run, task, start, stop):
+    count = worker[RECORD_COUNT]
+    if count < worker[RECORD_CAPACITY]:
+        row = words_at(worker[RECORD] + count * (RECORD_FIELDS * 8))
+        row[0], row[1], row[2], row[3], row[4] = run[NUMBER], task, words_at(run[READY_AT])[task], start, stop
+    # After the row, which may be read as soon as it counts. Also of those that found no room: the reader knows how many are missing.
+    store_last(worker, RECORD_COUNT, count + 1)
+
+
+@compiled
+def _fail(t, me, entry, call):
+    """Note the first failure and have everybody stop."""
+    mutex_lock(t[MUTEX])
+    if t[FAILED] == 0:
+        t[FAILED], t[FAILED_CALL] = worker_of(t, me)[ERROR], call * 2 + (entry & 1)
+        store(t, STOPPING, 1)
+        condition_broadcast(t[WORK])
+        condition_broadcast(t[DONE])
+    mutex_unlock(t[MUTEX])
+
+
+# The submitting thread ------------------------------------------------------------------------------------------------------------------
+
+
+@compiled
+def initialize(mutex, work, done):
+    """Make the mutex and the conditions."""
+    mutex_init(mutex, 0)
+    condition_init(work, 0)
+    condition_init(done, 0)
+
+
+@compiled
+def submit(table, slot, is_next):
+    """Start the run in `slot`. With `is_next`, its tasks wait for those of the other slot's run, as the edges there say."""
+    t = words_at(table)
+    me, run, before = t[WORKERS], run_of(t, slot), run_of(t, slot ^ 1)
+    tasks = run[TASKS]
+    indegree, pending = words_at(run[INDEGREE]), words_at(run[PENDING])
+    for task in range(tasks):
+        pending[task] = indegree[task]
+    if run[MARKS] != 0:
+        marks = words_at(run[MARKS])
+        for task in range(tasks):
+            marks[task] = 0
+    if is_next:
+        firsts, successors = words_at(before[NEXT_FIRST]), words_at(before[NEXT])
+        for at in range(firsts[before[TASKS]]):
+            pending[successors[at]] += 1
+    for task in range(tasks):
+        if pending[task] == 0:
+            pending[task] = NOTHING  # marked now, before any count can come down to 0
+    if is_next:
+        marks = words_at(before[MARKS])
+        for task in range(before[TASKS]):
+            if fetch_or(marks, task, SUBMITTED) & FINISHED:
+                best = _release_next(t, me, task * 2 + (slot ^ 1), NOTHING)
+                if best != NOTHING:
+                    push(t, me, best)
+    for task in range(tasks):
+        if load(pending, task) == NOTHING:
+            _note_ready(t, me, task * 2 + slot)
+            push(t, me, task * 2 + slot)
+
+
+@compiled
+def wait(table, slot, milliseconds):
+    """Wait so long for the run in `slot` to end; return True if it has ended or if the workers stop."""
+    t = words_at(table)
+    run, clock = run_of(t, slot), worker_of(t, t[WORKERS])
+    clock_gettime(types.int32(REALTIME), address_of(clock, CLOCK))
+    nanoseconds = clock[CLOCK_NS] + milliseconds * 1_000_000
+    clock[CLOCK], clock[CLOCK_NS] = clock[CLOCK] + nanoseconds // 1_000_000_000, nanoseconds % 1_000_000_000
+    mutex_lock(t[MUTEX])
+    has_time = True
+    while has_time and load(run, REMAINING) != 0 and load(t, STOPPING) == 0:
+        has_time = condition_timedwait(t[DONE], t[MUTEX], address_of(clock, CLOCK)) == 0
+    mutex_unlock(t[MUTEX])
+    return load(run, REMAINING) == 0 or load(t, STOPPING) != 0
+
+
+@compiled
+def stop(table):
+    """Have the workers finish the tasks they are at and take no other; return when all sleep."""
+    t = words_at(table)
+    mutex_lock(t[MUTEX])
+    store(t, STOPPING, 1)
+    condition_broadcast(t[WORK])
+    while load(t, PARKED) < t[WORKERS]:
+        condition_wait(t[DONE], t[MUTEX])
+    mutex_unlock(t[MUTEX])
+
+
+@compiled
+def close(table):
+    """Have the workers return."""
+    t = words_at(table)
+    mutex_lock(t[MUTEX])
+    store(t, CLOSING, 1)
+    store(t, STOPPING, 1)
+    condition_broadcast(t[WORK])
+    mutex_unlock(t[MUTEX])
+
+
+SIGNATURES = {
+    initialize: types.void(types.int64, types.int64, types.int64),
+    work: types.void(types.int64, types.int64),
+    submit: types.void(types.int64, types.int64, types.boolean),
+    wait: types.boolean(types.int64, types.int64, types.int64),
+    stop: types.void(types.int64),
+    close: types.void(types.int64),
+}

@@ -1,0 +1,117 @@
+"""What schedulers share: the number of workers, one run at a time, and plans that are made once per graph."""
+
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Generic, Self, TypeVar
+
+import numpy as np
+
+from taskgpt.schedulers.cores import usable_cores
+from taskgpt.tasks import Graph
+
+Plan = TypeVar("Plan")
+
+
+def worker_count(setting: int) -> int:
+    """Return the setting, or for 0 the number of usable cores."""
+    return setting or usable_cores()
+
+
+class OneAtATime:
+    """A scheduler's `with` block, and the rule that it does one thing at a time. A scheduler gives `_start` and `_stop`."""
+
+    def __init__(self):
+        self._is_open = False
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        if self._is_open:
+            raise RuntimeError("this scheduler is in its `with` block already; open a second one")
+        self._start()
+        self._is_open = True
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._is_open = False
+        self._stop()
+
+    def _turn(self) -> threading.Lock:
+        """Return the lock to hold while something runs. Raises RuntimeError if it is held: a task would wait for itself; or if closed."""
+        if not self._is_open:
+            raise RuntimeError("this scheduler is closed; use it inside its `with` block")
+        if self._lock.locked():
+            raise RuntimeError(IS_BUSY)
+        return self._lock
+
+
+IS_BUSY = (
+    "this scheduler is in the middle of a run, and neither a task of it nor another thread can start one beside it yet; "
+    "start it afterwards, or with a scheduler of its own"
+)
+
+
+class InTurn(OneAtATime):
+    """What schedulers share that run tasks in Python, one graph at a time, with a Recorder in `recorder`.
+
+    They give `_run(graph)`, and `_settle()`, which waits for the tasks of a run that was cut short.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self._is_cut_short = False  # and perhaps not settled, where a second Ctrl-C came
+
+    def run(self, graph: Graph) -> None:
+        with self._turn():
+            graph.verify_untouched()
+            if self._is_cut_short:
+                self._settle()
+            try:
+                self._is_cut_short = True
+                graph.runs.add(self)
+                self._run(graph)
+                self._is_cut_short = False
+            except BaseException:
+                self._settle()
+                self._is_cut_short = False
+                raise
+            finally:
+                graph.runs.discard(self)
+
+    def _settle(self) -> None:
+        """In the calling thread alone there is nothing to wait for."""
+
+    def ahead(self) -> float:
+        return 0.0
+
+    def as_run(self, graph: Graph) -> Graph:
+        return graph
+
+    def take_records(self) -> tuple[np.ndarray, int]:
+        return self.recorder.take()
+
+    def run_each(self, graphs: Iterable[Graph]) -> Iterator[Graph]:
+        for graph in graphs:
+            self.run(graph)
+            yield graph
+
+
+class OncePerGraph(Generic[Plan]):
+    """Calls `prepare(graph)` for a graph that is new, or that grew since, and keeps what it returns while the graph lives."""
+
+    def __init__(self, prepare: Callable[[Graph], Plan]):
+        self._prepare = prepare
+        self._kept: weakref.WeakKeyDictionary[Graph, tuple[int, Plan]] = weakref.WeakKeyDictionary()
+
+    def __call__(self, graph: Graph) -> Plan:
+        known = self._kept.get(graph)
+        if known is None or known[0] != len(graph.tasks):
+            return self.renew(graph)
+        return known[1]
+
+    def renew(self, graph: Graph) -> Plan:
+        """Prepare a graph anew, as something else than its tasks has changed."""
+        count = len(graph.tasks)
+        plan = self._prepare(graph)
+        self._kept[graph] = count, plan
+        return plan

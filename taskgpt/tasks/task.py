@@ -1,0 +1,161 @@
+"""Tasks: a kernel called on tiles is a call, and one or more calls that run without a pause are a task."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import numpy as np
+
+from taskgpt.tasks.blas_threads import one_blas_thread
+from taskgpt.tasks.kernel import AccessError, Kernel, ShapeError, as_kernel, fits_64_bits
+from taskgpt.tasks.scratch import Shapes, scratch_arrays
+from taskgpt.tasks.tensor import Tile
+
+Section = tuple[str, int]  # phase and layer, ("forward", 3); layer -1 = none
+
+
+class _Thread(threading.local):
+    """`at`: the task, on a native worker the call, that this thread is running, or None."""
+
+    at: "Task | Call | None" = None
+
+
+this_thread = _Thread()
+
+
+class TaskError(RuntimeError):
+    """A task failed. The message names it; `__cause__` is what it raised."""
+
+    @classmethod
+    def of(cls, task: "Task", call: "Call", error: Exception) -> "TaskError":
+        failure = cls(f"task {task.number}, {call}: {type(error).__name__}: {error}")
+        failure.__cause__ = error
+        return failure
+
+
+class Call:
+    """A kernel and its arguments: tiles and constants, in the order of its parameters. Scratch is none of them."""
+
+    __slots__ = ("_scratch_shapes", "args", "arrays", "kernel")
+
+    def __init__(self, kernel: Kernel, args: tuple):
+        self.kernel = as_kernel(kernel)
+        # NumPy's scalars become Python's, which do not widen float32 expressions: bodies and twins see one type.
+        self.args = args = tuple(a.item() if isinstance(a, np.generic) else a for a in args)
+        self.arrays = [a.array if isinstance(a, Tile) else a for a in args]
+        self._scratch_shapes: Shapes | None = None
+
+    def run(self) -> None:
+        self.kernel.run(*self.arrays, *scratch_arrays(self.scratch_shapes))
+
+    def verify(self) -> None:
+        """Raise TypeError, ShapeError or AccessError for arguments that the kernel does not declare so."""
+        kernel = self.kernel
+        if len(self.args) != len(kernel.parameters):
+            names = ", ".join(kernel.parameters)
+            raise TypeError(f"{kernel.name} takes {len(kernel.parameters)} arguments ({names}), got {len(self.args)}")
+        for (name, declared), given in zip(kernel.parameters.items(), self.args, strict=True):
+            is_tile = name in kernel.accesses
+            if is_tile != isinstance(given, Tile) or (not is_tile and not isinstance(given, (int, declared))):
+                wanted = "a tile, tensor[index]," if is_tile else f"a constant ({declared.__name__}),"
+                got = repr(given) if isinstance(given, (int, float, Tile)) else f"a {type(given).__name__}"
+                raise TypeError(f"{kernel.name}: '{name}' wants {wanted} got {got}")
+            if not is_tile:
+                if not fits_64_bits(given, declared):
+                    raise TypeError(f"{kernel.name}: '{name}' wants a constant of 64 bits, got one of {given.bit_length()}")
+            elif given.array.dtype != declared.dtype:
+                raise ShapeError(f"{kernel.name}: '{name}' wants {declared.dtype}, got {given} of {given.array.dtype}")
+            elif declared.is_written and not given.array.flags.writeable:
+                raise AccessError(f"{kernel.name} writes '{name}', and the memory of {given} is read-only")
+        kernel.sizes({name: tile.shape for name, tile in self.tiles()})
+
+    @property
+    def scratch_shapes(self) -> Shapes:
+        """(shape, type) of each scratch array, in the order of the kernel's signature."""
+        if self._scratch_shapes is None:  # not in __init__: the arguments may be wrong, and nobody has looked at them yet
+            self._scratch_shapes = self.kernel.scratch_shapes(self.args)
+        return self._scratch_shapes
+
+    def cost(self) -> tuple[int, int]:
+        """Return (FLOPs, bytes moved), as the kernel says."""
+        sizes = self.kernel.sizes({name: tile.shape for name, tile in self.tiles()})
+        constants = {name: a for name, a in zip(self.kernel.parameters, self.args, strict=True) if not isinstance(a, Tile)}
+        return self.kernel.flops(sizes, constants), self.kernel.bytes(sizes, constants)
+
+    def __reduce__(self):
+        return type(self), (self.kernel, self.args)
+
+    def tiles(self) -> Iterator[tuple[str, "Tile"]]:
+        """Yield (parameter, tile)."""
+        for name, argument in zip(self.kernel.parameters, self.args, strict=True):
+            if isinstance(argument, Tile):
+                yield name, argument
+
+    def __str__(self) -> str:
+        given = dict(zip(self.kernel.parameters, self.args, strict=True))
+        words = [f"{kind}({', '.join(found)})" for kind, found in self.kernel.by_access(lambda name: repr(given[name]))]
+        constants = [f"{name}={value}" for name, value in given.items() if not isinstance(value, Tile)]
+        return " ".join([self.kernel.name, *words, *constants])
+
+
+class Task:
+    """One or more calls run in order, without a pause. A recorded task has one; `coarsen` makes tasks of several.
+
+    `number` counts in program order; `name` is the kernel's (of several, the costliest's). `predecessors` and `successors` are numbers of
+    other tasks of the same graph, ascending. `section` is (phase, layer). `flops` counts operations, `bytes` what the declarations say is
+    moved. `priority`: of ready tasks, native workers take those of the highest first.
+    """
+
+    __slots__ = ("bytes", "calls", "flops", "locks", "name", "number", "predecessors", "priority", "section", "successors")
+
+    def __init__(self, number: int, calls: tuple[Call, ...], section: Section, predecessors: tuple[int, ...] = (), name: str = ""):
+        self.number = number
+        self.calls = calls
+        self.section = section
+        self.predecessors = predecessors
+        self.name = name or calls[0].kernel.name
+        self.successors: list[int] = []
+        self.locks: tuple[tuple[int, threading.Lock], ...] = ()  # in the order in which every task takes them: no deadlock
+        self.flops = self.bytes = self.priority = 0
+
+    @property
+    def estimated_seconds(self) -> float:
+        """Return what the task may take, until it has been measured: by a core's order of magnitude in operations and bytes a second."""
+        return self.flops / 1e11 + self.bytes / 1e10
+
+    def run(self) -> None:
+        """Run the calls, with BLAS on one thread. Raises TaskError, naming the call, from whatever a kernel raises."""
+        with one_blas_thread:
+            self.run_calls()
+
+    def run_calls(self) -> None:
+        """Do what `run` does where BLAS has one thread already, as inside a scheduler: 1 us less."""
+        outer, this_thread.at = this_thread.at, self
+        held = ExitStack() if self.locks else None
+        try:
+            for _, lock in self.locks:
+                held.enter_context(lock)
+            for call in self.calls:
+                try:
+                    call.run()
+                except Exception as error:
+                    raise TaskError.of(self, call, error) from error
+        finally:
+            this_thread.at = outer
+            if held is not None:
+                held.close()
+
+    def __str__(self) -> str:
+        return f"{self.number} " + "; ".join(map(str, self.calls))
+
+
+def run_now(kernel: Kernel, *args, section: Section = ("", -1), priority: int = 0) -> None:
+    """The spawn of a program that runs without a graph: calls the kernel, with BLAS on one thread, for the bits that a graph gives.
+
+    Raises as `Graph.spawn` does for arguments that do not fit, and TwinError for a kernel that was compiled from what has changed since.
+    """
+    call = Call(kernel, args)
+    call.verify()
+    kernel.verify_untouched()
+    with one_blas_thread:
+        call.run()
