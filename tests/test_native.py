@@ -24,7 +24,9 @@ import pytest
 from taskgpt import config
 from taskgpt.errors import UserError
 from taskgpt.schedulers import open_scheduler
-from taskgpt.schedulers.native.queues import FAILED, POLICIES, PRIORITY_LIMIT
+from taskgpt.schedulers.native.policies import POLICIES
+from taskgpt.schedulers.native.queues import PRIORITY_LIMIT
+from taskgpt.schedulers.native.table import FAILED
 from taskgpt.tasks import (
     Arena,
     Call,
@@ -184,21 +186,16 @@ class TestPolicies:
         assert tasks[:3] == [0, 3, 4]
         assert tasks[-6:-4] == [0, 1]
 
-    def test_same_core_first(self):
-        """Two chains side by side: each stays with the worker that began it, whoever comes to the queue first."""
-        a = k.arena(is_shared=False)
-        graph = k.naps(a, milliseconds=2, chains=2, length=30)
-        with opened(workers=2, policy="same_core_first", immediate_successor=False, record=1000) as scheduler:
-            scheduler.run(graph)
-            records = scheduler.take_records()[0]
-        for chain in range(2):
-            assert len(set(records["worker"][records["task"] % 2 == chain])) == 1
-
     def test_immediate_successor(self):
         """The worker goes on with 3, which 1 made ready, though 2 waits longer."""
         graph = {0: [1, 2], 1: [3]}
         assert order(drawn(graph), policy="oldest_first", immediate_successor=False) == [0, 1, 2, 3]
         assert order(drawn(graph), policy="oldest_first", immediate_successor=True) == [0, 1, 3, 2]
+
+    def test_every_policy_is_explained(self):
+        """In the file of defaults, which is what a user reads."""
+        text = config.find_file("scheduler_configs", "native").read_text(encoding="utf-8")
+        assert all(f'"{policy}": ' in text for policy in POLICIES)
 
     @pytest.mark.parametrize("policy", POLICIES)
     @pytest.mark.parametrize(("immediate_successor", "work_stealing"), list(itertools.product([False, True], repeat=2)))
@@ -661,7 +658,7 @@ class TestStress:
         draw = random.Random(workers)
         arena, expected = (Arena({"x": TensorSpec((self.CELLS, 16), (1, None))}) for _ in range(2))
         for _ in range(3):
-            policy, immediate, stealing = draw.choice(POLICIES), draw.random() < 0.5, draw.random() < 0.5
+            policy, immediate, stealing = draw.choice(list(POLICIES)), draw.random() < 0.5, draw.random() < 0.5
             with opened(
                 workers=workers, policy=policy, immediate_successor=immediate, work_stealing=stealing, spins=draw.choice([1, 300])
             ) as s:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from taskgpt.schedulers.native.queues import POLICIES
+from taskgpt.schedulers.native.policies import POLICIES
 from taskgpt.train import main
 
 CASES = [

@@ -22,7 +22,7 @@ from taskgpt.lab.traces.trace import Trace, Traced
 from taskgpt.programs import trace as trace_program
 from taskgpt.programs.simulate import main as simulate
 from taskgpt.schedulers import open_scheduler
-from taskgpt.schedulers.native.queues import POLICIES
+from taskgpt.schedulers.native.policies import POLICIES
 from taskgpt.tasks import Graph, InOut, Tensor, dims, kernel
 from taskgpt.train import main as train
 
@@ -253,6 +253,22 @@ def test_one_worker_takes_tasks_in_the_native_schedulers_order(policy):
             scheduler.run(graph)
             orders.append(scheduler.take_records()[0]["task"].tolist())
     assert orders[0] == orders[1]
+
+
+def test_same_core_first():
+    """Four chains on two workers: each stays with the worker that began it; else a chain goes to whoever is free."""
+    draw, x, graph = random.Random(3), Tensor("x", np.zeros(4, np.float32), (1,)), Graph()
+    for number in range(60):
+        graph.spawn(work, x[number % 4 : number % 4 + 1])
+    seconds = [draw.uniform(1, 3) for _ in graph.tasks]
+
+    def homes(policy: str) -> list[int]:
+        """Return how many workers ran each chain."""
+        records = run("native", graph, machine(2), seconds, policy=policy, immediate_successor=False).records
+        return [len(set(records["worker"][records["task"] % 4 == chain])) for chain in range(4)]
+
+    assert homes("same_core_first") == [1] * 4
+    assert homes("oldest_first") == [2] * 4
 
 
 def test_traffic_by_hand():

@@ -32,12 +32,12 @@ from taskgpt.lab.report import LEAST_TURNS, Report, in_range, median_interval, p
 from taskgpt.lab.tuning import tuned
 from taskgpt.lab.tuning.races import FASTER, FINAL_ROUNDS, Race, Search, Track, changes_of
 from taskgpt.lab.tuning.tilings import KEYS, Forecast, Space
-from taskgpt.schedulers.native.queues import POLICIES
+from taskgpt.schedulers.native.policies import POLICIES
 
 EXPLORED = 0.3  # of the budget, when simulations end
 FINAL_PART = (0.1, 0.5)  # of the budget, for default against winner: what it needs, between these
 CLIMBED = 0.8  # of the rest, when races of tilings end, and those of policies begin
-SETTINGS = {"policy": POLICIES, "immediate_successor": ("true", "false"), "work_stealing": ("true", "false")}
+SETTINGS = {"policy": tuple(POLICIES), "immediate_successor": ("true", "false"), "work_stealing": ("true", "false")}
 COLUMNS = {
     "race": ("race", ""),
     "phase": ("phase", ""),

@@ -12,7 +12,8 @@ import numpy as np
 from numba import types
 
 from taskgpt.schedulers.native.pointers import words_at
-from taskgpt.schedulers.native.queues import NOTHING, REMAINING, compiled, is_anything_ready, run_of, take
+from taskgpt.schedulers.native.queues import is_anything_ready, take
+from taskgpt.schedulers.native.table import NOTHING, REMAINING, compiled, instance_of, run_in, slot_of, task_of
 from taskgpt.schedulers.native.worker import release
 
 # State of the workers, float64, a row each:
@@ -20,14 +21,14 @@ LEFT, SPEED, DEMAND = range(3)
 
 
 @compiled
-def set_speeds(state, entries, socket):
+def set_speeds(state, running, socket):
     """Set the speed of each busy worker. socket: its cores, so many workers after each other; bandwidth, bytes a second; busy_speed."""
     cores, bandwidth, busy_speed = socket
-    for first in range(0, len(entries), cores):
-        last = min(first + cores, len(entries))
+    for first in range(0, len(running), cores):
+        last = min(first + cores, len(running))
         wanted, busy = 0.0, 0
         for w in range(first, last):
-            if entries[w] != NOTHING:
+            if running[w] != NOTHING:
                 wanted += state[DEMAND, w]
                 busy += 1
         speed = 1.0 - (1.0 - busy_speed) * (busy - 1) / max(cores - 1, 1)
@@ -39,7 +40,7 @@ def set_speeds(state, entries, socket):
         while True:  # who wants less than a fair share gets it, and the others share what is left
             left, others = bandwidth, 0
             for w in range(first, last):
-                if entries[w] != NOTHING:
+                if running[w] != NOTHING:
                     if state[DEMAND, w] * speed <= fair:
                         left -= state[DEMAND, w] * speed
                     else:
@@ -48,16 +49,16 @@ def set_speeds(state, entries, socket):
                 break
             fair = left / others
         for w in range(first, last):
-            if entries[w] != NOTHING and state[DEMAND, w] * speed > fair:
+            if running[w] != NOTHING and state[DEMAND, w] * speed > fair:
                 state[SPEED, w] = fair / state[DEMAND, w]
 
 
 @compiled
-def next_end(state, entries):
+def next_end(state, running):
     """Return how long it takes until the first task ends; -1 if none runs."""
     least = -1.0
-    for w in range(len(entries)):
-        if entries[w] != NOTHING:
+    for w in range(len(running)):
+        if running[w] != NOTHING:
             lasts = state[LEFT, w] / state[SPEED, w]
             if least < 0 or lasts < least:
                 least = lasts
@@ -65,19 +66,19 @@ def next_end(state, entries):
 
 
 @compiled
-def let_pass(state, entries, seconds):
-    for w in range(len(entries)):
-        if entries[w] != NOTHING:
+def let_pass(state, running, seconds):
+    for w in range(len(running)):
+        if running[w] != NOTHING:
             state[LEFT, w] -= seconds * state[SPEED, w]
             if state[LEFT, w] < 1e-12:
                 state[LEFT, w] = 0.0
 
 
 @compiled
-def _begin(state, entries, times, costs, w, entry, now, overhead):
-    """Have worker w begin an entry: a task and its run's slot."""
-    slot, task = entry & 1, entry >> 1
-    entries[w] = entry
+def _begin(state, running, times, costs, w, instance, now, overhead):
+    """Have worker w begin a task."""
+    slot, task = slot_of(instance), task_of(instance)
+    running[w] = instance
     state[LEFT, w] = costs[slot, 0, task] + overhead
     state[DEMAND, w] = costs[slot, 1, task] / max(costs[slot, 0, task], 1e-12)
     times[slot, 0, task] = now
@@ -85,76 +86,76 @@ def _begin(state, entries, times, costs, w, entry, now, overhead):
 
 
 @compiled
-def until_over(table, slot, clock, state, entries, times, costs, socket, overhead):
+def until_over(table, slot, clock, state, running, times, costs, socket, overhead):
     """Simulate until the run in `slot` is over; return False if it never will be.
 
-    clock[0]: seconds. entries: of each worker what it runs. costs[slot]: seconds alone on the machine, and bytes through memory, of each
+    clock[0]: seconds. running: of each worker what it runs. costs[slot]: seconds alone on the machine, and bytes through memory, of each
     task. times[slot]: when each task began and ended, and on which worker.
     """
-    t, run = words_at(table), run_of(words_at(table), slot)
+    t, run = words_at(table), run_in(words_at(table), slot)
     while run[REMAINING] != 0:
         w = 0
-        while w < len(entries) and is_anything_ready(t):
-            if entries[w] == NOTHING:
-                entry = take(t, w)
-                if entry != NOTHING:
-                    _begin(state, entries, times, costs, w, entry, clock[0], overhead)
+        while w < len(running) and is_anything_ready(t):
+            if running[w] == NOTHING:
+                instance = take(t, w)
+                if instance != NOTHING:
+                    _begin(state, running, times, costs, w, instance, clock[0], overhead)
             w += 1
-        set_speeds(state, entries, socket)
-        lasts = next_end(state, entries)
+        set_speeds(state, running, socket)
+        lasts = next_end(state, running)
         if lasts < 0:
             return False
         clock[0] += lasts
-        let_pass(state, entries, lasts)
-        for w in range(len(entries)):
-            if entries[w] != NOTHING and state[LEFT, w] == 0.0:
-                entry = entries[w]
-                times[entry & 1, 1, entry >> 1] = clock[0]
-                entries[w] = NOTHING
-                entry = release(t, w, entry)
-                if entry != NOTHING:
-                    _begin(state, entries, times, costs, w, entry, clock[0], overhead)
+        let_pass(state, running, lasts)
+        for w in range(len(running)):
+            if running[w] != NOTHING and state[LEFT, w] == 0.0:
+                instance = running[w]
+                times[slot_of(instance), 1, task_of(instance)] = clock[0]
+                running[w] = NOTHING
+                instance = release(t, w, instance)
+                if instance != NOTHING:
+                    _begin(state, running, times, costs, w, instance, clock[0], overhead)
     return True
 
 
 @compiled
-def fork_join(clock, state, entries, times, costs, loop_first, part_first, tasks, is_static, socket, barrier):
+def fork_join(clock, state, running, times, costs, loop_first, part_first, tasks, is_static, socket, barrier):
     """Simulate loops one after the other: part p of a loop goes to worker p, or, if not static, to whoever is free.
 
     Loop l has the parts loop_first[l] to loop_first[l + 1], part p the tasks tasks[part_first[p] : part_first[p + 1]]. A loop of more
     than one part costs `barrier` seconds.
     """
-    at = np.zeros(len(entries), np.int64)
-    until = np.zeros(len(entries), np.int64)
+    at = np.zeros(len(running), np.int64)
+    until = np.zeros(len(running), np.int64)
     for l in range(len(loop_first) - 1):
         part, last = loop_first[l], loop_first[l + 1]
         has_barrier = last - part > 1
         at[:], until[:] = 0, 0
         while True:
-            for w in range(len(entries)):
-                if entries[w] == NOTHING:
+            for w in range(len(running)):
+                if running[w] == NOTHING:
                     if at[w] == until[w] and part < last and (not is_static or part - loop_first[l] == w):
                         at[w], until[w] = part_first[part], part_first[part + 1]
                         part += 1
                     if at[w] < until[w]:
-                        _begin(state, entries, times, costs, w, 2 * tasks[at[w]], clock[0], 0.0)
+                        _begin(state, running, times, costs, w, instance_of(tasks[at[w]], 0), clock[0], 0.0)
                         at[w] += 1
-            set_speeds(state, entries, socket)
-            lasts = next_end(state, entries)
+            set_speeds(state, running, socket)
+            lasts = next_end(state, running)
             if lasts < 0:
                 break
             clock[0] += lasts
-            let_pass(state, entries, lasts)
-            for w in range(len(entries)):
-                if entries[w] != NOTHING and state[LEFT, w] == 0.0:
-                    times[0, 1, entries[w] >> 1] = clock[0]
-                    entries[w] = NOTHING
+            let_pass(state, running, lasts)
+            for w in range(len(running)):
+                if running[w] != NOTHING and state[LEFT, w] == 0.0:
+                    times[0, 1, task_of(running[w])] = clock[0]
+                    running[w] = NOTHING
         if has_barrier:
             clock[0] += barrier
 
 
 @compiled
-def central(clock, state, entries, times, costs, first, successor, indegree, order, is_newest_first, socket, server):
+def central(clock, state, running, times, costs, first, successor, indegree, order, is_newest_first, socket, server):
     """Simulate workers that one thread serves; return False if a task is never ready.
 
     A task that ended waits until that thread has served those that ended before it. `service` seconds later its worker is free, and its
@@ -164,7 +165,7 @@ def central(clock, state, entries, times, costs, first, successor, indegree, ord
     server: cores of the machine, service, batch.
     """
     all_cores, service, batch = server
-    count, workers = len(order), len(entries)
+    count, workers = len(order), len(running)
     ready = [(0, 0) for _ in range(0)]  # a heap of (rank, task)
     waits_for = indegree.copy()
     for task in np.argsort(-order):
@@ -184,16 +185,16 @@ def central(clock, state, entries, times, costs, first, successor, indegree, ord
                     heapq.heappush(ready, (-sequence if is_newest_first else order[task], task))
                     sequence += 1
             known += 1
-        running = 0
+        busy = 0
         for w in range(workers):
             if is_free[w] and len(ready) > 0:
-                _begin(state, entries, times, costs, w, 2 * heapq.heappop(ready)[1], clock[0], 0.0)
+                _begin(state, running, times, costs, w, instance_of(heapq.heappop(ready)[1], 0), clock[0], 0.0)
                 is_free[w] = False
-            running += entries[w] != NOTHING
-        set_speeds(state, entries, socket)
+            busy += running[w] != NOTHING
+        set_speeds(state, running, socket)
         is_serving = served < ended
-        share = min(1.0, all_cores / max(running + is_serving, 1))  # of a core, for each thread
-        lasts = next_end(state, entries) / share
+        share = min(1.0, all_cores / max(busy + is_serving, 1))  # of a core, for each thread
+        lasts = next_end(state, running) / share
         if is_serving and (lasts < 0 or left / share < lasts):
             lasts = left / share
         if known < served and (lasts < 0 or due[known] - clock[0] < lasts):
@@ -201,7 +202,7 @@ def central(clock, state, entries, times, costs, first, successor, indegree, ord
         if lasts < 0:
             return known == count
         clock[0] += lasts
-        let_pass(state, entries, lasts * share)
+        let_pass(state, running, lasts * share)
         if is_serving:
             left -= lasts * share
             if left <= 1e-12:
@@ -214,10 +215,10 @@ def central(clock, state, entries, times, costs, first, successor, indegree, ord
                 served += 1
                 left = service
         for w in range(workers):
-            if entries[w] != NOTHING and state[LEFT, w] == 0.0:
-                ends[ended] = entries[w] >> 1
+            if running[w] != NOTHING and state[LEFT, w] == 0.0:
+                ends[ended] = task_of(running[w])
                 times[0, 1, ends[ended]] = clock[0]
-                entries[w] = NOTHING
+                running[w] = NOTHING
                 ended += 1
 
 
@@ -228,7 +229,7 @@ _SHARED = (
     _NUMBERS,
     types.float64[:, :, ::1],
     types.float64[:, :, ::1],
-)  # clock, state, entries, times, costs
+)  # clock, state, running, times, costs
 _SOCKET = types.Tuple((types.int64, types.float64, types.float64))
 UNTIL_OVER = {until_over: types.boolean(types.int64, types.int64, *_SHARED, _SOCKET, types.float64)}
 FORK_JOIN = {fork_join: types.void(*_SHARED, _NUMBERS, _NUMBERS, _NUMBERS, types.boolean, _SOCKET, types.float64)}

@@ -20,9 +20,9 @@ from taskgpt.errors import UserError
 from taskgpt.lab.simulator import events
 from taskgpt.lab.simulator.machine_file import Machine
 from taskgpt.schedulers import loops, native, sequential, threads
-from taskgpt.schedulers.native import queues as r
 from taskgpt.schedulers.native import worker
 from taskgpt.schedulers.native.plan import firsts
+from taskgpt.schedulers.native.table import NOTHING, SIZE
 from taskgpt.schedulers.prepare import OncePerGraph
 from taskgpt.schedulers.records import RECORD_TYPE
 from taskgpt.tasks import Graph, Task
@@ -52,7 +52,7 @@ class Clocked:
         super().__init__(settings)
         self.machine, self._costs_of = machine, costs_of
         self.clock = np.ones(1)  # not 0: some formats begin a little before the first task
-        self._state, self._entries = np.ones((3, self.workers)), np.full(self.workers, r.NOTHING, np.int64)
+        self._state, self._running = np.ones((3, self.workers)), np.full(self.workers, NOTHING, np.int64)
         self._times, self._costs = np.zeros((2, 3, 0)), np.zeros((2, 2, 0))
         self._successors_of = OncePerGraph(lambda graph: successors(graph.tasks))
         self._kept: list[np.ndarray] = []
@@ -71,7 +71,7 @@ class Clocked:
 
     @property
     def _shared(self) -> tuple[np.ndarray, ...]:
-        return self.clock, self._state, self._entries, self._times, self._costs
+        return self.clock, self._state, self._running, self._times, self._costs
 
     @property
     def _socket(self) -> tuple[int, float, float]:
@@ -165,7 +165,7 @@ class Simulated(Clocked, native.Scheduler):
 
     def _abandon(self) -> None:
         """Forget all runs; there is no worker to wait for."""
-        self._queue_words[:, r.SIZE] = 0
+        self._queue_words[:, SIZE] = 0
         self._forget_all()
 
 

@@ -6,7 +6,8 @@ from functools import cached_property
 
 import numpy as np
 
-from taskgpt.schedulers.native.queues import NOTHING, PRIORITY_LIMIT
+from taskgpt.schedulers.native.queues import PRIORITY_LIMIT
+from taskgpt.schedulers.native.table import NOTHING
 from taskgpt.tasks import AccessError, Graph, TaskError, TwinError, compile_kernels
 from taskgpt.tasks.native_entry import has_native_entry, native_entry, python_entry, words_of
 from taskgpt.tasks.scratch import scratch_layout
@@ -18,8 +19,9 @@ class Plan:
     """The arrays of a graph, all int64 (`first` arrays: what belongs to task n stands from first[n] to first[n + 1] of the other).
 
     Attributes: call_first, call_entry, call_words (addresses); successor_first, successor; indegree; sinks, the number of tasks without
-    successors; locks, lock_first, lock_of; priorities; seconds, the estimate for each task; scratch_bytes; functions, what each kernel ran
-    when the plan was made, kept alive with its machine code. None stands for what the graph has not. Compiles the kernels.
+    successors; locks, lock_first, lock_of; priorities; seconds, the estimate for each task, until they are timed; values, what the policy
+    says of them; scratch_bytes; functions, what each kernel ran when the plan was made, kept alive with its machine code. None stands for
+    what the graph has not. Compiles the kernels.
     Raises ValueError if a priority is too large, TaskError, naming the first task of a kernel that does not compile.
     """
 
@@ -36,6 +38,7 @@ class Plan:
         self.sinks = sum(not task.successors for task in tasks)
         self._graph = weakref.ref(graph)
         self.runs = 0
+        self.values: tuple[np.ndarray, int] | None = None
         self.durations = np.zeros(self.tasks, np.int64)
         self.seconds = np.array([_LEAST_S + task.estimated_seconds for task in tasks], float)
         self._lower_calls(calls)
@@ -78,16 +81,6 @@ class Plan:
     @cached_property
     def favourites(self) -> np.ndarray:
         return favourites(self._graph())
-
-    def rank(self) -> None:
-        """Set latest_starts_ns, when each task must start for the graph to end in time, and length_ns, that time: its longest path."""
-        first, successor = self.successor_first.tolist(), self.successor.tolist()
-        seconds, to_end = self.seconds.tolist(), [0.0] * self.tasks
-        for task in range(self.tasks - 1, -1, -1):
-            to_end[task] = seconds[task] + max((to_end[s] for s in successor[first[task] : first[task + 1]]), default=0.0)
-        length = max(to_end, default=0.0)
-        self.length_ns = int(length * 1e9)
-        self.latest_starts_ns = ((length - np.array(to_end)) * 1e9).astype(np.int64)
 
 
 def _compile(graph: Graph) -> None:

@@ -1,7 +1,7 @@
 """Our own scheduler, after nOS-V: compiled workers that need neither Python nor the GIL between tasks.
 
 A graph is lowered once to flat arrays (plan.py). Each worker is a thread inside one compiled loop (worker.py), from the beginning of the
-`with` block to its end: it takes a ready task as the policy says (queues.py), runs it and releases its successors itself. The thread that
+`with` block to its end: it takes a ready task as the policy says (policies.py), runs it and releases its successors itself. The thread that
 calls `run` only submits and sleeps. `run_each` submits the next run while one is under way: its tasks start as soon as those of the run
 before that used the same cells are done, without a barrier (OmpSs-2's taskiter).
 """
@@ -19,10 +19,11 @@ import numba
 import numpy as np
 
 from taskgpt.errors import UserError
-from taskgpt.schedulers.native import queues as r
+from taskgpt.schedulers.native import table as r
 from taskgpt.schedulers.native import worker
 from taskgpt.schedulers.native.plan import Plan, edges_to_next
 from taskgpt.schedulers.native.pointers import OPAQUE_WORDS
+from taskgpt.schedulers.native.policies import POLICIES
 from taskgpt.schedulers.prepare import IS_BUSY, OncePerGraph, OneAtATime, worker_count
 from taskgpt.schedulers.records import RECORD_TYPE
 from taskgpt.tasks import Graph, TaskError, one_blas_thread
@@ -31,7 +32,7 @@ from taskgpt.tasks.native_entry import take_exception
 from taskgpt.tasks.tensor import ALIGNMENT_BYTES, aligned
 
 _POLL_MS = 100  # how often the submitting thread looks whether Ctrl-C was pressed
-_MEASURED_RUNS = (2, 3, 4, 8)  # longest_path_first takes its times anew before these runs of a graph: the first one runs cold
+_MEASURED_RUNS = (2, 3, 4, 8)  # of a graph: before these, policies that need times take them anew; the first run is a cold one
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Settings:
     """The keys of scheduler_configs/native.toml."""
 
     workers: int = field(metadata={"at_least": 0, "at_most": 4096})
-    policy: str = field(metadata={"choices": r.POLICIES})
+    policy: str = field(metadata={"choices": tuple(POLICIES)})
     immediate_successor: bool
     work_stealing: bool
     binding: str = field(metadata={"choices": ("none", "cores")})
@@ -48,7 +49,7 @@ class Settings:
     record: int = field(metadata={"at_least": 0, "at_most": 10**8})
 
 
-_ROW = np.dtype(RECORD_TYPE.descr[:-1])  # whose rows they are, says the worker
+_ROW = np.dtype([(name, np.int64) for name in r.ROW_NAMES])
 
 
 def _shares(graph: Graph) -> np.ndarray:
@@ -64,7 +65,7 @@ class _Run:
         self.number, self.graph, self.plan, self.slot, self.owner = number, graph, plan, slot, owner
         self.arrays: dict[int, np.ndarray | None] = {}
         self.edges: tuple[np.ndarray, ...] = ()  # to the next run
-        self.offset_ns = 0  # when it must start, counted from the start of the first run under way
+        self.offset = 0  # of its tasks' values
         self.is_over = False
 
 
@@ -77,6 +78,7 @@ class Scheduler(OneAtATime):
         super().__init__()
         self.settings = settings
         self.workers = worker_count(settings.workers)
+        self._policy = POLICIES[settings.policy]
         self._plans = OncePerGraph(Plan)
         self._shares = OncePerGraph(_shares)
         self._edges: weakref.WeakKeyDictionary[Plan, weakref.WeakKeyDictionary] = weakref.WeakKeyDictionary()
@@ -151,12 +153,13 @@ class Scheduler(OneAtATime):
         mutex, work, done = (opaque[at * OPAQUE_WORDS :].ctypes.data for at in range(3))
         worker.initialize(mutex, work, done)
         s = self.settings
-        table[r.WORKERS], table[r.QUEUES], table[r.POLICY] = self.workers, queues, r.POLICIES.index(s.policy)
+        table[r.WORKERS], table[r.QUEUES] = self.workers, queues
+        table[r.BY_AGE], table[r.PREFERS_HOME] = self._policy.by_age, self._policy.prefers_home
         table[r.IMMEDIATE] = s.immediate_successor
         table[r.SPINS] = {"busy": -1, "hybrid": s.spins, "idle": 0}[s.idle]
         table[r.QUEUES_AT], table[r.RUNS_AT], table[r.WORKERS_AT] = queue_words.ctypes.data, runs.ctypes.data, workers.ctypes.data
         table[r.MUTEX], table[r.WORK], table[r.DONE] = mutex, work, done
-        self._heap_entries, self._scratch_bytes = 0, -1
+        self._heap_room, self._scratch_bytes = 0, -1
         self._room: list[np.ndarray] = []  # old heaps too: a worker may still look into one
         self._records = np.zeros((self.workers, s.record), _ROW)
         self._counts_taken = np.zeros(self.workers, np.int64)
@@ -307,29 +310,29 @@ class Scheduler(OneAtATime):
         self._table[[r.FAILED, r.STOPPING]] = 0  # last: an interrupt before this is made good by the next run
 
     def _has_room(self, plan: Plan) -> bool:
-        return 2 * plan.tasks <= self._heap_entries and plan.scratch_bytes <= self._scratch_bytes
+        return 2 * plan.tasks <= self._heap_room and plan.scratch_bytes <= self._scratch_bytes
 
     def _make_room(self, plan: Plan) -> None:
         """Let every queue hold all tasks of two runs, and every worker have the scratch that the kernels ask for. Nothing is under way."""
         if self._has_room(plan):
             return
-        entries, scratch_bytes = max(self._heap_entries, 2 * plan.tasks), max(self._scratch_bytes, plan.scratch_bytes)
-        heaps = np.zeros((len(self._queue_words), 2, entries), np.int64)
+        room, scratch_bytes = max(self._heap_room, 2 * plan.tasks), max(self._scratch_bytes, plan.scratch_bytes)
+        heaps = np.zeros((len(self._queue_words), 2, room), np.int64)
         scratch = np.zeros((self.workers, aligned(scratch_bytes) + ALIGNMENT_BYTES), np.uint8)
         self._room += [heaps, scratch]
-        self._queue_words[:, [r.KEYS, r.ENTRIES]] = [[array.ctypes.data for array in pair] for pair in heaps]
+        self._queue_words[:, [r.KEYS, r.INSTANCES]] = [[array.ctypes.data for array in pair] for pair in heaps]
         self._worker_words[:-1, r.SCRATCH] = [aligned(each.ctypes.data) for each in scratch]
-        self._heap_entries, self._scratch_bytes = entries, scratch_bytes  # last: an interrupt before this is made good by the next run
+        self._heap_room, self._scratch_bytes = room, scratch_bytes  # last: an interrupt before this is made good by the next run
 
     def _write(self, run: _Run, before: _Run | None) -> None:
         """Write what the workers are to know of a run."""
         plan, tasks, s = run.plan, run.plan.tasks, self.settings
-        follows_home = s.policy == "same_core_first"
+        prefers_home = self._policy.prefers_home
         run.arrays = {
             r.PENDING: np.empty(tasks, np.int64),
             r.MARKS: np.empty(tasks, np.int64) if run.owner is not None else None,
             r.READY_AT: np.empty(tasks, np.int64) if s.record else None,
-            r.RAN_ON: np.full(tasks, r.NOTHING, np.int64) if follows_home else None,
+            r.RAN_ON: np.full(tasks, r.NOTHING, np.int64) if prefers_home else None,
             r.CALL_FIRST: plan.call_first,
             r.CALL_ENTRY: plan.call_entry,
             r.CALL_WORDS: plan.call_words,
@@ -337,33 +340,38 @@ class Scheduler(OneAtATime):
             r.SUCCESSOR: plan.successor,
             r.INDEGREE: plan.indegree,
             r.OWN_PRIORITIES: plan.priorities,
-            r.FAVOURITES: plan.favourites if follows_home else None,
+            r.FAVOURITES: plan.favourites if prefers_home else None,
             r.LOCK_FIRST: plan.lock_first,
             r.LOCK_OF: plan.lock_of,
             r.LOCKS: plan.locks,
-            r.RANKS: None,
+            r.VALUES: None,
             r.DURATIONS: None,
         }
-        if s.policy == "longest_path_first":
-            self._measure(run, before)
+        if self._policy.is_timed:
+            self._take_times(run)
+        if self._policy.values:
+            self._give_values(run, before)
         words = self._run_words[run.slot]
         for at, array in run.arrays.items():
             words[at] = 0 if array is None else array.ctypes.data
         words[r.TASKS], words[r.NUMBER], words[r.REMAINING] = tasks, run.number, plan.sinks
 
-    def _measure(self, run: _Run, before: _Run | None) -> None:
-        """For longest_path_first: rank tasks by when they must start for the run to end in time, and time them in the first runs."""
+    def _take_times(self, run: _Run) -> None:
+        """Have tasks timed in the first runs, and take over what was measured so far."""
         plan = run.plan
         if plan.runs in _MEASURED_RUNS:
-            plan.seconds = np.where(plan.durations > 0, plan.durations * 1e-9, plan.seconds)
-        if plan.runs in (0, *_MEASURED_RUNS):
-            plan.rank()
+            plan.seconds, plan.values = np.where(plan.durations > 0, plan.durations * 1e-9, plan.seconds), None
         if plan.runs < _MEASURED_RUNS[-1]:
             run.arrays[r.DURATIONS] = plan.durations
         plan.runs += 1
-        run.arrays[r.RANKS] = plan.latest_starts_ns
-        run.offset_ns = before.offset_ns + before.plan.length_ns if before else 0
-        self._run_words[run.slot, r.OFFSET] = run.offset_ns
+
+    def _give_values(self, run: _Run, before: _Run | None) -> None:
+        """Give tasks the values of the policy, behind those of the run before."""
+        if run.plan.values is None:
+            run.plan.values = self._policy.values(run.plan)
+        run.arrays[r.VALUES] = run.plan.values[0]
+        run.offset = before.offset + before.plan.values[1] if before else 0
+        self._run_words[run.slot, r.OFFSET] = run.offset
 
     def ahead(self) -> float:
         run = self._runs[0] if self._runs else None

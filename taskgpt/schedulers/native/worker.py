@@ -13,6 +13,7 @@ from numba import types
 
 from taskgpt.schedulers.native.pointers import (
     REALTIME,
+    WORD_BYTES,
     address_of,
     call_entry,
     clock_gettime,
@@ -33,7 +34,8 @@ from taskgpt.schedulers.native.pointers import (
     store_last,
     words_at,
 )
-from taskgpt.schedulers.native.queues import (
+from taskgpt.schedulers.native.queues import is_anything_ready, push, rank, take
+from taskgpt.schedulers.native.table import (
     CALL_ENTRY,
     CALL_FIRST,
     CALL_WORDS,
@@ -65,6 +67,12 @@ from taskgpt.schedulers.native.queues import (
     RECORD_CAPACITY,
     RECORD_COUNT,
     REMAINING,
+    ROW_READY,
+    ROW_RUN,
+    ROW_START,
+    ROW_STOP,
+    ROW_TASK,
+    ROW_WORDS,
     SCRATCH,
     SPINS,
     STOPPING,
@@ -74,17 +82,16 @@ from taskgpt.schedulers.native.queues import (
     WORK,
     WORKERS,
     compiled,
-    full_rank,
-    is_anything_ready,
+    instance_of,
     now,
-    push,
+    run_in,
     run_of,
-    take,
+    slot_of,
+    task_of,
     worker_of,
 )
 
 FINISHED, SUBMITTED = 1, 2  # bits of a task's mark: it has run; the next run has been submitted
-RECORD_FIELDS = 5  # run, task, ready, start, end
 _YIELD_EVERY = 64  # spins
 
 
@@ -95,19 +102,19 @@ _YIELD_EVERY = 64  # spins
 def work(table, me):
     """Be worker `me` until the scheduler closes."""
     t = words_at(table)
-    entry = NOTHING
+    instance = NOTHING
     while True:
         if load(t, STOPPING) != 0:
-            entry = NOTHING  # dropped, with all that waits in the queues
+            instance = NOTHING  # dropped, with all that waits in the queues
             if not wait_for_work(t):
                 return
-        if entry == NOTHING:
-            entry = take(t, me)
-        if entry == NOTHING:
+        if instance == NOTHING:
+            instance = take(t, me)
+        if instance == NOTHING:
             if not wait_for_work(t):
                 return
         else:
-            entry = run_task(t, me, entry)
+            instance = run_task(t, me, instance)
 
 
 @compiled
@@ -135,9 +142,9 @@ def wait_for_work(t):
 
 
 @compiled
-def run_task(t, me, entry):
+def run_task(t, me, instance):
     """Run a task and release its successors; return the one to go on with, or NOTHING."""
-    run, worker, task = run_of(t, entry), worker_of(t, me), entry >> 1
+    run, worker, task = run_of(t, instance), worker_of(t, me), task_of(instance)
     is_timed = worker[RECORD] != 0 or run[DURATIONS] != 0
     if run[LOCKS] != 0 and not _take_locks(t, run, task):
         return NOTHING
@@ -146,7 +153,7 @@ def run_task(t, me, entry):
     entries, arguments = words_at(run[CALL_ENTRY]), words_at(run[CALL_WORDS])
     for call in range(first[task], first[task + 1]):
         if call_entry(entries[call], arguments[call], worker[SCRATCH], address_of(worker, ERROR)) != 0:
-            _fail(t, me, entry, call)
+            _fail(t, me, instance, call)
             if run[LOCKS] != 0:
                 _release_locks(run, task)
             return NOTHING
@@ -157,24 +164,24 @@ def run_task(t, me, entry):
         words_at(run[DURATIONS])[task] = stop - start
     if worker[RECORD] != 0:
         _record(worker, run, task, start, stop)
-    if run[RAN_ON] != 0:
-        words_at(run[RAN_ON])[task] = me
-    return release(t, me, entry)
+    return release(t, me, instance)
 
 
 @compiled
-def release(t, me, entry):
+def release(t, me, instance):
     """Count the successors of a finished task down, and push all that became ready but the best; return that, or NOTHING."""
-    run, task = run_of(t, entry), entry >> 1
+    run, task = run_of(t, instance), task_of(instance)
+    if run[RAN_ON] != 0:
+        words_at(run[RAN_ON])[task] = me
     best = NOTHING
     # The next run first: once the last of this run's own edges is counted down, the run may end and its arrays be used again.
     if run[MARKS] != 0 and fetch_or(words_at(run[MARKS]), task, FINISHED) & SUBMITTED:
-        best = _release_next(t, me, entry, best)
+        best = _release_next(t, me, instance, best)
     firsts, successors, pending = words_at(run[SUCCESSOR_FIRST]), words_at(run[SUCCESSOR]), words_at(run[PENDING])
     first, last = firsts[task], firsts[task + 1]
     for at in range(first, last):
         if fetch_add(pending, successors[at], -1) == 1:
-            best = _offer(t, me, best, successors[at] * 2 + (entry & 1))
+            best = _offer(t, me, best, instance_of(successors[at], slot_of(instance)))
     # A run is over when its last tasks are: all others come before one of them.
     if first == last and fetch_add(run, REMAINING, -1) == 1:
         mutex_lock(t[MUTEX])
@@ -187,37 +194,37 @@ def release(t, me, entry):
 
 
 @compiled
-def _release_next(t, me, entry, best):
+def _release_next(t, me, instance, best):
     """Count down the tasks of the next run that wait for this one."""
-    run, task, other = run_of(t, entry), entry >> 1, (entry & 1) ^ 1
+    run, task, other = run_of(t, instance), task_of(instance), slot_of(instance) ^ 1
     firsts, successors = words_at(run[NEXT_FIRST]), words_at(run[NEXT])
-    pending = words_at(run_of(t, other)[PENDING])
+    pending = words_at(run_in(t, other)[PENDING])
     for at in range(firsts[task], firsts[task + 1]):
         if fetch_add(pending, successors[at], -1) == 1:
-            best = _offer(t, me, best, successors[at] * 2 + other)
+            best = _offer(t, me, best, instance_of(successors[at], other))
     return best
 
 
 @compiled
-def _offer(t, me, best, entry):
+def _offer(t, me, best, instance):
     """Keep the better of two ready tasks and push the other; without immediate successor, push every one."""
-    _note_ready(t, me, entry)
+    _note_ready(t, me, instance)
     if t[IMMEDIATE] == 0:
-        push(t, me, entry)
+        push(t, me, instance)
         return best
     if best == NOTHING:
-        return entry
-    if full_rank(t, entry, 1) < full_rank(t, best, 0):
-        best, entry = entry, best
-    push(t, me, entry)
+        return instance
+    if rank(t, instance, 1) < rank(t, best, 0):
+        best, instance = instance, best
+    push(t, me, instance)
     return best
 
 
 @compiled
-def _note_ready(t, me, entry):
-    run = run_of(t, entry)
+def _note_ready(t, me, instance):
+    run = run_of(t, instance)
     if run[READY_AT] != 0:
-        words_at(run[READY_AT])[entry >> 1] = now(worker_of(t, me))
+        words_at(run[READY_AT])[task_of(instance)] = now(worker_of(t, me))
 
 
 @compiled
@@ -246,18 +253,19 @@ def _release_locks(run, task):
 def _record(worker, run, task, start, stop):
     count = worker[RECORD_COUNT]
     if count < worker[RECORD_CAPACITY]:
-        row = words_at(worker[RECORD] + count * (RECORD_FIELDS * 8))
-        row[0], row[1], row[2], row[3], row[4] = run[NUMBER], task, words_at(run[READY_AT])[task], start, stop
+        row = words_at(worker[RECORD] + count * (ROW_WORDS * WORD_BYTES))
+        row[ROW_RUN], row[ROW_TASK], row[ROW_READY] = run[NUMBER], task, words_at(run[READY_AT])[task]
+        row[ROW_START], row[ROW_STOP] = start, stop
     # After the row, which may be read as soon as it counts. Also of those that found no room: the reader knows how many are missing.
     store_last(worker, RECORD_COUNT, count + 1)
 
 
 @compiled
-def _fail(t, me, entry, call):
+def _fail(t, me, instance, call):
     """Note the first failure and have everybody stop."""
     mutex_lock(t[MUTEX])
     if t[FAILED] == 0:
-        t[FAILED], t[FAILED_CALL] = worker_of(t, me)[ERROR], call * 2 + (entry & 1)
+        t[FAILED], t[FAILED_CALL] = worker_of(t, me)[ERROR], instance_of(call, slot_of(instance))
         store(t, STOPPING, 1)
         condition_broadcast(t[WORK])
         condition_broadcast(t[DONE])
@@ -279,7 +287,7 @@ def initialize(mutex, work, done):
 def submit(table, slot, is_next):
     """Start the run in `slot`. With `is_next`, its tasks wait for those of the other slot's run, as the edges there say."""
     t = words_at(table)
-    me, run, before = t[WORKERS], run_of(t, slot), run_of(t, slot ^ 1)
+    me, run, before = t[WORKERS], run_in(t, slot), run_in(t, slot ^ 1)
     tasks = run[TASKS]
     indegree, pending = words_at(run[INDEGREE]), words_at(run[PENDING])
     for task in range(tasks):
@@ -299,20 +307,20 @@ def submit(table, slot, is_next):
         marks = words_at(before[MARKS])
         for task in range(before[TASKS]):
             if fetch_or(marks, task, SUBMITTED) & FINISHED:
-                best = _release_next(t, me, task * 2 + (slot ^ 1), NOTHING)
+                best = _release_next(t, me, instance_of(task, slot ^ 1), NOTHING)
                 if best != NOTHING:
                     push(t, me, best)
     for task in range(tasks):
         if load(pending, task) == NOTHING:
-            _note_ready(t, me, task * 2 + slot)
-            push(t, me, task * 2 + slot)
+            _note_ready(t, me, instance_of(task, slot))
+            push(t, me, instance_of(task, slot))
 
 
 @compiled
 def wait(table, slot, milliseconds):
     """Wait so long for the run in `slot` to end; return True if it has ended or if the workers stop."""
     t = words_at(table)
-    run, clock = run_of(t, slot), worker_of(t, t[WORKERS])
+    run, clock = run_in(t, slot), worker_of(t, t[WORKERS])
     clock_gettime(types.int32(REALTIME), address_of(clock, CLOCK))
     nanoseconds = clock[CLOCK_NS] + milliseconds * 1_000_000
     clock[CLOCK], clock[CLOCK_NS] = clock[CLOCK] + nanoseconds // 1_000_000_000, nanoseconds % 1_000_000_000

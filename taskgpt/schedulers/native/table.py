@@ -1,0 +1,101 @@
+"""The table: what compiled workers share, as int64 words, and the names of its parts.
+
+First comes what all share, then a part for each queue, each of the two runs, and each worker. What is written often lies on cache lines of
+its own, so that nobody waits for a line because of another's word. A number from an array's name is a place in its part: `t[WORKERS]`.
+
+    instance   a ready task: of which run, and which task; 2 * task + slot, where slot is the run's place in the table, 0 or 1
+"""
+
+from numba import njit, types
+
+from taskgpt.schedulers.native.pointers import (
+    CACHE_LINE_WORDS,
+    MONOTONIC,
+    WORD_BYTES,
+    address_of,
+    clock_gettime,
+    words_at,
+)
+from taskgpt.schedulers.records import RECORD_TYPE
+
+compiled = njit(nogil=True, error_model="numpy")
+
+NOTHING = -1  # no task, no worker, no instance
+
+
+def _lines(count: int) -> range:
+    """Return where each of so many cache lines begins, and where the next one would."""
+    return range(0, (count + 1) * CACHE_LINE_WORDS, CACHE_LINE_WORDS)
+
+
+# What all share. Settings and addresses are written before the workers start; each other line has one kind of news.
+_SETTINGS, _STOP, _SLEEP, _FAILURE, TABLE_WORDS = _lines(4)
+WORKERS, QUEUES, BY_AGE, PREFERS_HOME, IMMEDIATE, SPINS, PRIORITIES, QUEUES_AT, RUNS_AT, WORKERS_AT, MUTEX, WORK, DONE = range(
+    _SETTINGS, _SETTINGS + 13
+)
+STOPPING, CLOSING = range(_STOP, _STOP + 2)
+PARKED = _SLEEP  # workers that sleep
+FAILED, FAILED_CALL = range(_FAILURE, _FAILURE + 2)
+
+# A queue: those who look whether it has something spin on LOCK, its owner writes the rest.
+_LOCK, _HEAP, QUEUE_WORDS = _lines(2)
+LOCK = _LOCK
+SIZE, SEQUENCE, KEYS, INSTANCES = range(_HEAP, _HEAP + 4)
+
+# A run of a graph. Addresses of arrays (0: none), first of the graph, then of this run; REMAINING is counted down by all.
+_ARRAYS, _, _COUNT, RUN_WORDS = _lines(3)
+CALL_FIRST, CALL_ENTRY, CALL_WORDS, SUCCESSOR_FIRST, SUCCESSOR, INDEGREE = range(_ARRAYS, _ARRAYS + 6)
+VALUES, OWN_PRIORITIES, FAVOURITES, LOCK_FIRST, LOCK_OF, LOCKS = range(_ARRAYS + 6, _ARRAYS + 12)
+TASKS, NUMBER, OFFSET, PENDING, MARKS, READY_AT, RAN_ON, DURATIONS, NEXT_FIRST, NEXT = range(_ARRAYS + 12, _ARRAYS + 22)
+REMAINING = _COUNT
+
+# A worker; one more stands for the thread that submits. The second line keeps its neighbour away.
+_OWN, _, WORKER_WORDS = _lines(2)
+CLOCK, CLOCK_NS, SCRATCH, ERROR, RECORD, RECORD_CAPACITY, RECORD_COUNT = range(_OWN, _OWN + 7)
+
+# What a worker records of a task: a row of RECORD_TYPE, but for the worker, whose rows they are.
+ROW_NAMES = RECORD_TYPE.names[:-1]
+ROW_WORDS = len(ROW_NAMES)
+ROW_RUN, ROW_TASK, ROW_READY, ROW_START, ROW_STOP = map(ROW_NAMES.index, ("run", "task", "ready_ns", "start_ns", "stop_ns"))
+
+
+@compiled
+def task_of(instance):
+    return instance >> 1
+
+
+@compiled
+def slot_of(instance):
+    return instance & 1
+
+
+@compiled
+def instance_of(task, slot):
+    return 2 * task + slot
+
+
+@compiled
+def queue_of(t, at):
+    return words_at(t[QUEUES_AT] + at * (QUEUE_WORDS * WORD_BYTES))
+
+
+@compiled
+def run_in(t, slot):
+    return words_at(t[RUNS_AT] + slot * (RUN_WORDS * WORD_BYTES))
+
+
+@compiled
+def run_of(t, instance):
+    return run_in(t, slot_of(instance))
+
+
+@compiled
+def worker_of(t, me):
+    return words_at(t[WORKERS_AT] + me * (WORKER_WORDS * WORD_BYTES))
+
+
+@compiled
+def now(worker):
+    """Return the time in ns, of CLOCK_MONOTONIC, which on Linux time.monotonic_ns() reads."""
+    clock_gettime(types.int32(MONOTONIC), address_of(worker, CLOCK))
+    return worker[CLOCK] * 1_000_000_000 + worker[CLOCK_NS]
