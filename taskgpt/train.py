@@ -26,7 +26,7 @@ from typing import Any
 
 import psutil
 
-from taskgpt.config import GraphConfig, SchedulerConfig, available, load_graph, load_scheduler, parse_settings
+from taskgpt.config import GraphConfig, SchedulerConfig, load_graph, load_scheduler, parse_settings
 from taskgpt.console import Report, StopRequest
 from taskgpt.errors import UserError, on_signals, run_program, shorten
 from taskgpt.gpt2 import checkpoint
@@ -36,10 +36,12 @@ from taskgpt.gpt2.sampling import Sampler
 from taskgpt.gpt2.text.data import Data, open_data
 from taskgpt.lab import machine
 from taskgpt.lab.disturbance import Disturbance
+from taskgpt.lab.named import by_file, graph_of, scheduler_of
 from taskgpt.lab.pace import Pace
 from taskgpt.lab.traces.formats import has_trace, save, verify_can_write
 from taskgpt.lab.traces.trace import RECORD, Traced
 from taskgpt.lab.tuning import tuned
+from taskgpt.programs.arguments import AUTO, Parser, add_changes, add_graph, add_scheduler, add_workers
 from taskgpt.schedulers import Scheduler, WorkerError, open_scheduler
 from taskgpt.tasks import AccessError, Graph, Kernel, TaskError, TwinError, check, compile_kernels
 
@@ -49,13 +51,10 @@ FLOAT32_MAX = 3.4e38  # a learning rate beyond it would be infinite
 
 def parser() -> argparse.ArgumentParser:
     """Return the flags; their defaults are llm.c's."""
-    title, _, examples = (__doc__ or "").partition("\n\n")  # none under python -OO
-    p = argparse.ArgumentParser("taskgpt train", description=title, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser("taskgpt train", __doc__)
     what = p.add_argument_group("what runs")
-    what.add_argument("--graph", default="gpt2-124m", metavar="NAME", help=f"graph file: {', '.join(available('graphs'))}, or a path")
-    what.add_argument(
-        "--tiles", choices=["auto"], help="auto: those that `taskgpt tune` found for this machine, shape and number of workers"
-    )
+    add_graph(what, "gpt2-124m")
+    add_changes(what, has_auto=True)
     what.add_argument("--init", metavar="MODEL.bin", help="start from an llm.c checkpoint, which also gives the model's shape")
     what.add_argument(
         "--data", default="tinyshakespeare", help="tinyshakespeare, tinystories, a text file, a folder or glob of token files"
@@ -67,10 +66,8 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--weight-decay", type=_rate, default=0.0, help="AdamW's weight decay (default 0, as in llm.c)")
     what.add_argument("--seed", type=_count, default=42, help="of the initial parameters (default 42)")
     how = p.add_argument_group("how it runs")
-    schedulers = ", ".join(available("scheduler_configs"))
-    how.add_argument("--scheduler", default="native", metavar="NAME", help=f"scheduler file: {schedulers}, or a path")
-    how.add_argument("--workers", type=_positive, metavar="N", help="workers (default: the scheduler file's)")
-    how.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the graph or the scheduler file")
+    add_scheduler(how, "native")
+    add_workers(how, "default: the scheduler file's")
     how.add_argument("--check", action="store_true", help="run every task on guarded copies and report undeclared accesses (slow)")
     out = p.add_argument_group("what comes out")
     out.add_argument("--val-every", type=_count, default=10, metavar="N", help="validation loss every N steps, 0 = never (default 10)")
@@ -258,8 +255,12 @@ def run_steps(
 
 
 def configure(flags: argparse.Namespace) -> tuple[GraphConfig, SchedulerConfig]:
-    """Return both configurations: files, then tiles that tuning found, then `--set`, then the flags that name a key of their own."""
-    graph_overrides, scheduler_overrides = parse_settings(flags.set)
+    """Return both configurations: files, then tiles that tuning found, then what names, --tiles, --set and the other flags change."""
+    (graph_name, graph_overrides), (scheduler_name, scheduler_overrides) = graph_of(flags.graph), scheduler_of(flags.scheduler)
+    is_auto, sizes = AUTO in flags.tiles, [word for word in flags.tiles if word != AUTO]
+    of_graph, of_scheduler = parse_settings([f"{key}={value}" for each in by_file(sizes, flags.set) for key, (value,) in each.items()])
+    graph_overrides |= of_graph
+    scheduler_overrides |= of_scheduler
     for key, value in (("batch.batch_size", flags.batch_size), ("batch.seq_len", flags.seq_len)):
         if value is not None:
             graph_overrides[key] = value
@@ -268,13 +269,13 @@ def configure(flags: argparse.Namespace) -> tuple[GraphConfig, SchedulerConfig]:
     if flags.trace is not None or flags.dashboard is not None:
         scheduler_overrides["record"] = RECORD
     model = checkpoint.read_shape(flags.init) if flags.init is not None else None
-    graph = load_graph(flags.graph, graph_overrides, model)
-    scheduler = load_scheduler(flags.scheduler, scheduler_overrides)
-    if flags.tiles == "auto":
+    graph = load_graph(graph_name, graph_overrides, model)
+    scheduler = load_scheduler(scheduler_name, scheduler_overrides)
+    if is_auto:
         workers = scheduler.settings.workers or machine.usable_cores()
-        tiles = tuned.remembered(graph, workers, tuned.tune_command(flags.graph, graph, flags.workers))
+        tiles = tuned.remembered(graph, workers, tuned.tune_command(graph_name, graph, flags.workers))
         found = {f"tiles.{key}": size for key, size in dataclasses.asdict(tiles).items()}
-        graph = load_graph(flags.graph, found | graph_overrides, model)
+        graph = load_graph(graph_name, found | graph_overrides, model)
     return graph, scheduler
 
 

@@ -292,6 +292,7 @@ def test_step(quick, tmp_path, capsys):
         "2",
         "--rounds",
         "2",
+        "--wide",
     ]
     record = run(tmp_path, "step", *words)
     rows = record["steps"]
@@ -506,7 +507,7 @@ def test_a_report_is_written_into_a_pipe_that_is_read(tmp_path):
     """The pipe stays one, and its reader gets the record once."""
     os.mkfifo(tmp_path / "pipe")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
-    report.Report(type("Flags", (), {"json": str(tmp_path / "pipe")})()).save()
+    report.Report(type("Flags", (), {"json": str(tmp_path / "pipe"), "wide": False})()).save()
     assert "machine" in json.loads(os.read(reader, 1 << 16))
     os.close(reader)
     assert (tmp_path / "pipe").is_fifo()
@@ -514,7 +515,7 @@ def test_a_report_is_written_into_a_pipe_that_is_read(tmp_path):
 
 def test_peers_must_begin_with_our_loss():
     """To rounding, bfloat16's being coarser; else they are left out in one line."""
-    said = report.Report(type("Flags", (), {"json": None})())
+    said = report.Report(type("Flags", (), {"json": None, "wide": False})())
     ours = peers.Contestant("taskgpt", "native", "float32", 4.0, dict)
     cases = (("float32", 4.00009, True), ("float32", 4.0002, False), ("bfloat16", 4.009, True), ("bfloat16", 3.98, False))
     for precision, loss, is_same in cases:
@@ -569,7 +570,7 @@ def test_quartiles():
 
 def test_a_table_aligns_text_left_and_numbers_right(capsys):
     """None is a dash."""
-    said = report.Report(type("Flags", (), {"json": None})())
+    said = report.Report(type("Flags", (), {"json": None, "wide": False})())
     capsys.readouterr()
     rows = [{"name": "a", "ms": 1.25, "more": [1]}, {"name": "long name", "ms": None, "more": []}]
     said.table("rows", {"who": ("name", ""), "median": ("ms", ".1f")}, rows)
@@ -583,13 +584,13 @@ def test_a_table_aligns_text_left_and_numbers_right(capsys):
         (["step", "--graphs", "tiny", "--schedulers", "loop"], "unknown scheduler 'loop'; did you mean 'loops'?"),
         (["step", "--graphs", "tiny", "--schedulers", "loops:tiles.rows=8"], "tiles.rows is a key of graph files"),
         (["step", "--rounds", "0"], "--rounds: wanted at least 1, got 0"),
-        (["roofline", "--graphs", "tiny", "--workers", "0"], "--workers: wanted at least 1, got 0"),
+        (["roofline", "--graphs", "tiny", "--workers", "0"], "--workers 0: wanted numbers from 1 to 4,096"),
         (["overhead", "--systems", "dask.thread"], "unknown system 'dask.thread'; did you mean 'dask.threaded'?"),
         (["metg", "--efficiency", "50"], "--efficiency: wanted a part of the peak, between 0 and 1, got 50.0"),
         (["metg", "--systems", "tcp://10.0.0.1:8786"], "clusters by address are not supported yet"),
         (["metg", "--steps", "1000000000"], "--steps: wanted at most 1,000,000, got 1000000000"),
         (["metg", "--steps", "1000000", "--width", "4"], "wanted at most 1,000,000 tasks"),
-        (["step", "--workers", "1000000000"], "workers: wanted at most 4,096, got 1000000000"),
+        (["step", "--workers", "1000000000"], "--workers 1000000000: wanted numbers from 1 to 4,096"),
         (["metg", "--steps", "0"], "--steps: wanted at least 1, got 0"),
         (["metg", "--width", "-1"], "--width: wanted at least 1, got -1"),
         (["peers", "--graph", "tiny", "--scheduler", "nativ"], "unknown scheduler 'nativ'; did you mean 'native'?"),

@@ -12,6 +12,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the roof down: a room imports from rooms below its own, never from another on its own floor.
 FLOORS = """
 __main__ train programs
+programs.arguments
 lab.tuning
 lab.simulator lab.benchmarks
 lab.contests lab.roofline console

@@ -426,7 +426,7 @@ def test_files_are_left_where_the_cache_cannot_be_written(tmp_path, capsys, monk
     else:
         (tmp_path / "cache").write_text("")
         reason = "cannot write: Not a directory"
-    flags = argparse.Namespace(graph="tiny", output=str(tmp_path), workers=1, argv=[], json=None)
+    flags = argparse.Namespace(graph="tiny", output=str(tmp_path), workers=1, argv=[], json=None, wide=False)
     program.leave(flags, load_graph("tiny"), Cell("tiny", (), "native", (), 1), "none", Report(flags))
     assert {"tiny-tuned.toml", "native-tuned.toml"} <= {path.name for path in tmp_path.iterdir()}
     shown = capsys.readouterr().out
@@ -451,8 +451,8 @@ def test_ctrl_c_leaves_nothing(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--workers", "0"], "--workers: wanted at least 1, got 0"),
-        (["--workers", "100000"], "--workers 100000: this machine has"),
+        (["--workers", "0"], "--workers 0: wanted numbers from 1 to 4,096"),
+        (["--workers", "4000"], "--workers 4000: this machine has"),
         (["--graph", "gpt2-124"], "did you mean 'gpt2-124m'?"),
         (["--graph", "tiny:tile.rows=3"], "unknown key 'tile.rows'"),
         (["--graph", "tiny:policy=oldest_first"], "no key of a graph file"),

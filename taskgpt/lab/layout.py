@@ -1,6 +1,9 @@
 """Tables of words, laid out as text for a terminal, as Markdown, and as HTML: columns of words stand left, columns of numbers right."""
 
+import argparse
 import re
+import shutil
+import textwrap
 from collections.abc import Sequence
 from html import escape
 from typing import Any
@@ -9,6 +12,8 @@ from taskgpt.errors import shorten
 
 Table = dict[str, Any]  # caption; head, a list of words; rows, lists of words
 
+GAP = "  "  # between columns
+LEAST_WORDS = 12  # characters that a column of words keeps
 _NUMBER = re.compile(r"[-+]?[\d.,]+%?(-[\d.,]+)?")  # and ranges of two
 
 
@@ -17,17 +22,59 @@ def label(name: str) -> str:
     return shorten(name, 120) or "no name"
 
 
-def to_text(table: Table) -> str:
-    """Return caption, if there is one, head and rows in aligned columns."""
+def terminal_width(flags: argparse.Namespace) -> int | None:
+    """Return how wide text may be: as the terminal is, 80 where there is none; None, as wide as it gets, if `--wide` was given."""
+    return None if flags.wide else shutil.get_terminal_size().columns
+
+
+def to_text(table: Table, width: int | None = None) -> str:
+    """Return caption, if there is one, head and rows in aligned columns.
+
+    Within a `width`, heads and words that are too long for it go on in lines below; numbers stay whole.
+    """
     lines = [[cell if cell.isprintable() else shorten(cell) for cell in line] for line in (table["head"], *table["rows"])]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lefts, columns = stand_left(table), list(zip(*lines, strict=True))
+    widths = [max(map(len, column)) for column in columns]
     found = [table["caption"]] if table["caption"] else []
+    if width is not None:
+        found = textwrap.wrap(table["caption"], width)
+        widths = _narrowed(widths, [_least(column, left) for column, left in zip(columns, lefts, strict=True)], width)
     for line in lines:
-        cells = (
-            f"{cell:<{width}}" if left else f"{cell:>{width}}" for cell, width, left in zip(line, widths, stand_left(table), strict=True)
-        )
-        found.append("  ".join(cells).rstrip())
+        parts = [_cut(cell, at) for cell, at in zip(line, widths, strict=True)]
+        for number in range(max(map(len, parts))):
+            cells = (part[number] if number < len(part) else "" for part in parts)
+            aligned = (f"{c:<{at}}" if left else f"{c:>{at}}" for c, at, left in zip(cells, widths, lefts, strict=True))
+            found.append(GAP.join(aligned).rstrip())
     return "\n".join(found)
+
+
+def _least(column: Sequence[str], stands_left: bool) -> int:
+    """Return how narrow a column may become: numbers stay whole, heads break between words, words anywhere, but for short ones."""
+    head, *cells = column
+    return max([*(len(word) for word in head.split()), *(min(len(cell), LEAST_WORDS) if stands_left else len(cell) for cell in cells)])
+
+
+def _narrowed(widths: Sequence[int], least: Sequence[int], width: int) -> list[int]:
+    """Return widths that fit, the widest column cut first; none becomes narrower than its least."""
+    widths = list(widths)
+    while sum(widths) + len(GAP) * (len(widths) - 1) > width:
+        able = [at for at in range(len(widths)) if widths[at] > least[at]]
+        if not able:
+            break
+        widths[max(able, key=lambda at: widths[at])] -= 1
+    return widths
+
+
+def _cut(cell: str, width: int) -> list[str]:
+    """Return a cell in lines of a width: broken between words, or behind what joins them."""
+    lines = [""]
+    for word in re.findall(r"[^ ,:=-]*[ ,:=-]*", cell):
+        if len(lines[-1]) + len(word.rstrip()) > width and lines[-1]:
+            lines.append("")
+        lines[-1] += word
+        while len(lines[-1].rstrip()) > width:
+            lines[-1:] = [lines[-1][:width], lines[-1][width:]]
+    return [line.rstrip() for line in lines]
 
 
 def to_markdown(table: Table) -> str:

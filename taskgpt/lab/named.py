@@ -4,14 +4,26 @@ small = prepare("gpt2-124m:model.layers=3")
 trace = record(small, "loops:workers=2", steps=4)
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import itertools
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 
-from taskgpt.config import GraphConfig, SchedulerConfig, is_address, load_graph, load_scheduler, parse_graph_settings, parse_settings
-from taskgpt.errors import UserError, shorten
-from taskgpt.gpt2.model import GPT2
+from taskgpt.config import (
+    GraphConfig,
+    SchedulerConfig,
+    graph_keys,
+    is_address,
+    load_graph,
+    load_scheduler,
+    parse_graph_settings,
+    parse_settings,
+)
+from taskgpt.errors import UserError, did_you_mean, shorten
+from taskgpt.gpt2.model import GPT2, Tiles
 from taskgpt.gpt2.program import training_graph
 from taskgpt.lab import machine
 from taskgpt.lab.traces.trace import RECORD, Trace, Traced
@@ -19,6 +31,7 @@ from taskgpt.schedulers import Scheduler, open_scheduler
 from taskgpt.tasks import Graph, compile_kernels
 
 MOST_WORKERS = 4096
+Changes = tuple[tuple[str, str], ...]  # (key, value) as on the command line
 
 
 @dataclass
@@ -65,8 +78,7 @@ def make(word: str, shared: bool = False) -> GPT2:
 
 def make_config(word: str) -> GraphConfig:
     """Return the configuration `NAME[:KEY=VALUE,...]` of a graph."""
-    name, changes = split_changes(word)
-    return load_graph(name, parse_graph_settings(changes))
+    return load_graph(*graph_of(word))
 
 
 def named_scheduler(word: str, workers: int | None, **defaults: object) -> Scheduler:
@@ -80,33 +92,108 @@ def named_config(word: str, workers: int | None, **defaults: object) -> Schedule
 
     `defaults` stand in for its own where it has such keys.
     """
-    name, changes = split_changes(word)
-    foreign, overrides = parse_settings(changes)
-    for key in foreign:
-        raise UserError(f"{word}: {key} is a key of graph files; give it with the graph, --graphs NAME:{key}=VALUE")
+    name, overrides = scheduler_of(word)
     settings = load_scheduler(name, overrides).settings
     if workers is not None and settings.workers != 1:
         defaults["workers"] = workers
     return load_scheduler(name, {**{key: value for key, value in defaults.items() if hasattr(settings, key)}, **overrides})
 
 
-def listed(words: Sequence[str]) -> list[str]:
-    """Return the names of a flag that takes several: `a,b c` is three. A word with a colon is `NAME:KEY=VALUE,...`, one name."""
-    return [name for word in words for name in ([word] if ":" in word else word.split(",")) if name]
+# Words ----------------------------------------------------------------------------------------------------------------------------------
 
 
-def worker_counts(words: Sequence[str]) -> list[int]:
+def graph_of(word: str) -> tuple[str, dict[str, Any]]:
+    """Return (name, overrides of the file) of a graph's word."""
+    name, changes = split_changes(word)
+    return name, parse_graph_settings(changes)
+
+
+def scheduler_of(word: str) -> tuple[str, dict[str, Any]]:
+    """Return (name, overrides of the file) of a scheduler's word."""
+    name, changes = split_changes(word)
+    foreign, overrides = parse_settings(changes)
+    for key in foreign:
+        raise UserError(f"{word}: {key} is a key of graph files; give it with the graph, --graph NAME:{key}=VALUE")
+    return name, overrides
+
+
+def split_changes(word: str) -> tuple[str, list[str]]:
+    """Return (name, its changes) of `NAME[:KEY=VALUE,...]`; an address, with its colons, is a name, and so is a file that is there."""
+    if is_address(word) or os.path.isfile(word):
+        return word, []
+    name, _, changes = word.partition(":")
+    return name, [change for change in changes.split(",") if change]
+
+
+def with_changes(word: str, changes: Iterable[tuple[str, str]]) -> str:
+    """Return `NAME[:KEY=VALUE,...]` with more changes, which count if a key is there already. Raises UserError for an unknown key."""
+    words = [f"{key}={value}" for key, value in changes]
+    parse_settings(words)
+    return word + ("," if split_changes(word)[1] else ":") * bool(words) + ",".join(words)
+
+
+def listed(words: Iterable[str]) -> list[str]:
+    """Return the names of a flag that takes several: `a,b c` is three. A part with `=` belongs to the name before: `a:x=1,y=2,b` is two."""
+    names: list[str] = []
+    for word in words:
+        if os.path.isfile(word):
+            names.append(word)
+            continue
+        first = len(names)
+        for part in filter(None, word.split(",")):
+            key, equals, _ = part.partition("=")
+            if equals and ":" not in key and len(names) > first and ":" in names[-1]:
+                names[-1] += f",{part}"
+            else:
+                names.append(part)
+    return names
+
+
+def choices(flag: str, words: Iterable[str]) -> dict[str, list[str]]:
+    """Return the values of each key, of words KEY=VALUE,VALUE or KEY=VALUE,KEY=VALUE; a key's last word counts. Raises UserError."""
+    found: dict[str, list[str]] = {}
+    for word in words:
+        values = None
+        for part in word.split(","):
+            key, equals, value = (each.strip() for each in part.partition("="))
+            if equals:
+                values = found[key] = []
+            if values is None or not key or not (value if equals else key):
+                example = "rows=64,128" if flag == "--tiles" else "policy=oldest_first,newest_first"
+                raise UserError(f"{flag} {shorten(word)}: wanted KEY=VALUE or KEY=VALUE,VALUE, for example {flag} {example}")
+            values.append(value if equals else key)
+    return found
+
+
+def by_file(tiles: Sequence[str], settings: Sequence[str]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """Return the values of each key that `--tiles` and `--set` give, of the graph file's keys and of the scheduler file's."""
+    sizes, keys = choices("--tiles", tiles), [field.name for field in fields(Tiles)]
+    for key in sizes:
+        if key not in keys:
+            raise UserError(f"--tiles {shorten(key)}: no size of a tile{did_you_mean(key, keys)}")
+    of_graph, of_scheduler = {f"tiles.{key}": values for key, values in sizes.items()}, {}
+    for key, values in choices("--set", settings).items():
+        (of_graph if "." in key else of_scheduler)[key] = values
+    return of_graph, of_scheduler
+
+
+def combinations(values: Mapping[str, Sequence[str]]) -> list[Changes]:
+    """Return every combination of the keys' values; of no keys, the one that changes nothing."""
+    return list(itertools.product(*([(key, value) for value in each] for key, each in values.items())))
+
+
+def graph_words(graphs: Sequence[str], tiles: Sequence[str], settings: Sequence[str]) -> list[str]:
+    """Return each graph with every combination of tiles and settings, for programs without a scheduler. Raises UserError for its keys."""
+    of_graph, others = by_file(tiles, settings)
+    for key in others:
+        raise UserError(f"--set {shorten(key)}: no key of a graph file{did_you_mean(key, graph_keys())}")
+    return [with_changes(graph, changes) for graph in graphs for changes in combinations(of_graph)]
+
+
+def worker_counts(flag: str, words: Iterable[str]) -> list[int]:
     """Return the numbers of `--workers`. Raises UserError."""
     found = listed(words)
     for word in found:
         if not (word.isascii() and word.isdecimal() and len(word) < 10 and 1 <= int(word) <= MOST_WORKERS):
-            raise UserError(f"--workers {shorten(word)}: wanted numbers from 1 to {MOST_WORKERS:,}, for example --workers 1,2,4")
+            raise UserError(f"{flag} {shorten(word)}: wanted numbers from 1 to {MOST_WORKERS:,}, for example --workers 1,2,4")
     return [int(word) for word in found]
-
-
-def split_changes(word: str) -> tuple[str, list[str]]:
-    """Return (name, its changes) of `NAME[:KEY=VALUE,...]`; an address, with its colons, is a name."""
-    if is_address(word):
-        return word, []
-    name, _, changes = word.partition(":")
-    return name, [change for change in changes.split(",") if change]

@@ -33,7 +33,7 @@ class Report:
     """
 
     def __init__(self, flags: argparse.Namespace):
-        self._file, self._disturbance = flags.json, Disturbance()
+        self._file, self._disturbance, self._width = flags.json, Disturbance(), layout.terminal_width(flags)
         settings = {key: value for key, value in vars(flags).items() if not callable(value)}
         self._record: dict[str, Any] = {"settings": settings, "machine": machine.describe(), "notes": {}}
         if self._file is not None:
@@ -53,7 +53,7 @@ class Report:
     def table(self, key: str, columns: dict[str, tuple[str, str]], rows: Sequence[dict[str, Any]]) -> None:
         """Print the rows, and keep them whole under `key`."""
         self.keep(key, list(rows))
-        print(f"\n{layout.to_text(table_of('', columns, rows))}")
+        print(f"\n{layout.to_text(table_of('', columns, rows), self._width)}")
 
     def save(self) -> None:
         """Say in one line what disturbed the measurements, if anything did, and write the JSON file, if one was asked for."""

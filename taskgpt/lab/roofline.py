@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 
 from taskgpt.gpt2.program import training_graph
 from taskgpt.lab import machine
-from taskgpt.lab.named import MOST_WORKERS, make
+from taskgpt.lab.named import graph_words, make
 from taskgpt.lab.report import Report, in_range, quartiles
 from taskgpt.tasks import Call, Graph
 
@@ -103,10 +103,9 @@ class Limits:
 def roofline(flags: argparse.Namespace) -> None:
     """Measure the products of each graph and the memory's streams; print the floors of a step."""
     in_range("--rounds", flags.rounds)
-    in_range("--workers", flags.workers, largest=MOST_WORKERS)
     report = Report(flags)
-    teams = team_sizes(flags.workers or machine.usable_cores())
-    shapes = {name: make(name) for name in flags.graphs}
+    teams = flags.workers or team_sizes(machine.usable_cores())
+    shapes = {name: make(name) for name in graph_words(flags.graphs, flags.tiles, flags.set)}
     counts = {name: products(training_graph(m)) for name, m in shapes.items()}
     limits = Limits()
     for round_number in range(flags.rounds + 1):

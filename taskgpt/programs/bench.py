@@ -20,6 +20,17 @@ from collections.abc import Callable, Sequence
 from taskgpt.errors import run_program
 from taskgpt.lab import roofline
 from taskgpt.lab.benchmarks import peers, steps, task_bench
+from taskgpt.programs.arguments import (
+    Parser,
+    add_changes,
+    add_graph,
+    add_graphs,
+    add_names,
+    add_scheduler,
+    add_schedulers,
+    add_wide,
+    add_workers,
+)
 from taskgpt.schedulers import WorkerError
 from taskgpt.tasks import AccessError, TaskError, TwinError
 
@@ -29,9 +40,9 @@ METG_PATTERNS = ["trivial", "stencil_1d", "fft", "nearest", "random", "tree"]  #
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; return its exit code."""
-    flags = parser().parse_args(argv)
 
     def run() -> int:
+        flags = parser().parse_args(argv)
         flags.run(flags)
         return 0
 
@@ -40,49 +51,49 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser: a verb each, with the flags that it shares with others under the same names."""
-    title, _, examples = (__doc__ or "").partition("\n\n")  # none under python -OO
-    p = argparse.ArgumentParser("taskgpt bench", description=title, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser("taskgpt bench", __doc__)
     verbs = p.add_subparsers(required=True, metavar="VERB")
 
     def add(name: str, run: Callable[[argparse.Namespace], None], rounds: int, help: str) -> argparse.ArgumentParser:
-        shown = "\n".join(line for line in examples.splitlines() if f" {name} " in line)
-        verb = verbs.add_parser(name, help=help, description=help, epilog=shown, formatter_class=argparse.RawDescriptionHelpFormatter)
+        verb = verbs.add_parser(name, help=help, doc=f"{help}\n\n{p.examples(name)}")
         verb.set_defaults(run=run, verb=name)
         verb.add_argument("--rounds", type=int, default=rounds, metavar="N", help=f"rounds of all contestants in turns (default {rounds})")
-        verb.add_argument("--workers", type=int, metavar="N", help="threads of every contestant (default: each one's own, or all cores)")
+        several = name in ("step", "roofline")
+        add_workers(verb, "default 1, 2, 4, ... all cores" if name == "roofline" else "default: each one's own, or all cores", several)
         verb.add_argument("--json", metavar="FILE", help="write every value measured")
+        add_wide(verb)
         return verb
 
-    changed = "NAME[:KEY=VALUE,...]"
-    step = add("step", steps.step, 7, "training steps of graphs under schedulers, against sgemm at the graph's own shapes")
-    step.add_argument("--graphs", nargs="+", default=["gpt2-124m"], metavar=changed, help="graph files, with changes")
-    step.add_argument("--schedulers", nargs="+", default=SCHEDULERS, metavar=changed, help=f"default {' '.join(SCHEDULERS)}")
-
+    step = add("step", steps.step, 7, "steps of graphs under schedulers, against this machine's sgemm")
+    add_graphs(step, ["gpt2-124m"])
+    add_schedulers(step, SCHEDULERS)
+    add_changes(step, several=True)
     step.add_argument(
         "--trace", metavar="DIR", help="also write what each worker did when, a folder for each contestant; costs each 1 to 2 %%"
     )
     step.add_argument("--steps", type=int, default=3, metavar="N", help="steps in a turn, which may overlap as in training (default 3)")
 
-    limits = add("roofline", roofline.roofline, 7, "sgemm at the graph's own shapes, memory bandwidth, and the floor of a step")
-    limits.add_argument("--graphs", nargs="+", default=["gpt2-124m"], metavar=changed, help="graph files, with changes")
+    limits = add("roofline", roofline.roofline, 7, "sgemm, memory bandwidth, and the floor of a step")
+    add_graphs(limits, ["gpt2-124m"])
+    add_changes(limits, several=True, has_scheduler=False)
 
     empty = add("overhead", task_bench.overhead, 7, "empty tasks: microseconds a task")
     add_task_bench(empty, ["trivial", "chains", "stencil_1d"])
-    metg = add("metg", task_bench.metg, 3, "minimum effective task granularity: the shortest tasks that use half of the machine")
+    metg = add("metg", task_bench.metg, 3, "the shortest tasks that use half of the machine")
     add_task_bench(metg, METG_PATTERNS)
     metg.add_argument("--efficiency", type=float, default=0.5, metavar="E", help="part of the peak (default 0.5; 1 of 2 workers has that)")
 
-    others = add("peers", peers.peers, 7, "PyTorch and JAX, where installed, train the same model: as installed, and tuned")
-    others.add_argument("--graph", default="gpt2-124m", metavar=changed, help="graph file, with changes (default gpt2-124m)")
-    others.add_argument("--scheduler", default="native", metavar=changed, help="ours (default native)")
+    others = add("peers", peers.peers, 7, "PyTorch and JAX, where installed, train the same model")
+    add_graph(others, "gpt2-124m")
+    add_scheduler(others, "native")
+    add_changes(others)
     return p
 
 
 def add_task_bench(verb: argparse.ArgumentParser, patterns: list[str]) -> None:
     """Add what the verbs on Task Bench's graphs share."""
-    systems = " ".join(task_bench.SYSTEMS)
-    verb.add_argument("--systems", nargs="+", default=task_bench.SYSTEMS, metavar="NAME", help=f"also schedulers (default {systems})")
-    verb.add_argument("--patterns", nargs="+", default=patterns, choices=task_bench.PATTERNS, help=f"default {' '.join(patterns)}")
+    add_names(verb, "system", task_bench.SYSTEMS, "Dask's, and scheduler files")
+    add_names(verb, "pattern", patterns, f"of {', '.join(task_bench.PATTERNS)} ", "")
     verb.add_argument("--width", type=int, metavar="N", help="tasks in a row of the graph (default: as many as workers)")
     verb.add_argument("--steps", type=int, default=1000, metavar="N", help="rows; a twentieth of it for clusters (default 1000)")
 

@@ -23,9 +23,9 @@ from taskgpt.lab.contests.cells import product_of
 from taskgpt.lab.contests.results import MOST_STEPS, Result, Results
 from taskgpt.lab.contests.turns import CellFailed, Turns
 from taskgpt.lab.disturbance import Disturbance
-from taskgpt.lab.named import listed, worker_counts
 from taskgpt.lab.report import LEAST_TURNS, progress, seconds_in
 from taskgpt.lab.roofline import team_sizes
+from taskgpt.programs.arguments import Parser, add_changes, add_graphs, add_schedulers, add_wide, add_workers
 
 SCHEDULERS = ["sequential", "whole-tensor", "loops-llmc", "loops", "threads", "native"]
 FIRST_STEPS = 4  # from fresh parameters, on record, after warm-up: loss, bits, efficiencies
@@ -34,22 +34,24 @@ LEAST_STEPS = 2  # in a turn
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; return its exit code: 1 if cells that should agree computed different bits, or if all failed."""
-    title, _, examples = (__doc__ or "").partition("\n\n")  # none under python -OO
-    p = argparse.ArgumentParser("taskgpt compare", description=title, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter)
-    named = "NAME[:KEY=VALUE,...]"
-    p.add_argument("--graph", nargs="+", default=["gpt2-124m"], metavar=named, help="graph files, with changes (default gpt2-124m)")
-    p.add_argument("--schedulers", nargs="+", default=SCHEDULERS, metavar=named, help=f"default {','.join(SCHEDULERS)}")
-    p.add_argument("--workers", nargs="+", metavar="N", help="numbers of workers, 1,2 for example (default 1, 2, 4, ... all cores)")
-    p.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=V,V", help="settings, for the schedulers that have them")
-    p.add_argument("--tiles", nargs="+", action="extend", default=[], metavar="KEY=V,V", help="tile sizes, rows=64,128 for example")
+    p = Parser("taskgpt compare", __doc__)
+    add_graphs(p, ["gpt2-124m"])
+    add_schedulers(p, SCHEDULERS)
+    add_workers(p, "default 1, 2, 4, ... all cores", several=True)
+    add_changes(p, several=True)
     p.add_argument("--precision", type=float, default=0.01, metavar="P", help="until all medians are known to this part (default 0.01)")
     p.add_argument("--budget", default="15m", metavar="TIME", help="or until it is spent: 90s, 10m, 1h (default 15m)")
     p.add_argument("--turn", default="1s", metavar="TIME", help="how long a turn of a cell lasts, two steps at least (default 1s)")
     p.add_argument("--output", default="runs/compare", metavar="DIR", help="where results go (default runs/compare)")
     p.add_argument("--resume", action="store_true", help="go on with the results that the output folder holds")
     p.add_argument("--diff", nargs=2, metavar=("BEFORE", "AFTER"), help="measure nothing; say what changed between two output folders")
-    flags = p.parse_args(argv)
-    return run_program("taskgpt compare", lambda: diff(*flags.diff) if flags.diff else compare(flags))
+    add_wide(p)
+
+    def run() -> int:
+        flags = p.parse_args(argv)
+        return diff(*flags.diff) if flags.diff else compare(flags)
+
+    return run_program("taskgpt compare", run)
 
 
 def compare(flags: argparse.Namespace) -> int:
@@ -57,8 +59,8 @@ def compare(flags: argparse.Namespace) -> int:
     if not 0 < flags.precision < 1:
         raise UserError(f"--precision {flags.precision:g}: wanted a part of the median, such as 0.01")
     budget_s, turn_s = seconds_in("--budget", flags.budget), seconds_in("--turn", flags.turn)
-    workers = worker_counts(flags.workers) if flags.workers else team_sizes(machine.usable_cores())
-    cells = product_of(listed(flags.graph), flags.tiles, listed(flags.schedulers), workers, flags.set)
+    workers = flags.workers or team_sizes(machine.usable_cores())
+    cells = product_of(flags.graphs, flags.tiles, flags.schedulers, workers, flags.set)
     results = Results.begin(flags.output, cells, flags.resume)
     for key, value in results.machine.items():
         print(f"{key:10} {value}")
@@ -70,7 +72,8 @@ def compare(flags: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         compare_report.write(results)
         raise KeyboardInterrupt(f"interrupted; {flags.output} holds what was measured, go on with --resume") from None
-    print("\n" + "\n\n".join(map(layout.to_text, compare_report.tables(results))) + "\n")
+    width = layout.terminal_width(flags)
+    print("\n" + "\n\n".join(layout.to_text(table, width) for table in compare_report.tables(results)) + "\n")
     reached, failed = sum(r.is_tight(flags.precision) for r in mine), sum(bool(r.failed) for r in mine)
     notes = [f"{reached} of {len(mine)} are known to {flags.precision:.1%}"]
     notes += [f"{failed} could not be run"] * bool(failed)

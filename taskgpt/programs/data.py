@@ -8,7 +8,6 @@
 Training opens data by one word: a name above, a text file, or a folder or pattern of llm.c's token files.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 from taskgpt.errors import UserError, run_program
 from taskgpt.gpt2.text.datasets import DATASETS, prepare
 from taskgpt.gpt2.text.tokens import TokenFile
+from taskgpt.programs.arguments import Parser
 
 
 def list_datasets() -> str:
@@ -38,19 +38,17 @@ def list_datasets() -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code: 0, 2 after a mistake of the user, 130 after Ctrl-C."""
-    summary, _, examples = (__doc__ or "").partition("\n\n")  # none under python -OO
-    parser = argparse.ArgumentParser(
-        prog="taskgpt data", description=summary, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    prepare_parser = commands.add_parser("prepare", help="download a dataset and write its token files")
+    parser = Parser("taskgpt data", __doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="VERB")
+    what = "download a dataset and write its token files"
+    prepare_parser = commands.add_parser("prepare", help=what, doc=f"{what}\n\n{parser.examples('prepare')}")
     prepare_parser.add_argument("name", metavar="NAME", help=" or ".join(DATASETS))
     prepare_parser.add_argument("--folder", type=Path, metavar="DIR", help="where to write the token files (default: the cache)")
     prepare_parser.add_argument("--from", type=Path, metavar="FILE", dest="source", help="take this downloaded file, no network")
     commands.add_parser("list", help="show what is prepared, and where")
-    chosen = parser.parse_args(arguments)
 
     def run() -> int:
+        chosen = parser.parse_args(arguments)
         try:
             if chosen.command == "list":
                 print(list_datasets())

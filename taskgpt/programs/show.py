@@ -13,12 +13,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from taskgpt.config import available, load_graph, parse_graph_settings
 from taskgpt.errors import UserError, did_you_mean, run_program
 from taskgpt.files import write_whole
 from taskgpt.gpt2.model import GPT2
 from taskgpt.gpt2.program import training_graph
 from taskgpt.lab.graph_formats import to_dask_html, to_dot, to_graphml, to_html, to_json
+from taskgpt.lab.named import graph_words, make_config
+from taskgpt.programs.arguments import Parser, add_changes, add_graph
 from taskgpt.tasks import Graph, by_section, coarsen, part
 from taskgpt.tasks.picture import to_svg
 
@@ -28,13 +29,11 @@ COLOURS = ("kernel", "layer", "phase", "path")  # path: the longest, by estimate
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; return its exit code."""
-    title, _, examples = (__doc__ or "").partition("\n\n")  # none under python -OO
-    p = argparse.ArgumentParser("taskgpt show", description=title, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser("taskgpt show", __doc__)
     verbs = p.add_subparsers(required=True, metavar="VERB")
-    graph = verbs.add_parser("graph", help="show a graph", formatter_class=argparse.RawDescriptionHelpFormatter, epilog=examples)
-    names = ", ".join(available("graphs"))
-    graph.add_argument("--graph", default="tiny", metavar="NAME", help=f"graph file: {names}, or a path (default tiny)")
-    graph.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the graph file")
+    graph = verbs.add_parser("graph", help="show a graph", doc=__doc__)
+    add_graph(graph, "tiny")
+    add_changes(graph, has_scheduler=False)
     graph.add_argument(
         "--by", choices=("task", "section"), default="task", help="section: one task for each phase and layer (default task)"
     )
@@ -44,13 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     graph.add_argument("--format", choices=FORMATS, default="text", help=f"{', '.join(FORMATS)} (default text)")
     graph.add_argument("--colour", choices=COLOURS, default="kernel", help="what colours tell, in svg and html")
     graph.add_argument("--output", metavar="FILE", help="default: standard output")
-    flags = p.parse_args(argv)
-    return run_program("taskgpt show", lambda: show_graph(flags))
+    return run_program("taskgpt show", lambda: show_graph(p.parse_args(argv)))
 
 
 def show_graph(flags: argparse.Namespace) -> int:
     """Write the graph in the format asked for. Raises UserError."""
-    config = load_graph(flags.graph, parse_graph_settings(flags.set))
+    (word,) = graph_words([flags.graph], flags.tiles, flags.set)
+    config = make_config(word)
     graph = training_graph(GPT2(config.model, config.batch, config.tiles, config.options))
     if flags.layer is not None or flags.phase is not None:
         graph = chosen(graph, flags)

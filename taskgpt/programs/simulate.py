@@ -22,7 +22,7 @@ from typing import Any
 
 from taskgpt.errors import UserError, run_program
 from taskgpt.lab.contests.cells import WHOLE_TENSOR, Cell, product_of
-from taskgpt.lab.named import listed, named_config, worker_counts
+from taskgpt.lab.named import listed, named_config
 from taskgpt.lab.report import Report, in_range
 from taskgpt.lab.simulator import validation
 from taskgpt.lab.simulator.machine_file import Machine
@@ -30,8 +30,10 @@ from taskgpt.lab.simulator.simulated import Clocked, Costs, simulated
 from taskgpt.lab.simulator.task_costs import Times, traffic
 from taskgpt.lab.traces.formats import save, verify_can_write
 from taskgpt.lab.traces.trace import RECORD, Traced
+from taskgpt.programs.arguments import Parser, add_changes, add_graphs, add_schedulers, add_wide, add_workers
 from taskgpt.tasks import Graph
 
+WORKERS = (1, 2, 4, 8)
 MOST_RECORDS = 10**8  # of a simulation, 56 bytes each
 COLUMNS = {
     "graph": ("graph", ""),
@@ -52,18 +54,13 @@ COLUMNS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; return its exit code."""
-    title, _, examples = (__doc__ or "").partition("\n\n")  # none under python -OO
-    p = argparse.ArgumentParser(
-        "taskgpt simulate", description=title, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    named = "NAME[:KEY=VALUE,...]"
-    p.add_argument("--graph", nargs="+", default=["gpt2-124m"], metavar=named, help="graph files, with changes (default gpt2-124m)")
-    p.add_argument("--tiles", nargs="+", action="extend", default=[], metavar="KEY=V,V", help="tile sizes, rows=64,128 for example")
-    p.add_argument("--schedulers", nargs="+", default=["loops", "native"], metavar=named, help="any (default loops,native)")
-    p.add_argument("--policy", nargs="+", metavar="NAME", help="policies of native, instead of its own")
-    p.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=V,V", help="settings, for the schedulers that have them")
-    p.add_argument("--workers", nargs="+", default=["1,2,4,8"], metavar="N", help="numbers of workers (default 1,2,4,8)")
-    p.add_argument("--machine", default="here", metavar=named, help="here, 2x56, or a path of a .toml file (default here)")
+    p = Parser("taskgpt simulate", __doc__)
+    add_graphs(p, ["gpt2-124m"])
+    add_schedulers(p, ["loops", "native"])
+    add_workers(p, "default 1,2,4,8", several=True)
+    add_changes(p, several=True)
+    p.add_argument("--policy", nargs="+", default=[], metavar="NAME", help="the same as --set policy=NAME,...")
+    p.add_argument("--machine", default="here", metavar="NAME", help="here, 2x56, or a path of a .toml file (default here)")
     p.add_argument("--times", default="measured", metavar="FROM", help="measured, rates, or a folder with a trace (default measured)")
     p.add_argument("--t1", type=float, metavar="MS", help="scale task times so that all of the first graph's take so long a step")
     p.add_argument("--steps", type=int, default=10, metavar="N", help="steps, which may overlap; their mean counts (default 10)")
@@ -71,9 +68,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--rounds", type=int, default=5, metavar="N", help="of --measure (default 5)")
     p.add_argument("--trace", metavar="DIR", help="write a trace of each simulation, for `taskgpt trace` and viewers")
     p.add_argument("--json", metavar="FILE", help="write every number")
-    flags = p.parse_args(argv)
-    flags.argv = list(sys.argv[1:] if argv is None else argv)
-    return run_program("taskgpt simulate", lambda: simulate(flags))
+    add_wide(p)
+
+    def run() -> int:
+        flags = p.parse_args(argv)
+        flags.argv = list(sys.argv[1:] if argv is None else argv)
+        return simulate(flags)
+
+    return run_program("taskgpt simulate", run)
 
 
 def simulate(flags: argparse.Namespace) -> int:
@@ -82,10 +84,9 @@ def simulate(flags: argparse.Namespace) -> int:
     in_range("--rounds", flags.rounds)
     in_range("--t1", flags.t1, 1e-3, 10**9)
     settings = flags.set + ([f"policy={','.join(listed(flags.policy))}"] if flags.policy else [])
-    names = listed(flags.schedulers)
-    if WHOLE_TENSOR in names:
+    if WHOLE_TENSOR in flags.schedulers:
         raise UserError(f"--schedulers {WHOLE_TENSOR}: has no tasks to simulate; leave it to `taskgpt compare`")
-    cells = product_of(listed(flags.graph), flags.tiles, names, worker_counts(flags.workers), settings)
+    cells = product_of(flags.graphs, flags.tiles, flags.schedulers, flags.workers or WORKERS, settings)
     if flags.trace is not None:
         verify_can_write(flags.trace)
     times, machine = Times(flags.times), Machine.load(flags.machine)

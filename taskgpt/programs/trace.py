@@ -14,22 +14,22 @@ from pathlib import Path
 
 from taskgpt.errors import UserError, did_you_mean, run_program
 from taskgpt.files import write_whole
+from taskgpt.lab import layout
 from taskgpt.lab.report import in_range
 from taskgpt.lab.traces import page
 from taskgpt.lab.traces.comparison import Comparison
 from taskgpt.lab.traces.formats import FORMATS, USUAL, check, export
 from taskgpt.lab.traces.trace import Trace
+from taskgpt.programs.arguments import Parser, add_wide
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; return its exit code: 2 for a file that is damaged, or breaks a rule."""
-    title, _, examples = (__doc__ or "").partition("\n\n")  # none under python -OO
-    p = argparse.ArgumentParser("taskgpt trace", description=title, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser("taskgpt trace", __doc__)
     verbs = p.add_subparsers(required=True, metavar="VERB")
 
     def add(name: str, run, help: str) -> argparse.ArgumentParser:
-        shown = "\n".join(line for line in examples.splitlines() if f" {name} " in line)
-        verb = verbs.add_parser(name, help=help, description=help, epilog=shown, formatter_class=argparse.RawDescriptionHelpFormatter)
+        verb = verbs.add_parser(name, help=help, doc=f"{help}\n\n{p.examples(name)}")
         verb.set_defaults(run=run)
         return verb
 
@@ -44,19 +44,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     reported.add_argument("--reference", metavar="PATH", help="a trace of the same steps on one worker, for computation scaling")
     reported.add_argument("--json", metavar="FILE", help="write every number")
     reported.add_argument("--html", metavar="FILE", help="write a page with timeline and tables, which opens from disk")
+    add_wide(reported)
     converted = add("convert", convert, "write a trace in other formats")
     converted.add_argument("path", metavar="PATH", help="a folder that --trace wrote, or its trace.npz")
     converted.add_argument(
         "--format",
         nargs="+",
+        metavar="NAME",
         choices=FORMATS,
         default=USUAL,
         help=f"{', '.join(FORMATS)} (default {' '.join(USUAL)}); ovni's of loops need ovni 1.12",
     )
     converted.add_argument("--arrows", action="store_true", help="dependencies as arrows in Perfetto's format too, which grows threefold")
     converted.add_argument("--output", metavar="DIR", help="where to (default: the same folder)")
-    flags = p.parse_args(argv)
-    return run_program("taskgpt trace", lambda: flags.run(flags))
+
+    def run() -> int:
+        flags = p.parse_args(argv)
+        return flags.run(flags)
+
+    return run_program("taskgpt trace", run)
 
 
 def check_trace(flags: argparse.Namespace) -> int:
@@ -89,7 +95,7 @@ def report(flags: argparse.Namespace) -> int:
         page.write(traces, flags.html, "; ".join([title, *notes]), comparison.tables())
     for note in notes:
         print(f"note: {note}\n")
-    print(comparison)
+    print(comparison.text(layout.terminal_width(flags)))
     return 0
 
 

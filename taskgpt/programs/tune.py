@@ -20,18 +20,20 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
-from taskgpt.config import GraphConfig, parse_graph_settings
+from taskgpt.config import GraphConfig, load_scheduler
 from taskgpt.errors import UserError, run_program
 from taskgpt.gpt2.model import Tiles
 from taskgpt.lab import machine
-from taskgpt.lab.contests.cells import Cell
+from taskgpt.lab.contests.cells import Cell, Changes, product_of
 from taskgpt.lab.contests.turns import CellFailed, Turns
-from taskgpt.lab.named import make_config, named_config, split_changes
-from taskgpt.lab.report import LEAST_TURNS, Report, in_range, median_interval, progress, seconds_in
+from taskgpt.lab.named import graph_of, make_config, named_config
+from taskgpt.lab.report import LEAST_TURNS, Report, median_interval, progress, seconds_in
 from taskgpt.lab.tuning import tuned
 from taskgpt.lab.tuning.races import FASTER, FINAL_ROUNDS, Race, Search, Track, changes_of
 from taskgpt.lab.tuning.tilings import KEYS, Forecast, Space
+from taskgpt.programs.arguments import Parser, add_changes, add_graph, add_scheduler, add_wide, add_workers
 from taskgpt.schedulers.native.policies import POLICIES
 
 EXPLORED = 0.3  # of the budget, when simulations end
@@ -54,17 +56,19 @@ COLUMNS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; return its exit code: 1 if there was too little time to say what is faster."""
-    title, _, examples = (__doc__ or "").partition("\n\n")  # none under python -OO
-    p = argparse.ArgumentParser("taskgpt tune", description=title, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--graph", default="gpt2-124m", metavar="NAME[:KEY=VALUE,...]", help="graph file, with changes (default gpt2-124m)")
-    p.add_argument("--workers", type=int, metavar="N", help="workers to tune for (default: as many as cores)")
+    p = Parser("taskgpt tune", __doc__)
+    add_graph(p, "gpt2-124m")
+    add_scheduler(p, "native")
+    add_workers(p, "default: as many as cores")
+    add_changes(p)
     p.add_argument("--budget", default="5m", metavar="TIME", help="how long it may take: 90s, 5m, 1h (default 5m)")
     p.add_argument("--output", default="tuned", metavar="DIR", help="folder for NAME-tuned.toml and native-tuned.toml (default tuned)")
     p.add_argument("--json", metavar="FILE", help="write every value measured")
-    flags = p.parse_args(argv)
-    flags.argv = list(sys.argv[1:] if argv is None else argv)
+    add_wide(p)
 
     def run() -> int:
+        flags = p.parse_args(argv)
+        flags.argv = list(sys.argv[1:] if argv is None else argv)
         try:
             return tune(flags)
         except KeyboardInterrupt:
@@ -76,18 +80,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 def tune(flags: argparse.Namespace) -> int:
     """Search, print what was found, write it. Raises UserError or OSError."""
     begin, budget_s, cores = time.monotonic(), seconds_in("--budget", flags.budget), machine.usable_cores()
-    in_range("--workers", flags.workers)
     if flags.workers is not None and flags.workers > cores:
         raise UserError(f"--workers {flags.workers}: this machine has {cores} cores to measure on; choose --workers {cores} or fewer")
-    config, workers = make_config(flags.graph), flags.workers or cores
-    name, words = split_changes(flags.graph)
-    tuned.graph_text(name, parse_graph_settings(words), "")  # better refused now than after the search, as is the folder
+    (start,) = product_of([flags.graph], flags.tiles, [flags.scheduler], [flags.workers or cores], flags.set)
+    start = Cell(start.graph_word, (), start.scheduler_word, (), start.workers)
+    if (scheduler := named_config(start.scheduler, start.workers).scheduler) != "native":
+        raise UserError(f"--scheduler {flags.scheduler}: wanted native or a variant of it, got {scheduler}; its settings are what is tuned")
+    config = make_config(start.graph)
+    tuned.graph_text(*graph_of(start.graph), "")  # better refused now than after the search, as is the folder
     tuned.make_folder(Path(flags.output))
-    report, space = Report(flags), Space.here(config, workers)
+    report, space = Report(flags), Space.here(config, start.workers)
     report.line("caches", f"{space.l2_bytes / 2**20:.1f} MiB of L2 and {space.l3_bytes / 2**20:.1f} MiB of L3 a core")
     report.line("shipped", _listed(config.tiles))
     with progress(budget_s) as say, Turns() as turns:
-        search, final = find(Cell(flags.graph, (), "native", (), workers), space, begin, budget_s, Track(turns.timed), say)
+        search, final = find(start, space, begin, budget_s, Track(turns.timed), say)
     report.keep("forecasts", [{"cell": changes_of(cell), "ms": ms} for cell, ms in search.forecasts.items()])
     report.table("tried", COLUMNS, search.rows())
     print()
@@ -143,7 +149,7 @@ def other_settings(cell: Cell) -> list[Cell]:
 
     def words(scheduler: str) -> dict[str, str]:
         settings = named_config(scheduler, cell.workers).settings
-        return {key: str(getattr(settings, key)).replace("True", "true").replace("False", "false") for key in SETTINGS}
+        return {key: _word(getattr(settings, key)) for key in SETTINGS}
 
     shipped, now = words(cell.scheduler), words(cell.scheduler_word)
     others = [{**now, key: value} for key, values in SETTINGS.items() for value in values if value != now[key]]
@@ -179,6 +185,7 @@ def gain_of(final: Race | None) -> str:
 def leave(flags: argparse.Namespace, config: GraphConfig, cell: Cell, gain: str, report: Report) -> None:
     """Print what was found, and write it: a graph file, a scheduler file, and tiles into the cache."""
     tiles, settings = _tiles_in(cell, config.tiles), named_config(cell.scheduler_word, cell.workers).settings
+    changed = _changed(settings)
     report.line("tiles", _listed(tiles))
     report.line("native", ", ".join(f"{key} {getattr(settings, key)}" for key in SETTINGS))
     report.line("gain", gain)
@@ -186,18 +193,28 @@ def leave(flags: argparse.Namespace, config: GraphConfig, cell: Cell, gain: str,
     where = f"on {machine.describe()['processor']} with {cell.workers} worker{'s' if cell.workers > 1 else ''}"
     found = f"nothing faster than {config.name} was found" if is_shipped else f"faster than {config.name}: {gain}"
     made = f"{datetime.date.today()} {where}: {found}. Made by `{shlex.join(['taskgpt', 'tune', *flags.argv])}`."
-    name, words = split_changes(flags.graph)
-    changes = parse_graph_settings(words) | {f"tiles.{key}": getattr(tiles, key) for key in KEYS}
+    name, overrides = graph_of(cell.graph)
+    changes = overrides | {f"tiles.{key}": getattr(tiles, key) for key in KEYS}
     folder, stem = Path(flags.output), config.name.removesuffix("-tuned")
     graph_file, scheduler_file = folder / f"{stem}-tuned.toml", folder / "native-tuned.toml"
     tuned.write(graph_file, tuned.graph_text(name, changes, f"# Tuned {made}"))
     first_line = f"# For {graph_file.name}. Tuned {made} Says what it changes of native."
-    tuned.write(scheduler_file, tuned.scheduler_text(cell.settings, flags.workers, first_line))
+    tuned.write(scheduler_file, tuned.scheduler_text(changed, flags.workers, first_line))
     report.line("wrote", f"{graph_file}, {scheduler_file}")
     try:
-        report.line("remembered", str(tuned.remember(config, cell.workers, tiles, dict(cell.settings), made)))
+        report.line("remembered", str(tuned.remember(config, cell.workers, tiles, dict(changed), made)))
     except (UserError, OSError) as error:  # the files above are what the time was spent for
         report.line("remembered", f"nothing, so --tiles auto will not find it: {error}")
+
+
+def _changed(settings: Any) -> Changes:
+    """Return what differs from native's defaults, but for the workers, as words."""
+    usual = load_scheduler("native").settings
+    return tuple((key, _word(value)) for key, value in vars(settings).items() if key != "workers" and value != getattr(usual, key))
+
+
+def _word(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _listed(tiles: Tiles) -> str:

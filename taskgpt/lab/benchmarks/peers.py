@@ -20,6 +20,7 @@ from taskgpt.gpt2.model import GPT2
 from taskgpt.lab import machine
 from taskgpt.lab.benchmarks.peer_process import SHAPE, Start, is_worthwhile, measured
 from taskgpt.lab.benchmarks.peer_setups import Setup, setups
+from taskgpt.lab.contests.cells import product_of
 from taskgpt.lab.named import Prepared, named_scheduler, prepare
 from taskgpt.lab.report import Report, in_range, quartiles
 from taskgpt.schedulers import Scheduler
@@ -116,15 +117,16 @@ def peers(flags: argparse.Namespace) -> None:
     """Time training steps of everybody who is installed, in turns."""
     in_range("--rounds", flags.rounds)
     report = Report(flags)
-    with named_scheduler(flags.scheduler, flags.workers) as scheduler, ExitStack() as running:
-        prepared = prepare(flags.graph, scheduler.needs_shared_memory)
+    (cell,) = product_of([flags.graph], flags.tiles, [flags.scheduler], [flags.workers], flags.set)
+    with named_scheduler(cell.scheduler_word, cell.workers) as scheduler, ExitStack() as running:
+        prepared = prepare(cell.graph_word, scheduler.needs_shared_memory)
         report.line("taskgpt", f"float32 products at {machine.sgemm_gflops(scheduler.workers, *SHAPE):.0f} GFLOP/s")
         folder = Path(running.enter_context(tempfile.TemporaryDirectory(prefix="taskgpt-peers-")))
         start_of(prepared.m).save(folder)
         others = [other for name in LIBRARIES for other in installed(report, running, name, folder, scheduler.workers)]
         for path in folder.glob("*.npy"):  # half a gigabyte for GPT-2 124M, which nobody needs any more
             path.unlink()
-        ours = Contestant("taskgpt", flags.scheduler, "float32", our_step(scheduler, prepared), lambda: our_turn(scheduler, prepared))
+        ours = Contestant("taskgpt", cell.scheduler_word, "float32", our_step(scheduler, prepared), lambda: our_turn(scheduler, prepared))
         contestants = [ours, *(other for other in others if is_same_model(report, other, ours))]
         for round_number in range(1, flags.rounds + 1):
             for contestant in contestants:

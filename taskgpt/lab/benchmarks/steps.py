@@ -1,7 +1,6 @@
 """Training steps of graphs under schedulers, in turns, against what the machine needs for their matrix products alone."""
 
 import argparse
-import itertools
 import re
 import sys
 from collections import Counter
@@ -10,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from taskgpt.lab import machine
+from taskgpt.lab.contests.cells import Cell, product_of
 from taskgpt.lab.named import Prepared, named_scheduler, prepare
 from taskgpt.lab.report import Report, in_range, quartiles, seconds_of
 from taskgpt.lab.roofline import Limits, Product, gemm_flops, products
@@ -38,7 +38,7 @@ class Contestant:
     """A graph under a scheduler, and its times."""
 
     prepared: Prepared
-    scheduler_name: str
+    cell: Cell
     scheduler: Scheduler
     seconds: list[float] = field(default_factory=list)
 
@@ -51,19 +51,20 @@ def step(flags: argparse.Namespace) -> None:
     in_range("--rounds", flags.rounds)
     in_range("--steps", flags.steps)
     report = Report(flags)
-    needs_shared = any(named_scheduler(name, flags.workers).needs_shared_memory for name in flags.schedulers)
+    cells = product_of(flags.graphs, flags.tiles, flags.schedulers, flags.workers or [None], flags.set)
+    needs_shared = any(named_scheduler(cell.scheduler_word, cell.workers).needs_shared_memory for cell in cells)
     kept = {}
     if flags.trace is not None:
         verify_can_write(flags.trace)
         kept["record"] = RECORD
     with ExitStack() as stack:
-        graphs = [prepare(name, needs_shared) for name in flags.graphs]
-        contestants = [
-            Contestant(prepared, name, stack.enter_context(opened(named_scheduler(name, flags.workers, **kept), flags.trace)))
-            for prepared, name in itertools.product(graphs, flags.schedulers)
-        ]
+        graphs = {word: prepare(word, needs_shared) for word in dict.fromkeys(cell.graph_word for cell in cells)}
+        contestants = []
+        for cell in cells:
+            scheduler = named_scheduler(cell.scheduler_word, cell.workers, **kept)
+            contestants.append(Contestant(graphs[cell.graph_word], cell, stack.enter_context(opened(scheduler, flags.trace))))
         teams = sorted({c.scheduler.workers for c in contestants})
-        counts = {prepared.name: products(prepared.graphs[0]) for prepared in graphs}
+        counts = {word: products(prepared.graphs[0]) for word, prepared in graphs.items()}
         limits = Limits()
         for round_number in range(flags.rounds + 1):
             limits.measure(sorted(set().union(*counts.values())), teams)
@@ -76,7 +77,8 @@ def step(flags: argparse.Namespace) -> None:
             print(f"round {round_number} of {flags.rounds}", file=sys.stderr)
         if flags.trace is not None:
             for c in contestants:
-                folder = re.sub(r"[^\w.=-]+", "_", f"{c.prepared.name}-{c.scheduler_name}")
+                number = f"-{c.cell.workers}" if len(flags.workers or []) > 1 else ""
+                folder = re.sub(r"[^\w.=-]+", "_", f"{c.prepared.name}-{c.cell.scheduler_word}{number}")
                 about = {"command": f"taskgpt bench step, {flags.rounds + 1} rounds of {flags.steps}", "machine": machine.describe()}
                 about["limits"] = machine.limits(c.scheduler.workers)
                 print(f"trace      {save(c.scheduler.trace(about), Path(flags.trace) / folder)}")
@@ -108,7 +110,7 @@ def rows(contestants: list[Contestant], counts: dict[str, Counter[Product]], lim
         found.append(
             {
                 "graph": name,
-                "scheduler": c.scheduler_name,
+                "scheduler": c.cell.scheduler_word,
                 "workers": workers,
                 "tasks": len(c.prepared.graphs[0].tasks),
                 "median_ms": median * 1e3,

@@ -18,9 +18,9 @@ import numba
 import numpy as np
 
 from taskgpt.config import MOST_TASKS, available, is_address
-from taskgpt.errors import UserError, did_you_mean
+from taskgpt.errors import UserError, did_you_mean, shorten
 from taskgpt.lab import machine
-from taskgpt.lab.named import MOST_WORKERS, named_scheduler, split_changes
+from taskgpt.lab.named import named_scheduler, split_changes
 from taskgpt.lab.report import Report, in_range, quartiles, seconds_of
 from taskgpt.tasks import Arena, Call, Graph, In, Out, Task, TensorSpec, compile_kernels, kernel
 
@@ -204,7 +204,9 @@ def measure(flags: argparse.Namespace, heading: str, measurement: Callable[[Case
     """Take `measurement(case)()`, in seconds, of all patterns and systems in turns, round after round; print the table."""
     for flag in ("width", "steps", "rounds"):
         in_range(f"--{flag}", getattr(flags, flag))
-    in_range("--workers", flags.workers, largest=MOST_WORKERS)
+    for pattern in flags.patterns:
+        if pattern not in PATTERNS:
+            raise UserError(f"--patterns: unknown pattern '{shorten(pattern)}'{did_you_mean(pattern, PATTERNS)}")
     report = Report(flags)
     workers = flags.workers or machine.usable_cores()
     width = flags.width or workers

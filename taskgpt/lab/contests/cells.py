@@ -5,16 +5,15 @@ cells = product_of(["gpt2-124m"], ["rows=64,128"], ["sequential", "loops", "nati
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from taskgpt.config import parse_settings
-from taskgpt.errors import UserError, did_you_mean
-from taskgpt.gpt2.model import Tiles
-from taskgpt.lab.named import MOST_WORKERS, make_config, named_config
+from taskgpt.config import graph_keys
+from taskgpt.errors import UserError, did_you_mean, shorten
+from taskgpt.lab import machine
+from taskgpt.lab.named import MOST_WORKERS, Changes, by_file, combinations, make_config, named_config, with_changes, worker_counts
 
 WHOLE_TENSOR = "whole-tensor"  # no scheduler of the house: see baselines.py
-Changes = tuple[tuple[str, str], ...]  # (key, value) as on the command line
 
 
 @dataclass(frozen=True)
@@ -29,11 +28,11 @@ class Cell:
 
     @property
     def graph_word(self) -> str:
-        return _with_changes(self.graph, [(f"tiles.{key}", value) for key, value in self.tiles])
+        return with_changes(self.graph, [(f"tiles.{key}", value) for key, value in self.tiles])
 
     @property
     def scheduler_word(self) -> str:
-        return _with_changes(self.scheduler, self.settings)
+        return with_changes(self.scheduler, self.settings)
 
     @property
     def is_sequential(self) -> bool:
@@ -53,30 +52,34 @@ class Cell:
 
 
 def product_of(
-    graphs: Sequence[str], tiles: Sequence[str], schedulers: Sequence[str], workers: Sequence[int], settings: Sequence[str]
+    graphs: Sequence[str], tiles: Sequence[str], schedulers: Sequence[str], workers: Sequence[int | None], settings: Sequence[str]
 ) -> list[Cell]:
-    """Return every combination once. `tiles` and `settings` are words KEY=VALUE,VALUE,...
+    """Return every combination once. `tiles` and `settings` are words KEY=VALUE,VALUE,...; `workers` None: as the scheduler's file says.
 
     A setting that a scheduler does not have leaves it as it is; one worker is all that sequential has. Raises UserError for names, keys and
     values that do not exist, before anything is run, and for a setting that no scheduler has.
     """
-    tilings, choices = _choices(tiles, "--tiles"), _choices(settings, "--set")
-    keys = [field.name for field in dataclasses.fields(Tiles)]
-    for key, _ in itertools.chain.from_iterable(tilings):
-        if key not in keys:
-            raise UserError(f"--tiles {key}: no size of a tile{did_you_mean(key, keys)}")
+    of_graph, of_scheduler = by_file(tiles, settings)
+    tilings = combinations({key.removeprefix("tiles."): values for key, values in of_graph.items() if key.startswith("tiles.")})
+    shapes = combinations({key: values for key, values in of_graph.items() if not key.startswith("tiles.")})
+    if "workers" in of_scheduler:
+        workers = worker_counts("--set workers", of_scheduler.pop("workers"))
     has = {name: _keys_of(name) for name in schedulers}
-    for key in {key for choice in choices for key, _ in choice}:
+    for key in of_scheduler:
         if not any(key in known for known in has.values()):
-            raise UserError(f"--set {key}: no setting of these schedulers{did_you_mean(key, sorted(set().union(*has.values())))}")
+            known = sorted(set().union(*has.values()))
+            raise UserError(f"--set {shorten(key)}: no setting of these schedulers{did_you_mean(key, [*known, *graph_keys()])}")
     found: dict[Cell, None] = {}
-    for graph, tiling, scheduler, choice, count in itertools.product(graphs, tilings, schedulers, choices, workers):
+    for graph, shape, tiling, scheduler, choice, count in itertools.product(
+        graphs, shapes, tilings, schedulers, combinations(of_scheduler), workers
+    ):
         is_whole = scheduler == WHOLE_TENSOR
-        cell = Cell(graph, () if is_whole else tiling, scheduler, tuple(c for c in choice if c[0] in has[scheduler]), count)
+        changes = tuple(change for change in choice if change[0] in has[scheduler])
+        cell = Cell(with_changes(graph, shape), () if is_whole else tiling, scheduler, changes, count or machine.usable_cores())
         make_config(cell.graph_word)
         if not is_whole:
             actual = named_config(cell.scheduler_word, count).settings.workers
-            cell = dataclasses.replace(cell, workers=actual or count)
+            cell = dataclasses.replace(cell, workers=actual or cell.workers)
         found[cell] = None
     return list(found)
 
@@ -85,21 +88,3 @@ def _keys_of(scheduler: str) -> set[str]:
     if scheduler == WHOLE_TENSOR:
         return set()
     return {field.name for field in dataclasses.fields(named_config(scheduler, None).settings)} - {"workers", "record"}
-
-
-def _choices(words: Iterable[str], flag: str) -> list[Changes]:
-    """Return every combination of the values of KEY=VALUE,VALUE,... words; of no words, the one that changes nothing."""
-    lists = []
-    for word in words:
-        key, equals, values = word.partition("=")
-        if not equals or not all(values.split(",")):
-            example = "rows=64,128" if flag == "--tiles" else "policy=oldest_first,newest_first"
-            raise UserError(f"{flag} {word}: wanted KEY=VALUE,VALUE,..., for example {flag} {example}")
-        lists.append([(key.strip(), value.strip()) for value in values.split(",")])
-    return list(itertools.product(*lists))
-
-
-def _with_changes(word: str, changes: Sequence[tuple[str, str]]) -> str:
-    parse_settings([f"{key}={value}" for key, value in changes])
-    words = ",".join(f"{key}={value}" for key, value in changes)
-    return word + ("," if ":" in word else ":") * bool(words) + words

@@ -93,8 +93,12 @@ class Comparison:
         caption = f"what differs: all workers' time, ms a step, {second} against {first}"
         return {"caption": caption, "head": ["", first, second, "difference"], "rows": lines}
 
+    def text(self, width: int | None) -> str:
+        """Return the tables as text, within a width if there is one."""
+        return "\n\n".join(layout.to_text(table, width) for table in self.tables())
+
     def __str__(self) -> str:
-        return "\n\n".join(layout.to_text(table) for table in self.tables())
+        return self.text(None)
 
     def _repr_html_(self) -> str:
         return "".join(layout.to_html(table) for table in self.tables())
