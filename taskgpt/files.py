@@ -12,6 +12,7 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 import stat
 import sys
 import tomllib
@@ -203,31 +204,68 @@ def as_written(value: Any) -> str:
 
 
 @contextmanager
-def replacing(path: str | Path, *, is_synced: bool = False) -> Iterator[BinaryIO]:
+def replacing(path: str | Path) -> Iterator[BinaryIO]:
     """Open a file for writing that appears under its name, complete, when the block ends, and not at all if it raises.
 
-    `is_synced`: and on the disk, so that it outlives a crash of the machine. Raises OSError; also if something that is no regular file has
-    the name.
+    It is on the disk by then, and outlives a crash of the machine. Raises OSError; also if something that is no regular file has the name.
     """
     target = write_target(path)
-    unfinished = target.with_name(f".{target.name}.tmp{os.getpid()}")  # same folder: a rename never copies
+    unfinished = _unfinished(target)
     try:
         with unfinished.open("wb") as file:
             yield file
-            if is_synced:
-                file.flush()
-                os.fsync(file.fileno())
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(unfinished, target)
+        _sync_folder(target.parent)
     finally:
         with suppress(OSError):
             unfinished.unlink()
 
 
 @contextmanager
-def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
-    """Open a file as `replacing` does, synced. Raises UserError instead of OSError."""
+def replacing_folder(path: str | Path) -> Iterator[Path]:
+    """Give a folder to write files into, which appears under its name, complete, when the block ends, and not at all if it raises.
+
+    What had the name is gone then, after all files of the new one are on the disk. Raises OSError.
+    """
+    target = Path(os.path.realpath(path))
+    unfinished = _unfinished(target)
     try:
-        with replacing(path, is_synced=True) as file:
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        for folder, _, files in os.walk(unfinished):
+            for name in files:
+                with open(Path(folder, name), "rb") as file:
+                    os.fsync(file.fileno())
+            _sync_folder(folder)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(unfinished, target)
+        _sync_folder(target.parent)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _unfinished(target: Path) -> Path:
+    """Return the name of what is not complete yet. In the same folder: a rename never copies."""
+    return target.with_name(f".{target.name}.tmp{os.getpid()}")
+
+
+def _sync_folder(folder: str | Path) -> None:
+    """Have the names in a folder on the disk, where the system can."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
+    """Open a file as `replacing` does. Raises UserError instead of OSError."""
+    try:
+        with replacing(path) as file:
             yield file
     except OSError as error:
         raise cannot_write(path, error) from error

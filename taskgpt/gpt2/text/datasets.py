@@ -19,12 +19,13 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path, PurePosixPath
 
 import platformdirs
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
@@ -304,22 +305,20 @@ def progress(label: str, total_bytes: int, done_bytes: int = 0) -> Iterator[Call
 @contextmanager
 def _only_one(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Make the folder and hold its lock: of runs started together one works and the others wait, then find its files."""
+    lock = FileLock(folder / ".lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            say(f"waiting for another run that writes into {folder}")
+            lock.acquire()
     except OSError as error:
         raise cannot_write(folder, error) from error
-    with lock:
-        # Windows, and some network disks, have no such lock: there two runs at once do the work twice, and the later one's files stay.
-        with suppress(ImportError, OSError):
-            import fcntl
-
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                say(f"waiting for another run that writes into {folder}")
-                fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def _mb(num_bytes: float) -> str:

@@ -9,8 +9,6 @@ Traces of tasks need ovni 1.10 or newer, for nosv 2.3; those of fork-join need 1
 """
 
 import json
-import os
-import shutil
 import struct
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,6 +17,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from taskgpt.files import replacing_folder
 from taskgpt.lab.layout import label
 from taskgpt.lab.traces.trace import Trace
 
@@ -37,18 +36,11 @@ def write(trace: Trace, path: str | Path) -> None:
     """Write the folder, whole or not at all; a trace that was there is replaced, and nothing else. Raises OSError."""
     if trace.begin_ns < _BEFORE_NS:
         trace = _later(trace)
-    part = Path(f"{path}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    process = part / f"loom.{_LOOM}" / f"proc.{_PID}"
-    try:
+    with replacing_folder(Path(path) / f"loom.{_LOOM}") as loom:
+        process = loom / f"proc.{_PID}"
         _put(process, trace, _MAIN, _create(trace))
         for worker in range(trace.workers):
             _put(process, trace, _MAIN + 1 + worker, _work(trace, worker))
-        Path(path).mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(Path(path) / f"loom.{_LOOM}", ignore_errors=True)
-        os.replace(part / f"loom.{_LOOM}", Path(path) / f"loom.{_LOOM}")
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def _put(process: Path, trace: Trace, tid: int, events: Iterator[tuple]) -> None:

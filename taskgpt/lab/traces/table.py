@@ -5,16 +5,18 @@ A folder: tasks.csv and idle.csv, or tasks.parquet and idle.parquet (needs pyarr
 
 import csv
 import importlib.util
-import os
+import io
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from taskgpt.errors import UserError, shorten
+from taskgpt.files import replacing
 from taskgpt.lab.traces.idle import CAUSES, gaps
 from taskgpt.lab.traces.rules import RuleError, reading
 from taskgpt.lab.traces.trace import Trace
@@ -44,31 +46,26 @@ def _tables(trace: Trace) -> dict[str, Columns]:
     return {"tasks": tasks, "idle": waits | {f"{cause}_ns": np.rint(idle[cause]).astype(np.int64) for cause in CAUSES}}
 
 
-def _write(put: Callable[[Columns, Path], None], ending: str, trace: Trace, path: str | Path) -> None:
-    """Write both files into the folder, each whole or not at all; those that were there are replaced. Raises OSError."""
-    tables = {f"{name}.{ending}": columns for name, columns in _tables(trace).items()}
+def _write(put: Callable[[Columns, BinaryIO], None], ending: str, trace: Trace, path: str | Path) -> None:
+    """Write both files into the folder, both whole or neither; those that were there are replaced. Raises OSError."""
     Path(path).mkdir(parents=True, exist_ok=True)
-    try:
-        for file, columns in tables.items():
-            put(columns, Path(path) / f"{file}.part")
-        for file in tables:
-            os.replace(Path(path) / f"{file}.part", Path(path) / file)
-    finally:
-        for file in tables:
-            (Path(path) / f"{file}.part").unlink(missing_ok=True)
+    with ExitStack() as until_both_are_whole:
+        for name, columns in _tables(trace).items():
+            put(columns, until_both_are_whole.enter_context(replacing(Path(path) / f"{name}.{ending}")))
 
 
-def _put_csv(columns: Columns, path: Path) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(columns)
-        for start in range(0, len(next(iter(columns.values()))), _ROWS):
-            writer.writerows(zip(*(column[start : start + _ROWS].tolist() for column in columns.values()), strict=True))
+def _put_csv(columns: Columns, file: BinaryIO) -> None:
+    text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+    writer = csv.writer(text)
+    writer.writerow(columns)
+    for start in range(0, len(next(iter(columns.values()))), _ROWS):
+        writer.writerows(zip(*(column[start : start + _ROWS].tolist() for column in columns.values()), strict=True))
+    text.detach()  # written out, and the file is left open
 
 
-def _put_parquet(columns: Columns, path: Path) -> None:
+def _put_parquet(columns: Columns, file: BinaryIO) -> None:
     pyarrow, parquet = _pyarrow()
-    parquet.write_table(pyarrow.table({name: pyarrow.array(column) for name, column in columns.items()}), path)
+    parquet.write_table(pyarrow.table({name: pyarrow.array(column) for name, column in columns.items()}), file)
 
 
 def _pyarrow() -> tuple[Any, Any]:
