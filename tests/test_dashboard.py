@@ -20,7 +20,7 @@ from programs import started
 from test_efficiency import hand_made
 from test_trace import traced
 
-from taskgpt import config, train
+from taskgpt import config, palette, train
 from taskgpt.errors import UserError
 from taskgpt.lab.dashboard.live import Live
 from taskgpt.lab.traces.trace import Trace, Traced
@@ -217,6 +217,7 @@ def test_a_browser_shows_a_run(page, tmp_path):
     else:
         assert {"matmul_forward", "layernorm_forward"} & set(found["name"])
         assert set(found["worker_thread"]) >= {"native-0"}
+        assert dict(zip(found["name"], found["color"], strict=True)) == palette.of_kernels(found["name"])
     colours = np.unique((plt.imread(picture)[..., :3] * 255).astype(int).reshape(-1, 3), axis=0)
     assert len(colours) > 50
     assert process.returncode == 130

@@ -15,10 +15,10 @@ from browser import BROWSER, needs_browser, visit
 from test_efficiency import hand_made
 from test_trace import traced
 
+from taskgpt import palette
 from taskgpt.lab.traces import page, timeline
 from taskgpt.lab.traces.efficiency import longest_path
 from taskgpt.lab.traces.trace import RUN_TYPE, Trace
-from taskgpt.tasks.picture import COLOURS
 
 
 def opened(url: str, *flags: str) -> str:
@@ -67,11 +67,14 @@ def test_a_page_shows_what_the_next_run_waits_for(tmp_path):
 def test_a_page_draws_its_tasks(tmp_path):
     """The picture has the colours of kernels, not an empty canvas."""
     matplotlib = pytest.importorskip("matplotlib.image")
-    page.write([traced("native")], tmp_path / "page.html", "native")
+    trace = traced("native")
+    page.write([trace], tmp_path / "page.html", "native")
     opened((tmp_path / "page.html").as_uri(), f"--screenshot={tmp_path / 'page.png'}")
     picture = (np.asarray(matplotlib.imread(tmp_path / "page.png"))[..., :3] * 255).round().astype(int)
-    blue = (abs(picture - [0x00, 0x72, 0xB2]) <= 8).all(axis=2).sum()  # the first colour of the palette
-    assert blue > 300
+    colours = palette.of_kernels(trace.names("kernel")).values()
+    wanted = [[int(colour[at : at + 2], 16) for at in (1, 3, 5)] for colour in colours]
+    drawn = sum((abs(picture - colour) <= 8).all(axis=2).sum() for colour in wanted)
+    assert drawn > 300 + 121 * len(wanted)  # a square of 11 pixels in the legend
 
 
 @needs_browser
@@ -93,19 +96,16 @@ def evaluated(path, js: str, folder) -> object:
 
 
 @needs_browser
-def test_the_costliest_kernels_have_colours_of_their_own(tmp_path):
-    """Those of the pictures of graphs, the longest time first; what takes the least time shares a grey when they run out."""
-    count = len(COLOURS) + 3
-    trace = hand_made([(0, 100 * n, 100 * n, 100 * n + n + 1, []) for n in range(count)], workers=1)
+def test_the_legend_has_what_is_drawn(tmp_path):
+    """Kernels of a family once, in the palette's colour; not those that no task of these runs has."""
+    trace = hand_made([(0, 100 * n, 100 * n, 100 * n + n + 1, []) for n in range(3)], workers=1)
     graph = trace.graphs[0]
-    graph.kernels[:] = [f"kernel {n}" for n in range(count + 1)]  # one that no task runs
-    graph.kernel[:] = np.arange(count)
-    page.write([trace], tmp_path / "page.html", "many kernels")
-    found = dict(evaluated(tmp_path / "page.html", "names.kernel.map(name => [name, colour(name, 'kernel')])", tmp_path))
-    costliest = [f"kernel {n}" for n in reversed(range(count))]
-    assert list(found) == costliest
-    assert [found[name] for name in costliest[: len(COLOURS)]] == list(COLOURS)
-    assert not {found[name] for name in costliest[len(COLOURS) :]} & set(COLOURS)
+    graph.kernels[:] = ["matmul_forward", "matmul_gelu_forward", "gelu_backward", "layernorm_forward"]
+    graph.kernel[:] = np.arange(3)
+    page.write([trace], tmp_path / "page.html", "three kernels")
+    js = "[...document.querySelectorAll('#legend > *')].map(s => [s.textContent, s.style.getPropertyValue('--c')])"
+    found = evaluated(tmp_path / "page.html", js, tmp_path)
+    assert found == [["matmul", palette.BLUE], ["gelu backward", palette.of_kernels(["gelu_backward"])["gelu_backward"]]]
 
 
 @needs_browser

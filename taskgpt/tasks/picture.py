@@ -4,27 +4,15 @@ A task stands one column to the right of the last task that it waits for, so tha
 columns is the length of the longest chain.
 """
 
-from collections import Counter
-from collections.abc import Sequence
 from html import escape
 
+from taskgpt import palette
 from taskgpt.tasks.task import Task
 from taskgpt.tasks.task_graph import TaskGraph
 
 _COLUMN, _ROW, _WIDTH, _HEIGHT = 22, 15, 15, 10  # distance of columns and rows, size of a task, in pixels
 _MARGIN = 16
 _FEW, _TALLEST = 60, 1000  # so many tasks have their names written on them, upright, unless that makes a column higher than that
-# Told apart in any order, also by people who do not see red and green apart (Okabe and Ito 2008), then lighter ones.
-COLOURS = (
-    *("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"),
-    *("#B8A400", "#666666", "#9FC7E8", "#F3C97A", "#8FD3BE", "#E3B9D0"),
-    *("#7F3C8D", "#80BA5A", "#E73F74", "#3F51B5", "#A5AA99", "#8C564B", "#17BECF", "#F2B701"),
-)
-
-
-def family(task: Task) -> str:
-    """Return what a task belongs to: the first word of its kernel's name, `matmul` for matmul_backward_weight."""
-    return task.name.partition("_")[0]
 
 
 def label(task: Task) -> str:
@@ -41,25 +29,19 @@ def _name(task: Task) -> str:
     return f"{(phase or 'tasks') if len(task.calls) > 1 else task.name}{f' {layer}' if layer >= 0 else ''}"
 
 
-def _ink_on(colour: str) -> str:
-    """Return black or white, whichever is read better on #rrggbb."""
-    red, green, blue = (int(colour[at : at + 2], 16) for at in (1, 3, 5))
-    return "#000000" if 0.299 * red + 0.587 * green + 0.114 * blue > 150 else "#ffffff"
+def groups(graph: TaskGraph, colour_by: str) -> tuple[list[str], dict[str, str]]:
+    """Return what gives each task its colour, and the colours, as a legend has them.
 
-
-def groups(graph: TaskGraph, colour_by: str) -> list[str]:
-    """Return what gives each task its colour: its `kernel` (the family), `layer`, `phase`, or whether it is on the longest `path`.
-
-    The longest path is that of estimated times: Task.estimated_seconds.
+    `colour_by`: kernel, layer, phase, or path: whether a task is on the longest path by estimated times, Task.estimated_seconds.
     """
     if colour_by == "path":
         path = set(graph.longest_path())
-        return ["on the longest path" if task.number in path else "not on it" for task in graph.tasks]
-    if colour_by == "kernel":
-        return [family(task) for task in graph.tasks]
-    if colour_by == "layer":
-        return [f"layer {task.section[1]}" if task.section[1] >= 0 else "no layer" for task in graph.tasks]
-    return [task.section[0] or "no phase" for task in graph.tasks]
+        found = ["on the longest path" if task.number in path else "not on it" for task in graph.tasks]
+        return found, {"on the longest path": palette.VERMILION, "not on it": palette.REST}
+    value = {"kernel": lambda task: task.name, "layer": lambda task: max(-1, task.section[1]), "phase": lambda task: task.section[0]}
+    values = list(map(value[colour_by], graph.tasks))
+    key = palette.key(colour_by, values)
+    return [key[each][0] for each in values], dict(key.values())
 
 
 def to_svg(graph: TaskGraph, title: str = "", colour_by: str = "kernel") -> str:
@@ -73,11 +55,8 @@ def to_svg(graph: TaskGraph, title: str = "", colour_by: str = "kernel") -> str:
     has_names = len(names) <= _FEW and tallest * tall <= _TALLEST
     tall = tall if has_names else _HEIGHT
     row = tall + _ROW - _HEIGHT
-    group = groups(graph, colour_by)
-    families = [name for name, _ in Counter(group).most_common()]
-    colour = {name: COLOURS[at % len(COLOURS)] for at, name in enumerate(families)}
-    colour |= {"on the longest path": "#D55E00", "not on it": "#b9c4cc"}
-    keys, header = legend(families, colour, _MARGIN, 33, width - _MARGIN)
+    group, colour = groups(graph, colour_by)
+    keys, header = legend(colour, _MARGIN, 33, width - _MARGIN)
     height = header + row * tallest + 2 * _MARGIN
 
     def position(number: int) -> tuple[float, float]:
@@ -99,7 +78,7 @@ def to_svg(graph: TaskGraph, title: str = "", colour_by: str = "kernel") -> str:
         )
         if has_names:
             nodes.append(
-                f'<text transform="translate({x + 11:g},{y + tall - 4:g}) rotate(-90)" font-size="10" fill="{_ink_on(fill)}" '
+                f'<text transform="translate({x + 11:g},{y + tall - 4:g}) rotate(-90)" font-size="10" fill="{palette.ink_on(fill)}" '
                 f'pointer-events="none">{escape(names[task.number])}</text>'
             )
     summary = f"{title or graph.name}: {len(graph.tasks)} tasks, longest chain {len(columns)}"
@@ -134,13 +113,13 @@ def _arrange(graph: TaskGraph) -> list[list[int]]:
     return columns
 
 
-def legend(names: Sequence[str], colour: dict[str, str], left: int, top: int, width: int) -> tuple[list[str], int]:
+def legend(colour: dict[str, str], left: int, top: int, width: int) -> tuple[list[str], int]:
     """Return the key to the colours, in as many lines as fit into the width, and where it ends."""
     parts, x = [], left
-    for name in names:
+    for name, fill in colour.items():
         if x > left and x + 36 + 7 * len(name) > width:
             x, top = left, top + 18
-        parts.append(f'<rect x="{x}" y="{top}" width="{_WIDTH}" height="{_HEIGHT}" rx="2.5" fill="{colour[name]}"/>')
+        parts.append(f'<rect x="{x}" y="{top}" width="{_WIDTH}" height="{_HEIGHT}" rx="2.5" fill="{fill}"/>')
         parts.append(f'<text x="{x + 20}" y="{top + 9}" fill="#222222">{escape(name)}</text>')
         x += 36 + 7 * len(name)
     return parts, top + 20

@@ -11,10 +11,10 @@ from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 from matplotlib.ticker import PercentFormatter
 
+from taskgpt import palette
 from taskgpt.lab.contests.results import Result, Results
 
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#B8A400", "#7f7f7f")  # told apart by all eyes
-IDLE = {"barrier": "#D55E00", "dependency": "#E69F00", "scheduling": "#7f7f7f"}
+IDLE = {cause: colour for cause, colour in palette.IDLE.items() if cause != "between"}
 STYLE = {
     "svg.fonttype": "none",  # text stays text
     "font.size": 10,
@@ -53,10 +53,10 @@ def _figures(results: Results) -> Iterator[tuple[str, str]]:
 def bars(cells: Sequence[Result]) -> str:
     """Draw the median of each cell, with its interval where that is known."""
     figure, axes = _rows(cells)
-    longest = max(r.median for r in cells)
+    longest, colours = max(r.median for r in cells), palette.of_names(r.cell.label for r in cells)
     for at, r in enumerate(cells):
         low, high = r.interval or (r.median, r.median)
-        axes.barh(at, r.median, color=_colour(r, cells), height=0.75)
+        axes.barh(at, r.median, color=colours[r.cell.label], height=0.75)
         if r.interval:
             axes.plot([low, high], [at, at], color="black", linewidth=1.2)
         axes.text(min(high, 1.1 * longest), at, f"  {r.median:.4g}", va="center", fontsize=9)
@@ -72,7 +72,7 @@ def shares(cells: Sequence[Result]) -> str:
         trace = r.first.trace
         parts = {"in tasks": trace.useful_ms} | {f"idle: {cause}": trace.idle_ms[cause] for cause in IDLE}
         total, left = sum(parts.values()), 0.0
-        for name, colour in zip(parts, ("#0072B2", *IDLE.values()), strict=True):
+        for name, colour in zip(parts, (palette.BLUE, *IDLE.values()), strict=True):
             wide = parts[name] / total
             axes.barh(at, wide, left=left, color=colour, height=0.75, label=name if at == 0 else None)
             left += wide
@@ -92,9 +92,10 @@ def scaling(lines: dict[str, list[Result]], sequential_ms: float | None) -> str:
     counts = sorted({r.cell.workers for line in lines.values() for r in line})
     if sequential_ms:
         axes.plot([1, counts[-1]], [1, counts[-1]], color="#bbb", linewidth=1, linestyle="--", label="ideal")
-    for at, (name, line) in enumerate(lines.items()):
+    colours = palette.of_names(lines)
+    for name, line in lines.items():
         values = [sequential_ms / r.median if sequential_ms else r.median for r in line]
-        axes.plot([r.cell.workers for r in line], values, marker="o", markersize=4, color=COLOURS[at % 8], label=name)
+        axes.plot([r.cell.workers for r in line], values, marker="o", markersize=4, color=colours[name], label=name)
     axes.set_xlabel("workers")
     axes.set_ylabel("speedup over sequential" if sequential_ms else "ms a step")
     axes.set_ylim(bottom=0)
@@ -115,7 +116,7 @@ def heat_map(rows: Sequence[str], columns: Sequence[str], ms: np.ndarray, row_ti
             weight = "bold" if (row, column) == best else "normal"
             ink = "white" if value > middle else "black"
             axes.text(column, row, f"{value:.4g}", ha="center", va="center", weight=weight, color=ink, fontsize=9)
-    axes.add_patch(Rectangle((best[1] - 0.5, best[0] - 0.5), 1, 1, fill=False, edgecolor="#D55E00", linewidth=2.5))
+    axes.add_patch(Rectangle((best[1] - 0.5, best[0] - 0.5), 1, 1, fill=False, edgecolor=palette.VERMILION, linewidth=2.5))
     axes.set_xticks(range(len(columns)), columns)
     axes.set_yticks(range(len(rows)), rows)
     axes.set_xlabel(column_title)
@@ -174,10 +175,6 @@ def _name(r: Result, cells: Sequence[Result]) -> str:
     """Return the scheduler, and the tiles if they differ among these cells."""
     tiles = " ".join(f"{key}={value}" for key, value in r.cell.tiles)
     return f"{r.cell.label} {tiles}".rstrip() if len({each.cell.tiles for each in cells}) > 1 else r.cell.label
-
-
-def _colour(r: Result, cells: Sequence[Result]) -> str:
-    return COLOURS[list(dict.fromkeys(each.cell.label for each in cells)).index(r.cell.label) % len(COLOURS)]
 
 
 def _rows(cells: Sequence[Result]) -> tuple[Figure, Axes]:

@@ -17,10 +17,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import dask
+from dask.utils import key_split
 from distributed import LocalCluster
 from distributed import Scheduler as DaskScheduler
+from distributed.diagnostics import progress_stream, task_stream
 from distributed.diagnostics.task_stream import TaskStreamPlugin
 
+from taskgpt import palette
 from taskgpt.errors import UserError, shorten
 from taskgpt.lab.dashboard.live import Live
 from taskgpt.lab.traces.trace import Trace
@@ -49,6 +52,7 @@ class Dashboard:
 
         from taskgpt.lab.dashboard import page
 
+        _paint_as_ours()
         applications["/taskgpt"] = lambda _scheduler, extra, document: page.fill(document, live, extra)
         self._host, self._port = _parse(address) if address else ("127.0.0.1", PORT if _why_not("127.0.0.1", PORT) is None else 0)
         if why := _why_not(self._host, self._port):
@@ -125,6 +129,18 @@ class Dashboard:
                 }
             )
             self.task_stream.index += 1
+
+
+def _colour(kernel: str) -> str:
+    return palette.of_kernels([kernel])[kernel]
+
+
+def _paint_as_ours() -> None:
+    """Give tasks in Dask's pages the colours that they have in ours. Dask has no setting for it: it picks one by a checksum of the name."""
+    from distributed.dashboard.components import scheduler as pages
+
+    task_stream.colors["compute"] = lambda message: _colour(key_split(message["key"])) if message["status"] == "OK" else "black"
+    progress_stream.color_of = pages.color_of = pages.ts_color_of = _colour
 
 
 def _parse(address: str) -> tuple[str, int]:

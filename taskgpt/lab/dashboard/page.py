@@ -9,19 +9,19 @@ from bokeh.models import ColumnDataSource, Div, FactorRange, HoverTool
 from bokeh.plotting import figure
 from distributed.dashboard.components.scheduler import env
 
+from taskgpt import palette
 from taskgpt.lab.dashboard.live import Live
 
 PERIOD_MS = 1000  # between two looks
 KEPT = 20_000  # steps that a page holds
 BARS = 14  # kernels shown
-_BLUE, _ORANGE, _GREEN, _PINK = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
 
 
 def fill(document: Document, live: Live, extra: dict[str, Any]) -> None:
     """Make the page for one viewer, and keep it up to date while the viewer looks."""
     steps = ColumnDataSource({name: [] for name in ("step", "loss", "speed", "efficiency")})
     validations = ColumnDataSource({name: [] for name in ("step", "loss")})
-    kernels = ColumnDataSource({name: [] for name in ("kernel", "ms")})
+    kernels = ColumnDataSource({name: [] for name in ("kernel", "ms", "colour")})
     ready = ColumnDataSource({name: [] for name in ("ms", "tasks")})
     head = Div(sizing_mode="stretch_width", styles={"font-size": "120%", "margin": "4px 12px"})
 
@@ -37,19 +37,19 @@ def fill(document: Document, live: Live, extra: dict[str, Any]) -> None:
         found.add_tools(HoverTool(tooltips=[("step", "@step"), (title, f"@{name}{{0.000}}")], mode="vline"))
         return found
 
-    loss = over_steps("loss", "loss", "train; dots: validation", _BLUE)
-    loss.scatter("step", "loss", source=validations, color=_ORANGE, size=8)
-    speed = over_steps("speed", "speed", "tokens a second", _GREEN)
+    loss = over_steps("loss", "loss", "train; dots: validation", palette.BLUE)
+    loss.scatter("step", "loss", source=validations, color=palette.ORANGE, size=8)
+    speed = over_steps("speed", "speed", "tokens a second", palette.VIOLET)
     speed.y_range.start = 0
-    efficiency = over_steps("parallel efficiency", "efficiency", "time in tasks / all workers' time", _PINK)
+    efficiency = over_steps("parallel efficiency", "efficiency", "time in tasks / all workers' time", palette.PINK)
     efficiency.y_range.start, efficiency.y_range.end = 0, 1.02
     names = FactorRange()
     bars = plot("time by kernel, last step", "ms of all workers", "", y_range=names)
-    bars.hbar(y="kernel", right="ms", source=kernels, height=0.8, color=_BLUE)
+    bars.hbar(y="kernel", right="ms", source=kernels, height=0.8, color="colour")
     bars.x_range.start = 0
     bars.add_tools(HoverTool(tooltips=[("@kernel", "@ms{0.0} ms")]))
     depth = plot("tasks that are ready and wait, the step before", "ms", "tasks")
-    depth.step("ms", "tasks", source=ready, color=_ORANGE, mode="after", line_width=1.5)
+    depth.step("ms", "tasks", source=ready, color=palette.ORANGE, mode="after", line_width=1.5)
     depth.y_range.start = 0
     seen = {"steps": 0, "validations": 0}
 
@@ -65,7 +65,8 @@ def fill(document: Document, live: Live, extra: dict[str, Any]) -> None:
         run = live.last_step
         shown = list(run.kernel_ms)[:BARS][::-1]
         names.factors = shown
-        kernels.data = {"kernel": shown, "ms": [run.kernel_ms[name] for name in shown]}
+        colour = palette.of_kernels(shown)
+        kernels.data = {"kernel": shown, "ms": [run.kernel_ms[name] for name in shown], "colour": [colour[name] for name in shown]}
         ready.data = {"ms": run.ready_at_ms, "tasks": run.ready}
         step, last_loss, tokens, share = new[-1]
         now = f"step {step}: loss {last_loss:.4f}, {tokens:,.0f} tok/s, parallel efficiency {share:.3f} on {live.workers} workers"

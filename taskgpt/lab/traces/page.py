@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from taskgpt import palette
 from taskgpt.files import write_whole
 from taskgpt.lab.traces.efficiency import longest_path
 from taskgpt.lab.traces.trace import Trace, TracedGraph
-from taskgpt.tasks.picture import COLOURS
 
 TEMPLATE = Path(__file__).with_name("page.html")
 
@@ -20,7 +20,7 @@ def write(traces: Sequence[Trace], path: str | Path, title: str, tables: Sequenc
 
     A table has a caption, a head (a list of words) and rows of words. Raises UserError.
     """
-    data = {"title": title, "traces": [_data(trace) for trace in traces], "tables": list(tables), "colours": COLOURS}
+    data = {"title": title, "traces": [_data(trace) for trace in traces], "tables": list(tables), "keys": _keys(traces)}
     words = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")  # nothing ends the script early
     text = TEMPLATE.read_text(encoding="utf-8").replace("/*DATA*/", words)
     write_whole(path, text)
@@ -48,6 +48,19 @@ def _data(trace: Trace) -> dict[str, Any]:
         "others": {"worker": trace.others["worker"].tolist()}
         | {name: (trace.others[f"{name}_ns"] - begin).tolist() for name in ("start", "stop")},
         **{name: trace.records[name].tolist() for name in ("run", "task", "worker")},
+    }
+
+
+def _keys(traces: Sequence[Trace]) -> dict[str, dict[str | int, tuple[str, str, str]]]:
+    """Return, for what colours can tell, (label, colour, ink on it) of each kernel, layer and phase, in the order of the legend."""
+    values = {
+        "kernel": [name for trace in traces for name in trace.names("kernel")],
+        "layer": [layer for trace in traces for layer in trace.column("layer").tolist()],
+        "phase": [name for trace in traces for name in trace.names("phase")],
+    }
+    return {
+        what: {value: (label, colour, palette.ink_on(colour)) for value, (label, colour) in palette.key(what, found).items()}
+        for what, found in values.items()
     }
 
 

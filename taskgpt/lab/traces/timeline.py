@@ -5,8 +5,9 @@ from html import escape
 
 import numpy as np
 
+from taskgpt import palette
 from taskgpt.lab.traces.trace import Trace
-from taskgpt.tasks.picture import COLOURS, legend
+from taskgpt.tasks.picture import legend
 
 MOST_RUNS = 2  # that a Timeline shows: more are too narrow to read
 _LEFT, _ROW, _GAP, _HEAD, _AXIS = 70, 22, 3, 40, 24  # pixels
@@ -38,11 +39,10 @@ def to_svg(
     begin = begin_ms * 1e6
     length = length_ms * 1e6 if length_ms is not None else max(trace.end_ns - trace.begin_ns for trace in traces) - begin
     per_pixel = max(1.0, length / (width - _LEFT))
-    labels = [_labels(trace, colour_by) for trace in traces]
-    names = sorted({name for each in labels for name in each}, key=lambda name: -sum(np.count_nonzero(each == name) for each in labels))
-    colour = {name: COLOURS[at % len(COLOURS)] for at, name in enumerate(names)}
+    values = [_values(trace, colour_by) for trace in traces]
+    key = palette.key(colour_by, (value for each in values for value in dict.fromkeys(each.tolist())))
     parts, y = [], 0
-    for trace, label in zip(traces, labels, strict=True):
+    for trace, value in zip(traces, values, strict=True):
         parts.append(f'<text x="4" y="{y + 16}" font-weight="bold">{escape(trace.about["scheduler"])}</text>')
         y += _HEAD
         for run in trace.runs:
@@ -60,29 +60,26 @@ def to_svg(
                 first, last = ((other[name] - trace.begin_ns - begin) / per_pixel for name in ("start_ns", "stop_ns"))
                 if last > 0 and first < width - _LEFT:
                     x, wide = _LEFT + max(first, 0), min(last, width - _LEFT) - max(first, 0)
-                    parts.append(f'<rect x="{x:.2f}" y="{y}" width="{wide:.2f}" height="{_ROW}" fill="#b9c4cc"/>')
+                    parts.append(f'<rect x="{x:.2f}" y="{y}" width="{wide:.2f}" height="{_ROW}" fill="{palette.REST}"/>')
             mine = np.flatnonzero(trace.records["worker"] == worker)
-            parts += _rectangles(trace, mine, label, colour, y, begin, begin + length, per_pixel)
+            parts += _rectangles(trace, mine, value, key, y, begin, begin + length, per_pixel)
             y += _ROW + _GAP
         y += _GAP
     parts += _axis(y, begin, length, per_pixel, width)
-    keys, height = legend(names, colour, 4, y + _AXIS, width)
+    keys, height = legend(dict(key.values()), 4, y + _AXIS, width)
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" font-family="sans-serif" font-size="12">'
     )
     return "\n".join([head, f'<rect width="{width}" height="{height}" fill="#fff"/>', *parts, *keys, "</svg>"]) + "\n"
 
 
-def _labels(trace: Trace, colour_by: str) -> np.ndarray:
-    """Return what gives each record its colour."""
+def _values(trace: Trace, colour_by: str) -> np.ndarray:
+    """Return what gives each record its colour: a kernel's name, a layer's number, a phase's name."""
     column = trace.column(colour_by)
-    if colour_by == "layer":
-        found, at = np.unique(column, return_inverse=True)
-        return np.array([f"layer {n}" if n >= 0 else "no layer" for n in found.tolist()], object)[at]
-    return np.array([name or "no phase" for name in trace.names(colour_by)])[column]
+    return column if colour_by == "layer" else np.array(trace.names(colour_by), object)[column]
 
 
-def _rectangles(trace: Trace, mine: np.ndarray, label, colour, y: int, begin: float, end: float, per_pixel: float) -> list[str]:
+def _rectangles(trace: Trace, mine: np.ndarray, value: np.ndarray, key, y: int, begin: float, end: float, per_pixel: float) -> list[str]:
     """Return those of one worker."""
     r = trace.records
     start, stop = (r[name][mine] - trace.begin_ns for name in ("start_ns", "stop_ns"))
@@ -100,7 +97,7 @@ def _rectangles(trace: Trace, mine: np.ndarray, label, colour, y: int, begin: fl
             graph, task = trace.graphs[trace.runs["graph"][r["run"][longest]]], r["task"][longest]
             title = f"{task} {graph.calls[task]}: {(stop[group[0]] - start[group[0]]) / 1e3:.1f} us"
         parts.append(
-            f'<rect x="{x:.2f}" y="{y}" width="{max(wide - 0.2, 0.3):.2f}" height="{_ROW}" fill="{colour[label[longest]]}">'
+            f'<rect x="{x:.2f}" y="{y}" width="{max(wide - 0.2, 0.3):.2f}" height="{_ROW}" fill="{key[value[longest]][1]}">'
             f"<title>{escape(title)}</title></rect>"
         )
     return parts
