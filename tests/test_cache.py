@@ -767,8 +767,8 @@ def test_the_settings_of_numba_are_in_the_digest(monkeypatch, name, value):
 def test_the_digest_is_the_same_in_every_process():
     """Whatever the seed of Python's hashes and wherever objects lie: otherwise nothing would ever be loaded."""
     program = (
-        "from taskgpt.gpt2 import attention, classifier, kernels, updates\nfrom taskgpt.schedulers.native import worker\n"
-        "from taskgpt.tasks.sources import Sources\nmodules = attention, classifier, kernels, updates\n"
+        "from taskgpt.gpt2 import attention, classifier, kernels, norms, updates\nfrom taskgpt.schedulers.native import worker\n"
+        "from taskgpt.tasks.sources import Sources\nmodules = attention, classifier, kernels, norms, updates\n"
         "twins = [k._twin.py_func for m in modules for k in vars(m).values() if getattr(k, '_twin', None)]\n"
         "print([Sources(f).digest() for f in [*twins, worker.work.py_func]], [why for f in twins for why in Sources(f).unknown])"
     )

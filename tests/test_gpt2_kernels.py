@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 from numba.core.runtime import _nrt_python, rtsys
 
-from taskgpt.gpt2 import attention, classifier, kernels, updates
+from taskgpt.gpt2 import attention, classifier, kernels, norms, updates
 from taskgpt.gpt2.vector_math import exp32, exp_row, row_max, row_sum
 from taskgpt.tasks import Kernel
 from taskgpt.tasks.scratch import scratch_arrays
 
-ALL = {k.name: k for module in (kernels, attention, classifier, updates) for k in vars(module).values() if isinstance(k, Kernel)}
+ALL = {k.name: k for module in (kernels, norms, attention, classifier, updates) for k in vars(module).values() if isinstance(k, Kernel)}
 HEAD = 8
 # Sizes that no vector width divides, one of everything, and more than one attention block.
 SIZES = [
@@ -174,15 +174,15 @@ def test_layernorm_backward_is_the_gradient_of_layernorm_forward():
     inp, weight, bias, dout, out, mean, rstd = random(4, 9), random(9), random(9), random(4, 9), np.empty((4, 9)), np.empty(4), np.empty(4)
 
     def forward():
-        kernels.layernorm_forward.body(out, mean, rstd, inp, weight, bias)
+        norms.layernorm_forward.body(out, mean, rstd, inp, weight, bias)
         return out
 
     wanted = [numeric_gradient(forward, x, dout) for x in (inp, weight, bias)]
     forward()
     dinp, both, dweight, dbias = np.empty_like(inp), np.empty_like(inp), np.empty_like(weight), np.empty_like(bias)
-    kernels.layernorm_backward.body(dinp, dout, inp, weight, mean, rstd)
-    kernels.layernorm_backward_weight.body(dweight, dbias, dout, inp, mean, rstd)
-    kernels.layernorm_residual_backward.body(both, dout, dout, inp, weight, mean, rstd)
+    norms.layernorm_backward.body(dinp, dout, inp, weight, mean, rstd)
+    norms.layernorm_backward_weight.body(dweight, dbias, dout, inp, mean, rstd)
+    norms.layernorm_residual_backward.body(both, dout, dout, inp, weight, mean, rstd)
     for got, want in zip((dinp, dweight, dbias), wanted, strict=True):
         assert close(got, want)
     assert close(both, wanted[0] + dout)

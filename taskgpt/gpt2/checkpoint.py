@@ -85,6 +85,8 @@ def is_finite(m: GPT2) -> bool:
 def verify_can_save(path: str | Path, m: GPT2) -> None:
     """Raise UserError if `save` could not succeed now: better before the training than after it."""
     path = Path(path)
+    if m.model.norm != "layernorm":
+        raise UserError(f"{shorten(path)}: llm.c's checkpoints hold GPT-2's LayerNorm alone, and this model has {m.model.norm}")
     try:
         if path.is_dir():
             raise UserError(f"{shorten(path)}: is a folder; name the file to write, for example {path / 'model.bin'}")

@@ -1,4 +1,4 @@
-"""The kernels of GPT-2: matrix products, LayerNorm, GELU, residual, embeddings. Attention, classifier and updates have their own files.
+"""The kernels of GPT-2: matrix products, GELU, residual, embeddings. Norms, attention, classifier and updates have their own files.
 
 Each NumPy body is the formula; the twin below it is what runs. Outputs come first, then inputs, then constants. A tag "llmc" marks the
 loops that carry an OpenMP pragma in llm.c (`train_gpt2.c`), for the loops scheduler's coverage; "gemm" marks what sgemm's speed bounds, and
@@ -13,14 +13,13 @@ import math
 import numba
 import numpy as np
 
-from taskgpt.gpt2.vector_math import exp32, row_sum
+from taskgpt.gpt2.vector_math import exp32
 from taskgpt.tasks import Commutative, In, InOut, Out, dense, dims, kernel
 from taskgpt.tasks.blas import gemm
 
 R, C, OC, T, V = dims("R C OC T V")
 _f = np.float32
 ZERO, ONE, TWO, THREE = _f(0), _f(1), _f(2), _f(3)
-EPS = _f(1e-5)  # LayerNorm
 GELU_SCALE = _f(math.sqrt(2 / math.pi))
 GELU_CUBE = _f(0.044715)
 
@@ -157,109 +156,6 @@ def sum_rows(total, rows):
 @matmul_backward_bias.compiled
 def _(dbias, dout):
     sum_rows(dbias, dout)
-
-
-# LayerNorm: Ba et al. 2016, biased variance, eps 1e-5 as in llm.c -----------------------------------------------------------------------
-
-
-@kernel(flops=lambda R, C: 8 * R * C)
-def layernorm_forward(out: Out[R, C], mean: Out[R], rstd: Out[R], inp: In[R, C], weight: In[C], bias: In[C]):
-    """Normalize each row to mean 0 and variance 1, then scale and shift.
-
-    out[r, c] = (inp[r, c] - mean[r]) * rstd[r] * weight[c] + bias[c], rstd = 1 / sqrt(variance + 1e-5).
-    """
-    mean[:] = inp.mean(axis=1)
-    rstd[:] = 1 / np.sqrt(np.square(inp - mean[:, None]).mean(axis=1) + EPS)
-    out[:] = (inp - mean[:, None]) * rstd[:, None] * weight + bias
-
-
-@layernorm_forward.compiled
-def _(out, mean, rstd, inp, weight, bias):
-    channels = inp.shape[1]
-    for r in range(inp.shape[0]):
-        x, y = dense(inp[r]), dense(out[r])
-        m = row_sum(x) / _f(channels)
-        for c in range(channels):
-            centred = x[c] - m
-            y[c] = centred * centred
-        scale = ONE / np.sqrt(row_sum(y) / _f(channels) + EPS)
-        for c in range(channels):
-            y[c] = (x[c] - m) * scale * weight[c] + bias[c]
-        mean[r], rstd[r] = m, scale
-
-
-@numba.njit(nogil=True, error_model="numpy")
-def _layernorm_backward_row(d, dy, x, weight, mean, rstd):
-    """d is scratch for g and for g * n before it holds the result, so that both sums run over dense rows."""
-    channels = d.shape[0]
-    for c in range(channels):
-        d[c] = dy[c] * weight[c]
-    mean_g = row_sum(d) / _f(channels)
-    for c in range(channels):
-        d[c] = dy[c] * weight[c] * ((x[c] - mean) * rstd)
-    mean_gn = row_sum(d) / _f(channels)
-    for c in range(channels):
-        d[c] = (dy[c] * weight[c] - mean_g - (x[c] - mean) * rstd * mean_gn) * rstd
-
-
-@kernel(flops=lambda R, C: 11 * R * C)
-def layernorm_backward(dinp: Out[R, C], dout: In[R, C], inp: In[R, C], weight: In[C], mean: In[R], rstd: In[R]):
-    """dinp = rstd * (g - mean(g) - n * mean(g * n)), where n is the normalized row and g = dout * weight."""
-    n = (inp - mean[:, None]) * rstd[:, None]
-    g = dout * weight
-    dinp[:] = (g - g.mean(axis=1, keepdims=True) - n * (g * n).mean(axis=1, keepdims=True)) * rstd[:, None]
-
-
-@layernorm_backward.compiled
-def _(dinp, dout, inp, weight, mean, rstd):
-    for r in range(inp.shape[0]):
-        _layernorm_backward_row(dense(dinp[r]), dense(dout[r]), dense(inp[r]), weight, mean[r], rstd[r])
-
-
-@kernel(flops=lambda R, C: 12 * R * C)
-def layernorm_residual_backward(
-    dinp: Out[R, C], dresidual: In[R, C], dout: In[R, C], inp: In[R, C], weight: In[C], mean: In[R], rstd: In[R]
-):
-    """dinp = dresidual + layernorm_backward(dout): where the residual stream splits, its gradients add (llm.c's residual_backward)."""
-    layernorm_backward.body(dinp, dout, inp, weight, mean, rstd)
-    dinp += dresidual
-
-
-@layernorm_residual_backward.compiled
-def _(dinp, dresidual, dout, inp, weight, mean, rstd):
-    for r in range(inp.shape[0]):
-        d, residual = dense(dinp[r]), dense(dresidual[r])
-        _layernorm_backward_row(d, dense(dout[r]), dense(inp[r]), weight, mean[r], rstd[r])
-        for c in range(d.shape[0]):
-            d[c] += residual[c]
-
-
-@kernel(flops=lambda R, C: 5 * R * C)
-def layernorm_backward_weight(dweight: Out[C], dbias: Out[C], dout: In[R, C], inp: In[R, C], mean: In[R], rstd: In[R]):
-    """dweight = sum of dout * normalized row, dbias = sum of dout, over the rows in their order."""
-    dweight[:] = 0
-    dbias[:] = 0
-    for r in range(len(inp)):
-        dweight += dout[r] * ((inp[r] - mean[r]) * rstd[r])
-        dbias += dout[r]
-
-
-@numba.njit(nogil=True, error_model="numpy")
-def layernorm_gradient(dweight, dbias, dout, inp, mean, rstd):
-    channels = dweight.shape[0]
-    for c in range(channels):
-        dweight[c] = ZERO
-        dbias[c] = ZERO
-    for r in range(inp.shape[0]):
-        x, dy, m, scale = dense(inp[r]), dense(dout[r]), mean[r], rstd[r]
-        for c in range(channels):
-            dweight[c] += dy[c] * ((x[c] - m) * scale)
-            dbias[c] += dy[c]
-
-
-@layernorm_backward_weight.compiled
-def _(dweight, dbias, dout, inp, mean, rstd):
-    layernorm_gradient(dweight, dbias, dout, inp, mean, rstd)
 
 
 # GELU (tanh form) and residual ----------------------------------------------------------------------------------------------------------

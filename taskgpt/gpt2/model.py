@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from taskgpt.gpt2.norms import NORMS, Norm
 from taskgpt.tasks import Arena, TensorSpec
 
 MOST = 2**31 - 1  # of any size: what the integers of llm.c's file headers hold
-MATRICES = ("wte", "wpe", "qkvw", "attprojw", "fcw", "fcprojw")  # what weight decay is for; the rest are biases and LayerNorm
+MATRICES = ("wte", "wpe", "qkvw", "attprojw", "fcw", "fcprojw")  # what weight decay is for; the rest are biases and norms
 
 
 def _at_least(n: int):
@@ -30,6 +31,7 @@ class Model:
     vocabulary: int = _at_least(1)
     max_seq_len: int = _at_least(1)
     padded_vocabulary: int = field(default=0, metadata={"at_least": 0, "at_most": MOST})  # 0: the next multiple of 128
+    norm: str = field(default="layernorm", metadata={"choices": tuple(NORMS)})
 
     def __post_init__(self):
         if self.heads >= 1 and self.channels % self.heads:
@@ -43,27 +45,32 @@ class Model:
     def head_size(self) -> int:
         return self.channels // self.heads
 
+    @property
+    def norms(self) -> Norm:
+        return NORMS[self.norm]
+
     def parameter_shapes(self, vocabulary: int | None = None) -> dict[str, tuple[int, ...]]:
-        """Return the 16 tensors in the order of an llm.c checkpoint; wte has padded_vocabulary rows unless told otherwise."""
+        """Return the tensors in the order of an llm.c checkpoint, which has 16; wte has padded_vocabulary rows unless told otherwise."""
         L, C = self.layers, self.channels
         return {
             "wte": (vocabulary or self.padded_vocabulary, C),
             "wpe": (self.max_seq_len, C),
-            "ln1w": (L, C),
-            "ln1b": (L, C),
+            **self._of_norm("ln1", (L, C)),
             "qkvw": (L, 3 * C, C),
             "qkvb": (L, 3 * C),
             "attprojw": (L, C, C),
             "attprojb": (L, C),
-            "ln2w": (L, C),
-            "ln2b": (L, C),
+            **self._of_norm("ln2", (L, C)),
             "fcw": (L, 4 * C, C),
             "fcb": (L, 4 * C),
             "fcprojw": (L, C, 4 * C),
             "fcprojb": (L, C),
-            "lnfw": (1, C),
-            "lnfb": (1, C),
+            **self._of_norm("lnf", (1, C)),
         }
+
+    def _of_norm(self, place: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Return the parameters of the norm at a place: ln1, ln2 or lnf."""
+        return {place + suffix: shape for suffix in self.norms.parameters}
 
     def parameter_count(self) -> int:
         """Return the number of parameters without padding: 124,439,808 for GPT-2."""
@@ -172,8 +179,7 @@ class GPT2:
         specs = {
             "encoded": TensorSpec((R, C), (rows, None)),
             "ln1": by_rows,
-            "ln1_mean": statistic,
-            "ln1_rstd": statistic,
+            **self._statistics("ln1", statistic),
             "qkv": TensorSpec((L, R, 3 * C), (1, rows, self._head_cuts())),
             "atty": TensorSpec((L, R, C), (1, rows, self._head_cuts())),
             "att_max": by_heads,
@@ -181,15 +187,13 @@ class GPT2:
             "attproj": by_columns,
             "residual2": by_columns,
             "ln2": by_rows,
-            "ln2_mean": statistic,
-            "ln2_rstd": statistic,
+            **self._statistics("ln2", statistic),
             "fch": hidden,
             "fch_gelu": hidden,
             "fcproj": by_columns,
             "residual3": by_columns,
             "lnf": TensorSpec((1, R, C), (1, rows, None)),
-            "lnf_mean": TensorSpec((1, R), (1, rows)),
-            "lnf_rstd": TensorSpec((1, R), (1, rows)),
+            **self._statistics("lnf", TensorSpec((1, R), (1, rows))),
             "logits": self._logits_spec(),
             "logits_max": numbers,
             "logits_rsum": numbers,
@@ -198,6 +202,9 @@ class GPT2:
         if self.options.kernels == "fused":
             del specs["attproj"], specs["fcproj"]  # go straight into the residual stream
         return specs
+
+    def _statistics(self, place: str, spec: TensorSpec) -> dict[str, TensorSpec]:
+        return {place + suffix: spec for suffix in self.model.norms.statistics}
 
     def _logits_spec(self) -> TensorSpec:
         """All logits, or two blocks of rows that take turns, so that one can be filled while the other is still read."""
@@ -256,7 +263,7 @@ class GPT2:
     def initialize(self, seed: int) -> None:
         """Draw the parameters as llm.c does: weights N(0, 0.02), those that add to the residual stream N(0, 0.02 / sqrt(2 L)).
 
-        Biases are 0, LayerNorm's weights 1. The generator of a tensor depends on the seed and the tensor alone, not on tiles or order.
+        Biases are 0, norms begin as they say. The generator of a tensor depends on the seed and the tensor alone, not on tiles or order.
         Padding rows of wte stay zero.
         """
         for at, (name, tensor) in enumerate(self.p.tensors.items()):
@@ -267,7 +274,7 @@ class GPT2:
                 np.random.default_rng([seed, at]).standard_normal(dtype=np.float32, out=drawn)
                 drawn *= np.float32(scale)
             else:
-                array[...] = 1.0 if name in ("ln1w", "ln2w", "lnfw") else 0.0
+                array[...] = self.model.norms.parameters[name[3:]] if name.startswith("ln") else 0.0
 
     def set_hyper(
         self, step: int, lr: float, weight_decay: float, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, slot: int = 0

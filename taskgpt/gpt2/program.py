@@ -26,10 +26,6 @@ from taskgpt.gpt2.kernels import (
     encoder_forward,
     gelu_backward,
     gelu_forward,
-    layernorm_backward,
-    layernorm_backward_weight,
-    layernorm_forward,
-    layernorm_residual_backward,
     matmul_backward_bias,
     matmul_backward_input,
     matmul_backward_input_add,
@@ -42,7 +38,7 @@ from taskgpt.gpt2.kernels import (
     residual_forward,
 )
 from taskgpt.gpt2.model import GPT2, MATRICES
-from taskgpt.gpt2.updates import adamw_update, layernorm_update, linear_update, wpe_update, wte_update
+from taskgpt.gpt2.updates import adamw_update, linear_update, wpe_update, wte_update
 from taskgpt.tasks import Graph, Tile
 
 Spawn = Callable[..., object]
@@ -137,10 +133,9 @@ def block_forward(spawn: Spawn, m: GPT2, l: int, rows: slice) -> None:
 
 
 def norm_forward(spawn: Spawn, m: GPT2, l: int, layer: str, inp: Tile, rows: slice) -> None:
-    out, mean, rstd = m.a.tensors[layer][l], *statistics(m, l, layer)
-    weight, bias = m.p.tensors[layer + "w"][l], m.p.tensors[layer + "b"][l]
+    out, parameters = m.a.tensors[layer][l], [m.p.tensors[name][l] for name in norm_parameters(m, layer)]
     for r in blocks(rows, m.tiles.pointwise_rows):
-        spawn(layernorm_forward, out[r], mean[r], rstd[r], inp[r], weight, bias)
+        spawn(m.model.norms.forward, out[r], *statistics(m, l, layer, r), inp[r], *parameters)
 
 
 def linear_forward(spawn: Spawn, m: GPT2, l: int, layer: str, out: Tile, inp: Tile, rows: slice) -> None:
@@ -205,9 +200,19 @@ def stream(m: GPT2, l: int) -> Tile:
     return m.a.encoded[:] if l == 0 else m.a.residual3[l - 1]
 
 
-def statistics(m: GPT2, l: int, layer: str) -> tuple[Tile, Tile]:
-    """Return mean and 1 / standard deviation of the rows that a LayerNorm met."""
-    return m.a.tensors[layer + "_mean"][l], m.a.tensors[layer + "_rstd"][l]
+def norm_parameters(m: GPT2, layer: str) -> list[str]:
+    """Return the names of a norm's parameters: of ln1, ln1w and ln1b."""
+    return [layer + suffix for suffix in m.model.norms.parameters]
+
+
+def norm_weight(m: GPT2, l: int, layer: str) -> Tile:
+    """Return what scales, the first of a norm's parameters."""
+    return m.p.tensors[norm_parameters(m, layer)[0]][l]
+
+
+def statistics(m: GPT2, l: int, layer: str, r: slice) -> list[Tile]:
+    """Return what a norm kept of some rows: of LayerNorm, mean and 1 / standard deviation."""
+    return [m.a.tensors[layer + suffix][l, r] for suffix in m.model.norms.statistics]
 
 
 # From the last layer to its gradient ----------------------------------------------------------------------------------------------------
@@ -278,9 +283,9 @@ def backward(spawn: Spawn, m: GPT2) -> None:
     """Go back through the layers. An update follows as soon as its weight is no longer needed; wte, used first and last, comes last."""
     d, L = m.d, m.model.layers
     last, dlast, update = stream(m, L), d.dresidual3[(L - 1) % 2], partial(spawn, section=("update", -1))
-    mean, rstd = statistics(m, 0, "lnf")
+    weight, head = norm_weight(m, 0, "lnf"), partial(spawn, section=("backward", L))
     for r in blocks(whole(m), m.tiles.pointwise_rows):
-        spawn(layernorm_backward, dlast[r], d.dlnf[r], last[r], m.p.lnfw[0], mean[r], rstd[r], section=("backward", L))
+        head(m.model.norms.backward, dlast[r], d.dlnf[r], last[r], weight, *statistics(m, 0, "lnf", r))
     norm_update(update, m, 0, "lnf", d.dlnf[:], last)
     for l in reversed(range(L)):
         block_backward(partial(spawn, section=("backward", l)), m, l)
@@ -336,10 +341,10 @@ def input_products(m: GPT2, l: int, layer: str) -> Iterator[tuple[slice, slice, 
 
 
 def norm_backward(spawn: Spawn, m: GPT2, l: int, layer: str, dinp: Tile, dresidual: Tile, dout: Tile, inp: Tile) -> None:
-    """Backward of a LayerNorm and of the residual connection around what follows it."""
-    weight, mean, rstd = m.p.tensors[layer + "w"][l], *statistics(m, l, layer)
+    """Backward of a norm and of the residual connection around what follows it."""
+    weight = norm_weight(m, l, layer)
     for r in blocks(whole(m), m.tiles.pointwise_rows):
-        spawn(layernorm_residual_backward, dinp[r], dresidual[r], dout[r], inp[r], weight, mean[r], rstd[r])
+        spawn(m.model.norms.residual_backward, dinp[r], dresidual[r], dout[r], inp[r], weight, *statistics(m, l, layer, r))
 
 
 def attend_backward(spawn: Spawn, m: GPT2, l: int, dqkv: Tile, datty: Tile) -> None:
@@ -373,14 +378,15 @@ def weight_update(spawn: Spawn, m: GPT2, l: int, layer: str, dout: Tile, inp: Ti
 
 
 def norm_update(spawn: Spawn, m: GPT2, l: int, layer: str, dout: Tile, inp: Tile) -> None:
-    """Weight and bias of a LayerNorm."""
-    weight, bias, of_rows = layer + "w", layer + "b", (dout, inp, *statistics(m, l, layer))
+    """All parameters of a norm."""
+    names, of_rows = norm_parameters(m, layer), (dout, inp, *statistics(m, l, layer, whole(m)))
     if m.options.update == "fused":
-        spawn(layernorm_update, *state(m, weight, l), *state(m, bias, l), *of_rows, m.s.hyper[:], decays(m, weight))
+        parameters = [tile for name in names for tile in state(m, name, l)]
+        spawn(m.model.norms.update, *parameters, *of_rows, m.s.hyper[:], decays(m, names[0]))
     else:
-        spawn(layernorm_backward_weight, m.g.tensors["d" + weight][l], m.g.tensors["d" + bias][l], *of_rows)
-        adamw(spawn, m, weight, [slice(l, l + 1)])
-        adamw(spawn, m, bias, [slice(l, l + 1)])
+        spawn(m.model.norms.backward_weight, *(m.g.tensors["d" + name][l] for name in names), *of_rows)
+        for name in names:
+            adamw(spawn, m, name, [slice(l, l + 1)])
 
 
 def embedding_update(spawn: Spawn, m: GPT2, dencoded: Tile) -> None:

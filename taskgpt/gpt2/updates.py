@@ -7,7 +7,7 @@ Both ways share their loops and their products, and give the same bits. `hyper` 
 import numba
 import numpy as np
 
-from taskgpt.gpt2.kernels import encoder_backward_wte, layernorm_backward_weight, layernorm_gradient, scatter_rows, sum_rows
+from taskgpt.gpt2.kernels import encoder_backward_wte, scatter_rows, sum_rows
 from taskgpt.tasks import In, InOut, Scratch, dense, dims, kernel
 from taskgpt.tasks.blas import gemm
 
@@ -26,7 +26,7 @@ def adamw_update(param: InOut[OC, C], m: InOut[OC, C], v: InOut[OC, C], grad: In
 
 
 @numba.njit(nogil=True, error_model="numpy")
-def _adamw_row(param, m, v, grad, hyper, is_decayed):
+def adamw_row(param, m, v, grad, hyper, is_decayed):
     lr, beta1, beta2, eps, correction1, correction2 = hyper[0], hyper[1], hyper[2], hyper[3], hyper[5], hyper[6]
     decay = hyper[4] if is_decayed else ZERO
     for c in range(param.shape[0]):
@@ -39,7 +39,7 @@ def _adamw_row(param, m, v, grad, hyper, is_decayed):
 @numba.njit(nogil=True, error_model="numpy")
 def _adamw(param, m, v, grad, hyper, is_decayed):
     for r in range(param.shape[0]):
-        _adamw_row(dense(param[r]), dense(m[r]), dense(v[r]), dense(grad[r]), hyper, is_decayed)
+        adamw_row(dense(param[r]), dense(m[r]), dense(v[r]), dense(grad[r]), hyper, is_decayed)
 
 
 @adamw_update.compiled
@@ -73,38 +73,7 @@ def _(weight, m_weight, v_weight, bias, m_bias, v_bias, dout, inp, hyper, is_dec
     gemm(dweight, dout, inp, 1, 0, ONE, ZERO)
     _adamw(weight, m_weight, v_weight, dweight, hyper, is_decayed)
     sum_rows(dbias, dout)
-    _adamw_row(bias, m_bias, v_bias, dbias, hyper, is_bias_decayed)
-
-
-@kernel(flops=lambda R, C: 5 * R * C + 28 * C)
-def layernorm_update(
-    weight: InOut[C],
-    m_weight: InOut[C],
-    v_weight: InOut[C],
-    bias: InOut[C],
-    m_bias: InOut[C],
-    v_bias: InOut[C],
-    dout: In[R, C],
-    inp: In[R, C],
-    mean: In[R],
-    rstd: In[R],
-    hyper: In[7],
-    is_decayed: int,
-    dweight: Scratch[C],
-    dbias: Scratch[C],
-):
-    """layernorm_backward_weight, then adamw_update of weight and bias."""
-    grad, bias_grad = np.empty_like(weight), np.empty_like(bias)
-    layernorm_backward_weight.body(grad, bias_grad, dout, inp, mean, rstd)
-    adamw_update.body(weight, m_weight, v_weight, grad, hyper, is_decayed)
-    adamw_update.body(bias, m_bias, v_bias, bias_grad, hyper, is_decayed)
-
-
-@layernorm_update.compiled
-def _(weight, m_weight, v_weight, bias, m_bias, v_bias, dout, inp, mean, rstd, hyper, is_decayed, dweight, dbias):
-    layernorm_gradient(dweight, dbias, dout, inp, mean, rstd)
-    _adamw_row(weight, m_weight, v_weight, dweight, hyper, is_decayed)
-    _adamw_row(bias, m_bias, v_bias, dbias, hyper, is_decayed)
+    adamw_row(bias, m_bias, v_bias, dbias, hyper, is_bias_decayed)
 
 
 @kernel(flops=lambda R, V, C: 2 * R * V * C, tags=["llmc", "gemm"])
@@ -160,4 +129,4 @@ def _(wpe, m, v, dencoded, hyper, first_position, seq_len, is_decayed, dwpe):
         dwpe[:] = ZERO
         if first_position + t < seq_len:
             sum_rows(dwpe, dencoded[first_position + t :: seq_len])
-        _adamw_row(dense(wpe[t]), dense(m[t]), dense(v[t]), dwpe, hyper, is_decayed)
+        adamw_row(dense(wpe[t]), dense(m[t]), dense(v[t]), dwpe, hyper, is_decayed)
