@@ -1,23 +1,27 @@
-"""What a person sees of a training run: lines, a progress bar and a log; and what stops it: signals, or a reader who leaves."""
+"""What a person sees of a training run: lines, progress and a log; and what stops it: signals, or a reader who leaves."""
 
 import dataclasses
 import errno
 import json
 import math
 import os
+import statistics
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from taskgpt.config import GraphConfig
 from taskgpt.errors import Interrupted, UserError, drop_output, shorten
 from taskgpt.gpt2.model import GPT2
+from taskgpt.lab import layout
 from taskgpt.lab.dashboard.live import Live
-from taskgpt.tasks import Graph
+from taskgpt.progress import Progress, minutes
+from taskgpt.tasks import Graph, Kernel, compile_kernels
+
+LAST_STEPS = 20  # whose median says how fast training is now, and when it will end
 
 
 class Output:
@@ -45,14 +49,20 @@ class Output:
 
 
 class Report:
-    """Everything the program says: lines on standard output, a progress bar on a terminal, JSON lines in the log."""
+    """Everything the program says: lines on standard output, progress on standard error, JSON lines in the log; and what it keeps of it.
+
+    losses, validations, samples: (steps done before, what was found).
+    """
 
     def __init__(self):
         self.output = Output()
-        self.console = Console(file=self.output, highlight=False, soft_wrap=True, markup=False, emoji=False)
-        self.rows = 0
+        self.losses: list[tuple[int, float]] = []
+        self.validations: list[tuple[int, float]] = []
+        self.samples: list[tuple[int, str]] = []
+        self.rows = self.steps = 0
         self.has_lost_log = self.has_lost_output = False
-        self._bar: Progress | None = None
+        self._progress: Progress | None = None
+        self._seconds: deque[float] = deque(maxlen=LAST_STEPS)
         self._log = None
         self._held: list[bytes] | None = None  # lines for a log in whose place an earlier one is
         self._live: Live | None = None
@@ -99,82 +109,114 @@ class Report:
 
     def say(self, line: str) -> None:
         """Print a line. If standard output cannot be written, say so once on standard error, and go on."""
-        self.console.print(line)
+        with self._progress.aside() if self._progress else nullcontext():
+            print(line, file=self.output, flush=True)
         if self.output.error and self.has_reader and not self.has_lost_output:
             self.has_lost_output = True
             with suppress(OSError):
                 print(f"taskgpt train: standard output: cannot write: {self.output.error.strerror}; going on without it", file=sys.stderr)
 
+    def tell(self, key: str, text: str) -> None:
+        """Print a heading and what there is to say under it, which a terminal shows in lines of its width."""
+        self.say(layout.field(key, text))
+
     def notes(self, lines: Iterable[str]) -> None:
         """Say what times should be read with."""
         for line in lines:
-            self.say(f"note       {line}")
+            self.tell("note", line)
 
     @contextmanager
-    def progress(self, steps: int) -> Iterator[None]:
-        """On a terminal, show a bar with the time left; elsewhere the lines are progress enough."""
-        if not self.console.is_terminal:
-            yield
-            return
-        text, left = TextColumn("{task.description}"), TextColumn("left")
-        columns = (text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), left, TimeRemainingColumn())
-        with Progress(*columns, console=self.console, transient=True) as self._bar:
-            self._bar.add_task("training", total=steps)
-            yield
+    def progress(self, label: str, total: int, has_lines: bool = False) -> Iterator[Progress]:
+        """Show progress below the lines, on a terminal; elsewhere lines are progress enough, unless `has_lines` asks for more."""
+        try:
+            with Progress(label, total, has_lines=has_lines) as self._progress:
+                yield self._progress
+        finally:
+            self._progress = None
 
-    def begin(self, config: GraphConfig, scheduler: str, data: str, m: GPT2, graph: Graph) -> None:
+    def compiling(self, kernels: Sequence[Kernel]) -> None:
+        """Compile the kernels, with progress where they do not come from the cache."""
+        compiled, begin = 0, time.perf_counter()
+
+        def tell(done: int, total: int, kernel: Kernel, _: float, was_cached: bool) -> None:
+            nonlocal compiled
+            compiled += not was_cached
+            if compiled:
+                progress.show(done, kernel.name, total)
+
+        with self.progress("compiling kernels, once for this machine", len(kernels), has_lines=True) as progress:
+            compile_kernels(kernels, tell)
+        if compiled:
+            self.tell("compiled", f"{compiled} kernels in {time.perf_counter() - begin:.0f} s, once for this machine")
+
+    def begin(self, config: GraphConfig, scheduler: str, data: str, m: GPT2, graph: Graph, steps: int) -> None:
+        """Say what runs, and how."""
         shape = m.model
-        self.rows = m.batch.rows
+        self.rows, self.steps = m.batch.rows, steps
         sizes = f"L {shape.layers}, NH {shape.heads}, C {shape.channels}, V {shape.vocabulary}"
         work = f"{len(graph.tasks)} tasks of {len(graph.kernels)} kernels, {graph.flops / 1e9:.4g} GFLOP a step"
-        self.say(f"model      {config.name}: {shape.parameter_count():,} parameters, {sizes}")
-        self.say(f"batch      B {m.batch.batch_size}, T {m.batch.seq_len}")
-        self.say(f"data       {data}")
+        self.tell("model", f"{config.name}: {shape.parameter_count():,} parameters, {sizes}")
+        self.tell("batch", f"B {m.batch.batch_size}, T {m.batch.seq_len}")
+        self.tell("data", data)
         tiles = ", ".join(f"{name} {size}" for name, size in dataclasses.asdict(config.tiles).items())
-        self.say(f"graph      {work}, {m.nbytes / 2**30:.2f} GiB of tensors")
-        self.say(f"tiles      {tiles}")
-        self.say(f"scheduler  {scheduler}")
+        self.tell("graph", f"{work}, {m.nbytes / 2**30:.2f} GiB of tensors")
+        self.tell("tiles", tiles)
+        self.tell("scheduler", scheduler)
         if self._live:
             self._live.title = f"{config.name}, B {m.batch.batch_size}, T {m.batch.seq_len}, {scheduler}"
 
     def validation(self, step: int, loss: float) -> None:
+        self.validations.append((step, loss))
         self.say(f"val loss {loss:.6f}")
         self._write({"step": step, "val_loss": loss})
         if self._live:
             self._live.validation(step, loss)
 
     def step(self, step: int, loss: float, seconds: float) -> None:
-        speed = self.rows / seconds
-        self.say(f"step {step}: train loss {loss:.6f} (took {seconds * 1e3:.1f} ms, {speed:.0f} tok/s)")
-        if self._bar:
-            self._bar.update(self._bar.task_ids[0], advance=1, description=f"loss {loss:.3f}  {speed:.0f} tok/s")
+        """Say what the step, of that number from 0, found and took; the speed that is shown is that of the last steps."""
+        self.losses.append((step, loss))
+        if len(self.losses) == 2:
+            self._seconds.clear()  # the first step touched all memory for the first time
+        self._seconds.append(seconds)
+        speed, smoothed = self.rows / seconds, statistics.median(self._seconds)
+        left_s = smoothed * (self.steps - step - 1)
+        took = f"took {seconds * 1e3:.1f} ms, {self.rows / smoothed:.0f} tok/s" + f", {minutes(left_s)} left" * (left_s > 0)
+        if self._progress:
+            self._progress.show(step + 1, f"loss {loss:.3f}, {self.rows / smoothed:.0f} tok/s", left_s=left_s)
+        self.say(f"step {step + 1}/{self.steps}: train loss {loss:.6f} ({took})")
         self._replace_log()
         self._write({"step": step, "train_loss": loss, "ms": seconds * 1e3, "tokens_per_s": speed})
         if self._live:
             self._live.step(step, loss, speed)
 
     def sample(self, step: int, ids: list[int], text: str, printable: str) -> None:
+        self.samples.append((step, printable))
         self.say(f"generating:\n---\n{printable}\n---")
         self._write({"step": step, "sample": text, "ids": ids})
 
     def summary(self, summary: dict[str, Any], is_wanted: bool) -> None:
         """The last lines. `is_wanted`: False leaves an earlier log where no step has replaced it."""
+        if told := summary["train_loss"]:
+            self.tell("train loss", _listed(told, "step", 1))
+        if told := summary["val_loss"]:
+            self.tell("validation", _listed(told, "after step", 0))
         if "median_ms" in summary:
             s = summary
             steady = f"mean {s['mean_ms']:.1f}, median {s['median_ms']:.1f}, min {s['min_ms']:.1f} ms a step"
-            self.say(f"time       first step {s['first_step_ms']:.1f} ms; then {steady}")
-            self.say(
-                f"speed      {s['tokens_per_s']:.0f} tok/s, {s['gflops']:.1f} GFLOP/s = {s['share_of_sgemm']:.0%} of this machine's sgemm "
-                f"on {s['workers']} thread{'s' if s['workers'] > 1 else ''} ({s['sgemm_gflops']:.0f})"
+            self.tell("time", f"first step {s['first_step_ms']:.1f} ms; then {steady}")
+            self.tell(
+                "speed",
+                f"{s['tokens_per_s']:.0f} tok/s, {s['gflops']:.1f} GFLOP/s = {s['share_of_sgemm']:.0%} of this machine's sgemm "
+                f"on {s['workers']} thread{'s' if s['workers'] > 1 else ''} ({s['sgemm_gflops']:.0f})",
             )
             if s["share_of_sgemm"] > 1:
                 self.notes(["faster than sgemm, measured again: the machine is slower since then, or these tiles suit it better"])
-        self.say(f"memory     {summary['peak_memory_bytes'] / 2**30:.2f} GiB at most")
+        self.tell("memory", f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB at most")
         self.say(f"parameters sha256 {summary['parameters_sha256']}")
         if is_wanted:
             self._replace_log()
         elif self._held is not None:
-            self.say(f"log        no step ran; {self._log_name} stays as it was")
+            self.tell("log", f"no step ran; {self._log_name} stays as it was")
         self._write({"summary": summary})
 
     def _replace_log(self) -> None:
@@ -203,6 +245,22 @@ class Report:
             self.say(f"--log {self._log_name}: cannot write: {error.strerror}; going on without it")
             self._log.close()
             self._log, self.has_lost_log = None, True
+
+
+def told(found: Sequence[tuple[int, float]]) -> dict[str, float | int | None] | None:
+    """Return first, last and best of losses, None where one is no number, and after how many steps the best was; None if there are none."""
+    if not found:
+        return None
+    finite = [(loss, step) for step, loss in found if math.isfinite(loss)]
+    best, best_step = min(finite, default=(None, None))
+    first, last = (loss if math.isfinite(loss) else None for loss in (found[0][1], found[-1][1]))
+    return {"first": first, "last": last, "best": best, "best_step": best_step}
+
+
+def _listed(told: dict[str, float | int | None], where: str, first: int) -> str:
+    """Return losses in words, the best one with its step, whose numbers begin with `first`."""
+    words = [f"{name} {'no number' if told[name] is None else format(told[name], '.6f')}" for name in ("first", "last", "best")]
+    return ", ".join(words) + ("" if told["best"] is None else f" ({where} {told['best_step'] + first})")
 
 
 class StopRequest:

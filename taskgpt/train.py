@@ -27,7 +27,7 @@ from typing import Any
 import psutil
 
 from taskgpt.config import GraphConfig, SchedulerConfig, load_graph, load_scheduler, parse_settings
-from taskgpt.console import Report, StopRequest
+from taskgpt.console import Report, StopRequest, told
 from taskgpt.errors import UserError, on_signals, run_program, shorten
 from taskgpt.gpt2 import checkpoint
 from taskgpt.gpt2.model import GPT2
@@ -43,7 +43,7 @@ from taskgpt.lab.traces.trace import RECORD, Traced
 from taskgpt.lab.tuning import tuned
 from taskgpt.programs.arguments import AUTO, Parser, add_changes, add_graph, add_scheduler, add_workers
 from taskgpt.schedulers import Scheduler, WorkerError, open_scheduler
-from taskgpt.tasks import AccessError, Graph, Kernel, TaskError, TwinError, check, compile_kernels
+from taskgpt.tasks import AccessError, Graph, TaskError, TwinError, check
 
 SGEMM_TRIES = 4  # measurements of sgemm, where the first says that training was faster
 FLOAT32_MAX = 3.4e38  # a learning rate beyond it would be infinite
@@ -135,15 +135,15 @@ def train(flags: argparse.Namespace, report: Report, stop: StopRequest) -> int:
     prepare = check if flags.check else lambda graph: graph
     step_graphs, val_graphs = ([prepare(record(m, slot)) for slot in range(len(m.slots))] for record in (training_graph, loss_graph))
     sampler = Sampler(m, prepare)
-    compile_with_progress([*step_graphs, *val_graphs, *sampler.graphs], report)
+    report.compiling([kernel for graph in (*step_graphs, *val_graphs, *sampler.graphs) for kernel in graph.kernels])
 
     stop.can_wait = True  # from here on, as workers that start or end are not to be interrupted
     with scheduler, dashboard.serve(bare) if dashboard else nullcontext():
-        report.begin(graph_config, scheduler.describe(), data.description, m, step_graphs[0])
+        report.begin(graph_config, scheduler.describe(), data.description, m, step_graphs[0], flags.steps)
         if dashboard:
-            report.say(f"dashboard  {dashboard.url}")
+            report.tell("dashboard", dashboard.url)
         report.notes(disturbance.found(machine.usable_cores()).notes())
-        with report.progress(flags.steps):
+        with report.progress("training", flags.steps):
             seconds, loss = run_steps(flags, scheduler, m, data, step_graphs, val_graphs, sampler, report, stop)
         failures = [why] if (why := divergence(loss, len(seconds), m)) else []
         if flags.save is not None and not failures:
@@ -152,15 +152,15 @@ def train(flags: argparse.Namespace, report: Report, stop: StopRequest) -> int:
     stop.can_wait = False
 
     found = disturbance.found(machine.usable_cores())
-    setup = flags, graph_config, scheduler_config, scheduler.workers, data.description
+    setup = flags, graph_config, scheduler_config, scheduler.workers, data.description, report
     report.summary(summarize(*setup, m, step_graphs[0], seconds, memory, found), is_wanted=bool(seconds))
     report.notes(dataclasses.replace(found, variables={}).notes())  # of those it was told before
     if flags.trace is not None and (seconds or not has_trace(flags.trace)):  # after what a full disk cannot take away
         about = {"command": shlex.join(["taskgpt", "train", *flags.argv]), "machine": machine.describe()}
         about["limits"] = machine.limits(scheduler.workers)
-        report.say(f"trace      {save(scheduler.trace(about), flags.trace)}")
+        report.tell("trace", str(save(scheduler.trace(about), flags.trace)))
     elif flags.trace is not None:
-        report.say(f"trace      no step ran; {flags.trace} stays as it was")
+        report.tell("trace", f"no step ran; {flags.trace} stays as it was")
     if failures:
         raise UserError("; ".join(failures))
     return stop.exit_code or (2 if report.has_lost_log or report.has_lost_output else 0)
@@ -225,20 +225,23 @@ def run_steps(
             m.set_hyper(step, flags.lr, flags.weight_decay, slot=step % 2)
             yield step_graphs[step % 2]
 
+    def is_due(every: int) -> bool:
+        return every != 0 and (step % every == 0 or step == flags.steps)
+
     seconds: list[float] = []
     loss, step = 0.0, 0
-    while step < flags.steps:
-        if flags.val_every and step % flags.val_every == 0:
+    while flags.steps:
+        if is_due(flags.val_every):
             data.val.reset()
             with closing(scheduler.run_each(validation())) as batches:
                 losses = [float(m.slots[n % 2].loss.array[0]) for n, _ in enumerate(batches)]
             if len(losses) == flags.val_batches:
                 loss = statistics.fmean(losses)
                 report.validation(step, loss)
-        if flags.sample_every and step and step % flags.sample_every == 0 and not stop.is_requested:
+        if step and is_due(flags.sample_every) and not stop.is_requested:
             ids = sampler.sample(scheduler.run, data.tokenizer.end_of_text)
             report.sample(step, ids, data.tokenizer.decode(ids), data.tokenizer.printable(ids))
-        if stop.is_requested or not math.isfinite(loss):
+        if step == flags.steps or stop.is_requested or not math.isfinite(loss):
             break
         most = RECORD // len(step_graphs[0].tasks) or 1 if isinstance(scheduler, Traced) else flags.steps  # steps that can be recorded
         pause = min([flags.steps, step + most, *(every * (step // every + 1) for every in (flags.val_every, flags.sample_every) if every)])
@@ -289,16 +292,6 @@ def verify_memory(config: GraphConfig) -> None:
         )
 
 
-def compile_with_progress(graphs: Sequence[Graph], report: Report) -> None:
-    """Compile every kernel, saying so if it takes long: once per machine, then they come from numba's cache."""
-
-    def tell(done: int, total: int, kernel: Kernel, seconds: float, was_cached: bool) -> None:
-        if not was_cached:
-            report.say(f"compiling kernels, once for this machine: {done}/{total} {kernel.name} ({seconds:.1f} s)")
-
-    compile_kernels([kernel for graph in graphs for kernel in graph.kernels], tell)
-
-
 def memory_in_use(m: GPT2) -> int:
     """Return bytes: the peak of this process; with worker processes, what each holds for itself at the end, and the shared tensors once."""
     children = psutil.Process().children(recursive=True)
@@ -307,10 +300,11 @@ def memory_in_use(m: GPT2) -> int:
     return m.nbytes + sum(process.memory_full_info().uss for process in (psutil.Process(), *children))
 
 
-def summarize(flags, graph_config, scheduler_config, workers, description, m, graph, seconds, memory, found) -> dict[str, Any]:
+def summarize(flags, graph_config, scheduler_config, workers, description, report, m, graph, seconds, memory, found) -> dict[str, Any]:
     """Return what is worth knowing about a run; times leave out the first step, which touches all memory for the first time."""
     steady = seconds[1:] or seconds
     summary: dict[str, Any] = {"steps": len(seconds), "parameters_sha256": m.parameters_sha256()}
+    summary |= {"train_loss": told(report.losses), "val_loss": told(report.validations)}
     if seconds:
         median = statistics.median(steady)
         speed = graph.flops / median / 1e9

@@ -133,7 +133,7 @@ def test_a_download_is_fetched_checked_tokenized_and_removed(cache, capsys, serv
     assert asked == [None]
     shown = capsys.readouterr()
     assert "already prepared" in shown.out
-    assert "downloading: 0.2 MB, done after 0:00:00" in shown.err
+    assert "downloading: 0.2 MB, done after 0:00" in shown.err
 
 
 def test_a_dropped_connection_is_taken_up_where_it_broke(cache, serve):

@@ -24,7 +24,7 @@ gpt2 schedulers.native schedulers.loops schedulers.threads schedulers.sequential
 gpt2.text schedulers schedulers.records schedulers.dask_get
 files schedulers.prepare
 tasks schedulers.cores errors lab
-palette
+palette progress
 """
 FLOOR_OF = {room: number for number, floor in enumerate(reversed(FLOORS.split("\n"))) for room in floor.split()}
 ROOMS = sorted(FLOOR_OF, key=len, reverse=True)

@@ -38,25 +38,28 @@ def records(path) -> list[dict]:
 
 
 def test_lines_log_and_summary(text, tmp_path, capsys):
-    """Validation before the update of steps 0, 2, 4; a sample at step 3; the summary last, with the full configuration."""
+    """Validation before the updates 1, 3, 5 and after the last; a sample after three and after the last; then the summary."""
     log = tmp_path / "log.jsonl"
     flags = ["--graph", "tiny", "--scheduler", "sequential", "--data", text, "--steps", "5", "--val-every", "2", "--val-batches", "1"]
     assert main([*flags, "--sample-every", "3", "--log", str(log)]) == 0
     out = capsys.readouterr().out
-    events = re.findall(r"^(val loss|generating|step \d+|parameters sha256)", out, re.MULTILINE)
+    events = re.findall(r"^(val loss|generating|step \d+/5|parameters sha256)", out, re.MULTILINE)
     assert events == [
         "val loss",
-        "step 0",
-        "step 1",
+        "step 1/5",
+        "step 2/5",
         "val loss",
-        "step 2",
+        "step 3/5",
         "generating",
-        "step 3",
+        "step 4/5",
         "val loss",
-        "step 4",
+        "step 5/5",
+        "val loss",
+        "generating",
         "parameters sha256",
     ]
-    assert re.search(r"^step 0: train loss \d+\.\d{6} \(took \d+\.\d ms, \d+ tok/s\)$", out, re.MULTILINE)
+    assert re.search(r"^step 4/5: train loss \d+\.\d{6} \(took \d+\.\d ms, \d+ tok/s, 0:0\d left\)$", out, re.MULTILINE)
+    assert re.search(r"^step 5/5: train loss \d+\.\d{6} \(took \d+\.\d ms, \d+ tok/s\)$", out, re.MULTILINE)
     assert re.search(r"first step .* mean .* median .* min .* ms a step", out)
     assert re.search(r"tok/s, .* GFLOP/s = \d+% of this machine's sgemm on 1 thread", out)
     logged = records(log)
@@ -197,7 +200,7 @@ def test_ctrl_c_ends_after_the_step_with_summary_and_checkpoint(text, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize("after", ["val loss", "step 0"])
+@pytest.mark.parametrize("after", ["val loss", "step 1"])
 def test_a_stop_is_orderly_at_any_time(number, after, text, tmp_path):
     """In a long validation or in training: the run ends soon, with summary, the signal's exit code, and a checkpoint if a step was done."""
     model = tmp_path / "model.bin"
@@ -213,12 +216,12 @@ def test_a_stop_is_orderly_at_any_time(number, after, text, tmp_path):
     assert process.returncode == 128 + number, err
     assert "parameters sha256" in out
     assert err == ""
-    assert model.exists() == ("step" in after or "step 0" in out)
+    assert model.exists() == ("step" in after or "step 1/" in out)
 
 
 def stopping(monkeypatch, when: str, number: int) -> None:
     """Have the program get a signal at a moment before its first step."""
-    module, name = {"it starts": (train, "compile_with_progress"), "it validates": (train, "run_steps")}[when]
+    module, name = {"it starts": (Report, "compiling"), "it validates": (train, "run_steps")}[when]
     original = getattr(module, name)
 
     def stopped(*arguments):

@@ -12,6 +12,8 @@ from taskgpt.errors import shorten
 
 Table = dict[str, Any]  # caption; head, a list of words; rows, lists of words
 
+INDENT = " " * 11  # of lines that go on below a heading
+WHOLE = {"break_long_words": False, "break_on_hyphens": False}
 GAP = "  "  # between columns
 LEAST_WORDS = 12  # characters that a column of words keeps
 _NUMBER = re.compile(r"[-+]?[\d.,]+%?(-[\d.,]+)?")  # and ranges of two
@@ -25,6 +27,13 @@ def label(name: str) -> str:
 def terminal_width(flags: argparse.Namespace) -> int | None:
     """Return how wide text may be: as the terminal is, 80 where there is none; None, as wide as it gets, if `--wide` was given."""
     return None if flags.wide else shutil.get_terminal_size().columns
+
+
+def field(key: str, text: str) -> str:
+    """Return a heading and what there is to say under it: on a terminal in lines of its width, elsewhere in one."""
+    columns = shutil.get_terminal_size((0, 0)).columns
+    line = f"{key:10} {text}"
+    return line if len(line) <= columns or columns <= len(INDENT) else textwrap.fill(line, columns, subsequent_indent=INDENT, **WHOLE)
 
 
 def to_text(table: Table, width: int | None = None) -> str:

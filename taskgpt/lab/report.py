@@ -4,16 +4,9 @@ import argparse
 import json
 import math
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from datetime import timedelta
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
-
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from taskgpt.errors import UserError, shorten
 from taskgpt.files import as_written, verify_can_write, write_whole
@@ -39,12 +32,12 @@ class Report:
         if self._file is not None:
             verify_can_write(self._file)
         for key, value in self._record["machine"].items():
-            print(f"{key:10} {value}")
+            print(layout.field(key, value))
 
     def line(self, key: str, text: str) -> None:
         """Print a heading and what there is to say under it; keep both among the notes."""
         self._record["notes"][key] = text
-        print(f"{key:10} {text}")
+        print(layout.field(key, text))
 
     def keep(self, key: str, value: Any) -> None:
         """Keep under `key` what is too long to be printed."""
@@ -61,36 +54,6 @@ class Report:
             self.line("disturbed", "; ".join(notes))
         if self._file is not None:
             write_whole(self._file, json.dumps(self._record, indent=1) + "\n")
-
-
-@contextmanager
-def progress(budget_s: float, pause_s: float = 0.0) -> Iterator[Callable[..., None]]:
-    """Yield `say(line, total_s)`, which shows on standard error what is done, and how much time of `total_s`, or the budget, is left.
-
-    A bar on a terminal; elsewhere lines, the next one `pause_s` after the last one at the earliest.
-    """
-    console, begin, said = Console(stderr=True, highlight=False), time.monotonic(), -math.inf
-
-    def tell(line: str, total_s: float = budget_s) -> None:
-        nonlocal said
-        passed = time.monotonic() - begin
-        if passed - said >= pause_s:
-            said = passed
-            print(f"{passed:4.0f} s  {line}; {max(0.0, min(total_s, budget_s) - passed):.0f} s left", file=sys.stderr, flush=True)
-
-    if not console.is_terminal:
-        yield tell
-        return
-    columns = (BarColumn(), TimeElapsedColumn(), TextColumn("of"), TextColumn("{task.fields[total_s]}"), TextColumn("{task.description}"))
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=budget_s, total_s="")
-
-        def show(line: str, total_s: float = budget_s) -> None:
-            total = min(total_s, budget_s)
-            passed, words = time.monotonic() - begin, str(timedelta(seconds=round(total)))
-            bar.update(task, total=total, completed=min(passed, total), total_s=words, description=escape(line))
-
-        yield show
 
 
 def table_of(caption: str, columns: dict[str, tuple[str, str]], rows: Sequence[dict[str, Any]]) -> layout.Table:

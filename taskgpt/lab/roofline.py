@@ -6,7 +6,6 @@ is the best of its rounds.
 """
 
 import argparse
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ from taskgpt.gpt2.program import training_graph
 from taskgpt.lab import machine
 from taskgpt.lab.named import graph_words, make
 from taskgpt.lab.report import Report, in_range, quartiles
+from taskgpt.progress import Progress
 from taskgpt.tasks import Call, Graph
 
 UPDATE_BYTES = 24  # a parameter and its two moments, float32, each read and written once by AdamW
@@ -108,11 +108,13 @@ def roofline(flags: argparse.Namespace) -> None:
     shapes = {name: make(name) for name in graph_words(flags.graphs, flags.tiles, flags.set)}
     counts = {name: products(training_graph(m)) for name, m in shapes.items()}
     limits = Limits()
-    for round_number in range(flags.rounds + 1):
-        limits.measure([*machine.STREAMS, *sorted(set().union(*counts.values()))], teams)
-        if round_number == 0:
-            limits.clear()
-        print(f"round {round_number} of {flags.rounds}", file=sys.stderr)
+    what = [*machine.STREAMS, *sorted(set().union(*counts.values()))]
+    with Progress("measuring", (flags.rounds + 1) * len(what)) as progress:
+        for done, each in enumerate(what * (flags.rounds + 1)):
+            progress.show(done, f"round {done // len(what)} of {flags.rounds}: {each}")
+            if done == len(what):  # the first round touched all memory for the first time
+                limits.clear()
+            limits.measure([each], teams)
     rows = [{"stream": name, **spreads(limits, name, teams)} for name in machine.STREAMS]
     report.table("memory", {"memory": ("stream", ""), **headings("GB/s", teams)}, rows)
     for name, found in counts.items():

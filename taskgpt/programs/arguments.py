@@ -34,7 +34,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, prog: str, doc: str | None = None, **others: Any):
         super().__init__(prog, formatter_class=argparse.RawDescriptionHelpFormatter, **others)
         self._title, _, self._rest = (doc or "").partition("\n\n")  # none under python -OO
-        self.add_argument("--version", action="version", version=f"taskgpt {version('taskgpt')}")
+        self.add_argument("--version", action=_Version, nargs=0, dest=argparse.SUPPRESS, help="print the version and end")
 
     def format_help(self) -> str:
         """Return the help for a terminal as wide as this one."""
@@ -45,6 +45,14 @@ class Parser(argparse.ArgumentParser):
     def examples(self, verb: str) -> str:
         """Return the docstring's commands that have this verb of their own: the docstring of its parser, below a title."""
         return "\n".join(line for line in self._rest.splitlines() if f" {verb} " in line)
+
+
+class _Version(argparse.Action):
+    """Looks the version up when it is asked for: it stands in a file."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(f"taskgpt {version('taskgpt')}")
+        parser.exit()
 
 
 def wrapped(text: str, width: int) -> str:

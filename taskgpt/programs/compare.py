@@ -23,9 +23,10 @@ from taskgpt.lab.contests.cells import product_of
 from taskgpt.lab.contests.results import MOST_STEPS, Result, Results
 from taskgpt.lab.contests.turns import CellFailed, Turns
 from taskgpt.lab.disturbance import Disturbance
-from taskgpt.lab.report import LEAST_TURNS, progress, seconds_in
+from taskgpt.lab.report import LEAST_TURNS, seconds_in
 from taskgpt.lab.roofline import team_sizes
 from taskgpt.programs.arguments import Parser, add_changes, add_graphs, add_schedulers, add_wide, add_workers
+from taskgpt.progress import Progress, clock_time
 
 SCHEDULERS = ["sequential", "whole-tensor", "loops-llmc", "loops", "threads", "native"]
 FIRST_STEPS = 4  # from fresh parameters, on record, after warm-up: loss, bits, efficiencies
@@ -67,8 +68,8 @@ def compare(flags: argparse.Namespace) -> int:
     print(f"cells      {len(cells)}, in turns of {flags.turn}, until medians are known to {flags.precision:.1%} or {flags.budget} are over")
     mine, disturbance = [results.found[cell] for cell in cells], Disturbance()
     try:
-        with progress(budget_s, pause_s=10) as say, Turns() as turns:
-            measure(mine, turns, results, flags.precision, budget_s, turn_s, say)
+        with Progress("comparing", budget_s, clock_time) as progress, Turns() as turns:
+            measure(mine, turns, results, flags.precision, budget_s, turn_s, progress)
     except KeyboardInterrupt:
         compare_report.write(results)
         raise KeyboardInterrupt(f"interrupted; {flags.output} holds what was measured, go on with --resume") from None
@@ -89,7 +90,7 @@ def compare(flags: argparse.Namespace) -> int:
 
 
 def measure(
-    mine: Sequence[Result], turns: Turns, results: Results, precision: float, budget_s: float, turn_s: float, say: Callable[..., None]
+    mine: Sequence[Result], turns: Turns, results: Results, precision: float, budget_s: float, turn_s: float, progress: Progress
 ) -> None:
     """Give every cell a first run and then turns, round after round, all of them in every round, so that all see the same machine."""
     begun, before = time.monotonic(), sum(len(r.ms) for r in mine)
@@ -99,12 +100,14 @@ def measure(
         live = [r for r in mine if not r.failed]
         done = sum(len(r.ms) for r in mine) - before
         total_s = (time.monotonic() - begun) * (turns_needed(live, precision) - before) / done if done else budget_s
-        say(f"{doing}: {r.cell}; {sum(r.is_tight(precision) for r in live)} of {len(live)} medians known", total_s)
+        known = f"{sum(r.is_tight(precision) for r in live)} of {len(live)} medians known"
+        progress.show(progress.passed_s, f"{doing}: {r.cell}; {known}", min(total_s, budget_s))
         try:
             what()
         except CellFailed as error:
             r.failed = shorten(error)
-            print(f"failed     {r.cell}: {r.failed}", file=sys.stderr)
+            with progress.aside():
+                print(f"failed     {r.cell}: {r.failed}", file=sys.stderr)
         results.save()
 
     def begin(r: Result) -> None:

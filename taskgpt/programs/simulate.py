@@ -31,6 +31,7 @@ from taskgpt.lab.simulator.task_costs import Times, traffic
 from taskgpt.lab.traces.formats import save, verify_can_write
 from taskgpt.lab.traces.trace import RECORD, Traced
 from taskgpt.programs.arguments import Parser, add_changes, add_graphs, add_schedulers, add_wide, add_workers
+from taskgpt.progress import Progress
 from taskgpt.tasks import Graph
 
 WORKERS = (1, 2, 4, 8)
@@ -114,7 +115,10 @@ def simulate(flags: argparse.Namespace) -> int:
         report.line(f"tasks of {word}", f"{len(seconds)}, {flags.times}, times {scale:.3f}: {seconds.sum() * 1e3:.1f} ms a step")
         tinf_ms = sum(seconds[n] for n in graph.longest_path(seconds)) * 1e3
         mine = [(cell, each) for cell, each in zip(cells, schedulers, strict=True) if cell.graph_word == word]
-        rows += [one(flags, cell, each, graph, costs[word], tinf_ms) for cell, each in mine]
+        with Progress("simulating", len(mine)) as progress:
+            for done, (cell, each) in enumerate(mine):
+                progress.show(done, str(cell))
+                rows.append(one(flags, cell, each, graph, costs[word], tinf_ms, progress))
     if flags.measure:
         validation.measure(cells, rows, flags.rounds, flags.steps)
     shown = {head: column for head, column in COLUMNS.items() if flags.measure or column[0] not in validation.NOT_MEASURED}
@@ -125,7 +129,9 @@ def simulate(flags: argparse.Namespace) -> int:
     return 0
 
 
-def one(flags: argparse.Namespace, cell: Cell, scheduler: Clocked, graph: Graph, costs: Costs, tinf_ms: float) -> dict[str, Any]:
+def one(
+    flags: argparse.Namespace, cell: Cell, scheduler: Clocked, graph: Graph, costs: Costs, tinf_ms: float, progress: Progress
+) -> dict[str, Any]:
     """Return the row of one simulation."""
     machine, start = scheduler.machine, time.perf_counter()
     with Traced(scheduler) as traced:
@@ -134,7 +140,9 @@ def one(flags: argparse.Namespace, cell: Cell, scheduler: Clocked, graph: Graph,
         trace = traced.trace({"command": shlex.join(["taskgpt", "simulate", *flags.argv]), "machine": vars(machine)})
     if flags.trace is not None:
         name = f"{cell.scheduler_word}-{cell.workers}".replace(":", "_")
-        print(f"trace      {save(trace, Path(flags.trace) / cell.graph_word.replace(':', '_') / name)}", file=sys.stderr)
+        path = save(trace, Path(flags.trace) / cell.graph_word.replace(":", "_") / name)
+        with progress.aside():
+            print(f"trace      {path}", file=sys.stderr)
     t1_ms, step_ms = costs.seconds.sum() * 1e3, (trace.end_ns - trace.begin_ns) / flags.steps / 1e6
     sockets = min(machine.sockets, -(-cell.workers // machine.cores_per_socket))
     return {

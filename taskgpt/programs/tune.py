@@ -29,11 +29,12 @@ from taskgpt.lab import machine
 from taskgpt.lab.contests.cells import Cell, Changes, product_of
 from taskgpt.lab.contests.turns import CellFailed, Turns
 from taskgpt.lab.named import graph_of, make_config, named_config
-from taskgpt.lab.report import LEAST_TURNS, Report, median_interval, progress, seconds_in
+from taskgpt.lab.report import LEAST_TURNS, Report, median_interval, seconds_in
 from taskgpt.lab.tuning import tuned
 from taskgpt.lab.tuning.races import FASTER, FINAL_ROUNDS, Race, Search, Track, changes_of
 from taskgpt.lab.tuning.tilings import KEYS, Forecast, Space
 from taskgpt.programs.arguments import Parser, add_changes, add_graph, add_scheduler, add_wide, add_workers
+from taskgpt.progress import Progress, clock_time
 from taskgpt.schedulers.native.policies import POLICIES
 
 EXPLORED = 0.3  # of the budget, when simulations end
@@ -92,7 +93,11 @@ def tune(flags: argparse.Namespace) -> int:
     report, space = Report(flags), Space.here(config, start.workers)
     report.line("caches", f"{space.l2_bytes / 2**20:.1f} MiB of L2 and {space.l3_bytes / 2**20:.1f} MiB of L3 a core")
     report.line("shipped", _listed(config.tiles))
-    with progress(budget_s) as say, Turns() as turns:
+    with Progress("tuning", budget_s, clock_time) as progress, Turns() as turns:
+
+        def say(line: str) -> None:
+            progress.show(progress.passed_s, line)
+
         search, final = find(start, space, begin, budget_s, Track(turns.timed), say)
     report.keep("forecasts", [{"cell": changes_of(cell), "ms": ms} for cell, ms in search.forecasts.items()])
     report.table("tried", COLUMNS, search.rows())

@@ -21,22 +21,19 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path, PurePosixPath
 
 import platformdirs
 from filelock import FileLock, Timeout
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
 from taskgpt.errors import UserError, did_you_mean, shorten
 from taskgpt.files import cannot_write, file_size
 from taskgpt.gpt2.text.tokenizer import gpt2_tokenizer
 from taskgpt.gpt2.text.tokens import TokenWriter, write_tokens
+from taskgpt.progress import Progress, megabytes, minutes
 
 VAL_TOKENS = 32768  # llm.c's validation part of tinyshakespeare
 UNPACKED = ".unpacked.tmp"
-SECONDS_BETWEEN_LINES = 10
 
 
 @dataclass(frozen=True)
@@ -280,26 +277,11 @@ def _answer(request: urllib.request.Request, seconds: float) -> http.client.HTTP
 
 @contextmanager
 def progress(label: str, total_bytes: int, done_bytes: int = 0) -> Iterator[Callable[[int], None]]:
-    """Show on stderr how far a job is: a bar on a terminal, else a line every ten seconds and at the end. Yields `show(done_bytes)`."""
-    if sys.stderr.isatty():
-        columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task(label, total=total_bytes, completed=done_bytes)
-            yield lambda done: bar.update(task, completed=done)
-        return
-    begin = last_line = time.monotonic()
-
-    def show(done: int):
-        nonlocal last_line
-        if (now := time.monotonic()) - last_line < SECONDS_BETWEEN_LINES:
-            return
-        last_line = now
-        rate = max(done - done_bytes, 1) / (now - begin)  # bytes per second of this try alone
-        left = timedelta(seconds=round(max(total_bytes - done, 0) / rate))
-        print(f"{label}: {_mb(done)} of {_mb(total_bytes)} MB, {_mb(rate)} MB/s, {left} left", file=sys.stderr, flush=True)
-
-    yield show
-    print(f"{label}: {_mb(total_bytes)} MB, done after {timedelta(seconds=round(time.monotonic() - begin))}", file=sys.stderr, flush=True)
+    """Show how far a job is, yielding `show(done_bytes)`; at its end say how long it took."""
+    begin = time.monotonic()
+    with Progress(label, total_bytes, megabytes, done_bytes) as shown:
+        yield shown.show
+    print(f"{label}: {total_bytes / 1e6:,.1f} MB, done after {minutes(time.monotonic() - begin)}", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -319,10 +301,6 @@ def _only_one(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def _mb(num_bytes: float) -> str:
-    return f"{num_bytes / 1e6:,.1f}"
 
 
 def _size(path: Path) -> int:

@@ -23,6 +23,7 @@ from taskgpt.lab.benchmarks.peer_setups import Setup, setups
 from taskgpt.lab.contests.cells import product_of
 from taskgpt.lab.named import Prepared, named_scheduler, prepare
 from taskgpt.lab.report import Report, in_range, quartiles
+from taskgpt.progress import Progress
 from taskgpt.schedulers import Scheduler
 
 # A module for each: VERSION; prepare(workers) comes first; multiply(a, weight, precision) is its product; remark() says how it was done;
@@ -128,10 +129,10 @@ def peers(flags: argparse.Namespace) -> None:
             path.unlink()
         ours = Contestant("taskgpt", cell.scheduler_word, "float32", our_step(scheduler, prepared), lambda: our_turn(scheduler, prepared))
         contestants = [ours, *(other for other in others if is_same_model(report, other, ours))]
-        for round_number in range(1, flags.rounds + 1):
-            for contestant in contestants:
-                take_turn(report, contestant)
-            print(f"round {round_number} of {flags.rounds}", file=sys.stderr)
+        with Progress("measuring", flags.rounds * len(contestants)) as progress:
+            for done, contestant in enumerate(contestants * flags.rounds):
+                progress.show(done, f"round {done // len(contestants) + 1} of {flags.rounds}: {contestant.name}")
+                take_turn(report, contestant, progress)
     table = rows(contestants, scheduler.workers, prepared.m.batch.rows)
     report.table("peers", COLUMNS, table)
     print()
@@ -198,7 +199,7 @@ def is_same_model(report: Report, other: Contestant, ours: Contestant) -> bool:
     return is_same
 
 
-def take_turn(report: Report, contestant: Contestant) -> None:
+def take_turn(report: Report, contestant: Contestant, progress: Progress) -> None:
     """Let somebody train a step, unless they have failed; say it in one line when they do."""
     if contestant.has_failed:
         return
@@ -206,7 +207,8 @@ def take_turn(report: Report, contestant: Contestant) -> None:
         contestant.run()
     except PeerFailed as error:
         contestant.has_failed = True
-        report.line(contestant.name, f"failed after {len(contestant.seconds)} steps: {error}")
+        with progress.aside():
+            report.line(contestant.name, f"failed after {len(contestant.seconds)} steps: {error}")
     time.sleep(PAUSE_SECONDS)
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import re
-import sys
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from taskgpt.lab.report import Report, in_range, quartiles, seconds_of
 from taskgpt.lab.roofline import Limits, Product, gemm_flops, products
 from taskgpt.lab.traces.formats import save, verify_can_write
 from taskgpt.lab.traces.trace import RECORD, Traced
+from taskgpt.progress import Progress
 from taskgpt.schedulers import Scheduler
 
 AGAIN = 3  # rounds more of limits that a step exceeds
@@ -66,15 +66,17 @@ def step(flags: argparse.Namespace) -> None:
         teams = sorted({c.scheduler.workers for c in contestants})
         counts = {word: products(prepared.graphs[0]) for word, prepared in graphs.items()}
         limits = Limits()
-        for round_number in range(flags.rounds + 1):
-            limits.measure(sorted(set().union(*counts.values())), teams)
-            for contestant in contestants:
-                contestant.run(flags.steps)
-            if round_number == 0:  # touches all memory for the first time
-                limits.clear()
-                for contestant in contestants:
-                    contestant.seconds.clear()
-            print(f"round {round_number} of {flags.rounds}", file=sys.stderr)
+        with Progress("measuring", (flags.rounds + 1) * len(contestants)) as progress:
+            for round_number in range(flags.rounds + 1):
+                limits.measure(sorted(set().union(*counts.values())), teams)
+                for number, contestant in enumerate(contestants):
+                    done = round_number * len(contestants) + number
+                    progress.show(done, f"round {round_number} of {flags.rounds}: {contestant.cell}")
+                    contestant.run(flags.steps)
+                if round_number == 0:  # touches all memory for the first time
+                    limits.clear()
+                    for contestant in contestants:
+                        contestant.seconds.clear()
         if flags.trace is not None:
             for c in contestants:
                 number = f"-{c.cell.workers}" if len(flags.workers or []) > 1 else ""

@@ -7,7 +7,6 @@ as a Dask graph whose callable is that function.
 
 import argparse
 import math
-import sys
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,6 +21,7 @@ from taskgpt.errors import UserError, did_you_mean, shorten
 from taskgpt.lab import machine
 from taskgpt.lab.named import named_scheduler, split_changes
 from taskgpt.lab.report import Report, in_range, quartiles, seconds_of
+from taskgpt.progress import Progress
 from taskgpt.tasks import Arena, Call, Graph, In, Out, Task, TensorSpec, compile_kernels, kernel
 
 PATTERNS = ("trivial", "chains", "stencil_1d", "fft", "nearest", "random", "tree")
@@ -221,10 +221,10 @@ def measure(flags: argparse.Namespace, heading: str, measurement: Callable[[Case
         measurements: list[tuple[Case, Callable[[], float | None], list]] = [(case, measurement(case), []) for case in cases]
         for case in cases:
             case.run(0)  # prepares, compiles
-        for round_number in range(1, flags.rounds + 1):
-            for _, take, found in measurements:
+        with Progress("measuring", flags.rounds * len(cases)) as progress:
+            for done, (case, take, found) in enumerate(measurements * flags.rounds):
+                progress.show(done, f"round {done // len(cases) + 1} of {flags.rounds}: {case.pattern} {case.system}")
                 found.append(take())
-            print(f"round {round_number} of {flags.rounds}", file=sys.stderr)
     rows = [row(case, width, found) for case, _, found in measurements]
     first: dict[str, float] = {}
     for each in rows:

@@ -15,6 +15,7 @@ from taskgpt.lab import machine
 from taskgpt.lab.contests.cells import Cell
 from taskgpt.lab.contests.turns import CellFailed, Turns
 from taskgpt.lab.report import quartiles
+from taskgpt.progress import Progress
 
 Row = dict[str, Any]
 NOT_MEASURED = dict.fromkeys(("measured_ms", "q1_ms", "q3_ms", "ratio"))
@@ -23,14 +24,14 @@ NOT_MEASURED = dict.fromkeys(("measured_ms", "q1_ms", "q3_ms", "ratio"))
 def measure(cells: Sequence[Cell], rows: Sequence[Row], rounds: int, steps: int) -> None:
     """Run the cells that this machine has the cores for, round after round, and put medians and quartiles into their rows."""
     real = [(cell, row, []) for cell, row in zip(cells, rows, strict=True) if cell.workers <= machine.usable_cores()]
-    with Turns() as turns:
-        for round_number in range(1, rounds + 1):
-            for cell, _, taken in real:
-                try:
-                    taken.append(turns.timed(cell, steps))
-                except CellFailed as error:
+    with Progress("measuring", rounds * len(real)) as progress, Turns() as turns:
+        for done, (cell, _, taken) in enumerate(real * rounds):
+            progress.show(done, f"round {done // len(real) + 1} of {rounds}: {cell}")
+            try:
+                taken.append(turns.timed(cell, steps))
+            except CellFailed as error:
+                with progress.aside():
                     print(f"failed     {cell}: {error}", file=sys.stderr)
-            print(f"measured round {round_number} of {rounds}", file=sys.stderr)
     for _, row, taken in real:
         if taken:
             row["q1_ms"], row["measured_ms"], row["q3_ms"] = quartiles(taken)
