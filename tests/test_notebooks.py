@@ -1,7 +1,8 @@
 """The notebooks run through."""
 
 import pytest
-from test_readme import ROOT, smaller
+from pages import ROOT
+from test_readme import smaller
 
 
 @pytest.mark.parametrize("notebook", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)

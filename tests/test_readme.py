@@ -1,22 +1,25 @@
-"""README says what is true: its commands run, its picture is the graph's, and CI runs its test command."""
+"""README and the documentation say what is true: their commands run, their Python runs, the picture is the graph's.
 
-import os
+A command runs unless another one has the same program and all of its flags; then its flags and names are read, and no more. What later
+commands read is written by commands that run.
+"""
+
+import argparse
 import re
+import runpy
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from pages import PAGES, README, ROOT, blocks, commands
 
+from taskgpt.__main__ import main
+from taskgpt.config import load_graph
+from taskgpt.lab import machine
+from taskgpt.lab.named import make_config, named_config
+from taskgpt.lab.tuning import tuned
 from taskgpt.programs.show import main as show
-
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
-LINES = [line.partition("  #")[0].strip() for block in BLOCKS for line in block.splitlines()]
-COMMANDS = [line for line in dict.fromkeys(LINES) if line.startswith(("python -m taskgpt", "taskgpt "))]
 
 SMALL = {
     "compare": ("--turn", "0.01s", "--precision", "0.9", "--budget", "60s"),  # until six rounds are over
@@ -28,55 +31,136 @@ SMALL = {
     "metg": ("--steps", "20"),
     "peers": ("--graph", "tiny"),
 }
+FILES = ("--trace", "--output", "--save", "--log", "--html")  # whose value another command may read
+REPLACED = {"--graph", "--graphs", "--steps", "--workers", "--budget", "--rounds"}  # by what takes less time
+
+
+def substance(command: str) -> tuple[str, set[str], bool]:
+    """Return the program; the flags that a command gives it, with the names of files that they write; whether there are such files."""
+    words = shlex.split(command)[1:]
+    verbs = words[: next((at for at, word in enumerate(words) if word.startswith("-")), len(words))]
+    flags = {f"{word} {words[at + 1]}" if word in FILES else word for at, word in enumerate(words) if word.startswith("--")}
+    return " ".join(verbs[:2]), flags - REPLACED, any(" " in flag for flag in flags)
+
+
+def covers(other: str, command: str) -> bool:
+    """Return True if the other runs the same program with all flags of this one."""
+    (program, flags, _), (its_program, its_flags, _) = substance(command), substance(other)
+    return program == its_program and flags <= its_flags
+
+
+def not_covered(commands: list[str]) -> list[str]:
+    """Leave out what an earlier command covers, and, if no file is written that one between them may read, what a later one does."""
+    found: list[str] = []
+    for at, command in enumerate(commands):
+        is_replaceable = not substance(command)[2]
+        if any(covers(other, command) for other in found):
+            continue
+        if is_replaceable and any(covers(other, command) and not covers(command, other) for other in commands[at + 1 :]):
+            continue
+        found.append(command)
+    return found
+
+
+COMMANDS = list(dict.fromkeys(command for page in PAGES for command in commands(page)))
+RUN = not_covered(COMMANDS)
+READ = [command for command in COMMANDS if command not in RUN]
 
 
 def test_ci_runs_the_readmes_test_command():
     """Word for word."""
-    commands = [line for block in BLOCKS for line in block.splitlines() if "pytest" in line]
-    assert len(commands) == 1
-    assert commands[0] in (ROOT / ".ci" / "run").read_text()
+    found = [line for block in blocks(README, "sh") for line in block.splitlines() if "pytest" in line]
+    assert len(found) == 1
+    assert found[0] in (ROOT / ".ci" / "run").read_text()
 
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory) -> Path:
     """The folder where a reader types one command after another: some read what others wrote."""
-    return tmp_path_factory.mktemp("here")
+    folder = tmp_path_factory.mktemp("here")
+    shutil.copy(README, folder / "my.txt")
+    return folder
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_of_the_readme_runs(command, here):
-    """In the README's order, with the graph tiny in place of a larger one, one step, one round, and one worker where it measures."""
-    words = [sys.executable, "-m", "taskgpt", *shlex.split(command)[1:]] if command.startswith("taskgpt") else shlex.split(command)
-    words[0] = sys.executable
-    words = [smaller(word) for word in words]
-    if "train" in command:
+@pytest.mark.parametrize("command", RUN)
+def test_a_command_runs(command, here, monkeypatch, capsys):
+    """In the order of the pages, with the graph tiny in place of a larger one, one step, one round, and one worker where it measures."""
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(here / "cache"))  # where tuning remembers
+    words = [smaller(word) for word in shlex.split(command)[1:]]
+    verb = words[0]
+    if verb == "train":
         words += [] if "--graph" in words else ["--graph", "tiny"]
-        words += ["--steps", "1", "--data", str(ROOT / "README.md"), "--val-batches", "1"]
-    if (verb := words[3]) in SMALL:
+        words += ["--steps", "1", "--data", "my.txt", "--val-batches", "1"]
+    if verb in SMALL:
         words += SMALL[verb]
     if "--measure" in words:
         words += ["--workers", "1"]
     if verb == "bench":
-        small, value = SMALL[words[4]]
+        small, value = SMALL[words[1]]
         words += ["--rounds", "1"] + ([] if small in words else [small, value])
-    result = subprocess.run(words, cwd=here, env=environment(), capture_output=True, text=True, timeout=120)
-    if verb == "tune" and result.returncode == 1:  # so little time decides nothing, and the program says so
-        assert "nothing is written or remembered, give more --budget" in result.stdout
+    code = main(words)
+    output = capsys.readouterr()
+    if verb == "tune" and code == 1:  # so little time decides nothing, and the program says so
+        assert "nothing is written or remembered, give more --budget" in output.out
         (here / "tuned").mkdir(exist_ok=True)  # for the command that takes up what is tuned; test_tune.py looks at what tune writes
         shutil.copy(ROOT / "graphs" / "tiny.toml", here / "tuned" / "tiny-tuned.toml")
         (here / "tuned" / "native-tuned.toml").write_text('scheduler = "native"\n')
+        tiny = load_graph("tiny")
+        tuned.remember(tiny, machine.usable_cores(), tiny.tiles, {}, "by this test")
     else:
-        assert result.returncode == 0, result.stderr
+        assert code == 0, output.err
+
+
+@pytest.mark.parametrize("command", READ)
+def test_a_command_that_another_one_covers_is_right(command, monkeypatch):
+    """Its flags are the program's, and there are graphs and schedulers of these names."""
+    found = flags_of(command, monkeypatch)
+    for word in names(found, "graph") - {"tuned/gpt2-124m-tuned.toml"}:
+        make_config(word)
+    for word in names(found, "scheduler") - {"whole-tensor", "tuned/native-tuned.toml"}:
+        named_config(word, None)
+
+
+def names(flags: argparse.Namespace, kind: str) -> set[str]:
+    """Return the words of --graph, or --scheduler, of a program that takes one or several."""
+    one = getattr(flags, kind, None)
+    return {one} if one else set(getattr(flags, f"{kind}s", ()))
+
+
+class Parsed(BaseException):
+    """Ends a program that has read its flags."""
+
+
+def flags_of(command: str, monkeypatch) -> argparse.Namespace:
+    """Return a command's flags, as its program reads them."""
+
+    def parse_args(parser, *args, **kwargs):
+        raise Parsed(parse(parser, *args, **kwargs))
+
+    parse = argparse.ArgumentParser.parse_args
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    with pytest.raises(Parsed) as parsed:
+        main(shlex.split(command)[1:])
+    return parsed.value.args[0]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python") and page != README], ids=lambda page: page.stem)
+def test_the_python_of_a_page_runs(page, here, monkeypatch, capsys, tmp_path):
+    """From the first block to the last, and what it prints is what the page shows."""
+    monkeypatch.chdir(here)
+    program = tmp_path / f"{page.stem}.py"
+    program.write_text("\n".join(blocks(page, "python")), encoding="utf-8")
+    runpy.run_path(str(program))
+    printed = capsys.readouterr().out
+    for shown in blocks(page, "text"):
+        assert shown in printed
 
 
 def smaller(text: str) -> str:
     """Put the graph tiny in place of a larger one."""
     text = re.sub(r"\bgpt2-[a-z\d]+(-(t\d+|b\d+|llmc))?", "tiny", text)
     return re.sub(r",model\.(channels|heads|vocabulary)=\d+", "", text)
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
 def test_the_picture_is_that_of_the_graph(tmp_path):

@@ -1,0 +1,117 @@
+"""The documentation: it builds offline without a warning, names everything, and what its how-tos build works."""
+
+import dataclasses
+import importlib
+import pkgutil
+import re
+import subprocess
+import sys
+import tomllib
+import types
+from pathlib import Path
+
+import kernels_for_tests as k
+import pytest
+from pages import ROOT, files
+
+import taskgpt.gpt2
+from taskgpt.config import graph_keys, load_graph, schedulers
+from taskgpt.gpt2.model import GPT2
+from taskgpt.gpt2.program import training_graph
+from taskgpt.lab.named import prepare, record
+from taskgpt.lab.simulator.machine_file import Machine
+from taskgpt.lab.traces import formats
+from taskgpt.tasks import Kernel
+
+DOCS = ROOT / "docs"
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    """The pages as HTML."""
+    pytest.importorskip("sphinx", reason="pip install 'taskgpt[docs]'")
+    folder = tmp_path_factory.mktemp("html")
+    command = [sys.executable, "-m", "sphinx", "-W", "-q", "-b", "html", "-d", folder / "doctrees", DOCS, folder]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert (result.returncode, result.stderr) == (0, "")
+    return folder
+
+
+def test_a_page_loads_nothing_from_elsewhere(built):
+    """Scripts, styles, fonts and pictures come with the pages, which so can be read without network."""
+    for page in built.rglob("*.html"):
+        loaded = re.findall(r"""<(?:script|link|img)\b[^>]*?(?:src|href)=["'](?:https?:)?//[^"']*""", page.read_text(encoding="utf-8"))
+        assert not loaded, f"{page}: {loaded}"
+
+
+def test_every_tensor_and_kernel_is_named(built):
+    """On the page that walks through the model."""
+    page = (built / "reference" / "model.html").read_text(encoding="utf-8")
+    config = load_graph("tiny")
+    ways = dataclasses.replace(config.options, kernels="separate", update="separate")
+    m = GPT2(config.model, config.batch, config.tiles, ways)
+    tensors = [name for arena in (m.p, m.a, m.d, m.s) for name in arena.tensors]
+    assert not [name for name in tensors + gpt2_kernels() if f">{name}<" not in page]
+
+
+def gpt2_kernels() -> list[str]:
+    modules = [importlib.import_module(f"taskgpt.gpt2.{module.name}") for module in pkgutil.iter_modules(taskgpt.gpt2.__path__)]
+    return sorted({value.name for module in modules for value in vars(module).values() if isinstance(value, Kernel)})
+
+
+def test_every_key_of_a_file_is_described():
+    """Of graph files, set-up files and machine files."""
+    page = (DOCS / "reference" / "files.md").read_text(encoding="utf-8")
+    keys = set(graph_keys()) | {field.name for field in dataclasses.fields(Machine)}
+    for name in schedulers():
+        settings = importlib.import_module(f"taskgpt.schedulers.{name.replace('-', '_')}").Settings
+        keys |= {field.name for field in dataclasses.fields(settings)}
+    assert not [key for key in sorted(keys) if f"`{key}`" not in page]
+
+
+def shown_module(page: str, name: str, monkeypatch) -> types.ModuleType:
+    """Return what Python makes of a file that a page shows."""
+    [(path, text)] = [(path, text) for path, text in files(DOCS / page).items() if path.endswith(f"{name}.py")]
+    module = types.ModuleType(path.removesuffix(".py").replace("/", "."))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(compile(text, path, "exec"), module.__dict__)
+    return module
+
+
+def test_the_scheduler_of_the_how_to_keeps_the_order(monkeypatch):
+    """Every task once, each after its predecessors, whatever its seed; its TOML file has the keys of its Settings."""
+    module = shown_module("howto/scheduler.md", "shuffled", monkeypatch)
+    settings = tomllib.loads(files(DOCS / "howto/scheduler.md")["scheduler_configs/shuffled.toml"])
+    orders = set()
+    for seed in range(5):
+        with module.Scheduler(module.Settings(**settings | {"seed": seed})) as scheduler:
+            a = k.arena(scheduler.needs_shared_memory)
+            graph = k.random_graph(a, 1)
+            scheduler.run(graph)
+        log = a.log.array
+        for task in graph.tasks:
+            assert log[task.number, k.RUNS] == 1
+            assert all(log[p, k.STOP] <= log[task.number, k.START] for p in task.predecessors)
+        orders.add(tuple(sorted(range(len(graph.tasks)), key=lambda number, log=log: log[number, k.START])))
+    assert len(orders) > 1
+
+
+def test_the_trace_format_of_the_how_to_is_written_and_checked(monkeypatch, tmp_path):
+    """It finds the tasks that the trace has, and a task that ends before it starts."""
+    module = shown_module("howto/trace_format.md", "json_lines", monkeypatch)
+    monkeypatch.setitem(formats.FORMATS, "json-lines", (module.write, module.check, "tasks.jsonl"))
+    trace = record(prepare("tiny"), "sequential", steps=1)
+    formats.save(trace, tmp_path)
+    formats.export(trace, tmp_path, ["json-lines"])
+    assert formats.check(tmp_path)["json-lines"] == {"tasks": len(trace.records)}
+    path = tmp_path / "tasks.jsonl"
+    path.write_text(path.read_text().replace('"stop_ns": ', '"stop_ns": -', 1))
+    with pytest.raises(formats.RuleError, match="wanted ready <= start <= stop"):
+        formats.check(tmp_path)
+
+
+def test_training_graphs_of_the_tables_are_the_graph_files():
+    """The page says 1,323 tasks and 191.1 GFLOP of gpt2-124m."""
+    config = load_graph("gpt2-124m")
+    graph = training_graph(GPT2(config.model, config.batch, config.tiles, config.options))
+    assert f"{len(graph.tasks):,} tasks and {graph.flops / 1e9:.1f} GFLOP" in (DOCS / "reference" / "model.md").read_text(encoding="utf-8")
