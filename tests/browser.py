@@ -17,12 +17,15 @@ needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium found; a
 PATIENCE_SECONDS = 60
 
 
-def visit(url: str, ready: str, wanted: str, folder: Path, size: str = "1300,1000") -> tuple[object, Path]:
-    """Open a page, wait until the JavaScript `ready` is true; return the value of `wanted`, and a screenshot as PNG in the folder."""
-    return asyncio.run(_visit(url, ready, wanted, folder, size))
+def visit(url: str, ready: str, wanted: str, folder: Path, size: str = "1300,1000", scheme: str = "light") -> tuple[object, Path]:
+    """Open a page, wait until the JavaScript `ready` is true; return the value of `wanted`, and a screenshot as PNG in the folder.
+
+    `scheme`: light or dark, as the reader's system has it. Whatever the page writes to the console as an error fails the test.
+    """
+    return asyncio.run(_visit(url, ready, wanted, folder, size, scheme))
 
 
-async def _visit(url: str, ready: str, wanted: str, folder: Path, size: str) -> tuple[object, Path]:
+async def _visit(url: str, ready: str, wanted: str, folder: Path, size: str, scheme: str) -> tuple[object, Path]:
     profile = folder / "profile"
     flags = [
         "--headless",
@@ -30,7 +33,6 @@ async def _visit(url: str, ready: str, wanted: str, folder: Path, size: str) -> 
         "--disable-gpu",
         "--remote-debugging-port=0",
         f"--user-data-dir={profile}",
-        f"--window-size={size}",
     ]
     process = subprocess.Popen([BROWSER, *flags, "about:blank"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     end = time.monotonic() + PATIENCE_SECONDS
@@ -41,7 +43,7 @@ async def _visit(url: str, ready: str, wanted: str, folder: Path, size: str) -> 
             await asyncio.sleep(0.05)
         port, path = port_file.read_text().split()
         connection = await websocket_connect(f"ws://127.0.0.1:{port}{path}", max_message_size=1 << 28)
-        numbers = itertools.count(1)
+        numbers, errors = itertools.count(1), []
 
         async def call(method: str, session: str | None = None, **parameters):
             number = next(numbers)
@@ -49,12 +51,23 @@ async def _visit(url: str, ready: str, wanted: str, folder: Path, size: str) -> 
             await connection.write_message(json.dumps(message))
             while True:
                 answer = json.loads(await asyncio.wait_for(connection.read_message(), PATIENCE_SECONDS))
+                event = answer.get("method"), answer.get("params", {})
+                if event[0] == "Runtime.exceptionThrown" or (event[0], event[1].get("type")) == ("Runtime.consoleAPICalled", "error"):
+                    errors.append(event)
+                if event[0] == "Log.entryAdded" and event[1]["entry"]["level"] == "error":
+                    errors.append(event)
                 if answer.get("id") == number:
                     assert "error" not in answer, answer
                     return answer["result"]
 
-        target = (await call("Target.createTarget", url=url))["targetId"]
+        target = (await call("Target.createTarget", url="about:blank"))["targetId"]
         session = (await call("Target.attachToTarget", targetId=target, flatten=True))["sessionId"]
+        await call("Runtime.enable", session)
+        await call("Log.enable", session)
+        width, height = map(int, size.split(","))
+        await call("Emulation.setDeviceMetricsOverride", session, width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
+        await call("Emulation.setEmulatedMedia", session, features=[{"name": "prefers-color-scheme", "value": scheme}])
+        await call("Page.navigate", session, url=url)
 
         async def evaluate(expression: str):
             answer = await call("Runtime.evaluate", session, expression=expression, returnByValue=True)
@@ -66,6 +79,7 @@ async def _visit(url: str, ready: str, wanted: str, folder: Path, size: str) -> 
         value = await evaluate(wanted)
         picture = folder / "picture.png"
         picture.write_bytes(base64.b64decode((await call("Page.captureScreenshot", session))["data"]))
+        assert not errors, errors
         connection.close()
         while await connection.read_message() is not None:  # until the other side has closed too
             pass

@@ -19,7 +19,7 @@ lab.contests lab.roofline console
 lab.named lab.dashboard lab.graph_formats
 lab.traces
 lab.report
-lab.layout lab.machine lab.disturbance lab.pace config
+lab.layout lab.theme lab.machine lab.disturbance lab.pace config
 gpt2 schedulers.native schedulers.loops schedulers.threads schedulers.sequential schedulers.local_cluster __init__
 gpt2.text schedulers schedulers.records schedulers.dask_get
 files schedulers.prepare

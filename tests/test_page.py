@@ -38,7 +38,7 @@ def test_a_page_opens_from_disk(tmp_path):
     document = opened(f"{(tmp_path / 'page.html').as_uri()}#1:20")
     assert 'data-ready="yes"' in document
     assert "<td>load balance</td><td>0.97</td>" in document
-    detail = html.unescape(re.search(r'id="detail">(.*?)</div>', document, re.DOTALL).group(1))
+    detail = html.unescape(re.search(r'id="detail"[^>]*>(.*?)</div>', document, re.DOTALL).group(1))
     task = record["task"]
     assert graph.calls[task] in detail
     for p in graph.predecessors[graph.first[task] : graph.first[task + 1]]:
@@ -116,6 +116,123 @@ def test_the_longest_paths_of_all_traces_are_in_view(tmp_path):
     begin, end = evaluated(tmp_path / "page.html", "(document.getElementById('path').click(), [t0, t1])", tmp_path)
     assert begin <= 0
     assert end >= 9900
+
+
+@needs_browser
+def test_the_longest_path_is_that_of_one_step(tmp_path):
+    """Of each trace: its own run is at the beginning, and the view is no longer than the longest of these paths, and a margin."""
+    traces = [traced("loops", order=(0, 0, 0)), traced("native", order=(0, 0, 0))]
+    page.write(traces, tmp_path / "page.html", "two")
+    begin, end, shifts = evaluated(
+        tmp_path / "page.html", "(document.getElementById('path').click(), [t0, t1, page.traces.map(t => t.shift)])", tmp_path
+    )
+    spans = []
+    for trace, shift in zip(traces, shifts, strict=True):
+        found = longest_path(trace)
+        run = trace.runs[found["run"]]
+        assert shift == run["begin_ns"] - trace.begin_ns
+        spans.append(run["end_ns"] - run["begin_ns"])
+    assert end - begin <= 1.05 * max(spans)
+
+
+@needs_browser
+def test_traces_are_aligned_at_a_step(tmp_path):
+    """Of which one begins late: it is drawn at the same place in both, and what a click finds there is a task of it."""
+    early = hand_made([(0, 100, 100, 200, []), (0, 300, 300, 400, [])], workers=1)
+    late = hand_made([(0, 5100, 5100, 5200, []), (0, 7300, 7300, 7400, [])], workers=1)
+    traces = []
+    for trace, begins in ((early, (100, 300)), (late, (5100, 7300))):
+        runs = np.array([(0, 2 + n, begin, begin + 150, n) for n, begin in enumerate(begins)], RUN_TYPE)
+        trace.records["run"] = np.arange(2)
+        traces.append(Trace(trace.about, trace.graphs, runs, trace.records))
+    page.write(traces, tmp_path / "page.html", "two")
+    js = """(() => {
+      alignAt("3"); draw();
+      const box = canvas.getBoundingClientRect();
+      return page.traces.map(trace => {
+        const found = under({ clientX: box.left + x(trace, trace.start[1]) + 2, clientY: box.top + rowTop(trace, 0) + 5 });
+        return [x(trace, trace.start[1]), page.traces.indexOf(found.trace), found.i];
+      });
+    })()"""
+    (one, *first), (other, *second) = evaluated(tmp_path / "page.html", js, tmp_path)
+    assert one == pytest.approx(other)
+    assert (first, second) == ([0, 1], [1, 1])
+
+
+@needs_browser
+def test_a_gap_says_its_cause(tmp_path):
+    """Why the worker idled, what it ran next, and which task that had waited for."""
+    tasks = [(0, 0, 0, 1000, []), (1, 0, 0, 400, []), (1, 1000, 1200, 2000, [0])]  # ready at 1000, begun at 1200
+    page.write([hand_made(tasks, 2)], tmp_path / "page.html", "a gap")
+    js = """(() => {
+      draw();
+      const trace = page.traces[0], box = canvas.getBoundingClientRect();
+      choose(under({ clientX: box.left + x(trace, 700), clientY: box.top + rowTop(trace, 1) + 5 }));
+      return document.getElementById("detail").textContent;
+    })()"""
+    text = evaluated(tmp_path / "page.html", js, tmp_path)
+    assert text.startswith("idle for 0.80 µs from 0.40 µs\n")
+    shares = {cause: int(share) for share, cause in re.findall(r"(\d+) % (\w+): ", text)}
+    assert shares == {"dependency": 88, "scheduling": 13}  # 700 of 800, as worker 0 idles too in the last 200, and they share these
+    assert "then: task 2" in text
+    assert "for task 0" in text and "on worker 0, until 1.00 µs" in text
+
+
+@needs_browser
+def test_a_selection_has_sums(tmp_path):
+    """All workers' time in it, by kernel and by cause of idleness: they add up; what the legend filters out is one line."""
+    tasks = [(0, 0, 0, 1000, []), (1, 0, 0, 400, []), (1, 1000, 1200, 2000, [0])]
+    trace, a, b = hand_made(tasks, 2), 300, 1500
+    trace.graphs[0].kernels[:] = ["matmul_forward", "gelu_forward"]
+    trace.graphs[0].kernel[:] = [0, 0, 1]
+    page.write([trace], tmp_path / "page.html", "native")
+    js = f"""(() => {{
+      const before = [...sums({a}, {b}, "kernel")[0]];
+      selection = {{ a: {a}, b: {b} }};
+      document.querySelector("#legend button").click();
+      return [before, [...sums({a}, {b}, "kernel")[0]], document.getElementById("sums").textContent];
+    }})()"""
+    before, after, text = evaluated(tmp_path / "page.html", js, tmp_path)
+    idle = {
+        "idle: dependency": 700 + 900 // 2,
+        "idle: scheduling": 100 + 100 // 2,
+    }  # worker 0 idles from 1000 to 2000: half of that is in it
+    assert dict(before) == {"matmul": 700 + 100, "gelu": 300, **idle}
+    assert dict(after) == {"filtered out": 800, **{name: ns for name, ns in before if name != "matmul"}}
+    assert "filtered out" in text and text.startswith("selected: 1.20 µs from 0.30 µs to 1.50 µs")
+
+
+@needs_browser
+def test_a_search_finds_tasks(tmp_path):
+    """By kernel, call, phase or layer, in capitals too; Enter goes to the first, then to the next one in order of time."""
+    trace = traced("native")
+    page.write([trace], tmp_path / "page.html", "native")
+    js = """(() => {
+      const search = document.getElementById("search"), enter = () => search.onkeydown({ key: "Enter" });
+      search.value = "SWIRL"; search.oninput();
+      const lit = [...page.traces[0].lit], shown = [];
+      for (let n = 0; n < 2; n++) { enter(); shown.push(chosen.i); }
+      return [lit, shown, document.getElementById("found").textContent];
+    })()"""
+    lit, shown, text = evaluated(tmp_path / "page.html", js, tmp_path)
+    kernels = np.array(trace.names("kernel"))[trace.column("kernel")]
+    assert lit == (kernels == "swirl").astype(int).tolist()
+    assert shown == np.flatnonzero(kernels == "swirl")[:2].tolist()
+    assert text.startswith(f"{sum(lit)} tasks, ")
+
+
+@needs_browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [480, 1280])
+def test_a_page_fits_and_follows_the_system(scheme, width, tmp_path):
+    """Nothing is wider than the window, at 480 pixels too; light or dark as the system is; no error in the console (visit looks)."""
+    table = {"caption": "wide", "head": [f"column {n}" for n in range(30)], "rows": [["1.0"] * 30]}
+    page.write([traced("loops"), traced("native")], tmp_path / "page.html", "a long title " * 10, [table])
+    js = "[document.documentElement.scrollWidth <= innerWidth, getComputedStyle(document.body).backgroundColor]"
+    value, _ = visit(
+        (tmp_path / "page.html").as_uri(), "document.documentElement.dataset.ready === 'yes'", js, tmp_path, f"{width},900", scheme
+    )
+    assert value == [True, {"light": "rgb(255, 255, 255)", "dark": "rgb(13, 17, 23)"}[scheme]]
 
 
 @needs_browser

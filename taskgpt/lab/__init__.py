@@ -2,7 +2,7 @@
 
 machine.py        what this machine can do, measured: sgemm, memory bandwidth; disturbance.py: what keeps it from that
 pace.py           the times of steps that overlap
-layout.py         tables as text, Markdown, HTML; report.py: medians, intervals, JSON
+layout.py         tables as text, Markdown, HTML; theme.py: how pages look; report.py: medians, intervals, JSON
 graph_formats.py  a graph as JSON, GraphML, DOT, a page
 traces/           a run as data: which task ran when; its formats, its analysis, its pictures
 dashboard/        a run while it runs

@@ -9,10 +9,12 @@ import numpy as np
 
 from taskgpt import palette
 from taskgpt.files import write_whole
+from taskgpt.lab.theme import html_page
 from taskgpt.lab.traces.efficiency import longest_path
+from taskgpt.lab.traces.idle import CAUSES, gaps
 from taskgpt.lab.traces.trace import Trace, TracedGraph
 
-TEMPLATE = Path(__file__).with_name("page.html")
+_BODY, _STYLE = (Path(__file__).with_name(f"page.{kind}") for kind in ("html", "css"))
 
 
 def write(traces: Sequence[Trace], path: str | Path, title: str, tables: Sequence[dict[str, Any]] = ()) -> None:
@@ -22,8 +24,8 @@ def write(traces: Sequence[Trace], path: str | Path, title: str, tables: Sequenc
     """
     data = {"title": title, "traces": [_data(trace) for trace in traces], "tables": list(tables), "keys": _keys(traces)}
     words = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")  # nothing ends the script early
-    text = TEMPLATE.read_text(encoding="utf-8").replace("/*DATA*/", words)
-    write_whole(path, text)
+    body = _BODY.read_text(encoding="utf-8").replace("/*DATA*/", words)
+    write_whole(path, html_page(title, _STYLE.read_text(encoding="utf-8"), body))
 
 
 def _data(trace: Trace) -> dict[str, Any]:
@@ -35,6 +37,7 @@ def _data(trace: Trace) -> dict[str, Any]:
     ]
     longest = longest_path(trace) if len(trace.records) else {"run": -1, "path": []}
     of_run = np.flatnonzero(trace.records["run"] == longest["run"])
+    idle = gaps(trace)
     place = dict(zip(trace.records["task"][of_run].tolist(), of_run.tolist(), strict=True))
     return {
         "path": [place[task["task"]] for task in longest["path"] if task["task"] in place],
@@ -47,6 +50,8 @@ def _data(trace: Trace) -> dict[str, Any]:
         **times,
         "others": {"worker": trace.others["worker"].tolist()}
         | {name: (trace.others[f"{name}_ns"] - begin).tolist() for name in ("start", "stop")},
+        "gaps": {"worker": idle["worker"].tolist(), "causes": {cause: idle[cause].round().astype(int).tolist() for cause in CAUSES}}
+        | {name: (idle[key] - begin).tolist() for name, key in (("start", "begin_ns"), ("stop", "end_ns"))},
         **{name: trace.records[name].tolist() for name in ("run", "task", "worker")},
     }
 
