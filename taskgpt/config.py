@@ -14,7 +14,8 @@ from typing import Any
 
 from taskgpt.errors import UserError, did_you_mean, shorten
 from taskgpt.files import as_written, fill, parse_toml, read_toml
-from taskgpt.gpt2.model import GPT2, Batch, Model, Options, Tiles
+from taskgpt.gpt2.model import GPT2
+from taskgpt.gpt2.shape import Batch, Model, Options, Tiles
 
 _PACKAGE = Path(__file__).resolve().parent
 MOST_TASKS = 10**6  # of a graph: recorded, they take 15 GB, and half an hour

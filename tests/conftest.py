@@ -9,7 +9,8 @@ import pytest
 
 from taskgpt.config import load_graph
 from taskgpt.gpt2 import checkpoint
-from taskgpt.gpt2.model import GPT2, Batch, Options
+from taskgpt.gpt2.model import GPT2
+from taskgpt.gpt2.shape import Batch, Options
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a background job of a script; what tests start would ignore it too
     signal.signal(signal.SIGINT, signal.default_int_handler)

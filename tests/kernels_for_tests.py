@@ -149,7 +149,7 @@ def double(out: InOut[N]):
 
 
 @double.compiled
-def _(out):
+def double_twin(out):
     for i in range(out.shape[0]):
         out[i] *= FACTOR * TABLE[0]
 

@@ -56,7 +56,7 @@ def test_bfloat16_checkpoints_are_converted(parity_folder, parity_model, tmp_pat
     header[1] = 5
     path = tmp_path / "half.bin"
     path.write_bytes(header.tobytes() + (words[256:] >> 16).astype("<u2").tobytes())
-    half = GPT2(checkpoint.read_shape(path), parity_model.batch, parity_model.tiles, parity_model.options)
+    half = GPT2(checkpoint.read_shape(path), parity_model.batch, parity_model.grid.tiles, parity_model.options)
     checkpoint.load(path, half)
     for name, tensor in parity_model.p.tensors.items():
         want = (np.ascontiguousarray(tensor.array).view(np.uint32) >> 16 << 16).view(np.float32)

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from taskgpt.config import folder, load_graph
-from taskgpt.gpt2.model import GPT2, Batch, Model, Options, Tiles
+from taskgpt.gpt2.model import GPT2
 from taskgpt.gpt2.program import loss_graph, sampling_graph, training_graph
 from taskgpt.gpt2.sampling import Random, Sampler, draw
+from taskgpt.gpt2.shape import Batch, Model, Options, Tiles
 from taskgpt.tasks import check
 
 WHOLE = Tiles(rows=10**6, columns=10**6, pointwise_rows=10**6, heads=10**6, vocabulary=10**6)
@@ -94,7 +95,7 @@ def test_fused_and_separate_kernels_are_used(shape):
     for kernels, update in WAYS:
         m = GPT2(*shape, Options("matrices", kernels=kernels, update=update))
         used[kernels, update] = {kernel.name for kernel in training_graph(m).kernels}
-        in_blocks = m.logits_rows < m.batch.rows
+        in_blocks = m.grid.logits_rows < m.batch.rows
         assert list(m.g.tensors) == (["dwte"] if in_blocks else []) or update == "separate"
         assert m.a.logits.array.shape[0] == (2 if in_blocks else 1)
         assert ("attproj" in m.a.tensors) == (kernels == "separate")

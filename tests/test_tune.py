@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from taskgpt.config import available, load_graph, load_scheduler
 from taskgpt.errors import UserError
-from taskgpt.gpt2.model import Batch, Model, Tiles
+from taskgpt.gpt2.shape import Batch, Model, Tiles
 from taskgpt.lab.contests.cells import Cell
 from taskgpt.lab.contests.turns import CellFailed
 from taskgpt.lab.named import make_config

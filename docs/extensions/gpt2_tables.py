@@ -16,8 +16,9 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 from taskgpt.config import load_graph
-from taskgpt.gpt2.model import GPT2, Batch, Model
+from taskgpt.gpt2.model import GPT2
 from taskgpt.gpt2.program import loss_graph, training_graph
+from taskgpt.gpt2.shape import Batch, Model
 from taskgpt.tasks import Graph, Kernel
 
 # A shape whose sizes are all different, so that a number tells which size it is.

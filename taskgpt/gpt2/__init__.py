@@ -1,0 +1,12 @@
+"""Room 3: GPT-2 as a program of tasks. It has never heard of schedulers. To be read in this order:
+
+shape.py         sizes, batch, tiles, options: what a graph file says
+grid.py          where tensors are cut, and which part of them a task takes
+model.py         the tensors
+program.py       a step as ordinary loops that spawn tasks
+kernels.py       matrix products, GELU, residual, embeddings; norms.py, attention.py, classifier.py, updates.py the others
+vector_math.py   sums and exponentials that the compiler can vectorize
+sampling.py      text from a model
+checkpoint.py    llm.c's checkpoints
+text/            tokens, tokenizers, datasets
+"""

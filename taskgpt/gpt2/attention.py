@@ -49,7 +49,7 @@ def attention_forward(
 
 
 @attention_forward.compiled
-def _(atty, att_max, att_rsum, q, k, v, head_size, scores):
+def attention_forward_twin(atty, att_max, att_rsum, q, k, v, head_size, scores):
     queries, past = q.shape[0], k.shape[0] - q.shape[0]
     scale = _f(1 / math.sqrt(head_size))
     for n in range(q.shape[1] // head_size):
@@ -105,7 +105,7 @@ def attention_backward(
 
 
 @attention_backward.compiled
-def _(dq, dk, dv, datty, atty, q, k, v, att_max, att_rsum, head_size, probabilities, gradients, products):
+def attention_backward_twin(dq, dk, dv, datty, atty, q, k, v, att_max, att_rsum, head_size, probabilities, gradients, products):
     length = q.shape[0]
     scale = _f(1 / math.sqrt(head_size))
     for n in range(q.shape[1] // head_size):

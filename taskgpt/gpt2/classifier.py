@@ -23,7 +23,7 @@ def lmhead_forward(logits: Out[R, V], inp: In[R, C], wte: In[V, C]):
 
 
 @lmhead_forward.compiled
-def _(logits, inp, wte):
+def lmhead_forward_twin(logits, inp, wte):
     gemm(logits, inp, wte, 0, 1, ONE, ZERO)
 
 
@@ -35,7 +35,7 @@ def softmax_forward(logits_max: Out[R], logits_rsum: Out[R], logits: In[R, V], v
 
 
 @softmax_forward.compiled
-def _(logits_max, logits_rsum, logits, valid, row):
+def softmax_forward_twin(logits_max, logits_rsum, logits, valid, row):
     for r in range(logits.shape[0]):
         source = dense(logits[r])
         for v in range(valid):
@@ -56,7 +56,7 @@ def crossentropy_forward(losses: Out[R], logits: In[R, V], logits_max: In[R], lo
 
 
 @crossentropy_forward.compiled
-def _(losses, logits, logits_max, logits_rsum, targets):
+def crossentropy_forward_twin(losses, logits, logits_max, logits_rsum, targets):
     for r in range(losses.shape[0]):
         losses[r] = _loss(logits[r, targets[r]], logits_max[r], logits_rsum[r])
 
@@ -68,7 +68,7 @@ def loss_forward(loss: Out[1], losses: In[R]):
 
 
 @loss_forward.compiled
-def _(loss, losses):
+def loss_forward_twin(loss, losses):
     total = ZERO
     for r in range(losses.shape[0]):
         total += losses[r]
@@ -95,7 +95,7 @@ def _scale_and_subtract(row, target, valid, rsum, scale):
 
 
 @crossentropy_backward.compiled
-def _(dlogits, logits_max, logits_rsum, targets, valid, scale):
+def crossentropy_backward_twin(dlogits, logits_max, logits_rsum, targets, valid, scale):
     for r in range(dlogits.shape[0]):
         row, largest = dense(dlogits[r]), logits_max[r]
         for v in range(valid):
@@ -113,7 +113,7 @@ def softmax_crossentropy(losses: Out[R], dlogits: InOut[R, V], targets: In[R, np
 
 
 @softmax_crossentropy.compiled
-def _(losses, dlogits, targets, valid, scale):
+def softmax_crossentropy_twin(losses, dlogits, targets, valid, scale):
     for r in range(dlogits.shape[0]):
         row, target = dense(dlogits[r]), targets[r]
         logit = row[target]

@@ -45,7 +45,7 @@ def _linear(out, inp, weight, bias):
 
 
 @matmul_forward.compiled
-def _(out, inp, weight, bias):
+def matmul_forward_twin(out, inp, weight, bias):
     _linear(out, inp, weight, bias)
 
 
@@ -57,7 +57,7 @@ def matmul_gelu_forward(gelu: Out[R, OC], out: Out[R, OC], inp: In[R, C], weight
 
 
 @matmul_gelu_forward.compiled
-def _(gelu, out, inp, weight, bias):
+def matmul_gelu_forward_twin(gelu, out, inp, weight, bias):
     _linear(out, inp, weight, bias)
     _gelu(gelu, out)
 
@@ -70,7 +70,7 @@ def matmul_residual_forward(out: Out[R, OC], residual: In[R, OC], inp: In[R, C],
 
 
 @matmul_residual_forward.compiled
-def _(out, residual, inp, weight, bias):
+def matmul_residual_forward_twin(out, residual, inp, weight, bias):
     _linear(out, inp, weight, bias)
     for r in range(out.shape[0]):
         o, a = dense(out[r]), dense(residual[r])
@@ -85,7 +85,7 @@ def matmul_backward_input(dinp: Out[R, C], dout: In[R, OC], weight: In[OC, C]):
 
 
 @matmul_backward_input.compiled
-def _(dinp, dout, weight):
+def matmul_backward_input_twin(dinp, dout, weight):
     gemm(dinp, dout, weight, 0, 0, ONE, ZERO)
 
 
@@ -96,7 +96,7 @@ def matmul_backward_input_add(dinp: Commutative[R, C], dout: In[R, OC], weight: 
 
 
 @matmul_backward_input_add.compiled
-def _(dinp, dout, weight):
+def matmul_backward_input_add_twin(dinp, dout, weight):
     gemm(dinp, dout, weight, 0, 0, ONE, ONE)
 
 
@@ -108,7 +108,7 @@ def matmul_gelu_backward(dinp: Out[R, C], dout: In[R, OC], weight: In[OC, C], in
 
 
 @matmul_gelu_backward.compiled
-def _(dinp, dout, weight, inp):
+def matmul_gelu_backward_twin(dinp, dout, weight, inp):
     gemm(dinp, dout, weight, 0, 0, ONE, ZERO)
     _times_gelu_slope(dinp, inp)
 
@@ -120,7 +120,7 @@ def matmul_backward_weight(dweight: Out[OC, C], dout: In[R, OC], inp: In[R, C]):
 
 
 @matmul_backward_weight.compiled
-def _(dweight, dout, inp):
+def matmul_backward_weight_twin(dweight, dout, inp):
     gemm(dweight, dout, inp, 1, 0, ONE, ZERO)
 
 
@@ -131,7 +131,7 @@ def matmul_backward_weight_add(dweight: InOut[OC, C], dout: In[R, OC], inp: In[R
 
 
 @matmul_backward_weight_add.compiled
-def _(dweight, dout, inp):
+def matmul_backward_weight_add_twin(dweight, dout, inp):
     gemm(dweight, dout, inp, 1, 0, ONE, ONE)
 
 
@@ -154,7 +154,7 @@ def sum_rows(total, rows):
 
 
 @matmul_backward_bias.compiled
-def _(dbias, dout):
+def matmul_backward_bias_twin(dbias, dout):
     sum_rows(dbias, dout)
 
 
@@ -185,7 +185,7 @@ def _gelu(out, inp):
 
 
 @gelu_forward.compiled
-def _(out, inp):
+def gelu_forward_twin(out, inp):
     _gelu(out, inp)
 
 
@@ -207,7 +207,7 @@ def _times_gelu_slope(dinp, inp):
 
 
 @gelu_backward.compiled
-def _(dinp, inp):
+def gelu_backward_twin(dinp, inp):
     _times_gelu_slope(dinp, inp)
 
 
@@ -218,7 +218,7 @@ def residual_forward(out: Out[R, C], inp1: In[R, C], inp2: In[R, C]):
 
 
 @residual_forward.compiled
-def _(out, inp1, inp2):
+def residual_forward_twin(out, inp1, inp2):
     for r in range(out.shape[0]):
         o, a, b = dense(out[r]), dense(inp1[r]), dense(inp2[r])
         for c in range(o.shape[0]):
@@ -236,7 +236,7 @@ def encoder_forward(out: Out[R, C], tokens: In[R, np.int32], wte: In[V, C], wpe:
 
 
 @encoder_forward.compiled
-def _(out, tokens, wte, wpe, first_row):
+def encoder_forward_twin(out, tokens, wte, wpe, first_row):
     for r in range(out.shape[0]):
         o, token, position = dense(out[r]), dense(wte[tokens[r]]), dense(wpe[(first_row + r) % wpe.shape[0]])
         for c in range(o.shape[0]):
@@ -262,7 +262,7 @@ def scatter_rows(dwte, dout, tokens, first_token):
 
 
 @encoder_backward_wte.compiled
-def _(dwte, dout, tokens, first_token):
+def encoder_backward_wte_twin(dwte, dout, tokens, first_token):
     scatter_rows(dwte, dout, tokens, first_token)
 
 
@@ -275,7 +275,7 @@ def encoder_backward_wpe(dwpe: Out[T, C], dout: In[R, C]):
 
 
 @encoder_backward_wpe.compiled
-def _(dwpe, dout):
+def encoder_backward_wpe_twin(dwpe, dout):
     length = dwpe.shape[0]
     for r in range(dout.shape[0]):
         d, row = dense(dwpe[r % length]), dense(dout[r])

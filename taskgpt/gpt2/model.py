@@ -1,117 +1,18 @@
-"""GPT-2's shape and its tensors: each declared once, here, under llm.c's name.
+"""GPT-2's tensors: each declared once, here, under llm.c's name.
 
-Dimensions: B sequences of T tokens, R = B * T rows, C channels, NH heads, L layers, V vocabulary, Vp padded to a multiple of 128, OC output
-columns of a matrix. A gradient is `d` + name; weights are (OC, C), as in llm.c, so that one row makes one output column.
+Dimensions are those of shape.py. A gradient is `d` + name; weights are (OC, C), as in llm.c, so that one row makes one output column.
 """
 
 import copy
 import hashlib
-from dataclasses import dataclass, field
 
 import numpy as np
 
-from taskgpt.gpt2.norms import NORMS, Norm
+from taskgpt.gpt2.grid import Grid
+from taskgpt.gpt2.shape import Batch, Model, Options, Tiles
 from taskgpt.tasks import Arena, TensorSpec
 
-MOST = 2**31 - 1  # of any size: what the integers of llm.c's file headers hold
 MATRICES = ("wte", "wpe", "qkvw", "attprojw", "fcw", "fcprojw")  # what weight decay is for; the rest are biases and norms
-
-
-def _at_least(n: int):
-    return field(metadata={"at_least": n, "at_most": MOST})
-
-
-@dataclass(frozen=True)
-class Model:
-    """The shape of a GPT-2. Raises ValueError if `heads` does not divide `channels`, or if the padded vocabulary is too small."""
-
-    layers: int = _at_least(1)
-    heads: int = _at_least(1)
-    channels: int = _at_least(1)
-    vocabulary: int = _at_least(1)
-    max_seq_len: int = _at_least(1)
-    padded_vocabulary: int = field(default=0, metadata={"at_least": 0, "at_most": MOST})  # 0: the next multiple of 128
-    norm: str = field(default="layernorm", metadata={"choices": tuple(NORMS)})
-
-    def __post_init__(self):
-        if self.heads >= 1 and self.channels % self.heads:
-            raise ValueError(f"channels = {self.channels} is not a multiple of heads = {self.heads}")
-        if not self.padded_vocabulary:
-            object.__setattr__(self, "padded_vocabulary", -(-self.vocabulary // 128) * 128)
-        if self.padded_vocabulary < self.vocabulary:
-            raise ValueError(f"padded_vocabulary = {self.padded_vocabulary} is smaller than vocabulary = {self.vocabulary}")
-
-    @property
-    def head_size(self) -> int:
-        return self.channels // self.heads
-
-    @property
-    def norms(self) -> Norm:
-        return NORMS[self.norm]
-
-    def parameter_shapes(self, vocabulary: int | None = None) -> dict[str, tuple[int, ...]]:
-        """Return the tensors in the order of an llm.c checkpoint, which has 16; wte has padded_vocabulary rows unless told otherwise."""
-        L, C = self.layers, self.channels
-        return {
-            "wte": (vocabulary or self.padded_vocabulary, C),
-            "wpe": (self.max_seq_len, C),
-            **self._of_norm("ln1", (L, C)),
-            "qkvw": (L, 3 * C, C),
-            "qkvb": (L, 3 * C),
-            "attprojw": (L, C, C),
-            "attprojb": (L, C),
-            **self._of_norm("ln2", (L, C)),
-            "fcw": (L, 4 * C, C),
-            "fcb": (L, 4 * C),
-            "fcprojw": (L, C, 4 * C),
-            "fcprojb": (L, C),
-            **self._of_norm("lnf", (1, C)),
-        }
-
-    def _of_norm(self, place: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        """Return the parameters of the norm at a place: ln1, ln2 or lnf."""
-        return {place + suffix: shape for suffix in self.norms.parameters}
-
-    def parameter_count(self) -> int:
-        """Return the number of parameters without padding: 124,439,808 for GPT-2."""
-        return sum(int(np.prod(shape)) for shape in self.parameter_shapes(self.vocabulary).values())
-
-
-@dataclass(frozen=True)
-class Batch:
-    """B sequences of T tokens a step."""
-
-    batch_size: int = _at_least(1)
-    seq_len: int = _at_least(1)
-
-    @property
-    def rows(self) -> int:
-        return self.batch_size * self.seq_len
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """How large a task is. Every size may exceed what it cuts, and need not divide it."""
-
-    rows: int = _at_least(1)  # rows of (B, T) in a matrix product
-    columns: int = _at_least(1)  # output columns of a matrix product, and rows of a weight in its update
-    pointwise_rows: int = _at_least(1)  # rows in embedding, LayerNorm, GELU, residual and classifier
-    heads: int = _at_least(1)  # heads in an attention task
-    vocabulary: int = _at_least(1)  # vocabulary entries in a task of the language-model head
-    logits_rows: int = field(default=0, metadata={"at_least": 0, "at_most": MOST})  # rows whose logits are held at a time; 0: all
-
-
-_WAYS = {"default": "fused", "metadata": {"choices": ("fused", "separate")}}
-
-
-@dataclass(frozen=True)
-class Options:
-    """Choices. Decay and commutative sums change the numbers; `kernels` and `update` change time and memory, and no bit."""
-
-    weight_decay_on: str = field(metadata={"choices": ("matrices", "all")})
-    commutative: bool = False
-    kernels: str = field(**_WAYS)  # fused: GELU, residual and softmax in one task with what comes before; separate: as in llm.c
-    update: str = field(**_WAYS)  # fused: AdamW in one task with the gradient, which is not stored; separate: as in llm.c
 
 
 class GPT2:
@@ -128,7 +29,7 @@ class GPT2:
     def __init__(self, model: Model, batch: Batch, tiles: Tiles, options: Options, shared: bool = False):
         if batch.seq_len > model.max_seq_len:
             raise ValueError(f"seq_len = {batch.seq_len} is longer than the model's max_seq_len = {model.max_seq_len}")
-        self.model, self.batch, self.tiles, self.options = model, batch, tiles, options
+        self.model, self.batch, self.options, self.grid = model, batch, options, Grid(model, batch, tiles)
         self.p, self.m, self.v, self.g, self.a, self.d, *slots = (Arena(specs, shared) for specs in self._specs())
         self.slots = tuple(slots)
         self.s = self.slots[0]
@@ -139,23 +40,18 @@ class GPT2:
         other.s = self.slots[slot]
         return other
 
-    @property
-    def logits_rows(self) -> int:
-        """How many rows of logits are held at a time."""
-        return min(self.tiles.logits_rows or self.batch.rows, self.batch.rows)
-
     def _specs(self) -> list[dict[str, TensorSpec]]:
         """Return what each arena holds: p, m, v, g, a, d, then the slots."""
         parameters = self._parameter_specs()
         p, m, v, g = ({prefix + name: spec for name, spec in parameters.items()} for prefix in ("", "m_", "v_", "d"))
         if self.options.update == "fused":
             # All rows of a gradient come in one product, but for the logits if they come in blocks of rows.
-            g = {"dwte": g["dwte"]} if self.logits_rows < self.batch.rows else {}
+            g = {"dwte": g["dwte"]} if self.grid.logits_rows < self.batch.rows else {}
         return [p, m, v, g, self._activation_specs(), self._activation_gradient_specs(), *[self._step_specs()] * self.SLOTS]
 
     def _parameter_specs(self) -> dict[str, TensorSpec]:
         """Weights and their biases are cut by output columns, wte by vocabulary; what is stacked by layers is cut between them."""
-        columns, vocabulary = self.tiles.columns, self.tiles.vocabulary
+        columns, vocabulary = self.grid.tiles.columns, self.grid.tiles.vocabulary
         specs = {}
         for name, shape in self.model.parameter_shapes().items():
             if name in ("wte", "wpe"):
@@ -169,7 +65,7 @@ class GPT2:
 
     def _activation_specs(self) -> dict[str, TensorSpec]:
         L, C, NH, R = self.model.layers, self.model.channels, self.model.heads, self.batch.rows
-        rows, columns, heads = self._row_cuts(), self.tiles.columns, self.tiles.heads
+        rows, columns, heads = self.grid.row_cuts, self.grid.tiles.columns, self.grid.tiles.heads
         by_rows = TensorSpec((L, R, C), (1, rows, None))
         by_columns = TensorSpec((L, R, C), (1, rows, columns))
         hidden = TensorSpec((L, R, 4 * C), (1, rows, columns))
@@ -180,8 +76,8 @@ class GPT2:
             "encoded": TensorSpec((R, C), (rows, None)),
             "ln1": by_rows,
             **self._statistics("ln1", statistic),
-            "qkv": TensorSpec((L, R, 3 * C), (1, rows, self._head_cuts())),
-            "atty": TensorSpec((L, R, C), (1, rows, self._head_cuts())),
+            "qkv": TensorSpec((L, R, 3 * C), (1, rows, self.grid.head_cuts)),
+            "atty": TensorSpec((L, R, C), (1, rows, self.grid.head_cuts)),
             "att_max": by_heads,
             "att_rsum": by_heads,
             "attproj": by_columns,
@@ -208,9 +104,9 @@ class GPT2:
 
     def _logits_spec(self) -> TensorSpec:
         """All logits, or two blocks of rows that take turns, so that one can be filled while the other is still read."""
-        held = self.logits_rows
+        held = self.grid.logits_rows
         shape = (1 if held == self.batch.rows else 2, held, self.model.padded_vocabulary)
-        return TensorSpec(shape, (1, (self.tiles.rows, self.tiles.pointwise_rows), self.tiles.vocabulary))
+        return TensorSpec(shape, (1, *self.grid.logits_cuts))
 
     def _activation_gradient_specs(self) -> dict[str, TensorSpec]:
         """Layers take turns in two slots: the weight gradients of one layer may still read theirs while the next layer fills the other.
@@ -218,7 +114,7 @@ class GPT2:
         The gradient of the logits takes the place of the logits.
         """
         C, R = self.model.channels, self.batch.rows
-        rows, columns = self._row_cuts(), self.tiles.columns
+        rows, columns = self.grid.row_cuts, self.grid.tiles.columns
         by_rows = TensorSpec((2, R, C), (1, rows, None))
         by_columns = TensorSpec((2, R, C), (1, rows, columns))
         return {
@@ -227,27 +123,15 @@ class GPT2:
             "dfch": TensorSpec((2, R, 4 * C), (1, rows, columns)),
             "dln2": by_columns,
             "dresidual2": by_rows,
-            "datty": TensorSpec((2, R, C), (1, rows, self._head_cuts())),
-            "dqkv": TensorSpec((2, R, 3 * C), (1, rows, self._head_cuts())),
+            "datty": TensorSpec((2, R, C), (1, rows, self.grid.head_cuts)),
+            "dqkv": TensorSpec((2, R, 3 * C), (1, rows, self.grid.head_cuts)),
             "dln1": by_columns,
         }
 
     def _step_specs(self) -> dict[str, TensorSpec]:
-        R, rows = self.batch.rows, self._row_cuts()
+        R, rows = self.batch.rows, self.grid.row_cuts
         tokens = TensorSpec((R,), (rows,), np.dtype(np.int32))
         return {"tokens": tokens, "targets": tokens, "hyper": TensorSpec((7,)), "loss": TensorSpec((1,))}
-
-    def _row_cuts(self) -> tuple[int, ...]:
-        """Rows are cut where a matrix product, a pointwise task, a sequence (attention) or a block of logits begins."""
-        return self.tiles.rows, self.tiles.pointwise_rows, self.batch.seq_len, self.logits_rows
-
-    def _head_cuts(self) -> tuple[int, ...]:
-        """Columns are cut where a matrix product begins, and where a group of heads begins, in each of Q, K and V.
-
-        Groups that do not divide the heads begin at different places in the three: then every head is a cell.
-        """
-        group = self.tiles.heads if self.model.heads % self.tiles.heads == 0 else 1
-        return self.tiles.columns, group * self.model.head_size, self.model.channels
 
     @property
     def nbytes(self) -> int:
@@ -257,7 +141,7 @@ class GPT2:
     def bytes_needed(cls, model: Model, batch: Batch, tiles: Tiles, options: Options) -> int:
         """Return `nbytes` of such a model without making it."""
         shape = cls.__new__(cls)
-        shape.model, shape.batch, shape.tiles, shape.options = model, batch, tiles, options
+        shape.model, shape.batch, shape.options, shape.grid = model, batch, options, Grid(model, batch, tiles)
         return sum(spec.nbytes for specs in shape._specs() for spec in specs.values())
 
     def initialize(self, seed: int) -> None:

@@ -55,7 +55,7 @@ def layernorm_forward(out: Out[R, C], mean: Out[R], rstd: Out[R], inp: In[R, C],
 
 
 @layernorm_forward.compiled
-def _(out, mean, rstd, inp, weight, bias):
+def layernorm_forward_twin(out, mean, rstd, inp, weight, bias):
     channels = inp.shape[1]
     for r in range(inp.shape[0]):
         x, y = dense(inp[r]), dense(out[r])
@@ -92,7 +92,7 @@ def layernorm_backward(dinp: Out[R, C], dout: In[R, C], inp: In[R, C], weight: I
 
 
 @layernorm_backward.compiled
-def _(dinp, dout, inp, weight, mean, rstd):
+def layernorm_backward_twin(dinp, dout, inp, weight, mean, rstd):
     for r in range(inp.shape[0]):
         _layernorm_backward_row(dense(dinp[r]), dense(dout[r]), dense(inp[r]), weight, mean[r], rstd[r])
 
@@ -107,7 +107,7 @@ def layernorm_residual_backward(
 
 
 @layernorm_residual_backward.compiled
-def _(dinp, dresidual, dout, inp, weight, mean, rstd):
+def layernorm_residual_backward_twin(dinp, dresidual, dout, inp, weight, mean, rstd):
     for r in range(inp.shape[0]):
         d, residual = dense(dinp[r]), dense(dresidual[r])
         _layernorm_backward_row(d, dense(dout[r]), dense(inp[r]), weight, mean[r], rstd[r])
@@ -139,7 +139,7 @@ def _layernorm_gradient(dweight, dbias, dout, inp, mean, rstd):
 
 
 @layernorm_backward_weight.compiled
-def _(dweight, dbias, dout, inp, mean, rstd):
+def layernorm_backward_weight_twin(dweight, dbias, dout, inp, mean, rstd):
     _layernorm_gradient(dweight, dbias, dout, inp, mean, rstd)
 
 
@@ -168,7 +168,7 @@ def layernorm_update(
 
 
 @layernorm_update.compiled
-def _(weight, m_weight, v_weight, bias, m_bias, v_bias, dout, inp, mean, rstd, hyper, is_decayed, dweight, dbias):
+def layernorm_update_twin(weight, m_weight, v_weight, bias, m_bias, v_bias, dout, inp, mean, rstd, hyper, is_decayed, dweight, dbias):
     _layernorm_gradient(dweight, dbias, dout, inp, mean, rstd)
     adamw_row(weight, m_weight, v_weight, dweight, hyper, is_decayed)
     adamw_row(bias, m_bias, v_bias, dbias, hyper, is_decayed)

@@ -8,8 +8,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from taskgpt.gpt2.grid import blocks
 from taskgpt.gpt2.model import GPT2
-from taskgpt.gpt2.program import blocks, sampling_graph
+from taskgpt.gpt2.program import sampling_graph
 from taskgpt.tasks import Graph
 
 LENGTH = 64  # tokens, the first of them end-of-text; shorter sequences go on in the next one of the batch, with nothing before them
@@ -38,22 +39,22 @@ class Sampler:
     `graphs` are what it runs, to be compiled or checked beforehand; `run` runs one of them.
     """
 
-    def __init__(self, m: GPT2, prepare: Callable[[Graph], Graph] = lambda graph: graph):
-        self.m = m
-        self.length = min(LENGTH, m.batch.rows)
-        sequences = blocks(slice(0, self.length - 1), m.batch.seq_len)
-        self.rows = [rows for sequence in sequences for rows in blocks(sequence, min(BLOCK, m.logits_rows))]
-        self.graphs = [prepare(sampling_graph(m, rows.start, rows.stop)) for rows in self.rows]
+    def __init__(self, gpt: GPT2, prepare: Callable[[Graph], Graph] = lambda graph: graph):
+        self.gpt = gpt
+        self.length = min(LENGTH, gpt.batch.rows)
+        sequences = gpt.grid.sequences(slice(0, self.length - 1))
+        self.rows = [rows for sequence in sequences for rows in blocks(sequence, min(BLOCK, gpt.grid.logits_rows))]
+        self.graphs = [prepare(sampling_graph(gpt, rows.start, rows.stop)) for rows in self.rows]
         self.random = Random()
 
     def sample(self, run: Callable[[Graph], None], end_of_text: int) -> list[int]:
         """Return the ids drawn after an end-of-text, `length` - 1 of them. Overwrites the step's tokens and the activations."""
-        tokens, logits = self.m.s.tokens.array, self.m.a.logits.array
+        tokens, logits = self.gpt.s.tokens.array, self.gpt.a.logits.array
         tokens[: self.length] = end_of_text
         for rows, graph in zip(self.rows, self.graphs, strict=True):
             for at in range(rows.start, rows.stop):
                 run(graph)
-                tokens[at + 1] = draw(logits[0, at - rows.start, : self.m.model.vocabulary], self.random.uniform())
+                tokens[at + 1] = draw(logits[0, at - rows.start, : self.gpt.model.vocabulary], self.random.uniform())
         return tokens[1 : self.length].tolist()
 
 

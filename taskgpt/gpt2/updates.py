@@ -43,7 +43,7 @@ def _adamw(param, m, v, grad, hyper, is_decayed):
 
 
 @adamw_update.compiled
-def _(param, m, v, grad, hyper, is_decayed):
+def adamw_update_twin(param, m, v, grad, hyper, is_decayed):
     _adamw(param, m, v, grad, hyper, is_decayed)
 
 
@@ -69,7 +69,7 @@ def linear_update(
 
 
 @linear_update.compiled
-def _(weight, m_weight, v_weight, bias, m_bias, v_bias, dout, inp, hyper, is_decayed, is_bias_decayed, dweight, dbias):
+def linear_update_twin(weight, m_weight, v_weight, bias, m_bias, v_bias, dout, inp, hyper, is_decayed, is_bias_decayed, dweight, dbias):
     gemm(dweight, dout, inp, 1, 0, ONE, ZERO)
     _adamw(weight, m_weight, v_weight, dweight, hyper, is_decayed)
     sum_rows(dbias, dout)
@@ -97,7 +97,7 @@ def wte_update(
 
 
 @wte_update.compiled
-def _(wte, m, v, dlogits, lnf, dencoded, tokens, hyper, first_token, is_decayed, dwte):
+def wte_update_twin(wte, m, v, dlogits, lnf, dencoded, tokens, hyper, first_token, is_decayed, dwte):
     gemm(dwte, dlogits, lnf, 1, 0, ONE, ZERO)
     scatter_rows(dwte, dencoded, tokens, first_token)
     _adamw(wte, m, v, dwte, hyper, is_decayed)
@@ -124,7 +124,7 @@ def wpe_update(
 
 
 @wpe_update.compiled
-def _(wpe, m, v, dencoded, hyper, first_position, seq_len, is_decayed, dwpe):
+def wpe_update_twin(wpe, m, v, dencoded, hyper, first_position, seq_len, is_decayed, dwpe):
     for t in range(wpe.shape[0]):
         dwpe[:] = ZERO
         if first_position + t < seq_len:

@@ -32,7 +32,7 @@ def product(out: Out[M, N], a: In[A, K], b: In[B, L], transpose_a: int, transpos
 
 
 @product.compiled
-def _(out, a, b, transpose_a, transpose_b, times):
+def product_twin(out, a, b, transpose_a, transpose_b, times):
     for _ in range(times):
         gemm(out, a, b, transpose_a, transpose_b, np.float32(1), np.float32(0))
 
@@ -45,7 +45,7 @@ def read(total: Out[1, np.int64], x: In[N, np.int64], times: int):
 
 
 @read.compiled
-def _(total, x, times):
+def read_twin(total, x, times):
     for t in range(times):
         found = np.int64(t)
         for i in range(x.shape[0]):
@@ -61,7 +61,7 @@ def update(x: InOut[N], times: int):
 
 
 @update.compiled
-def _(x, times):
+def update_twin(x, times):
     for _ in range(times):
         for i in range(x.shape[0]):
             x[i] += np.float32(1)
@@ -75,7 +75,7 @@ def triad(x: Out[N], y: In[N], z: In[N], times: int):
 
 
 @triad.compiled
-def _(x, y, z, times):
+def triad_twin(x, y, z, times):
     for _ in range(times):
         for i in range(x.shape[0]):
             x[i] = y[i] + np.float32(3) * z[i]

@@ -23,8 +23,9 @@ from taskgpt.config import (
     parse_settings,
 )
 from taskgpt.errors import UserError, did_you_mean, shorten
-from taskgpt.gpt2.model import GPT2, Tiles
+from taskgpt.gpt2.model import GPT2
 from taskgpt.gpt2.program import training_graph
+from taskgpt.gpt2.shape import Tiles
 from taskgpt.lab import machine
 from taskgpt.lab.traces.trace import RECORD, Trace, Traced
 from taskgpt.schedulers import Scheduler, open_scheduler

@@ -24,7 +24,7 @@ from typing import Any
 
 from taskgpt.config import GraphConfig, load_scheduler
 from taskgpt.errors import UserError, run_program
-from taskgpt.gpt2.model import Tiles
+from taskgpt.gpt2.shape import Tiles
 from taskgpt.lab import machine
 from taskgpt.lab.contests.cells import Cell, Changes, product_of
 from taskgpt.lab.contests.turns import CellFailed, Turns

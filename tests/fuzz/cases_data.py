@@ -4,7 +4,8 @@ import struct
 from pathlib import Path
 
 from taskgpt.gpt2 import checkpoint
-from taskgpt.gpt2.model import GPT2, Batch, Options, Tiles
+from taskgpt.gpt2.model import GPT2
+from taskgpt.gpt2.shape import Batch, Options, Tiles
 from taskgpt.gpt2.text.data import open_data
 from taskgpt.gpt2.text.tokenizer import read_tokenizer
 from taskgpt.gpt2.text.tokens import TokenFile, write_tokens

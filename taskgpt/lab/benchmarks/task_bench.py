@@ -80,7 +80,7 @@ def busy(out: Out[1], iterations: In[1, np.int64]):
 
 
 @busy.compiled
-def _(out, iterations):
+def busy_twin(out, iterations):
     out[0] = spin(iterations[0])
 
 

@@ -12,8 +12,8 @@ from itertools import pairwise
 from typing import Self
 
 from taskgpt.config import GraphConfig
-from taskgpt.gpt2.model import Batch, Model, Tiles
 from taskgpt.gpt2.program import training_graph
+from taskgpt.gpt2.shape import Batch, Model, Tiles
 from taskgpt.lab import machine
 from taskgpt.lab.contests.cells import Cell
 from taskgpt.lab.named import make, make_config, named_config, prepare
