@@ -12,7 +12,7 @@ from pathlib import Path
 
 import kernels_for_tests as k
 import pytest
-from pages import ROOT, files
+from pages import ROOT, blocks, files
 
 import taskgpt.gpt2
 from taskgpt.config import graph_keys, load_graph, schedulers
@@ -115,3 +115,14 @@ def test_training_graphs_of_the_tables_are_the_graph_files():
     config = load_graph("gpt2-124m")
     graph = training_graph(GPT2(config.model, config.batch, config.tiles, config.options))
     assert f"{len(graph.tasks):,} tasks and {graph.flops / 1e9:.1f} GFLOP" in (DOCS / "reference" / "model.md").read_text(encoding="utf-8")
+
+
+def test_a_program_with_kernels_is_clean_to_a_type_checker(tmp_path):
+    """The kernel page's program, below the line that the page names: annotations of kernels are values."""
+    pytest.importorskip("mypy", reason="pip install 'taskgpt[test]'")
+    page = DOCS / "howto" / "kernel.md"
+    [line] = re.findall(r"`(# mypy: .*)`", page.read_text(encoding="utf-8"))
+    (tmp_path / "program.py").write_text("\n".join([line, *blocks(page, "python")]))
+    command = [sys.executable, "-m", "mypy", "--config-file", ROOT / "pyproject.toml", "--cache-dir", tmp_path / "cache", "program.py"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout

@@ -1,6 +1,7 @@
 """Accesses: the words in which a kernel declares what it does to each tile, `out: Out[R, OC], inp: In[R, C]`."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numba
 import numpy as np
@@ -39,7 +40,7 @@ class Access:
         return types.Array(numba.from_dtype(self.dtype), len(self.dims), layout, readonly=not self.is_written)
 
 
-class _Declaration:
+class _Declaration(Any):  # to a type checker a tile is an array in a body, and whatever else a twin does with it
     kind: str
 
     def __class_getitem__(cls, items) -> Access:

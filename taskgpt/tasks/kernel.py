@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from functools import cached_property
-from typing import Any
+from typing import Any, overload
 
 import numba
 import numpy as np
@@ -81,14 +81,15 @@ class Kernel:
         if not inspect.isfunction(body):
             raise TypeError(f"@kernel decorates a NumPy function; {_what_is(body)}")
         self.name = body.__name__
-        self.body = self.function = body
-        self._twin = None  # numba's dispatcher; with NUMBA_DISABLE_JIT the function itself
+        self.body: Callable[..., Any] = body
+        self.function: Callable[..., Any] = body
+        self._twin: Any = None  # numba's dispatcher; with NUMBA_DISABLE_JIT the function itself
         self._sources: Sources | None = None  # what the twin was compiled from
         self._unchecked: Kernel | None = None  # the kernel of which this one is `bounds_checked`
         self.module = body.__module__
         self.tags = frozenset(tags)
         self._refuse_results(body, "its body")
-        self.parameters: dict[str, Access | type] = {}
+        self.parameters: dict[str, Access | type[int] | type[float]] = {}
         self.scratch: dict[str, Access] = {}
         for parameter in inspect.signature(body, eval_str=True).parameters.values():
             declared = parameter.annotation
@@ -111,7 +112,7 @@ class Kernel:
     def __call__(self, *args) -> None:
         if len(args) != len(self.parameters):
             raise TypeError(f"{self.name} takes {len(self.parameters)} arguments ({', '.join(self.parameters)}), got {len(args)}")
-        args = [a.item() if isinstance(a, np.generic) else a for a in args]
+        args = tuple(a.item() if isinstance(a, np.generic) else a for a in args)
         for (name, declared), given in zip(self.parameters.items(), args, strict=True):
             if not isinstance(declared, Access) and not (isinstance(given, (int, declared)) and fits_64_bits(given, declared)):
                 # numba would take 1.5 for an int, and make it 1
@@ -205,7 +206,10 @@ class Kernel:
 
     def read_sources(self) -> Sources | None:
         """Return what the twin would be compiled from now; None for a kernel that has none."""
-        return self._twin and Sources(getattr(self._twin, "py_func", self._twin))
+        return self._read_sources() if self._twin else None
+
+    def _read_sources(self) -> Sources:
+        return Sources(getattr(self._twin, "py_func", self._twin))
 
     @property
     def unchecked(self) -> "Kernel":
@@ -228,7 +232,7 @@ class Kernel:
 
         Raises TwinError if they are not equal; `difference` is what it says of the part that is not, after its name.
         """
-        now = self.read_sources()
+        now = self._read_sources()
         if changed := now.changed_since(earlier):
             raise TwinError(f"{self.name}: {changed} {difference}")
         return now
@@ -268,14 +272,14 @@ class Kernel:
     def _forget_failure(self) -> None:
         """Let the twin be compiled again, as what it lacks may come: numba's dispatchers remember what did not compile, helpers' too."""
         self._twin = _njit(self._twin.py_func)
-        for helper in self.read_sources().helpers:
+        for helper in self._read_sources().helpers:
             getattr(getattr(helper, "_compiler", None), "_failed_cache", {}).clear()  # private to numba
 
     def _signature(self, read_only: list[str]) -> Any:
         """Return the declared types, with these tiles read-only and no others."""
         scalars = {int: types.int64, float: types.float64}
         declared = (self.parameters | self.scratch).items()
-        return types.void(*(scalars.get(d) or d.numba_type.copy(readonly=name in read_only) for name, d in declared))
+        return types.void(*(d.numba_type.copy(readonly=name in read_only) if isinstance(d, Access) else scalars[d] for name, d in declared))
 
     def _explained(self, error: Exception, inputs: list[str]) -> Exception:
         """Return an AccessError if the twin did not compile because it writes tiles declared In, otherwise a TwinError."""
@@ -301,8 +305,8 @@ class Kernel:
         for name, access in self.accesses.items():
             shape = shapes[name]
             if len(shape) != len(access.dims):
-                wanted = ", ".join(map(str, access.dims))
-                raise ShapeError(f"{self.name}: '{name}' wants {len(access.dims)} dimensions ({wanted}), got shape {shape}")
+                names = ", ".join(map(str, access.dims))
+                raise ShapeError(f"{self.name}: '{name}' wants {len(access.dims)} dimensions ({names}), got shape {shape}")
             for dim, size in zip(access.dims, shape, strict=True):
                 wanted = dim if isinstance(dim, int) else sizes.setdefault(dim, size)
                 first = origin.setdefault(str(dim), name)
@@ -335,7 +339,7 @@ class Kernel:
         if inspect.isgeneratorfunction(function) or inspect.iscoroutinefunction(function):
             raise TypeError(f"{self.name}: {what} is a generator or a coroutine, which would not run when it is called")
         pairs = list(itertools.pairwise(dis.get_instructions(function)))
-        unsure = set()  # variables that may be None
+        unsure: set[str] = set()  # variables that may be None
         for before, store in pairs:
             if store.opname == "STORE_FAST_STORE_FAST" or (store.opname.startswith("STORE_FAST") and not _is_value(before)):
                 unsure.update(_names(store))
@@ -397,6 +401,14 @@ def _names(instruction: dis.Instruction) -> tuple[str, ...]:
 
 def _elements(access: Access, sizes: dict[str, int]) -> int:
     return math.prod(d if isinstance(d, int) else sizes[d] for d in access.dims)
+
+
+@overload
+def kernel(body: Callable) -> Kernel: ...
+
+
+@overload
+def kernel(*, flops: Callable | None = None, bytes: Callable | None = None, tags: Iterable[str] = ()) -> Callable[[Callable], Kernel]: ...
 
 
 def kernel(

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 
 import numpy as np
 
+from taskgpt.tasks.access import Access
 from taskgpt.tasks.blas_threads import one_blas_thread
 from taskgpt.tasks.kernel import AccessError, Kernel, ShapeError, as_kernel, fits_64_bits
 from taskgpt.tasks.scratch import Shapes, scratch_arrays
@@ -55,14 +56,13 @@ class Call:
             names = ", ".join(kernel.parameters)
             raise TypeError(f"{kernel.name} takes {len(kernel.parameters)} arguments ({names}), got {len(self.args)}")
         for (name, declared), given in zip(kernel.parameters.items(), self.args, strict=True):
-            is_tile = name in kernel.accesses
-            if is_tile != isinstance(given, Tile) or (not is_tile and not isinstance(given, (int, declared))):
-                wanted = "a tile, tensor[index]," if is_tile else f"a constant ({declared.__name__}),"
-                got = repr(given) if isinstance(given, (int, float, Tile)) else f"a {type(given).__name__}"
-                raise TypeError(f"{kernel.name}: '{name}' wants {wanted} got {got}")
-            if not is_tile:
+            if not isinstance(declared, Access):
+                if not isinstance(given, (int, declared)):
+                    raise TypeError(f"{kernel.name}: '{name}' wants a constant ({declared.__name__}), got {_told(given)}")
                 if not fits_64_bits(given, declared):
-                    raise TypeError(f"{kernel.name}: '{name}' wants a constant of 64 bits, got one of {given.bit_length()}")
+                    raise TypeError(f"{kernel.name}: '{name}' wants a constant of 64 bits, got one of {int(given).bit_length()}")
+            elif not isinstance(given, Tile):
+                raise TypeError(f"{kernel.name}: '{name}' wants a tile, tensor[index], got {_told(given)}")
             elif given.array.dtype != declared.dtype:
                 raise ShapeError(f"{kernel.name}: '{name}' wants {declared.dtype}, got {given} of {given.array.dtype}")
             elif declared.is_written and not given.array.flags.writeable:
@@ -96,6 +96,10 @@ class Call:
         words = [f"{kind}({', '.join(found)})" for kind, found in self.kernel.by_access(lambda name: repr(given[name]))]
         constants = [f"{name}={value}" for name, value in given.items() if not isinstance(value, Tile)]
         return " ".join([self.kernel.name, *words, *constants])
+
+
+def _told(given: object) -> str:
+    return repr(given) if isinstance(given, (int, float, Tile)) else f"a {type(given).__name__}"
 
 
 class Task:
@@ -133,8 +137,9 @@ class Task:
         outer, this_thread.at = this_thread.at, self
         held = ExitStack() if self.locks else None
         try:
-            for _, lock in self.locks:
-                held.enter_context(lock)
+            if held is not None:
+                for _, lock in self.locks:
+                    held.enter_context(lock)
             for call in self.calls:
                 try:
                     call.run()

@@ -217,7 +217,7 @@ class TaskGraph:
         return {"name": self.name, "allow_commutative": self.allow_commutative, "tasks": tasks, "locks": locks}
 
     def __setstate__(self, state: dict) -> None:
-        self.__init__(state["name"], state["allow_commutative"])
+        TaskGraph.__init__(self, state["name"], state["allow_commutative"])
         locks: defaultdict[int, threading.Lock] = defaultdict(threading.Lock)
         for fields, serials in zip(state["tasks"], state["locks"], strict=True):
             task = Task.__new__(Task)
