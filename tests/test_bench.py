@@ -336,7 +336,7 @@ def test_what_holds_back_is_said_in_a_line(quick, tmp_path, monkeypatch, capsys)
 
 def test_roofline(quick, tmp_path):
     """Streams, products and floors, on one thread and on two."""
-    record = run(tmp_path, "roofline", "--graphs", "tiny", "--workers", "2", "--rounds", "2")
+    record = run(tmp_path, "roofline", "--graphs", "tiny", "--workers", "1,2", "--rounds", "2")
     assert [row["stream"] for row in record["memory"]] == list(machine.STREAMS)
     assert sum(row["share"] for row in record["products of tiny"]) == pytest.approx(1)
     assert all(len(row["rounds_2"]) == 2 for row in record["products of tiny"])

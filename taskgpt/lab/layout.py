@@ -4,7 +4,7 @@ import argparse
 import re
 import shutil
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from html import escape
 from typing import Any
 
@@ -15,7 +15,8 @@ Table = dict[str, Any]  # caption; head, a list of words; rows, lists of words
 INDENT = " " * 11  # of lines that go on below a heading
 WHOLE = {"break_long_words": False, "break_on_hyphens": False}
 GAP = "  "  # between columns
-LEAST_WORDS = 12  # characters that a column of words keeps
+LONGEST_WORD = 24  # characters of a word that stays whole; longer ones, of paths say, are cut
+BREAKS = re.compile(r"(?<=[ :=/-])|(?<=,)(?!\d)")  # between words, and behind what joins them, but in no number
 _NUMBER = re.compile(r"[-+]?[\d.,]+%?(-[\d.,]+)?")  # and ranges of two
 
 
@@ -39,28 +40,47 @@ def field(key: str, text: str) -> str:
 def to_text(table: Table, width: int | None = None) -> str:
     """Return caption, if there is one, head and rows in aligned columns.
 
-    Within a `width`, heads and words that are too long for it go on in lines below; numbers stay whole.
+    Within a `width`, what is the same in all rows is said once above, and heads and words go on in lines below; numbers stay whole.
     """
+    if width is not None and len(table["rows"]) > 1 and max(map(len, to_text({**table, "caption": ""}).splitlines())) > width:
+        table = _shared_above(table)
     lines = [[cell if cell.isprintable() else shorten(cell) for cell in line] for line in (table["head"], *table["rows"])]
     lefts, columns = stand_left(table), list(zip(*lines, strict=True))
     widths = [max(map(len, column)) for column in columns]
     found = [table["caption"]] if table["caption"] else []
     if width is not None:
-        found = textwrap.wrap(table["caption"], width)
+        found = [line for caption in table["caption"].splitlines() for line in textwrap.wrap(caption, width)]
         widths = _narrowed(widths, [_least(column, left) for column, left in zip(columns, lefts, strict=True)], width)
-    for line in lines:
-        parts = [_cut(cell, at) for cell, at in zip(line, widths, strict=True)]
-        for number in range(max(map(len, parts))):
-            cells = (part[number] if number < len(part) else "" for part in parts)
-            aligned = (f"{c:<{at}}" if left else f"{c:>{at}}" for c, at, left in zip(cells, widths, lefts, strict=True))
+    cut = [[_cut(cell, at) for cell, at in zip(line, widths, strict=True)] for line in lines]
+    widths = [max(len(part) for cell in column for part in cell) for column in zip(*cut, strict=True)]
+    for cells in cut:
+        for number in range(max(map(len, cells))):
+            parts = (cell[number] if number < len(cell) else "" for cell in cells)
+            aligned = (f"{part:<{at}}" if left else f"{part:>{at}}" for part, at, left in zip(parts, widths, lefts, strict=True))
             found.append(GAP.join(aligned).rstrip())
     return "\n".join(found)
 
 
+def _shared_above(table: Table) -> Table:
+    """Return the table without the columns of words that say the same in all rows; its caption says it."""
+    lefts, columns = stand_left(table), list(zip(*table["rows"], strict=True))
+    shared = [at for at, column in enumerate(columns) if lefts[at] and len(set(column)) == 1 and column[0] not in ("", "-")]
+    said = ", ".join(f"{table['head'][at]} {columns[at][0]}" for at in shared)
+    caption = "\n".join(filter(None, (table["caption"], f"all: {said}" if said else "")))
+    return {**without(table, [table["head"][at] for at in shared]), "caption": caption}
+
+
+def without(table: Table, heads: Collection[str]) -> Table:
+    """Return the table without the columns of those heads."""
+    kept = [at for at, head in enumerate(table["head"]) if head not in heads]
+    return {**table, "head": [table["head"][at] for at in kept], "rows": [[row[at] for at in kept] for row in table["rows"]]}
+
+
 def _least(column: Sequence[str], stands_left: bool) -> int:
-    """Return how narrow a column may become: numbers stay whole, heads break between words, words anywhere, but for short ones."""
+    """Return how narrow a column may become: numbers stay whole, heads and words break where `_words` says."""
     head, *cells = column
-    return max([*(len(word) for word in head.split()), *(min(len(cell), LEAST_WORDS) if stands_left else len(cell) for cell in cells)])
+    parts = [word for cell in cells for word in _words(cell)] if stands_left else cells
+    return max([*map(len, head.split()), *(min(len(part), LONGEST_WORD) if stands_left else len(part) for part in parts)])
 
 
 def _narrowed(widths: Sequence[int], least: Sequence[int], width: int) -> list[int]:
@@ -74,10 +94,14 @@ def _narrowed(widths: Sequence[int], least: Sequence[int], width: int) -> list[i
     return widths
 
 
+def _words(cell: str) -> list[str]:
+    return [word.rstrip() for word in BREAKS.split(cell)]
+
+
 def _cut(cell: str, width: int) -> list[str]:
     """Return a cell in lines of a width: broken between words, or behind what joins them."""
     lines = [""]
-    for word in re.findall(r"[^ ,:=-]*[ ,:=-]*", cell):
+    for word in BREAKS.split(cell):
         if len(lines[-1]) + len(word.rstrip()) > width and lines[-1]:
             lines.append("")
         lines[-1] += word

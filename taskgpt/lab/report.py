@@ -5,7 +5,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 from taskgpt.errors import UserError, shorten
@@ -43,10 +43,11 @@ class Report:
         """Keep under `key` what is too long to be printed."""
         self._record[key] = value
 
-    def table(self, key: str, columns: dict[str, tuple[str, str]], rows: Sequence[dict[str, Any]]) -> None:
-        """Print the rows, and keep them whole under `key`."""
+    def table(self, key: str, columns: dict[str, tuple[str, str]], rows: Sequence[dict[str, Any]], details: Collection[str] = ()) -> None:
+        """Print the rows, and keep them whole under `key`. `details`: heads of columns that only `--wide` shows."""
         self.keep(key, list(rows))
-        print(f"\n{layout.to_text(table_of('', columns, rows), self._width)}")
+        table = table_of("", columns, rows)
+        print(f"\n{layout.to_text(table if self._width is None else layout.without(table, details), self._width)}")
 
     def save(self) -> None:
         """Say in one line what disturbed the measurements, if anything did, and write the JSON file, if one was asked for."""

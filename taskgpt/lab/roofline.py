@@ -115,8 +115,9 @@ def roofline(flags: argparse.Namespace) -> None:
             if done == len(what):  # the first round touched all memory for the first time
                 limits.clear()
             limits.measure([each], teams)
+    spread = [f"q1-q3 ({n})" for n in teams]
     rows = [{"stream": name, **spreads(limits, name, teams)} for name in machine.STREAMS]
-    report.table("memory", {"memory": ("stream", ""), **headings("GB/s", teams)}, rows)
+    report.table("memory", {"memory": ("stream", ""), **headings("GB/s", teams)}, rows, spread)
     for name, found in counts.items():
         total = gemm_flops(found)
         rows = [
@@ -124,9 +125,9 @@ def roofline(flags: argparse.Namespace) -> None:
             for product, count in sorted(found.items(), key=lambda item: -item[0].flops * item[1])
         ]
         columns = {f"products of {name}": ("product", ""), "count": ("count", "d"), "of FLOP": ("share", ".1%")}
-        report.table(f"products of {name}", {**columns, **headings("GFLOP/s", teams)}, rows)
+        report.table(f"products of {name}", {**columns, **headings("GFLOP/s", teams)}, rows, spread)
     rows = [floor(name, counts[name], shapes[name].model.parameter_count(), limits, n) for name in counts for n in teams]
-    report.table("floors", FLOORS, rows)
+    report.table("floors", FLOORS, rows, FLOOR_DETAILS)
     report.save()
 
 
@@ -142,6 +143,7 @@ FLOORS = {
     "overlapped ms": ("overlapped_ms", ".1f"),
     "in turn ms": ("in_turn_ms", ".1f"),
 }
+FLOOR_DETAILS = ("update GB", "GB/s")
 
 
 def floor(name: str, counts: Counter[Product], parameters: int, limits: Limits, threads: int) -> dict:

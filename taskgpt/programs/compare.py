@@ -31,6 +31,8 @@ from taskgpt.progress import Progress, clock_time
 SCHEDULERS = ["sequential", "whole-tensor", "loops-llmc", "loops", "threads", "native"]
 FIRST_STEPS = 4  # from fresh parameters, on record, after warm-up: loss, bits, efficiencies
 LEAST_STEPS = 2  # in a turn
+DETAILS = {"mean ms", f"{compare_report.STEPS} steps, s", "turns", "tasks", "T1 ms", "T-inf ms"}  # columns of `--wide`, and of the files
+DETAILS |= {f"idle: {cause}" for cause in compare_report.IDLE}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run() -> int:
         flags = p.parse_args(argv)
-        return diff(*flags.diff) if flags.diff else compare(flags)
+        return diff(*flags.diff, layout.terminal_width(flags)) if flags.diff else compare(flags)
 
     return run_program("taskgpt compare", run)
 
@@ -73,8 +75,9 @@ def compare(flags: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         compare_report.write(results)
         raise KeyboardInterrupt(f"interrupted; {flags.output} holds what was measured, go on with --resume") from None
-    width = layout.terminal_width(flags)
-    print("\n" + "\n\n".join(layout.to_text(table, width) for table in compare_report.tables(results)) + "\n")
+    width, details = layout.terminal_width(flags), () if flags.wide else DETAILS
+    tables = (layout.without(table, details) for table in compare_report.tables(results))
+    print("\n" + "\n\n".join(layout.to_text(table, width) for table in tables) + "\n")
     reached, failed = sum(r.is_tight(flags.precision) for r in mine), sum(bool(r.failed) for r in mine)
     notes = [f"{reached} of {len(mine)} are known to {flags.precision:.1%}"]
     notes += [f"{failed} could not be run"] * bool(failed)
@@ -136,7 +139,7 @@ def turns_needed(cells: Sequence[Result], precision: float) -> int:
     return len(cells) * max([LEAST_TURNS, *map(round, needed)])
 
 
-def diff(before: str, after: str) -> int:
+def diff(before: str, after: str, width: int | None) -> int:
     """Print what changed from one output folder to another. Raises UserError."""
     a, b = Results.load(before), Results.load(after)
     for key in a.machine:
@@ -145,7 +148,7 @@ def diff(before: str, after: str) -> int:
     table = compare_report.changes_table(a, b)
     if not table["rows"]:
         raise UserError(f"--diff {before} {after}: no cell was measured in both")
-    print(layout.to_text(table))
+    print(layout.to_text(table, width))
     for name, one, other in ((before, a, b), (after, b, a)):
         if count := sum(r.cell not in other.found for r in one.measured):
             print(f"only in {name}: {count} cells")

@@ -15,12 +15,13 @@ from pathlib import Path
 from taskgpt.errors import UserError, run_program
 from taskgpt.gpt2.text.datasets import DATASETS, prepare
 from taskgpt.gpt2.text.tokens import TokenFile
-from taskgpt.programs.arguments import Parser
+from taskgpt.lab import layout
+from taskgpt.programs.arguments import Parser, add_wide
 
 
-def list_datasets() -> str:
-    """Return what is in the cache, a line per dataset."""
-    lines = []
+def list_datasets(width: int | None) -> str:
+    """Return what is in the cache, a row for each dataset."""
+    rows = []
     for dataset in DATASETS.values():
         state = f"not prepared; a download of {dataset.num_bytes / 1e6:,.1f} MB"
         try:
@@ -32,8 +33,8 @@ def list_datasets() -> str:
                 state += f", of which {part.stat().st_size / 1e6:,.1f} MB are here"
         except UserError as error:
             place = error
-        lines.append(f"{dataset.name:15} {state:56} {place}")
-    return "\n".join(lines)
+        rows.append([dataset.name, state, str(place)])
+    return layout.to_text({"caption": "", "head": ["dataset", "state", "folder"], "rows": rows}, width)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,13 +46,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     prepare_parser.add_argument("name", metavar="NAME", help=" or ".join(DATASETS))
     prepare_parser.add_argument("--folder", type=Path, metavar="DIR", help="where to write the token files (default: the cache)")
     prepare_parser.add_argument("--from", type=Path, metavar="FILE", dest="source", help="take this downloaded file, no network")
-    commands.add_parser("list", help="show what is prepared, and where")
+    what = "show what is prepared, and where"
+    add_wide(commands.add_parser("list", help=what, doc=f"{what}\n\n{parser.examples('list')}"))
 
     def run() -> int:
         chosen = parser.parse_args(arguments)
         try:
             if chosen.command == "list":
-                print(list_datasets())
+                print(list_datasets(layout.terminal_width(chosen)))
             else:
                 prepare(chosen.name, chosen.folder, chosen.source)
         except KeyboardInterrupt:

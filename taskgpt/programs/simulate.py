@@ -40,7 +40,7 @@ COLUMNS = {
     "graph": ("graph", ""),
     "scheduler": ("scheduler", ""),
     "workers": ("workers", "d"),
-    "ms a step": ("step_ms", ".2f"),
+    "ms": ("step_ms", ".2f"),
     "speedup": ("speedup", ".2f"),
     "efficiency": ("efficiency", ".3f"),
     "T1 / p": ("area_ms", ".2f"),
@@ -49,8 +49,9 @@ COLUMNS = {
     "measured": ("measured_ms", ".2f"),
     "first quartile": ("q1_ms", ".2f"),
     "third": ("q3_ms", ".2f"),
-    "simulated / measured": ("ratio", ".3f"),
+    "x measured": ("ratio", ".3f"),
 }
+DETAILS = ("T1 / p", "bandwidth", "first quartile", "third")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -122,7 +123,7 @@ def simulate(flags: argparse.Namespace) -> int:
     if flags.measure:
         validation.measure(cells, rows, flags.rounds, flags.steps)
     shown = {head: column for head, column in COLUMNS.items() if flags.measure or column[0] not in validation.NOT_MEASURED}
-    report.table("steps", shown, rows)
+    report.table("steps", shown, rows, DETAILS)
     if flags.measure:
         judge(report, rows)
     report.save()

@@ -53,6 +53,7 @@ COLUMNS = {
     "rounds": ("rounds", "d"),
     "outcome": ("outcome", ""),
 }
+DETAILS = ("against", "forecast ms", "q1-q3")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -100,7 +101,7 @@ def tune(flags: argparse.Namespace) -> int:
 
         search, final = find(start, space, begin, budget_s, Track(turns.timed), say)
     report.keep("forecasts", [{"cell": changes_of(cell), "ms": ms} for cell, ms in search.forecasts.items()])
-    report.table("tried", COLUMNS, search.rows())
+    report.table("tried", COLUMNS, search.rows(), DETAILS)
     print()
     missing = not_decided(search, final)
     if missing:

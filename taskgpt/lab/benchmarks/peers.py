@@ -44,6 +44,7 @@ COLUMNS = {
     "x ours": ("x_ours", ".2f"),
     "peak GiB": ("peak_gib", ".2f"),
 }
+DETAILS = ("threads", "q1", "q3")
 
 
 class PeerFailed(Exception):
@@ -134,7 +135,7 @@ def peers(flags: argparse.Namespace) -> None:
                 progress.show(done, f"round {done // len(contestants) + 1} of {flags.rounds}: {contestant.name}")
                 take_turn(report, contestant, progress)
     table = rows(contestants, scheduler.workers, prepared.m.batch.rows)
-    report.table("peers", COLUMNS, table)
+    report.table("peers", COLUMNS, table, DETAILS)
     print()
     for precision in LOSS_TOLERANCE:
         if (row := fastest(table[1:], precision)) is not None:

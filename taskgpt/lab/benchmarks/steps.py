@@ -31,6 +31,7 @@ COLUMNS = {
     "x floor": ("x_floor", ".2f"),
     "x first": ("x_first", ".2f"),
 }
+DETAILS = ("tasks", "floor ms")
 
 
 @dataclass
@@ -89,7 +90,7 @@ def step(flags: argparse.Namespace) -> None:
             if low := [row for row in found if row["x_floor"] < 1]:  # then the machine was busier when the limit was measured
                 limits.measure(sorted(set().union(*(counts[row["graph"]] for row in low))), sorted({row["workers"] for row in low}))
                 found = rows(contestants, counts, limits)
-    report.table("steps", COLUMNS, found)
+    report.table("steps", COLUMNS, found, DETAILS)
     if any(row["x_floor"] < 1 for row in found):
         print()
         report.line("floor", "below 1 x floor, a step was faster than sgemm in all rounds: this machine's speed varies too much")

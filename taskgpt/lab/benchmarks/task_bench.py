@@ -181,6 +181,7 @@ COLUMNS = {
     "width": ("width", "d"),
     "tasks": ("tasks", "d"),
 }
+DETAILS = ("width", "tasks")
 FIGURES = {"q1": ("q1_us", ".2f"), "q3": ("q3_us", ".2f"), "x first": ("x_first", ".2f")}
 SLOWER = {"distributed": 20, "local-cluster": 20, "local-cluster-processes": 20}  # so many times fewer steps
 REPEATS = 3  # runs of a graph one after another; their median counts
@@ -230,7 +231,7 @@ def measure(flags: argparse.Namespace, heading: str, measurement: Callable[[Case
     for each in rows:
         if each["median_us"] is not None:
             each["x_first"] = each["median_us"] / first.setdefault(each["pattern"], each["median_us"])
-    report.table("rows", {**COLUMNS, heading: ("median_us", ".2f"), **FIGURES}, rows)
+    report.table("rows", {**COLUMNS, heading: ("median_us", ".2f"), **FIGURES}, rows, DETAILS)
     report.save()
 
 
