@@ -117,13 +117,13 @@ def replace_schedulers() -> None:
 
     from taskgpt.schedulers.dask_get import workers
 
-    class Counted(workers._Run):
+    class Counted(workers._Computation):
         def __init__(self, *args):
             global _graphs
             _graphs += 1
             super().__init__(*args)
 
-    workers._Run, get = Counted, workers.get
+    workers._Computation, get = Counted, workers.get
     ours = {dask.threaded.get: get, dask.local.get_sync: partial(get, num_workers=1)}
     for name, scheduler in dask.base.named_schedulers.items():
         dask.base.named_schedulers[name] = ours.get(scheduler, scheduler)

@@ -174,7 +174,7 @@ def fake(overhead: float, asked: list[int]) -> task_bench.Case:
 def test_metg_is_where_half_of_the_time_is_overhead(overhead):
     """Granularity is then twice the overhead; the second search begins near it, and finds the same."""
     asked: list[int] = []
-    search = task_bench.Search(fake(overhead, asked), 0.5, lambda workers: 1e-9)
+    search = task_bench.MetgSearch(fake(overhead, asked), 0.5, lambda workers: 1e-9)
     assert search() == pytest.approx(2 * overhead, rel=0.05)
     first = len(asked)
     assert search() == pytest.approx(2 * overhead, rel=0.05)
@@ -183,17 +183,17 @@ def test_metg_is_where_half_of_the_time_is_overhead(overhead):
 
 def test_metg_at_another_efficiency():
     """Where three quarters are wanted, a quarter may be overhead."""
-    assert task_bench.Search(fake(1e-6, []), 0.75, lambda workers: 1e-9)() == pytest.approx(4e-6, rel=0.05)
+    assert task_bench.MetgSearch(fake(1e-6, []), 0.75, lambda workers: 1e-9)() == pytest.approx(4e-6, rel=0.05)
 
 
 def test_metg_of_a_hopeless_system_is_none():
     """Runs of seconds are not enough for it."""
-    assert task_bench.Search(fake(1.0, []), 0.5, lambda workers: 1e-9)() is None
+    assert task_bench.MetgSearch(fake(1.0, []), 0.5, lambda workers: 1e-9)() is None
 
 
 def test_metg_of_a_system_without_overhead_is_its_shortest_task():
     """No granularity is too small."""
-    assert task_bench.Search(fake(0.0, []), 0.5, lambda workers: 1e-9)() == pytest.approx(1e-9)
+    assert task_bench.MetgSearch(fake(0.0, []), 0.5, lambda workers: 1e-9)() == pytest.approx(1e-9)
 
 
 # Products -------------------------------------------------------------------------------------------------------------------------------

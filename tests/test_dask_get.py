@@ -38,7 +38,7 @@ from dask.utils_test import GetFunctionTestMixin, add, inc
 import taskgpt
 from taskgpt import get
 from taskgpt.schedulers.dask_get import workers
-from taskgpt.schedulers.dask_get.plan import POLICIES
+from taskgpt.schedulers.dask_get.ranking import POLICIES
 from taskgpt.tasks.dask_graph import nodes
 
 ONE = partial(get, num_workers=1)
@@ -880,14 +880,14 @@ class TestInterrupt:
 
     def test_as_the_caller_stops_working(self, monkeypatch):
         """However late it comes: what the caller runs next is not inside of the run that was stopped."""
-        leave, interrupts = workers._Run._leave, iter([KeyboardInterrupt])
+        leave, interrupts = workers._Computation._leave, iter([KeyboardInterrupt])
 
         def interrupted(run, outer):
             for error in interrupts:
                 raise error
             leave(run, outer)
 
-        monkeypatch.setattr(workers._Run, "_leave", interrupted)
+        monkeypatch.setattr(workers._Computation, "_leave", interrupted)
         self.stopped({"x": (inc, 1)}, num_workers=1)
         assert get({"x": (inc, 1)}, "x") == 2
 

@@ -37,6 +37,8 @@ class Scheduler(Protocol):
 
     workers: int  # how many tasks can run at a time
     needs_shared_memory: bool  # True: the tensors must live in Arena(shared=True)
+    is_fork_join: bool  # True: it runs loops with a barrier after each
+    serves_dashboard: bool  # True: it has a Dask scheduler, `dask_scheduler`, whose dashboard shows its tasks
 
     def __enter__(self) -> Self: ...
 

@@ -59,6 +59,8 @@ class Settings:
 class Scheduler(InTurn):
     """A cluster on 127.0.0.1, for as long as the `with` block lasts."""
 
+    serves_dashboard = True
+
     def __init__(self, settings: Settings):
         super().__init__()
         self.settings = settings

@@ -41,7 +41,7 @@ class Scheduler(InTurn):
     costs twice that. Spinning on a flag in compiled code costs 2 to 30 us, and 400 us with more workers than free cores.
     """
 
-    needs_shared_memory = False
+    is_fork_join = True
 
     def __init__(self, settings: Settings):
         super().__init__()

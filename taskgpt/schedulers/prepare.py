@@ -10,7 +10,7 @@ import numpy as np
 from taskgpt.schedulers.cores import usable_cores
 from taskgpt.tasks import Graph
 
-Plan = TypeVar("Plan")
+Kept = TypeVar("Kept")
 
 
 def worker_count(setting: int) -> int:
@@ -19,7 +19,14 @@ def worker_count(setting: int) -> int:
 
 
 class OneAtATime:
-    """A scheduler's `with` block, and the rule that it does one thing at a time. A scheduler gives `_start` and `_stop`."""
+    """A scheduler's `with` block, and the rule that it does one thing at a time. A scheduler gives `_start` and `_stop`.
+
+    It is as most are: tasks run in this process, without barriers and without Dask's dashboard.
+    """
+
+    needs_shared_memory = False
+    is_fork_join = False
+    serves_dashboard = False
 
     def __init__(self):
         self._is_open = False
@@ -96,20 +103,20 @@ class InTurn(OneAtATime):
             yield graph
 
 
-class OncePerGraph(Generic[Plan]):
+class OncePerGraph(Generic[Kept]):
     """Calls `prepare(graph)` for a graph that is new, or that grew since, and keeps what it returns while the graph lives."""
 
-    def __init__(self, prepare: Callable[[Graph], Plan]):
+    def __init__(self, prepare: Callable[[Graph], Kept]):
         self._prepare = prepare
-        self._kept: weakref.WeakKeyDictionary[Graph, tuple[int, Plan]] = weakref.WeakKeyDictionary()
+        self._kept: weakref.WeakKeyDictionary[Graph, tuple[int, Kept]] = weakref.WeakKeyDictionary()
 
-    def __call__(self, graph: Graph) -> Plan:
+    def __call__(self, graph: Graph) -> Kept:
         known = self._kept.get(graph)
         if known is None or known[0] != len(graph.tasks):
             return self.renew(graph)
         return known[1]
 
-    def renew(self, graph: Graph) -> Plan:
+    def renew(self, graph: Graph) -> Kept:
         """Prepare a graph anew, as something else than its tasks has changed."""
         count = len(graph.tasks)
         plan = self._prepare(graph)

@@ -23,7 +23,6 @@ class Scheduler(InTurn):
     """Runs the tasks one after another, as they were recorded."""
 
     workers = 1
-    needs_shared_memory = False
 
     def __init__(self, settings: Settings):
         super().__init__()

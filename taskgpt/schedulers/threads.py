@@ -28,8 +28,6 @@ class Settings:
 class Scheduler(InTurn):
     """Hands the graph, coarsened, to dask.threaded.get."""
 
-    needs_shared_memory = False
-
     def __init__(self, settings: Settings):
         super().__init__()
         self.settings = settings

@@ -198,7 +198,7 @@ def metg(flags: argparse.Namespace) -> None:
     """Search the minimum effective task granularity of each pattern under each system."""
     if not 0 < flags.efficiency < 1:
         raise UserError(f"--efficiency: wanted a part of the peak, between 0 and 1, got {flags.efficiency}; Task Bench takes 0.5")
-    measure(flags, f"METG({flags.efficiency:.0%}) us", lambda case: Search(case, flags.efficiency))
+    measure(flags, f"METG({flags.efficiency:.0%}) us", lambda case: MetgSearch(case, flags.efficiency))
 
 
 def measure(flags: argparse.Namespace, heading: str, measurement: Callable[[Case], Callable[[], float | None]]) -> None:
@@ -244,7 +244,7 @@ def row(case: Case, width: int, seconds: list[float | None]) -> dict:
     return {**settings, "median_us": middle, "q1_us": q1, "q3_us": q3, "x_first": None, "seconds": seconds}
 
 
-class Search:
+class MetgSearch:
     """Searches the granularity at which a system runs at a part of the machine's peak, half say; a search begins near where the last ended.
 
     Granularity is wall time x workers / tasks. Efficiency is the part of it that the tasks compute, at the best speed that all workers

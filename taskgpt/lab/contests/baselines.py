@@ -18,8 +18,6 @@ CHANGES = ",".join([*NOT_CUT, "options.kernels=separate", "options.update=separa
 class WholeTensor(InTurn):
     """Runs the NumPy bodies of a graph's calls in program order, with so many threads in the BLAS."""
 
-    needs_shared_memory = False
-
     def __init__(self, threads: int):
         super().__init__()
         self.workers = threads

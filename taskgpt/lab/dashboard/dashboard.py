@@ -27,7 +27,7 @@ from taskgpt import palette
 from taskgpt.errors import UserError, shorten
 from taskgpt.lab.dashboard.live import Live
 from taskgpt.lab.traces.trace import Trace
-from taskgpt.schedulers import Scheduler, local_cluster
+from taskgpt.schedulers import Scheduler
 
 PORT = 8787  # Dask's
 SPANS = 5000  # tasks that the task stream shows: some steps
@@ -67,7 +67,7 @@ class Dashboard:
         Raises UserError if that scheduler has its dashboard switched off, or elsewhere than at the address asked for.
         """
         with dask.config.set(_CONFIG):
-            if isinstance(scheduler, local_cluster.Scheduler):
+            if scheduler.serves_dashboard:
                 if self.address or scheduler.settings.dashboard < 0:
                     raise UserError("--dashboard: local-cluster serves its own; choose its port with --set dashboard=PORT, 0 for any")
                 self._link(scheduler.dask_scheduler, "127.0.0.1")

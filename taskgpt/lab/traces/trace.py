@@ -465,6 +465,6 @@ class Traced:
             **about,
             "scheduler": self.describe(),
             "workers": self.workers,
-            "is_fork_join": isinstance(self.scheduler, loops.Scheduler),
+            "is_fork_join": self.scheduler.is_fork_join,
         }
         return Trace(about, list(self._graphs.values()), runs, records, self._lost)

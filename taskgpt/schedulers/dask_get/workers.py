@@ -4,7 +4,7 @@ dask.threaded wakes the calling thread between any two tasks. Here a worker that
 the next one itself, in one step under one lock, and the calling thread is a worker too. The others are started when more tasks are ready
 than there are workers, and end with the call.
 
-Which of the ready tasks goes first is in plan.py.
+Which of the ready tasks goes first is in ranking.py.
 """
 
 import multiprocessing.pool
@@ -22,7 +22,7 @@ from dask.callbacks import Callback, local_callbacks, unpack_callbacks
 from dask.core import flatten
 
 from taskgpt.schedulers.cores import usable_cores
-from taskgpt.schedulers.dask_get.plan import POLICIES, Plan
+from taskgpt.schedulers.dask_get.ranking import POLICIES, Ranking
 from taskgpt.tasks import dask_graph
 
 _thread = local()  # .run: whose task this thread is running
@@ -51,7 +51,7 @@ def get(
     To be given to Dask: `x.compute(scheduler=taskgpt.get)`, `dask.config.set(scheduler=taskgpt.get)`. Runs each task that the keys need
     once, and keeps a result until its last use. Tasks may themselves compute with it, to any depth, and threads may call it together.
 
-    `policy` is one of POLICIES, in plan.py: what runs first. Priorities from `dask.annotate(priority=...)`, higher first, win over
+    `policy` is one of POLICIES, in ranking.py: what runs first. Priorities from `dask.annotate(priority=...)`, higher first, win over
     it. The default, depth_first, needs no more memory than Dask's own order, and a fraction of its time.
 
     `num_workers` defaults to Dask's setting of that name, then to the cores that this process may use; the calling thread is one of them.
@@ -93,19 +93,19 @@ def get(
             if callbacks:
                 nodes = dask_graph.nodes(nodes)  # dask.cache puts values into the graph
             results.update(dask_graph.constants(nodes))
-            plan = Plan(nodes, results, list(flatten([keys])))
-            plan.rank_by(policy, dask_graph.find_priorities(dsk, nodes))
-            run = _Run(plan, results, workers, pool, finish_running)
+            ranking = Ranking(nodes, results, list(flatten([keys])))
+            ranking.rank_by(policy, dask_graph.find_priorities(dsk, nodes))
+            run = _Computation(ranking, results, workers, pool, finish_running)
             if callbacks:
-                run.watch = _Watch(callbacks, plan, results, state)
-            if plan.order:
+                run.watch = _Watch(callbacks, ranking, results, state)
+            if ranking.order:
                 run.execute()
             if run.error is not None:
                 if rerun_exceptions_locally is None:
                     rerun_exceptions_locally = dask.config.get("rerun_exceptions_locally", False)
                 try:
                     if rerun_exceptions_locally and run.failed is not None and isinstance(run.error, Exception):
-                        dask_graph.evaluate(plan.nodes[run.failed], results)  # in this thread, where a debugger is at hand
+                        dask_graph.evaluate(ranking.nodes[run.failed], results)  # in this thread, where a debugger is at hand
                     raise run.error
                 finally:
                     run.error = None  # whose traceback knows the run
@@ -132,14 +132,14 @@ def _size(pool: Any) -> int:
 # Runs -----------------------------------------------------------------------------------------------------------------------------------
 
 
-class _Run:
+class _Computation:
     """One call of get: what its workers share.
 
     Attributes: error, the first exception, or None; failed, the task that raised it, or None; watch, which sees every task, or None.
     """
 
-    def __init__(self, plan: Plan, results: MutableMapping[Hashable, Any], workers: int, pool: Any, finishes_running: bool):
-        self.plan, self.results, self.pool = plan, results, pool
+    def __init__(self, ranking: Ranking, results: MutableMapping[Hashable, Any], workers: int, pool: Any, finishes_running: bool):
+        self.ranking, self.results, self.pool = ranking, results, pool
         self.error: BaseException | None = None
         self.failed: int | None = None
         self.watch: _Watch | None = None
@@ -147,14 +147,14 @@ class _Run:
         self._caller = get_ident()
         self._is_abandoned = False  # the caller has left, and tasks still run
         self._context = copy_context()
-        self._outer: _Run | None = getattr(_thread, "run", None)
-        self._inner: set[_Run] = set()
+        self._outer: _Computation | None = getattr(_thread, "run", None)
+        self._inner: set[_Computation] = set()
         self._works_here = pool is None or (self._outer is not None and self._outer.pool is pool)
         self._helpers = workers - self._works_here  # that may still be started
         self._threads: list[Thread] = []
         self._lock = RLock()  # whoever has it can release it, however he was interrupted
-        self._waiting, self._uses = plan.waiting[:], plan.uses[:]
-        self._left = len(plan.order)
+        self._waiting, self._uses = ranking.waiting[:], ranking.uses[:]
+        self._left = len(ranking.order)
         self._ready: list[int] = []  # a heap
         self._ticks = 0
         self._idle: list[Any] = []  # a lock for each worker that sleeps on it
@@ -162,8 +162,8 @@ class _Run:
         self._is_over = self._is_stopped = False
         self._ended = Lock()
         self._ended.acquire()
-        for task in plan.order if plan.step >= 0 else reversed(plan.order):
-            if not plan.inputs[task]:
+        for task in ranking.order if ranking.step >= 0 else reversed(ranking.order):
+            if not ranking.inputs[task]:
                 self._push(task)
 
     def execute(self) -> None:
@@ -206,7 +206,7 @@ class _Run:
         for run in inner:
             run.stop(CancelledError("the run around this one was stopped"))
 
-    def _add_inner(self, run: "_Run") -> None:
+    def _add_inner(self, run: "_Computation") -> None:
         with self._lock:
             if self._is_stopped:
                 raise CancelledError("the run around this one was stopped")
@@ -229,7 +229,7 @@ class _Run:
                 has_ended = self._is_over and not self._working
             if not has_ended:
                 self._ended.acquire()
-            self.plan = self.results = self.watch = None  # a busy pool may call _work much later, and keeps the run until then
+            self.ranking = self.results = self.watch = None  # a busy pool may call _work much later, and keeps the run until then
 
     def _start_helper(self) -> None:
         work = self._context.copy().run
@@ -252,7 +252,7 @@ class _Run:
                     return
                 self._working.add(get_ident())
             _thread.run = self
-            keys, nodes, results, watch, evaluate = self.plan.keys, self.plan.nodes, self.results, self.watch, dask_graph.evaluate
+            keys, nodes, results, watch, evaluate = self.ranking.keys, self.ranking.nodes, self.results, self.watch, dask_graph.evaluate
             while (task := self._next(task)) is not None:
                 if watch is not None:
                     watch.before(task)
@@ -264,7 +264,7 @@ class _Run:
         finally:
             self._leave(outer)
 
-    def _leave(self, outer: "_Run | None") -> None:
+    def _leave(self, outer: "_Computation | None") -> None:
         """Let this thread work for the run around this one again, if there is one."""
         _thread.run = outer
         with self._lock:
@@ -274,7 +274,7 @@ class _Run:
 
     def _next(self, done: int | None) -> int | None:
         """Release what waited for a task that is done; return the next one, or None if the run is over. Sleep while none is ready."""
-        plan, ready = self.plan, self._ready
+        ranking, ready = self.ranking, self._ready
         while True:
             task = gate = None
             starts_helper = False
@@ -285,14 +285,14 @@ class _Run:
             try:
                 if done is not None:
                     waiting, uses = self._waiting, self._uses
-                    for user in plan.users[done]:
+                    for user in ranking.users[done]:
                         waiting[user] -= 1
                         if not waiting[user]:
                             self._push(user)
-                    for each in plan.inputs[done]:
+                    for each in ranking.inputs[done]:
                         uses[each] -= 1
                         if not uses[each]:
-                            freed.append(self.results.pop(plan.keys[each]))
+                            freed.append(self.results.pop(ranking.keys[each]))
                     done = None
                     self._left -= 1
                     if not self._left:
@@ -300,7 +300,7 @@ class _Run:
                 if self._is_over:
                     return None
                 if ready:
-                    task = plan.order[heappop(ready) % len(plan.order)]
+                    task = ranking.order[heappop(ready) % len(ranking.order)]
                     if ready and self._idle:
                         gate = self._idle.pop()
                     elif ready and self._helpers:
@@ -323,22 +323,22 @@ class _Run:
             return task
 
     def _push(self, task: int) -> None:
-        plan, entry = self.plan, self.plan.ranks[task]
-        if plan.step:
-            self._ticks += plan.step
-            entry += (plan.levels[task] * (2 * len(plan.keys) + 1) + self._ticks) * len(plan.order)
+        ranking, entry = self.ranking, self.ranking.ranks[task]
+        if ranking.step:
+            self._ticks += ranking.step
+            entry += (ranking.levels[task] * (2 * len(ranking.keys) + 1) + self._ticks) * len(ranking.order)
         heappush(self._ready, entry)
 
 
 class _Watch:
     """Calls Dask's callbacks before and after each task, one worker at a time, and keeps the state that dask.local shows them."""
 
-    def __init__(self, callbacks: Sequence[tuple], plan: Plan, results: Mapping[Hashable, Any], state: dict[str, Any]):
-        self._graph, self._state, self._keys, self._wanted = plan.graph, state, plan.keys, plan.wanted
+    def __init__(self, callbacks: Sequence[tuple], ranking: Ranking, results: Mapping[Hashable, Any], state: dict[str, Any]):
+        self._graph, self._state, self._keys, self._wanted = ranking.graph, state, ranking.keys, ranking.wanted
         _, start_states, self._before, self._after, _ = unpack_callbacks(callbacks)
         self._lock = Lock()
-        keys = plan.keys
-        dependencies = {keys[task]: set(plan.nodes[task].dependencies) for task in plan.order}
+        keys = ranking.keys
+        dependencies = {keys[task]: set(ranking.nodes[task].dependencies) for task in ranking.order}
         dependents: dict[Hashable, set] = {key: set() for key in [*dependencies, *results]}
         for key, before in dependencies.items():
             for each in before:
@@ -346,10 +346,10 @@ class _Watch:
         state.update(
             dependencies=dependencies | {key: set() for key in results},
             dependents=dependents,
-            waiting={keys[task]: {keys[each] for each in plan.inputs[task]} for task in plan.order if plan.inputs[task]},
+            waiting={keys[task]: {keys[each] for each in ranking.inputs[task]} for task in ranking.order if ranking.inputs[task]},
             waiting_data={key: set(after) for key, after in dependents.items()},
             cache=results,
-            ready={keys[task] for task in plan.order if not plan.inputs[task]},
+            ready={keys[task] for task in ranking.order if not ranking.inputs[task]},
             running=set(),
             finished=set(),
             released=set(),

@@ -72,8 +72,6 @@ class _Run:
 class Scheduler(OneAtATime):
     """Runs graphs on compiled workers."""
 
-    needs_shared_memory = False
-
     def __init__(self, settings: Settings):
         super().__init__()
         self.settings = settings

@@ -1,4 +1,4 @@
-"""Plans of Dask graphs: tasks as numbers, and the policies, which say what goes first. Made anew for every call of taskgpt.get.
+"""Rankings of Dask graphs: tasks as numbers, and the policies, which say what goes first. Made anew for every call of taskgpt.get.
 
     depth_first          what the first key needs, one input after the other; and at once, whatever thereby frees a result
     oldest_first         the task that became ready first: breadth first, fair
@@ -23,13 +23,13 @@ POLICIES = ("depth_first", "oldest_first", "newest_first", "longest_path_first",
 _TOGETHER = 64  # depth_first runs at most so many tasks together to free a result
 
 
-class Plan:
+class Ranking:
     """The tasks of a Dask graph as numbers, and the order in which they go.
 
     Attributes. Of each task: keys, nodes; inputs and users, the tasks just before and after it; waiting, how many inputs it has; uses, how
     many users, and one more if its result is wanted; after rank_by also ranks, and levels of priority, lowest first. order: the tasks that
     are needed, by rank. step: 1 if a task goes after those of its level that were ready before it, -1 if before them, 0 if ranks decide.
-    graph, wanted: what the plan was made from.
+    graph, wanted: what the ranking was made from.
 
     `known` are the results that are there already. Raises KeyError for a wanted key that the graph has not, ValueError if one that a needed
     task depends on is missing, RuntimeError for a cycle.
