@@ -11,17 +11,20 @@ import types
 from pathlib import Path
 
 import kernels_for_tests as k
+import numpy as np
 import pytest
 from pages import ROOT, blocks, files
 
 import taskgpt.gpt2
-from taskgpt.config import graph_keys, load_graph, schedulers
+from taskgpt.config import graph_keys, load_graph, load_scheduler, schedulers
+from taskgpt.gpt2 import norms, shape
 from taskgpt.gpt2.model import GPT2
 from taskgpt.gpt2.program import training_graph
 from taskgpt.lab.named import prepare, record
 from taskgpt.lab.simulator.machine_file import Machine
 from taskgpt.lab.traces import formats
-from taskgpt.tasks import Kernel
+from taskgpt.schedulers.native import policies, scheduler
+from taskgpt.tasks import Kernel, check
 
 DOCS = ROOT / "docs"
 
@@ -96,6 +99,69 @@ def test_the_scheduler_of_the_how_to_keeps_the_order(monkeypatch):
     assert len(orders) > 1
 
 
+def test_the_policy_of_the_how_to_ranks_tasks(monkeypatch):
+    """It runs a graph in an order of its own, with the bits of any other."""
+    monkeypatch.setattr(policies, "POLICIES", dict(policies.POLICIES))
+    monkeypatch.setattr(scheduler, "POLICIES", policies.POLICIES)
+    [text] = files(DOCS / "howto/policy.md").values()
+    exec(text, vars(policies) | {"__name__": "of_the_page"})
+    found = []
+    for name in ("most_waited_for", "oldest_first"):
+        settings = load_scheduler("native", {"workers": 1, "immediate_successor": False}).settings
+        with scheduler.Scheduler(dataclasses.replace(settings, policy=name)) as native:
+            a = k.arena(False)
+            graph = k.random_graph(a, seed=3)
+            native.run(graph)
+        log = a.log.array
+        for task in graph.tasks:
+            assert all(log[p, k.STOP] <= log[task.number, k.START] for p in task.predecessors)
+        found.append(np.argsort(log[: len(graph.tasks), k.START]).tolist())
+    assert found[0] != found[1]
+
+
+def test_the_norm_of_the_how_to_trains(monkeypatch):
+    """The model has its tensors, the program its kernels; its gradients are those of finite differences, its declarations what it does."""
+    monkeypatch.setattr(norms, "NORMS", dict(norms.NORMS))
+    monkeypatch.setattr(shape, "NORMS", norms.NORMS)
+    [text] = files(DOCS / "howto/norm.md").values()
+    names = vars(norms) | {"__name__": "of_the_page"}
+    exec(text, names)
+    config = load_graph("tiny")
+    gpt = GPT2(dataclasses.replace(config.model, norm="rmsnorm"), config.batch, config.tiles, config.options)
+    gpt.initialize(1)
+    rng = np.random.default_rng(1)
+    for tensor in (gpt.s.tokens, gpt.s.targets):
+        tensor.array[:] = rng.integers(0, 257, len(tensor.array))
+    graph, losses = training_graph(gpt), []
+    for step in range(5):
+        gpt.set_hyper(step, 1e-3, 0.0)
+        for task in (check(graph) if step == 0 else graph).tasks:
+            task.run()
+        losses.append(float(gpt.s.loss.array[0]))
+    assert losses == sorted(losses, reverse=True)
+    assert "ln1b" not in gpt.p.tensors
+
+    x, weight, dout = rng.normal(size=(3, 8)), rng.normal(size=8), rng.normal(size=(3, 8))
+    rstd, dinp, dweight = np.empty(3), np.empty((3, 8)), np.empty(8)
+
+    def total() -> float:
+        out = np.empty((3, 8))
+        names["rmsnorm_forward"].body(out, rstd, x, weight)
+        return float((out * dout).sum())
+
+    total()
+    names["rmsnorm_backward"].body(dinp, dout, x, weight, rstd)
+    names["rmsnorm_backward_weight"].body(dweight, dout, x, rstd)
+    for array, gradient in ((x, dinp), (weight, dweight)):
+        for at in np.ndindex(array.shape):
+            array[at] += 1e-6
+            high = total()
+            array[at] -= 2e-6
+            low = total()
+            array[at] += 1e-6
+            assert (high - low) / 2e-6 == pytest.approx(gradient[at], rel=1e-4, abs=1e-7)
+
+
 def test_the_trace_format_of_the_how_to_is_written_and_checked(monkeypatch, tmp_path):
     """It finds the tasks that the trace has, and a task that ends before it starts."""
     module = shown_module("howto/trace_format.md", "json_lines", monkeypatch)
@@ -123,6 +189,6 @@ def test_a_program_with_kernels_is_clean_to_a_type_checker(tmp_path):
     page = DOCS / "howto" / "kernel.md"
     [line] = re.findall(r"`(# mypy: .*)`", page.read_text(encoding="utf-8"))
     (tmp_path / "program.py").write_text("\n".join([line, *blocks(page, "python")]))
-    command = [sys.executable, "-m", "mypy", "--config-file", ROOT / "pyproject.toml", "--cache-dir", tmp_path / "cache", "program.py"]
+    command = [sys.executable, "-m", "mypy", "--config-file", ROOT / "pyproject.toml", "--cache-dir", ROOT / ".mypy_cache", "program.py"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout
