@@ -6,6 +6,7 @@ import itertools
 import json
 import shutil
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def visit(url: str, ready: str, wanted: str, folder: Path, size: str = "1300,100
 
 
 async def _visit(url: str, ready: str, wanted: str, folder: Path, size: str, scheme: str) -> tuple[object, Path]:
-    profile = folder / "profile"
+    profile = Path(tempfile.mkdtemp(dir=folder))
     flags = [
         "--headless",
         "--no-sandbox",

@@ -12,7 +12,7 @@ from taskgpt.config import load_graph
 from taskgpt.gpt2.model import GPT2
 from taskgpt.gpt2.program import training_graph
 from taskgpt.lab.traces import page, timeline
-from taskgpt.tasks.picture import groups
+from taskgpt.tasks.picture import draw
 
 # What eyes without one kind of cone see of linear red, green and blue: Machado, Oliveira and Fernandes 2009, severity 1.
 EYES = {
@@ -103,7 +103,7 @@ def test_a_graph_and_its_trace_have_the_same_colours(tmp_path):
     """The picture of the graph, the still timeline, the page."""
     config = load_graph("tiny")
     graph = training_graph(GPT2(config.model, config.batch, config.tiles, config.options))
-    _, of_graph = groups(graph, "kernel")
+    of_graph = draw(graph).colours
     assert of_graph == dict(palette.key("kernel", [task.name for task in graph.tasks]).values())
     assert of_graph["matmul"] == palette.BLUE and of_graph["update"] == palette.PINK
     trace = traced("native")

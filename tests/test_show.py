@@ -8,7 +8,7 @@ import threading
 from xml.etree import ElementTree
 
 import pytest
-from browser import BROWSER, needs_browser
+from browser import BROWSER, needs_browser, visit
 
 from taskgpt.config import load_graph
 from taskgpt.gpt2.model import GPT2
@@ -198,3 +198,76 @@ def test_the_page_answers_a_click(tmp_path):
     assert [n for n, name in enumerate(classes) if name == "task chosen"] == [30]
     assert {n for n, name in enumerate(classes) if name == "task before"} == {a for a, b in edges if b == 30}
     assert {n for n, name in enumerate(classes) if name == "task after"} == {b for a, b in edges if a == 30}
+
+
+def evaluated(tmp_path, js: str, *flags: str, size: str = "1280,800", scheme: str = "light") -> object:
+    """Return what the page's JavaScript makes of an expression; an error in the console fails the test."""
+    shown(tmp_path, "html", *flags)
+    (tmp_path / "graph").rename(tmp_path / "graph.html")
+    url = (tmp_path / "graph.html").as_uri()
+    value, _ = visit(url, "document.documentElement.dataset.ready === 'yes'", f"JSON.stringify({js})", tmp_path, size, scheme)
+    return json.loads(value)
+
+
+@needs_browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", ["480,800", "1280,800"])
+def test_the_page_fits_the_window(size, scheme, tmp_path):
+    """The whole graph is in view, below title and legend, light or dark as the system is; zooming leaves both where they are."""
+    js = """(() => {
+      const of = element => { const { left, top, right, bottom } = element.getBoundingClientRect(); return [left, top, right, bottom]; };
+      const found = [tasks.map(of), of(view), of(at("legend"))];
+      for (let n = 0; n < 9; n++) zoom(1.5);
+      found.push(of(at("legend")), [document.documentElement.scrollWidth, innerWidth]);
+      return [...found, getComputedStyle(document.body).backgroundColor];
+    })()"""
+    boxes, view, legend, zoomed, (wide, window), back = evaluated(tmp_path, js, size=size, scheme=scheme)
+    assert all(view[0] <= left and view[1] <= top and right <= view[2] and bottom <= view[3] for left, top, right, bottom in boxes)
+    assert legend == zoomed and legend[3] <= view[1] + 1
+    assert wide <= window
+    assert back == {"light": "rgb(255, 255, 255)", "dark": "rgb(13, 17, 23)"}[scheme]
+
+
+@needs_browser
+def test_names_are_in_boxes_when_there_is_room(tmp_path):
+    """None in the whole graph; zoomed in, each in its box, and no word wider than that; of few tasks they are there from the start."""
+    js = """(() => {
+      const before = at("names").getClientRects().length;
+      for (let n = 0; n < 4; n++) zoom(1.5);
+      const room = [...at("names").children].map((text, n) => {
+        const a = text.getBoundingClientRect(), b = tasks[n].getBoundingClientRect();
+        return [text.textContent, Math.min(a.left - b.left, b.right - a.right)];
+      });
+      return [before, room];
+    })()"""
+    before, room = evaluated(tmp_path, js)
+    assert before == 0
+    assert room[0][0] == "encoderforward" and len(room) == len(shown(tmp_path, "text").splitlines())
+    assert min(left for _, left in room) >= 0
+    assert evaluated(tmp_path, "(zoom(9), at('names').children.length)", "--by", "section") == 0
+
+
+@needs_browser
+def test_the_page_is_searched_and_walked_by_keys(tmp_path):
+    """A search and the legend dim the others; Enter goes to the first found; arrows go to what it waits for, and to what waits for it."""
+    edges = edges_of_text(shown(tmp_path, "text"))
+    js = """(() => {
+      const lit = () => tasks.map((_, n) => n).filter(n => !tasks[n].classList.contains("off"));
+      const press = key => document.body.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+      const search = at("search"), found = [];
+      search.value = "ATTENTION_FORWARD"; search.oninput(); found.push(lit());
+      search.onkeydown({ key: "Enter" }); found.push(chosen);
+      search.value = ""; search.oninput();
+      press("ArrowRight"); found.push(chosen);
+      press("ArrowLeft"); found.push(chosen);
+      at("legend").firstElementChild.click(); found.push(lit());
+      press("Escape"); found.push(chosen);
+      return found;
+    })()"""
+    searched, first, right, left, filtered, none = evaluated(tmp_path, js)
+    names = {int(line.split()[0]): line.split()[1] for line in shown(tmp_path, "text").splitlines()}
+    assert searched == [n for n, name in names.items() if name == "attention_forward"]
+    assert first == searched[0]
+    assert (first, right) in edges and (left, right) in edges
+    assert filtered == [n for n, name in names.items() if not name.startswith("encoder")]
+    assert none == -1

@@ -1,13 +1,17 @@
 """A graph for other programs: JSON, GraphML (yEd, Gephi, NetworkX), DOT (Graphviz); as a page to zoom and to click; as Dask shows it."""
 
 import json
-from html import escape
+from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from taskgpt import palette
+from taskgpt.lab.theme import html_page
 from taskgpt.tasks import Graph, Task
-from taskgpt.tasks.picture import to_svg
+from taskgpt.tasks.picture import draw, summary
 
+_BODY, _STYLE = (Path(__file__).with_name(f"graph_page.{kind}") for kind in ("html", "css"))
+_DASK_STYLE = "body { margin: 16px; color-scheme: light; background: #ffffff; color: #1f2328; }"  # Dask's own colours are for white
 _FIELDS = {"kernel": "string", "phase": "string", "layer": "int", "flops": "long", "bytes": "long", "call": "string"}
 
 
@@ -56,55 +60,20 @@ def _quoted(text: str) -> str:
 
 
 def to_html(graph: Graph, title: str, colour_by: str) -> str:
-    """Return a page with the picture: the wheel zooms, dragging moves, a click on a task shows what it waits for and what waits for it."""
-    neighbours = [[list(task.predecessors), task.successors] for task in graph.tasks]
-    page = _PAGE.replace("TITLE", escape(title)).replace("NEIGHBOURS", json.dumps(neighbours, separators=(",", ":")))
-    return page.replace("PICTURE", to_svg(graph, title, colour_by))
+    """Return a page with the picture, to zoom, to search, and to click: a task shows what it waits for and what waits for it."""
+    drawing = draw(graph, colour_by)
+    data = {
+        "title": summary(graph, title, drawing.columns),
+        "neighbours": [[list(task.predecessors), task.successors] for task in graph.tasks],
+        "inks": {name: palette.ink_on(colour) for name, colour in drawing.colours.items()},
+        **{name: getattr(drawing, name) for name in ("width", "height", "groups", "colours", "names", "has_names")},
+    }
+    words = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")  # nothing ends the script early
+    body = _BODY.read_text(encoding="utf-8").replace("/*DATA*/", words).replace("<!--PICTURE-->", "\n".join(drawing.elements))
+    return html_page(data["title"], _STYLE.read_text(encoding="utf-8"), body)
 
 
 def to_dask_html(graph: Graph, title: str) -> str:
     """Return a page with Dask's own view of the graph: its layers, which unfold."""
     layers, _ = graph.to_dask()
-    return f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{escape(title)}</title>\n{layers._repr_html_()}\n</html>\n'
-
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<title>TITLE</title>
-<style>
-body { margin: 0; overflow: hidden; background: #fff; color: #222; font: 13px system-ui, sans-serif; }
-svg { position: absolute; transform-origin: 0 0; cursor: grab; }
-#about { position: fixed; bottom: 0; left: 0; right: 0; margin: 0; padding: 6px 12px; background: #f6f8fae6; white-space: pre-wrap; }
-.chosen, .before, .after { stroke: #000; stroke-width: 2; }
-.before { stroke: #d62728; }
-.after { stroke: #2ca02c; }
-</style>
-PICTURE
-<p id="about">wheel: zoom &middot; drag: move &middot; click a task: what it waits for (red), what waits for it (green)</p>
-<script>
-"use strict";
-const neighbours = NEIGHBOURS, svg = document.querySelector("svg"), tasks = [...svg.querySelectorAll("rect.task")];
-let scale = 1, x = 0, y = 0, drag = null;
-const place = () => { svg.style.transform = `translate(${x}px, ${y}px) scale(${scale})`; };
-addEventListener("wheel", e => {
-  e.preventDefault();
-  const factor = Math.exp(-e.deltaY * .0015);
-  x = e.clientX - (e.clientX - x) * factor; y = e.clientY - (e.clientY - y) * factor; scale *= factor; place();
-}, { passive: false });
-addEventListener("pointerdown", e => { drag = { x: e.clientX - x, y: e.clientY - y }; });
-addEventListener("pointermove", e => { if (drag) { x = e.clientX - drag.x; y = e.clientY - drag.y; place(); } });
-addEventListener("pointerup", () => { drag = null; });
-function choose(number) {
-  for (const task of tasks) task.classList.remove("chosen", "before", "after");
-  tasks[number].classList.add("chosen");
-  neighbours[number].forEach((list, at) => list.forEach(n => tasks[n].classList.add(["before", "after"][at])));
-  document.getElementById("about").textContent = tasks[number].textContent;
-}
-tasks.forEach((task, number) => task.addEventListener("click", () => { location.hash = number; }));
-const chosen = () => { const n = +location.hash.slice(1); if (location.hash && tasks[n]) choose(n); };
-addEventListener("hashchange", chosen);
-scale = Math.min(1, innerWidth / svg.clientWidth); place(); chosen();
-</script>
-</html>
-"""
+    return html_page(title, _DASK_STYLE, layers._repr_html_())

@@ -1,4 +1,4 @@
-"""What pages share: one self-contained file, light or dark as the reader's system is, narrow or wide."""
+"""What pages share: each is one self-contained file, light or dark as the reader's system is, and fits a narrow window."""
 
 from html import escape
 
@@ -14,6 +14,16 @@ body {{ margin: 0; background: var(--back); color: var(--text); font: 14px/1.45 
 button, select, input {{ font: inherit; color: var(--text); background: var(--panel); border: 1px solid var(--line);
   border-radius: 6px; padding: 3px 9px; }}
 :focus-visible {{ outline: 2px solid var(--after); outline-offset: 1px; }}
+button {{ cursor: pointer; }}
+h1 {{ font-size: 18px; margin: 14px 0 8px; overflow-wrap: anywhere; }}
+.dim, label {{ color: var(--dim); }}
+.bar {{ display: flex; gap: 6px 10px; align-items: center; flex-wrap: wrap; margin-bottom: 8px; }}
+#search {{ flex: 1 1 180px; max-width: 320px; }}
+#legend {{ gap: 4px; }}
+#legend button {{ padding: 1px 8px; border-color: transparent; }}
+#legend button::before {{ content: ""; display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin-right: 5px;
+  background: var(--c); }}
+#legend button[aria-pressed=false] {{ opacity: .45; text-decoration: line-through; }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
 td, th {{ padding: 2px 12px 2px 0; border-bottom: 1px solid var(--line); white-space: nowrap; }}
 .scroll {{ overflow-x: auto; max-width: 100%; }}

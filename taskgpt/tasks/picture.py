@@ -4,6 +4,7 @@ A task stands one column to the right of the last task that it waits for, so tha
 columns is the length of the longest chain.
 """
 
+from dataclasses import dataclass
 from html import escape
 
 from taskgpt import palette
@@ -29,7 +30,7 @@ def _name(task: Task) -> str:
     return f"{(phase or 'tasks') if len(task.calls) > 1 else task.name}{f' {layer}' if layer >= 0 else ''}"
 
 
-def groups(graph: TaskGraph, colour_by: str) -> tuple[list[str], dict[str, str]]:
+def _groups(graph: TaskGraph, colour_by: str) -> tuple[list[str], dict[str, str]]:
     """Return what gives each task its colour, and the colours, as a legend has them.
 
     `colour_by`: kernel, layer, phase, or path: whether a task is on the longest path by estimated times, Task.estimated_seconds.
@@ -44,24 +45,38 @@ def groups(graph: TaskGraph, colour_by: str) -> tuple[list[str], dict[str, str]]
     return [key[each][0] for each in values], dict(key.values())
 
 
-def to_svg(graph: TaskGraph, title: str = "", colour_by: str = "kernel") -> str:
-    """Return the graph as SVG text. Pointing at a task shows its call. `colour_by`: kernel, layer, phase or path."""
+@dataclass(frozen=True)
+class Drawing:
+    """Boxes and edges as SVG elements, `width` by `height` pixels.
+
+    groups, names: of each task, what gives it its colour, and what is written on it if there is room. colours: of groups, a legend's order.
+    """
+
+    elements: list[str]
+    columns: int
+    width: int
+    height: int
+    groups: list[str]
+    colours: dict[str, str]
+    names: list[str]
+    has_names: bool
+
+
+def draw(graph: TaskGraph, colour_by: str = "kernel") -> Drawing:
+    """Draw the graph without title and legend. `colour_by`: kernel, layer, phase or path."""
     columns = _arrange(graph)
     place = {number: (x, y) for x, column in enumerate(columns) for y, number in enumerate(column)}
     tallest = max(map(len, columns), default=1)
-    width = 2 * _MARGIN + _COLUMN * max(len(columns), 40)
     names = [_name(task) for task in graph.tasks]
     tall = 10 + 6 * max(map(len, names), default=0)
     has_names = len(names) <= _FEW and tallest * tall <= _TALLEST
     tall = tall if has_names else _HEIGHT
     row = tall + _ROW - _HEIGHT
-    group, colour = groups(graph, colour_by)
-    keys, header = legend(colour, _MARGIN, 33, width - _MARGIN)
-    height = header + row * tallest + 2 * _MARGIN
+    group, colours = _groups(graph, colour_by)
 
     def position(number: int) -> tuple[float, float]:
         x, y = place[number]
-        return _MARGIN + _COLUMN * x, header + _MARGIN + row * (y + (tallest - len(columns[x])) / 2)
+        return _MARGIN + _COLUMN * x, _MARGIN + row * (y + (tallest - len(columns[x])) / 2)
 
     edges, nodes = [], []
     for task in graph.tasks:
@@ -71,7 +86,7 @@ def to_svg(graph: TaskGraph, title: str = "", colour_by: str = "kernel") -> str:
             start, middle, end = px + _WIDTH, (px + _WIDTH + x) / 2, x
             one, other = py + tall / 2, y + tall / 2
             edges.append(f"M{start:g},{one:g}C{middle:g},{one:g} {middle:g},{other:g} {end:g},{other:g}")
-        fill = colour[group[task.number]]
+        fill = colours[group[task.number]]
         nodes.append(
             f'<rect class="task" x="{x:g}" y="{y:g}" width="{_WIDTH}" height="{tall}" rx="2.5" fill="{fill}">'
             f"<title>{escape(label(task))}</title></rect>"
@@ -81,14 +96,31 @@ def to_svg(graph: TaskGraph, title: str = "", colour_by: str = "kernel") -> str:
                 f'<text transform="translate({x + 11:g},{y + tall - 4:g}) rotate(-90)" font-size="10" fill="{palette.ink_on(fill)}" '
                 f'pointer-events="none">{escape(names[task.number])}</text>'
             )
-    summary = f"{title or graph.name}: {len(graph.tasks)} tasks, longest chain {len(columns)}"
+    lines = f'<path class="edges" d="{"".join(edges)}" fill="none" stroke="#555555" stroke-opacity="0.28" stroke-width="0.8"/>'
+    width, height = 2 * _MARGIN + _COLUMN * len(columns), 2 * _MARGIN + row * tallest
+    return Drawing([lines, *nodes], len(columns), width, height, group, colours, names, has_names)
+
+
+def summary(graph: TaskGraph, title: str, columns: int) -> str:
+    """Return the title with the graph's size."""
+    return f"{title or graph.name}: {len(graph.tasks)} tasks, longest chain {columns}"
+
+
+def to_svg(graph: TaskGraph, title: str = "", colour_by: str = "kernel") -> str:
+    """Return the graph as SVG text. Pointing at a task shows its call. `colour_by`: kernel, layer, phase or path."""
+    drawing = draw(graph, colour_by)
+    width = max(drawing.width, 2 * _MARGIN + 40 * _COLUMN)
+    keys, header = legend(drawing.colours, _MARGIN, 33, width - _MARGIN)
+    height = header + drawing.height
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" font-family="sans-serif" font-size="12">',
         f'<rect width="{width}" height="{height}" rx="8" fill="#ffffff"/>',
-        f'<text x="{_MARGIN}" y="22" font-size="14" font-weight="bold" fill="#222222">{escape(summary)}</text>',
+        f'<text x="{_MARGIN}" y="22" font-size="14" font-weight="bold" fill="#222222">'
+        f"{escape(summary(graph, title, drawing.columns))}</text>",
         *keys,
-        f'<path d="{"".join(edges)}" fill="none" stroke="#555555" stroke-opacity="0.28" stroke-width="0.8"/>',
-        *nodes,
+        f'<g transform="translate(0,{header})">',
+        *drawing.elements,
+        "</g>",
         "</svg>",
     ]
     return "\n".join(parts) + "\n"
