@@ -4,7 +4,7 @@ A task waits for the last writer of every cell that it touches (RAW, WAW) and, i
 """
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class Cell:
@@ -55,3 +55,27 @@ def without_implied(waits: Iterable[int], ancestors: list[int]) -> tuple[int, ..
             implied |= ancestors[p] | 1 << p
     ancestors.append(implied)
     return tuple(reversed(kept))
+
+
+def longest_path(predecessors: Sequence[Sequence[int]], took: Sequence[float]) -> list[int]:
+    """Return the tasks of the path that takes longest, in order, if task n takes took[n]. Predecessors have smaller numbers."""
+    until, before = list(took), [-1] * len(took)  # how long the longest path to the end of each task takes, and the task before it there
+    for task, earlier in enumerate(predecessors):
+        if len(earlier):
+            before[task] = max(earlier, key=until.__getitem__)
+            until[task] += until[before[task]]
+    path = [max(range(len(until)), key=until.__getitem__)] if until else []
+    while path and before[path[-1]] >= 0:
+        path.append(before[path[-1]])
+    return path[::-1]
+
+
+def time_to_end(successors: Sequence[Sequence[int]], took: Sequence[float], order: Iterable[int] | None = None) -> list[float]:
+    """Return for each task how long the longest path from its beginning to the end of the graph takes.
+
+    `order`: all tasks, none before one that it waits for; default: their numbers.
+    """
+    behind = list(took)
+    for task in reversed(range(len(took)) if order is None else list(order)):
+        behind[task] += max((behind[s] for s in successors[task]), default=0)
+    return behind

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Self, TypeVar
 
-from taskgpt.tasks.dependencies import Cell, without_implied
+from taskgpt.tasks.dependencies import Cell, longest_path, without_implied
 from taskgpt.tasks.kernel import AccessError, Kernel
 from taskgpt.tasks.task import Call, Section, Task, this_thread
 from taskgpt.tasks.tensor import GridError, Tensor
@@ -169,16 +169,8 @@ class TaskGraph:
 
     def longest_path(self, seconds: Sequence[float] | None = None) -> list[int]:
         """Return the tasks of the path that takes longest, if task n takes seconds[n] (default: the estimate)."""
-        took = [task.estimated_seconds for task in self.tasks] if seconds is None else list(seconds)
-        before = [-1] * len(took)
-        for task in self.tasks:
-            if task.predecessors:
-                before[task.number] = max(task.predecessors, key=took.__getitem__)
-                took[task.number] += took[before[task.number]]
-        path = [max(range(len(took)), key=took.__getitem__)] if took else []
-        while path and before[path[-1]] >= 0:
-            path.append(before[path[-1]])
-        return path[::-1]
+        took = [task.estimated_seconds for task in self.tasks] if seconds is None else seconds
+        return longest_path([task.predecessors for task in self.tasks], took)
 
     @property
     def kernels(self) -> list[Kernel]:

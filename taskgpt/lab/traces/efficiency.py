@@ -14,6 +14,7 @@ worker with the most of it.
 A worker that runs no task idles, for the causes of idle.py.
 """
 
+import itertools
 import statistics
 from typing import Any
 
@@ -21,6 +22,7 @@ import numpy as np
 
 from taskgpt.lab.traces.idle import CAUSES, gaps, in_runs_ns
 from taskgpt.lab.traces.trace import Trace
+from taskgpt.tasks import dependencies
 
 
 def analyse(trace: Trace, reference: Trace | None = None, limits: dict[str, float] | None = None) -> dict[str, Any]:
@@ -113,18 +115,9 @@ def longest_path(trace: Trace) -> dict[str, Any]:
     mine = trace.records[trace.records["run"] == chosen]
     took = np.zeros(len(graph), np.int64)
     took[mine["task"]] = mine["stop_ns"] - mine["start_ns"]
-    path_ns, before = took.tolist(), [-1] * len(graph)
-    for task in range(len(graph)):
-        predecessors = graph.predecessors[graph.first[task] : graph.first[task + 1]].tolist()
-        if predecessors:
-            before[task] = max(predecessors, key=path_ns.__getitem__)
-            path_ns[task] += path_ns[before[task]]
-    task = int(np.argmax(path_ns))
-    longest, path = path_ns[task], []
-    while task >= 0:
-        path.append({"task": task, "kernel": graph.kernels[graph.kernel[task]], "layer": int(graph.layer[task]), "ms": took[task] / 1e6})
-        task = before[task]
-    total = int(took.sum())
+    predecessors = [graph.predecessors[a:b].tolist() for a, b in itertools.pairwise(graph.first.tolist())]
+    path = dependencies.longest_path(predecessors, took.tolist())
+    total, longest = int(took.sum()), int(took[path].sum())
     return {
         "run": chosen,
         "step": int(trace.runs["step"][chosen]),
@@ -132,5 +125,8 @@ def longest_path(trace: Trace) -> dict[str, Any]:
         "tinf_ms": longest / 1e6,
         "average_parallelism": total / max(1, longest),
         "bound_ms": max(total / trace.workers, longest) / 1e6,
-        "path": path[::-1],
+        "path": [
+            {"task": task, "kernel": graph.kernels[graph.kernel[task]], "layer": int(graph.layer[task]), "ms": took[task] / 1e6}
+            for task in path
+        ],
     }

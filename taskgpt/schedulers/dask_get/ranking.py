@@ -19,6 +19,8 @@ from typing import Any
 
 import dask.order
 
+from taskgpt.tasks.dependencies import time_to_end
+
 POLICIES = ("depth_first", "oldest_first", "newest_first", "longest_path_first", "dask_order")
 _TOGETHER = 64  # depth_first runs at most so many tasks together to free a result
 
@@ -142,9 +144,7 @@ class Ranking:
     def rank_by(self, policy: str, priorities: Mapping[Hashable, Any]) -> None:
         """Let tasks go by priority, by policy among those of one priority, and as in depth_first among equals."""
         if policy == "longest_path_first":
-            lengths = [0] * len(self.nodes)
-            for task in reversed(self.order):
-                lengths[task] = 1 + max([lengths[user] for user in self.users[task]], default=0)
+            lengths = time_to_end(self.users, [1] * len(self.nodes), self.order)
             self.order.sort(key=lambda task: -lengths[task])
         elif policy == "dask_order":
             ranks = dask.order.order(self.graph)

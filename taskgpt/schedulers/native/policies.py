@@ -7,12 +7,14 @@ Two switches go with any policy. `work_stealing`: a queue per worker, who serves
 all. `immediate_successor`: a worker goes on with the best task that it made ready itself, past the queue.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
 from taskgpt.schedulers.native.plan import Plan
+from taskgpt.tasks.dependencies import time_to_end
 
 Values = tuple[np.ndarray, int]  # one for each task, int64 and below 2**47; and how much later those of a run right after this one are
 
@@ -29,9 +31,7 @@ class Policy(NamedTuple):
 def latest_starts(plan: Plan) -> Values:
     """Return when each task must start for the graph to end in time, in ns, and that time: the length of its longest path."""
     first, successor = plan.successor_first.tolist(), plan.successor.tolist()
-    seconds, to_end = plan.seconds.tolist(), [0.0] * plan.tasks
-    for task in range(plan.tasks - 1, -1, -1):
-        to_end[task] = seconds[task] + max((to_end[s] for s in successor[first[task] : first[task + 1]]), default=0.0)
+    to_end = time_to_end([successor[a:b] for a, b in itertools.pairwise(first)], plan.seconds.tolist())
     length = max(to_end, default=0.0)
     return ((length - np.array(to_end)) * 1e9).astype(np.int64), int(length * 1e9)
 
