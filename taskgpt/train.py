@@ -6,6 +6,7 @@
     taskgpt train --init gpt2_124M.bin --data my.txt --lr 1e-5 --save tuned.bin       # fine-tune an llm.c checkpoint
     taskgpt train --set tiles.rows=128 --set coarsen=0 --log run.jsonl                # other tiles, another set-up
     taskgpt train --dashboard           # watch it: tasks in Dask's dashboard, loss and efficiency on a page beside them
+    taskgpt train --report run.html     # a page of the run at its end: losses, samples, settings, efficiency
     taskgpt train --steps 5 --trace runs/native        # which task ran when, on which worker: for Perfetto, Paraver and ovni
 
 The graph file (graphs/) says what is computed, the scheduler file (scheduler_configs/) how. Prints what llm.c prints, then a summary.
@@ -29,12 +30,14 @@ import psutil
 from taskgpt.config import GraphConfig, SchedulerConfig, load_graph, load_scheduler, parse_settings
 from taskgpt.console import Report, StopRequest, told
 from taskgpt.errors import UserError, on_signals, run_program, shorten
+from taskgpt.files import verify_can_write as verify_can_write_file
 from taskgpt.gpt2 import checkpoint
 from taskgpt.gpt2.model import GPT2
 from taskgpt.gpt2.program import loss_graph, training_graph
 from taskgpt.gpt2.sampling import Sampler
 from taskgpt.gpt2.text.data import Data, open_data
-from taskgpt.lab import machine
+from taskgpt.lab import machine, run_page
+from taskgpt.lab.dashboard.live import Live
 from taskgpt.lab.disturbance import Disturbance
 from taskgpt.lab.named import by_file, graph_of, scheduler_of
 from taskgpt.lab.pace import Pace
@@ -82,6 +85,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="[HOST:]PORT",
         help="show the run, while it goes on, in Dask's dashboard and on a page /taskgpt there (default 127.0.0.1:8787, or a free port)",
     )
+    out.add_argument("--report", metavar="FILE.html", help="write a page of the run: losses, speed, efficiency, samples, settings")
     out.add_argument("--log", metavar="FILE.jsonl", help="write losses, samples and summary, one JSON object a line")
     return p
 
@@ -116,12 +120,15 @@ def train(flags: argparse.Namespace, report: Report, stop: StopRequest) -> int:
     dashboard = None
     if flags.trace is not None:
         verify_can_write(flags.trace)
+    if flags.report is not None:
+        verify_can_write_file(flags.report)
+    live = report.open_live(scheduler.workers) if is_watched(flags) else None
     if flags.dashboard is not None:
         from taskgpt.lab.dashboard.dashboard import Dashboard  # here, as it takes half a second, and needs bokeh
 
-        dashboard = Dashboard(report.open_live(scheduler.workers), flags.dashboard)
-    if flags.trace is not None or dashboard:
-        scheduler = Traced(scheduler, dashboard and dashboard.look, keeps=flags.trace is not None)
+        dashboard = Dashboard(live, flags.dashboard)
+    if is_watched(flags):
+        scheduler = Traced(scheduler, (dashboard or live).look, keeps=flags.trace is not None)
     m = GPT2(model, batch, graph_config.tiles, graph_config.options, shared=scheduler.needs_shared_memory)
     if flags.save is not None:
         checkpoint.verify_can_save(flags.save, m)
@@ -153,10 +160,14 @@ def train(flags: argparse.Namespace, report: Report, stop: StopRequest) -> int:
 
     found = disturbance.found(machine.usable_cores())
     setup = flags, graph_config, scheduler_config, scheduler.workers, data.description, report
-    report.summary(summarize(*setup, m, step_graphs[0], seconds, memory, found), is_wanted=bool(seconds))
+    summary = summarize(*setup, m, step_graphs[0], seconds, memory, found)
+    report.summary(summary, is_wanted=bool(seconds))
     report.notes(dataclasses.replace(found, variables={}).notes())  # of those it was told before
+    command = shlex.join(["taskgpt", "train", *flags.argv])
+    if flags.report is not None:
+        failures += write_page(flags, live, summary, command, report)
     if flags.trace is not None and (seconds or not has_trace(flags.trace)):  # after what a full disk cannot take away
-        about = {"command": shlex.join(["taskgpt", "train", *flags.argv]), "machine": machine.describe()}
+        about = {"command": command, "machine": machine.describe()}
         about["limits"] = machine.limits(scheduler.workers)
         report.tell("trace", str(save(scheduler.trace(about), flags.trace)))
     elif flags.trace is not None:
@@ -185,6 +196,19 @@ def save_model(flags: argparse.Namespace, m: GPT2, steps: int, report: Report, s
         return [str(error)]
     report.say(f"saved {flags.save}")
     stop.consequence = f"{shorten(flags.save)} was saved"
+    return []
+
+
+def write_page(flags: argparse.Namespace, live: Live, summary: dict[str, Any], command: str, report: Report) -> list[str]:
+    """Write the page of a run that did a step; return why not."""
+    if not summary["steps"]:
+        report.tell("report", f"no step ran; {shorten(flags.report)} stays as it was")
+        return []
+    try:
+        run_page.write(flags.report, live, report.samples, summary, command)
+    except UserError as error:
+        return [str(error)]
+    report.tell("report", shorten(flags.report))
     return []
 
 
@@ -257,6 +281,11 @@ def run_steps(
     return seconds, loss
 
 
+def is_watched(flags: argparse.Namespace) -> bool:
+    """Return True if somebody wants to know which task ran when."""
+    return any(flag is not None for flag in (flags.trace, flags.dashboard, flags.report))
+
+
 def configure(flags: argparse.Namespace) -> tuple[GraphConfig, SchedulerConfig]:
     """Return both configurations: files, then tiles that tuning found, then what names, --tiles, --set and the other flags change."""
     (graph_name, graph_overrides), (scheduler_name, scheduler_overrides) = graph_of(flags.graph), scheduler_of(flags.scheduler)
@@ -269,7 +298,7 @@ def configure(flags: argparse.Namespace) -> tuple[GraphConfig, SchedulerConfig]:
             graph_overrides[key] = value
     if flags.workers is not None:
         scheduler_overrides["workers"] = flags.workers
-    if flags.trace is not None or flags.dashboard is not None:
+    if is_watched(flags):
         scheduler_overrides["record"] = RECORD
     model = checkpoint.read_shape(flags.init) if flags.init is not None else None
     graph = load_graph(graph_name, graph_overrides, model)

@@ -6,6 +6,7 @@ layout.py         tables as text, Markdown, HTML; theme.py: how pages look; repo
 graph_formats.py  a graph as JSON, GraphML, DOT, a page
 traces/           a run as data: which task ran when; its formats, its analysis, its pictures
 dashboard/        a run while it runs
+run_page.py       a training run as a page
 named.py          graphs and schedulers as the command line names them
 roofline.py       what a step needs at least: a graph's matrix products and its parameters' traffic, against the machine
 contests/         `taskgpt compare`: schedulers, tiles and policies in turns
