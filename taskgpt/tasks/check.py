@@ -28,7 +28,7 @@ from taskgpt.tasks.task_graph import AnyGraph
 from taskgpt.tasks.tensor import Tile
 
 _LEAST_BORDER = 8  # elements
-_PATIENCE_S = 60
+_PATIENCE_S = 60  # for a child that runs one call, which takes less than a second or for ever
 
 
 def check(graph: AnyGraph) -> AnyGraph:

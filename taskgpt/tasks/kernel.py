@@ -161,8 +161,8 @@ class Kernel:
         return _find_kernel, (self.module, self.name)
 
     def __repr__(self) -> str:
-        words = [f"{name}({', '.join(found)})" for name, found in self.by_access(lambda parameter: parameter)]
-        return " ".join(["task", self.name, *words])
+        parts = [f"{name}({', '.join(found)})" for name, found in self.by_access(lambda parameter: parameter)]
+        return " ".join(["task", self.name, *parts])
 
     def by_access(self, show: Callable[[str], str]) -> Iterator[tuple[str, list[str]]]:
         """Yield (kind, [show(parameter), ...]) for the kinds that occur, outputs first, as OmpSs-2 prints them."""

@@ -93,9 +93,9 @@ class Call:
 
     def __str__(self) -> str:
         given = dict(zip(self.kernel.parameters, self.args, strict=True))
-        words = [f"{kind}({', '.join(found)})" for kind, found in self.kernel.by_access(lambda name: repr(given[name]))]
+        parts = [f"{kind}({', '.join(found)})" for kind, found in self.kernel.by_access(lambda name: repr(given[name]))]
         constants = [f"{name}={value}" for name, value in given.items() if not isinstance(value, Tile)]
-        return " ".join([self.kernel.name, *words, *constants])
+        return " ".join([self.kernel.name, *parts, *constants])
 
 
 def _told(given: object) -> str:

@@ -163,10 +163,10 @@ class Tile:
         return self.tensor is other.tensor and all(a[0] < b[1] and b[0] < a[1] for a, b in zip(self.ranges, other.ranges, strict=True))
 
     def __repr__(self) -> str:
-        words = []
+        parts = []
         for i, (start, stop), length in zip(self.index, self.ranges, self.tensor.array.shape, strict=True):
-            words.append(":" if (start, stop) == (0, length) else f"{start}:{stop}" if isinstance(i, slice) else str(i))
-        return f"{self.tensor.name}[{', '.join(words)}]"
+            parts.append(":" if (start, stop) == (0, length) else f"{start}:{stop}" if isinstance(i, slice) else str(i))
+        return f"{self.tensor.name}[{', '.join(parts)}]"
 
     def __reduce__(self):
         return Tile, (self.tensor, self.index)

@@ -22,7 +22,7 @@ HEADER_WORDS = 256
 HEADER_BYTES = 4 * HEADER_WORDS
 TOKENS_MAGIC, TOKENS_VERSION = 20240520, 1
 MOST_TOKENS = 2**31 - 1  # the header counts them in an int32
-SHUFFLE_SEED = 42
+SHUFFLE_SEED = 42  # llm.c's
 CHECK_TOKENS = 1 << 20  # ids are checked in chunks of this many: 2 MB fit the cache
 
 

@@ -25,9 +25,9 @@ from taskgpt.tasks import Graph
 KEYS = ("rows", "columns", "vocabulary", "heads", "pointwise_rows")  # those that matter most first; logits_rows is about memory
 PARTS = sorted({n << power for n in (2, 3) for power in range(12)} | {1})
 MEASURED_LAYERS = 2  # whose tasks' times make the rates of all: layers are alike
-MEASURED_STEPS = 3
+MEASURED_STEPS = 3  # the fewest whose median is a step that was measured, and not the slowest
 TAKES, TAKE_SECONDS = 3, 0.02  # of sgemm at each shape; the best counts, as other programs can only slow it down
-SIMULATED_STEPS = 8
+SIMULATED_STEPS = 8  # so that one step more or less at either end, which overlaps with no other, weighs little
 
 
 @dataclass(frozen=True)

@@ -45,8 +45,8 @@ from taskgpt.schedulers.native.table import (
 
 PRIORITY_LIMIT = 1 << 14  # of a task's own priority, either way
 _PRIORITY_UNIT = 1 << 48  # more than any policy's rank: a nanosecond count of three days
-_WINDOW = 16  # ready tasks that a worker looks through for one of its own
-_LOCK_SPINS = 100
+_WINDOW = 16  # ready tasks that a worker looks through for one of its own: as many keys as two cache lines hold
+_LOCK_SPINS = 100  # some 2 us: a queue is held for less, unless its owner has lost its core
 
 
 @compiled
@@ -195,6 +195,6 @@ def lock(words, index):
         while load(words, index) != 0:
             relax()
             spins += 1
-            if spins == _LOCK_SPINS:  # its owner may have lost its core
+            if spins == _LOCK_SPINS:
                 sched_yield()
                 spins = 0

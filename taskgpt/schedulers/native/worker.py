@@ -92,7 +92,7 @@ from taskgpt.schedulers.native.table import (
 )
 
 FINISHED, SUBMITTED = 1, 2  # bits of a task's mark: it has run; the next run has been submitted
-_YIELD_EVERY = 64  # spins
+_YIELD_EVERY = 64  # spins: where there are fewer cores than workers, the one that has work gets its turn after some 2 us
 
 
 # Workers --------------------------------------------------------------------------------------------------------------------------------
