@@ -13,8 +13,10 @@ import time
 from xml.etree import ElementTree
 
 import pytest
+from browser import needs_browser, visit
 from programs import started
 
+from taskgpt import palette
 from taskgpt.errors import UserError
 from taskgpt.files import fill
 from taskgpt.lab import layout
@@ -285,11 +287,14 @@ def test_speedups_have_one_base_or_there_are_none(tmp_path):
     """Without sequential, a scheduler that is slower everywhere stands above, in ms; each one's own fewest workers are no base."""
     cells = product_of(["tiny"], [], ["sequential", "loops", "native"], [1, 2], [])
     ms = {("sequential", 1): 30.0, ("loops", 1): 60.0, ("loops", 2): 20.0, ("native", 1): 20.0, ("native", 2): 15.0}
-    for wanted, measured in (("speedup over the fastest sequential, 30 ms", cells), ("ms a step; no sequential was measured", cells[1:])):
+    for wanted, measured in (
+        ("Speedup over the fastest sequential, 30 ms", cells),
+        ("In ms a step: no sequential was measured", cells[1:]),
+    ):
         results = Results.begin(str(tmp_path / str(len(measured))), measured, resume=False)
         for cell, result in results.found.items():
             result.ms = [ms[cell.scheduler, cell.workers]] * 6
-        [svg] = [svg for title, svg in figures(results) if wanted in title]
+        [svg] = [svg for _, caption, svg in figures(results) if wanted in caption]
         has_base = "speedup over sequential" in svg
         assert has_base == (measured is cells)
         assert ("ideal" in svg) == has_base
@@ -311,7 +316,7 @@ def test_too_few_turns_tell_no_interval(tmp_path):
     for text in (markdown.read_text(), page.read_text(), layout.to_text(compare_report.tables(few)[0])):
         assert "not known yet" in text
         assert "fewer than 6 turns" in text
-        assert "where it lies with 95 %" not in text
+        assert "with 95 % confidence" not in text
     assert "0 of 1 medians are known; 1 had fewer than 6 turns" in page.read_text()
     assert compare_report.changes_table(few, more)["rows"][0][6] == "not known yet"
     assert "20.00-25.00" in layout.to_text(compare_report.tables(more)[0])
@@ -325,7 +330,7 @@ def test_every_picture_that_has_something_to_show(tmp_path):
     for at, r in enumerate(results.found.values()):
         r.ms, r.first = [float(10 + at)] * 6, First(1.0, "", 1, WATCHED)
     found = figures(results)
-    titles = " ".join(title for title, _ in found)
+    titles = " ".join(title for title, *_ in found)
     for what in (
         "ms a step",
         "where the workers' time goes",
@@ -336,9 +341,47 @@ def test_every_picture_that_has_something_to_show(tmp_path):
         assert what in titles
     assert found == figures(results)
     names: list[str] = []
-    for _, svg in found:
+    for *_, svg in found:
         names += {e.get("id") for e in ElementTree.fromstring(svg).iter() if e.tag.endswith("clipPath")}
     assert len(names) == len(set(names))
+
+
+def test_variants_of_a_scheduler_have_colours_of_their_own(tmp_path):
+    """The first has the scheduler's, which is the same in every picture of the page."""
+    cells = product_of(["tiny"], [], ["loops", "native"], [1, 2], ["policy=oldest_first,newest_first"])
+    results = Results.begin(str(tmp_path), cells, resume=False)
+    for r in results.found.values():
+        r.ms = [10.0] * 6
+    times, scaling = (svg for title, _, svg in figures(results) if "median" in title or "scaling" in title)
+    labels = dict.fromkeys(r.cell.label for r in results.measured)
+    for svg in (times, scaling):
+        found = set(re.findall(r"fill: (#\w{6})", svg)) & {colour.lower() for colour in palette.COLOURS}
+        assert {palette.ORANGE.lower(), palette.BLUE.lower()} <= found and len(found) == len(labels) == 3
+
+
+def test_pictures_take_the_pages_colour_of_text(tmp_path):
+    """Nothing is black or white but what is written on colours, so that they are read on dark pages; axes say what they show."""
+    cells = product_of(["tiny"], [], ["sequential", "native"], [1, 2], [])
+    results = Results.begin(str(tmp_path), cells, resume=False)
+    for at, r in enumerate(results.found.values()):
+        r.ms, r.first = [float(10 + at)] * 6, First(1.0, "", 1, WATCHED)
+    for picture, axis in zip(figures(results), ("ms a step", "all workers' time", "workers"), strict=True):
+        texts = [e for e in ElementTree.fromstring(picture.svg).iter() if e.tag.endswith("}text")]
+        assert all("currentColor" in e.get("style", "") for e in texts)
+        assert axis in {e.text for e in texts}
+        assert not re.search(r"(fill|stroke): #(000000|ffffff)", picture.svg)
+        assert picture.caption.endswith(".")
+
+
+@needs_browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [480, 1280])
+def test_the_page_fits_and_follows_the_system(scheme, width, tmp_path):
+    """Nothing is wider than the window but what scrolls by itself; light or dark as the system is; no error in the console."""
+    *_, page = compare_report.write(made_up(tmp_path, {"sequential": [10.0] * 6, "native": [5.0] * 6}))
+    js = "[document.documentElement.scrollWidth <= innerWidth, getComputedStyle(document.body).backgroundColor]"
+    value, _ = visit(page.as_uri(), "document.querySelectorAll('figure svg').length > 0", js, tmp_path, f"{width},900", scheme)
+    assert value == [True, {"light": "rgb(255, 255, 255)", "dark": "rgb(13, 17, 23)"}[scheme]]
 
 
 def test_tables_stand_as_text_markdown_and_html():

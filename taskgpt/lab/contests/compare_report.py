@@ -19,6 +19,7 @@ from taskgpt.lab.contests.turns import FACTORS
 from taskgpt.lab.layout import Table, to_html, to_markdown
 from taskgpt.lab.named import make_config
 from taskgpt.lab.report import LEAST_TURNS, NOT_YET, table_of
+from taskgpt.lab.theme import html_page
 from taskgpt.lab.traces.idle import CAUSES
 
 STEPS = 40  # of the study's runs
@@ -186,12 +187,10 @@ def _csv(results: Results) -> str:
 
 
 STYLE = """
-body { margin: 24px auto; max-width: 1200px; padding: 0 16px; font: 14px/1.45 system-ui, sans-serif; color-scheme: light dark; }
-h1 { font-size: 20px; } figure { display: inline-block; vertical-align: top; margin: 14px 28px 14px 0; max-width: 100%; }
-figcaption { font-weight: 600; margin-bottom: 6px; }
-figure svg { background: #fff; border-radius: 8px; max-width: 100%; height: auto; }
-div.scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap; }
-td, th { padding: 2px 14px 2px 0; border-bottom: 1px solid #8884; } .wrong { color: #d1242f; font-weight: 600; }
+body { margin: 0 auto; max-width: 1240px; padding: 8px 16px 32px; }
+figure { margin: 28px 0; } figure svg { display: block; max-width: max(100%, 560px); height: auto; }
+h2 { font-size: 15px; margin: 0 0 2px; } figcaption { max-width: 75ch; color: var(--dim); margin-bottom: 8px; }
+.wrong { color: var(--before); font-weight: 600; }
 """
 
 
@@ -199,10 +198,10 @@ def _page(results: Results, found: list[Table]) -> str:
     """Return the page: what differs and should not, times, pictures, then the other tables. Nothing in it comes from elsewhere."""
     graphs = ", ".join(dict.fromkeys(r.cell.graph for r in results.measured))
     wrong = "".join(f'<p class="wrong">{escape(line)}</p>' for line in agreement(results))
-    pictures = "".join(f"<figure><figcaption>{escape(title)}</figcaption>{svg}</figure>" for title, svg in figures(results))
-    first, *others = (f'<div class="scroll">{to_html(table)}</div>' for table in found)
-    return (
-        f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<meta name="viewport" content="width=device-width">\n'
-        f"<title>taskgpt compare: {escape(graphs)}</title>\n<style>{STYLE}</style>\n<h1>{escape(graphs)}: schedulers compared</h1>\n"
-        f"{wrong}{first}<p>{known(results)}.</p>{pictures}{''.join(others)}\n</html>\n"
+    pictures = "".join(
+        f'<figure><h2>{escape(title)}</h2><figcaption>{escape(caption)}</figcaption><div class="scroll">{svg}</div></figure>'
+        for title, caption, svg in figures(results)
     )
+    first, *others = (f'<div class="scroll">{to_html(table)}</div>' for table in found)
+    body = f"<h1>{escape(graphs)}: schedulers compared</h1>\n{wrong}{first}<p>{known(results)}.</p>{pictures}{''.join(others)}"
+    return html_page(f"taskgpt compare: {graphs}", STYLE, body)
