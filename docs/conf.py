@@ -22,6 +22,7 @@ autodoc_preserve_defaults = True
 html_theme = "pydata_sphinx_theme"
 html_title = f"taskgpt {release}"
 html_show_sourcelink = False
+html_sidebars = {"measurements": []}  # has no pages below it
 html_static_path = ["static"]
 html_css_files = ["taskgpt.css"]
 html_theme_options = {

@@ -38,8 +38,9 @@ def blocks(lines: list[str]) -> Iterator[list[str]]:
 
 
 def shown(block: list[str]) -> list[str]:
-    if block[0].startswith("    ") or any(COLUMNS.search(line) for line in block):
-        return ["::", "", *(f"    {line}" for line in block)]
+    is_indented = block[0].startswith("    ")
+    if is_indented or any(COLUMNS.search(line) for line in block):
+        return ["::" if is_indented else ".. code-block:: text", "", *(f"    {line}" for line in block)]
     if block[0].startswith("- "):
         items = re.split(r"^- ", "\n".join(block), flags=re.MULTILINE)[1:]
         return [f"- {escaped(' '.join(item.split()))}" for item in items]
