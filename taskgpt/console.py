@@ -7,7 +7,6 @@ import math
 import os
 import statistics
 import sys
-import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -18,8 +17,9 @@ from taskgpt.errors import Interrupted, UserError, drop_output, shorten
 from taskgpt.gpt2.model import GPT2
 from taskgpt.lab import layout
 from taskgpt.lab.dashboard.live import Live
+from taskgpt.lab.report import compile_with_progress
 from taskgpt.progress import Progress, minutes
-from taskgpt.tasks import Graph, Kernel, compile_kernels
+from taskgpt.tasks import Graph, Kernel
 
 LAST_STEPS = 20  # whose median says how fast training is now, and when it will end
 
@@ -126,28 +126,18 @@ class Report:
             self.tell("note", line)
 
     @contextmanager
-    def progress(self, label: str, total: int, has_lines: bool = False) -> Iterator[Progress]:
-        """Show progress below the lines, on a terminal; elsewhere lines are progress enough, unless `has_lines` asks for more."""
+    def progress(self, steps: int) -> Iterator[None]:
+        """Show progress below the lines, on a terminal; elsewhere lines are progress enough."""
         try:
-            with Progress(label, total, has_lines=has_lines) as self._progress:
-                yield self._progress
+            with Progress("training", steps, has_lines=False) as self._progress:
+                yield
         finally:
             self._progress = None
 
     def compiling(self, kernels: Sequence[Kernel]) -> None:
-        """Compile the kernels, with progress where they do not come from the cache."""
-        compiled, begin = 0, time.perf_counter()
-
-        def tell(done: int, total: int, kernel: Kernel, _: float, was_cached: bool) -> None:
-            nonlocal compiled
-            compiled += not was_cached
-            if compiled:
-                progress.show(done, kernel.name, total)
-
-        with self.progress("compiling kernels, once for this machine", len(kernels), has_lines=True) as progress:
-            compile_kernels(kernels, tell)
-        if compiled:
-            self.tell("compiled", f"{compiled} kernels in {time.perf_counter() - begin:.0f} s, once for this machine")
+        """Compile the kernels, and say so if they do not come from the cache."""
+        if told := compile_with_progress(kernels):
+            self.tell("compiled", told)
 
     def begin(self, config: GraphConfig, scheduler: str, data: str, m: GPT2, graph: Graph, steps: int) -> None:
         """Say what runs, and how."""

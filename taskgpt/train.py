@@ -150,7 +150,7 @@ def train(flags: argparse.Namespace, report: Report, stop: StopRequest) -> int:
         if dashboard:
             report.tell("dashboard", dashboard.url)
         report.notes(disturbance.found(machine.usable_cores()).notes())
-        with report.progress("training", flags.steps):
+        with report.progress(flags.steps):
             seconds, loss = run_steps(flags, scheduler, m, data, step_graphs, val_graphs, sampler, report, stop)
         failures = [why] if (why := divergence(loss, len(seconds), m)) else []
         if flags.save is not None and not failures:

@@ -4,9 +4,11 @@ import io
 import re
 import sys
 
+import kernels_for_tests as k
 import pytest
 
 from taskgpt.errors import UserError
+from taskgpt.lab import report
 from taskgpt.progress import BAR, DRAW_S, LINE_S, Progress, clock_time, megabytes, minutes
 
 
@@ -139,6 +141,21 @@ def test_the_line_is_gone_before_an_error_is_told(monkeypatch, clock):
     with pytest.raises(UserError), Progress("measuring", 2, clock=clock) as progress:
         progress.show(1)
         raise UserError("x")
+    assert terminal.shown == ""
+
+
+@pytest.mark.parametrize(("cached", "told"), [((True, True), ""), ((True, False), "1 kernel in 0 s, once for this machine")])
+def test_compiling_is_one_line(monkeypatch, cached, told):
+    """Shown from the first kernel on that is not in the cache, and then told in words; nothing is said of a cache that has them all."""
+
+    def compile_kernels(kernels, tell):
+        for done, (kernel, was_cached) in enumerate(zip(kernels, cached, strict=True), 1):
+            tell(done, len(cached), kernel, 0.0, was_cached)
+
+    monkeypatch.setattr(report, "compile_kernels", compile_kernels)
+    terminal = screen(monkeypatch)
+    assert report.compile_with_progress([k.swirl, k.mix]) == told
+    assert ("kernels, once for this machine [####################] 2/2" in terminal.getvalue()) == bool(told)
     assert terminal.shown == ""
 
 

@@ -27,9 +27,10 @@ from taskgpt.gpt2.model import GPT2
 from taskgpt.gpt2.program import training_graph
 from taskgpt.gpt2.shape import Tiles
 from taskgpt.lab import machine
+from taskgpt.lab.report import compile_with_progress
 from taskgpt.lab.traces.trace import RECORD, Trace, Traced
 from taskgpt.schedulers import Scheduler, open_scheduler
-from taskgpt.tasks import Graph, compile_kernels
+from taskgpt.tasks import Graph
 
 MOST_WORKERS = 4096
 Changes = tuple[tuple[str, str], ...]  # (key, value) as on the command line
@@ -59,7 +60,7 @@ def prepare(word: str, shared: bool = False) -> Prepared:
         for tensor in (slot.tokens, slot.targets):
             tensor.array[:] = draw.integers(0, m.model.vocabulary, m.batch.rows)
     graphs = [training_graph(m, number) for number in range(len(m.slots))]
-    compile_kernels(graphs[0].kernels)
+    compile_with_progress(graphs[0].kernels)
     return Prepared(word, m, graphs)
 
 

@@ -12,6 +12,8 @@ from taskgpt.errors import UserError, shorten
 from taskgpt.files import as_written, verify_can_write, write_whole
 from taskgpt.lab import layout, machine
 from taskgpt.lab.disturbance import Disturbance
+from taskgpt.progress import Progress
+from taskgpt.tasks import Kernel, compile_kernels
 
 MOST_SECONDS = 1e8  # three years
 LEAST_TURNS = 6  # with fewer, no interval of the median holds 95 %
@@ -108,6 +110,21 @@ def in_range(flag: str, number: float | None, smallest: float = 1, largest: floa
         return
     bound, limit, do = ("at most", largest, "less") if number > largest else ("at least", smallest, "more")  # NaN wants to be more
     raise UserError(f"{flag}: wanted {bound} {limit:,}, got {as_written(number)}; choose {flag} {limit} or {do}")
+
+
+def compile_with_progress(kernels: Sequence[Kernel]) -> str:
+    """Compile the kernels; return in words how many were compiled, "" if all came from the cache."""
+    compiled, begin = 0, time.perf_counter()
+
+    def tell(done: int, total: int, kernel: Kernel, _: float, was_cached: bool) -> None:
+        nonlocal compiled
+        compiled += not was_cached
+        if compiled:
+            progress.show(done, kernel.name, total)
+
+    with Progress("compiling kernels, once for this machine", len(kernels)) as progress:
+        compile_kernels(kernels, tell)
+    return f"{compiled} kernel{'s' * (compiled > 1)} in {time.perf_counter() - begin:.0f} s, once for this machine" if compiled else ""
 
 
 def seconds_of(run: Callable[[], object]) -> float:
