@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Self
 
-BAR = 20  # characters
+BAR = 12  # characters
 LINE_S = 10.0  # between lines where there is no terminal
 DRAW_S = 0.1  # between two looks of the line on a terminal
 
@@ -32,11 +32,6 @@ def megabytes(done: float, total: float) -> str:
     return f"{done / 1e6:,.1f}/{total / 1e6:,.1f} MB"
 
 
-def clock_time(done: float, total: float) -> str:
-    """Return `0:12/5:00`, of seconds."""
-    return f"{minutes(done)}/{minutes(total)}"
-
-
 def minutes(seconds: float) -> str:
     """Return `0:12`, or `1:00:00`."""
     whole, rest = divmod(round(seconds), 60)
@@ -44,13 +39,16 @@ def minutes(seconds: float) -> str:
 
 
 class Progress:
-    """What `show` was told last, of `total`. `done`: what an earlier run did. `has_lines`: also where there is no terminal."""
+    """What `show` was told last, of `total`. `amount`: in words, None where the time left says it. `done`: what an earlier run did.
+
+    `has_lines`: also where there is no terminal.
+    """
 
     def __init__(
         self,
         label: str,
         total: float,
-        amount: Callable[[float, float], str] = count,
+        amount: Callable[[float, float], str] | None = count,
         done: float = 0.0,
         has_lines: bool = True,
         clock: Callable[[], float] = time.monotonic,
@@ -87,6 +85,11 @@ class Progress:
         else:
             self._write(f"{self._label}: {self._state()}{': ' * bool(words)}{words}\n")
 
+    def show_time(self, words: str, total_s: float | None = None) -> None:
+        """Say what goes on, where the seconds that passed are what is done."""
+        total_s = self._total if total_s is None else total_s
+        self.show(self.passed_s, words, total_s, max(0.0, total_s - self.passed_s))
+
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Take the line away while something else is printed, and put it back below."""
@@ -100,7 +103,8 @@ class Progress:
         left_s = self._left_s
         if left_s is None and self._done > self._first:
             left_s = self.passed_s / (self._done - self._first) * max(0.0, self._total - self._done)
-        return self._amount(self._done, self._total) + (f", {minutes(left_s)} left" if left_s is not None else "")
+        words = [self._amount(self._done, self._total)] if self._amount else []
+        return ", ".join(words + [f"{minutes(left_s or 0)} left"] * (left_s is not None))
 
     def _draw(self) -> None:
         filled = round(BAR * min(1.0, self._done / self._total)) if self._total else BAR

@@ -111,7 +111,7 @@ def roofline(flags: argparse.Namespace) -> None:
     what = [*machine.STREAMS, *sorted(set().union(*counts.values()))]
     with Progress("measuring", (flags.rounds + 1) * len(what)) as progress:
         for done, each in enumerate(what * (flags.rounds + 1)):
-            progress.show(done, f"round {done // len(what)} of {flags.rounds}: {each}")
+            progress.show(done, f"round {done // len(what)}/{flags.rounds}: {each}")
             if done == len(what):  # the first round touched all memory for the first time
                 limits.clear()
             limits.measure([each], teams)

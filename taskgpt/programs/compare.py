@@ -26,7 +26,7 @@ from taskgpt.lab.disturbance import Disturbance
 from taskgpt.lab.report import LEAST_TURNS, seconds_in
 from taskgpt.lab.roofline import team_sizes
 from taskgpt.programs.arguments import Parser, add_changes, add_graphs, add_schedulers, add_wide, add_workers
-from taskgpt.progress import Progress, clock_time
+from taskgpt.progress import Progress
 
 SCHEDULERS = ["sequential", "whole-tensor", "loops-llmc", "loops", "threads", "native"]
 FIRST_STEPS = 4  # from fresh parameters, on record, after warm-up: loss, bits, efficiencies
@@ -70,7 +70,7 @@ def compare(flags: argparse.Namespace) -> int:
     print(f"cells      {len(cells)}, in turns of {flags.turn}, until medians are known to {flags.precision:.1%} or {flags.budget} are over")
     mine, disturbance = [results.found[cell] for cell in cells], Disturbance()
     try:
-        with Progress("comparing", budget_s, clock_time) as progress, Turns() as turns:
+        with Progress("comparing", budget_s, None) as progress, Turns() as turns:
             measure(mine, turns, results, flags.precision, budget_s, turn_s, progress)
     except KeyboardInterrupt:
         compare_report.write(results)
@@ -104,7 +104,7 @@ def measure(
         done = sum(len(r.ms) for r in mine) - before
         total_s = (time.monotonic() - begun) * (turns_needed(live, precision) - before) / done if done else budget_s
         known = f"{sum(r.is_tight(precision) for r in live)} of {len(live)} medians known"
-        progress.show(progress.passed_s, f"{doing}: {r.cell}; {known}", min(total_s, budget_s))
+        progress.show_time(f"{doing}: {r.cell}; {known}", min(total_s, budget_s))
         try:
             what()
         except CellFailed as error:
@@ -122,7 +122,7 @@ def measure(
 
     for at, r in enumerate(mine):
         if not r.steps and time.monotonic() < end:
-            attempt(r, partial(begin, r), f"first run {at + 1} of {len(mine)}")
+            attempt(r, partial(begin, r), f"first run {at + 1}/{len(mine)}")
     while True:
         live = [r for r in mine if r.steps and not r.failed]
         if not live or time.monotonic() >= end or all(r.is_tight(precision) for r in live):

@@ -34,7 +34,7 @@ from taskgpt.lab.tuning import tuned
 from taskgpt.lab.tuning.races import FASTER, FINAL_ROUNDS, Race, Search, Track, changes_of
 from taskgpt.lab.tuning.tilings import KEYS, Forecast, Space
 from taskgpt.programs.arguments import Parser, add_changes, add_graph, add_scheduler, add_wide, add_workers
-from taskgpt.progress import Progress, clock_time
+from taskgpt.progress import Progress
 from taskgpt.schedulers.native.policies import POLICIES
 
 EXPLORED = 0.3  # of the budget, when simulations end
@@ -94,12 +94,8 @@ def tune(flags: argparse.Namespace) -> int:
     report, space = Report(flags), Space.here(config, start.workers)
     report.line("caches", f"{space.l2_bytes / 2**20:.1f} MiB of L2 and {space.l3_bytes / 2**20:.1f} MiB of L3 a core")
     report.line("shipped", _listed(config.tiles))
-    with Progress("tuning", budget_s, clock_time) as progress, Turns() as turns:
-
-        def say(line: str) -> None:
-            progress.show(progress.passed_s, line)
-
-        search, final = find(start, space, begin, budget_s, Track(turns.timed), say)
+    with Progress("tuning", budget_s, None) as progress, Turns() as turns:
+        search, final = find(start, space, begin, budget_s, Track(turns.timed), progress.show_time)
     report.keep("forecasts", [{"cell": changes_of(cell), "ms": ms} for cell, ms in search.forecasts.items()])
     report.table("tried", COLUMNS, search.rows(), DETAILS)
     print()

@@ -132,7 +132,7 @@ def peers(flags: argparse.Namespace) -> None:
         contestants = [ours, *(other for other in others if is_same_model(report, other, ours))]
         with Progress("measuring", flags.rounds * len(contestants)) as progress:
             for done, contestant in enumerate(contestants * flags.rounds):
-                progress.show(done, f"round {done // len(contestants) + 1} of {flags.rounds}: {contestant.name}")
+                progress.show(done, f"round {done // len(contestants) + 1}/{flags.rounds}: {contestant.name}")
                 take_turn(report, contestant, progress)
     table = rows(contestants, scheduler.workers, prepared.m.batch.rows)
     report.table("peers", COLUMNS, table, DETAILS)

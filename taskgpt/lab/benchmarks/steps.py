@@ -72,7 +72,7 @@ def step(flags: argparse.Namespace) -> None:
                 limits.measure(sorted(set().union(*counts.values())), teams)
                 for number, contestant in enumerate(contestants):
                     done = round_number * len(contestants) + number
-                    progress.show(done, f"round {round_number} of {flags.rounds}: {contestant.cell}")
+                    progress.show(done, f"round {round_number}/{flags.rounds}: {contestant.cell}")
                     contestant.run(flags.steps)
                 if round_number == 0:  # touches all memory for the first time
                     limits.clear()

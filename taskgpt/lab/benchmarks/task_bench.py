@@ -224,7 +224,7 @@ def measure(flags: argparse.Namespace, heading: str, measurement: Callable[[Case
             case.run(0)  # prepares, compiles
         with Progress("measuring", flags.rounds * len(cases)) as progress:
             for done, (case, take, found) in enumerate(measurements * flags.rounds):
-                progress.show(done, f"round {done // len(cases) + 1} of {flags.rounds}: {case.pattern} {case.system}")
+                progress.show(done, f"round {done // len(cases) + 1}/{flags.rounds}: {case.pattern} {case.system}")
                 found.append(take())
     rows = [row(case, width, found) for case, _, found in measurements]
     first: dict[str, float] = {}

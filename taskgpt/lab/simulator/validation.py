@@ -26,7 +26,7 @@ def measure(cells: Sequence[Cell], rows: Sequence[Row], rounds: int, steps: int)
     real = [(cell, row, []) for cell, row in zip(cells, rows, strict=True) if cell.workers <= machine.usable_cores()]
     with Progress("measuring", rounds * len(real)) as progress, Turns() as turns:
         for done, (cell, _, taken) in enumerate(real * rounds):
-            progress.show(done, f"round {done // len(real) + 1} of {rounds}: {cell}")
+            progress.show(done, f"round {done // len(real) + 1}/{rounds}: {cell}")
             try:
                 taken.append(turns.timed(cell, steps))
             except CellFailed as error:
