@@ -1,10 +1,10 @@
 """README and the documentation say what is true: their commands run, their Python runs, the picture is the graph's.
 
-A command runs unless another one has the same program and all of its flags; then its flags and names are read, and no more. What later
-commands read is written by commands that run.
+A command runs unless others run its program, and each of its flags, and write what is read; then its flags and names are read, and no more.
 """
 
 import argparse
+import itertools
 import re
 import runpy
 import shlex
@@ -31,39 +31,35 @@ SMALL = {
     "metg": ("--steps", "20"),
     "peers": ("--graph", "tiny"),
 }
-FILES = ("--trace", "--output", "--save", "--log", "--html")  # whose value another command may read
+WRITES = ("--trace", "--output", "--save", "--log", "--html", "--report")  # a file, or a folder
 REPLACED = {"--graph", "--graphs", "--steps", "--workers", "--budget", "--rounds"}  # by what takes less time
-
-
-def substance(command: str) -> tuple[str, set[str], bool]:
-    """Return the program; the flags that a command gives it, with the names of files that they write; whether there are such files."""
-    words = shlex.split(command)[1:]
-    verbs = words[: next((at for at, word in enumerate(words) if word.startswith("-")), len(words))]
-    flags = {f"{word} {words[at + 1]}" if word in FILES else word for at, word in enumerate(words) if word.startswith("--")}
-    return " ".join(verbs[:2]), flags - REPLACED, any(" " in flag for flag in flags)
-
-
-def covers(other: str, command: str) -> bool:
-    """Return True if the other runs the same program with all flags of this one."""
-    (program, flags, _), (its_program, its_flags, _) = substance(command), substance(other)
-    return program == its_program and flags <= its_flags
-
-
-def not_covered(commands: list[str]) -> list[str]:
-    """Leave out what an earlier command covers, and, if no file is written that one between them may read, what a later one does."""
-    found: list[str] = []
-    for at, command in enumerate(commands):
-        is_replaceable = not substance(command)[2]
-        if any(covers(other, command) for other in found):
-            continue
-        if is_replaceable and any(covers(other, command) and not covers(command, other) for other in commands[at + 1 :]):
-            continue
-        found.append(command)
-    return found
-
-
 COMMANDS = list(dict.fromkeys(command for page in PAGES for command in commands(page)))
-RUN = not_covered(COMMANDS)
+FILES_READ = {word for command in COMMANDS for before, word in itertools.pairwise(shlex.split(command)) if before not in WRITES}
+
+
+def program_of(command: str) -> str:
+    """Return the verbs: `bench step`."""
+    return " ".join(itertools.takewhile(lambda word: re.fullmatch("[a-z]+", word), shlex.split(command)[1:]))
+
+
+def new_in(command: str) -> set[str]:
+    """Return the flags of a command, with the name of a file that it writes if another command reads it."""
+    words = [*shlex.split(command), ""]
+    flags = {f"{word} {value}" if word in WRITES and value in FILES_READ else word for word, value in itertools.pairwise(words)}
+    return {flag for flag in flags if flag.startswith("--")} - REPLACED
+
+
+def chosen(commands: list[str]) -> list[str]:
+    """Leave out, from the last on, each command whose program others run, and all of its flags."""
+    left = list(commands)
+    for command in reversed(commands):
+        others = [other for other in left if other != command and program_of(other) == program_of(command)]
+        if others and new_in(command) <= set().union(*map(new_in, others)):
+            left.remove(command)
+    return left
+
+
+RUN = chosen(COMMANDS)
 READ = [command for command in COMMANDS if command not in RUN]
 
 
@@ -113,7 +109,7 @@ def test_a_command_runs(command, here, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("command", READ)
-def test_a_command_that_another_one_covers_is_right(command, monkeypatch):
+def test_a_command_that_others_stand_for_is_right(command, monkeypatch):
     """Its flags are the program's, and there are graphs and schedulers of these names."""
     found = flags_of(command, monkeypatch)
     for word in names(found, "graph") - {"tuned/gpt2-124m-tuned.toml"}:
