@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import json
 import pkgutil
 import re
 import subprocess
@@ -25,6 +26,7 @@ from taskgpt.lab.simulator.machine_file import Machine
 from taskgpt.lab.traces import formats
 from taskgpt.schedulers.native import policies, scheduler
 from taskgpt.tasks import Kernel, check
+from taskgpt.train import main as train
 
 DOCS = ROOT / "docs"
 
@@ -70,6 +72,19 @@ def test_every_key_of_a_file_is_described():
         settings = importlib.import_module(f"taskgpt.schedulers.{name.replace('-', '_')}").Settings
         keys |= {field.name for field in dataclasses.fields(settings)}
     assert not [key for key in sorted(keys) if f"`{key}`" not in page]
+
+
+def test_what_a_run_writes_is_described(tmp_path):
+    """Every name in the log, in the tables of a trace and in trace.npz."""
+    page = (DOCS / "reference" / "files.md").read_text(encoding="utf-8")
+    words = ["--graph", "tiny", "--scheduler", "sequential", "--steps", "1", "--sample-every", "1", "--data", str(ROOT / "README.md")]
+    assert train(words + ["--log", str(tmp_path / "log"), "--trace", str(tmp_path / "trace")]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    names = {name for line in lines for name in line} | set(lines[-1]["summary"])
+    for table in ("tasks", "idle"):
+        names |= set((tmp_path / "trace" / "csv" / f"{table}.csv").read_text().splitlines()[0].split(","))
+    names |= {re.sub(r"-\d+$", "-n", name) for name in np.load(tmp_path / "trace" / "trace.npz").files}
+    assert not [name for name in sorted(names) if not re.search(rf"[`{{\" ]{name}[`\" :]", page)]
 
 
 def shown_module(page: str, name: str, monkeypatch) -> types.ModuleType:
