@@ -66,8 +66,9 @@ def compare(flags: argparse.Namespace) -> int:
     cells = product_of(flags.graphs, flags.tiles, flags.schedulers, workers, flags.set)
     results = Results.begin(flags.output, cells, flags.resume)
     for key, value in results.machine.items():
-        print(f"{key:10} {value}")
-    print(f"cells      {len(cells)}, in turns of {flags.turn}, until medians are known to {flags.precision:.1%} or {flags.budget} are over")
+        print(layout.field(key, value))
+    until = f"until medians are known to {flags.precision:.1%} or {flags.budget} are over"
+    print(layout.field("cells", f"{len(cells)}, in turns of {flags.turn}, {until}"))
     mine, disturbance = [results.found[cell] for cell in cells], Disturbance()
     try:
         with Progress("comparing", budget_s, None) as progress, Turns() as turns:
@@ -82,9 +83,9 @@ def compare(flags: argparse.Namespace) -> int:
     notes = [f"{reached} of {len(mine)} are known to {flags.precision:.1%}"]
     notes += [f"{failed} could not be run"] * bool(failed)
     notes += [f"--budget {flags.budget} ended first, --resume goes on"] * (reached + failed < len(mine))
-    print(f"medians    {'; '.join(notes)}")
+    print(layout.field("medians", "; ".join(notes)))
     if disturbed := disturbance.found(machine.usable_cores()).notes():
-        print(f"disturbed  {'; '.join(disturbed)}")
+        print(layout.field("disturbed", "; ".join(disturbed)))
     for path in [results.path, *compare_report.write(results)]:
         print(f"wrote      {path}")
     wrong = compare_report.agreement(results)

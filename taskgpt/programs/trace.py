@@ -69,7 +69,7 @@ def check_trace(flags: argparse.Namespace) -> int:
     """Print what every file holds. Raises UserError for the first broken rule."""
     for path in flags.paths:
         for name, counts in check(path).items():
-            print(f"{path}: {name:8} ok: " + ", ".join(f"{count:,} {what}" for what, count in counts.items()))
+            print(layout.field(f"{path}: {name:8}", "ok: " + ", ".join(f"{count:,} {what}" for what, count in counts.items())))
     return 0
 
 
