@@ -330,7 +330,14 @@ def test_a_checkpoint_that_finds_no_room_costs_nothing_else(text, tmp_path, caps
     flags = [*TINY, "--data", text, "--save", str(model), "--log", str(log), "--trace", str(trace)]
     assert main([*flags, "--steps", "1"]) == 0
     before = model.read_bytes()
-    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+    room, fsync = iter([False]), os.fsync  # none for the checkpoint, which is written first
+
+    def full_once(descriptor):
+        if not next(room, True):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr("os.fsync", full_once)
     assert "the disk is full" in refused(capsys, [*flags, "--steps", "2"])
     assert records(log)[-1]["summary"]["steps"] == 2
     assert len(Trace.load(trace).runs) == 2
