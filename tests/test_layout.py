@@ -65,6 +65,12 @@ def test_a_table_that_fits_is_left_alone():
     assert layout.terminal_width(argparse.Namespace(wide=True)) is None
 
 
+def test_rows_that_are_all_the_same_stay_a_table():
+    """With nothing left to be told apart, nothing moves above."""
+    table = {"caption": "", "head": ["cell", "verdict"], "rows": [["a cell", "not known yet"]] * 2}
+    assert layout.to_text(table, 16).splitlines()[0].split() == ["cell", "verdict"]
+
+
 def test_columns_can_be_left_out():
     assert layout.without(TABLE, ["share", "graph"])["rows"] == [["native-longest-path", "1,608.25"], ["loops", "9.50"]]
 

@@ -65,6 +65,7 @@ def _shared_above(table: Table) -> Table:
     """Return the table without the columns of words that say the same in all rows; its caption says it."""
     lefts, columns = stand_left(table), list(zip(*table["rows"], strict=True))
     shared = [at for at, column in enumerate(columns) if lefts[at] and len(set(column)) == 1 and column[0] not in ("", "-")]
+    shared = shared if len(shared) < len(columns) else []
     said = ", ".join(f"{table['head'][at]} {columns[at][0]}" for at in shared)
     caption = "\n".join(filter(None, (table["caption"], f"all: {said}" if said else "")))
     return {**without(table, [table["head"][at] for at in shared]), "caption": caption}
