@@ -21,6 +21,7 @@ autodoc_preserve_defaults = True
 
 html_theme = "pydata_sphinx_theme"
 html_title = f"taskgpt {release}"
+html_context = {"default_mode": "auto"}  # light or dark as the system
 html_show_sourcelink = False
 html_sidebars = {"measurements": []}  # has no pages below it
 html_static_path = ["static"]

@@ -15,7 +15,13 @@ SPECIAL = re.compile(r"([\\*_|`:])")
 
 def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("autodoc-process-docstring", lambda app, what, name, obj, options, lines: rewrite(lines))
+    app.connect("autodoc-process-signature", without_any)
     return {"parallel_read_safe": True}
+
+
+def without_any(app: Sphinx, what: str, name: str, obj: object, options: object, signature: str, result: str) -> tuple[str, str] | None:
+    """Leave out a signature that says nothing: of a class that nobody calls."""
+    return ("", "") if signature == "(*args, **kwargs)" else None
 
 
 def rewrite(lines: list[str]) -> None:
