@@ -54,12 +54,13 @@ def test_the_page_is_one_file(folder):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [480, 1280])
 def test_it_draws_in_any_window(folder, tmp_path, scheme, width):
-    """Lines and dots for all points, inside the window; the system's scheme; no error in the console (visit looks)."""
+    """Lines, dots and bars, inside the window; the system's scheme; no error in the console (visit looks)."""
     js = """[document.documentElement.scrollWidth <= innerWidth, getComputedStyle(document.body).backgroundColor,
       [...document.querySelectorAll('polyline')].map(line => line.points.length), document.querySelectorAll('circle').length,
-      [...document.querySelectorAll('#charts svg')].every(svg => svg.getBoundingClientRect().right <= innerWidth)]"""
+      [...document.querySelectorAll('#charts svg')].every(svg => svg.getBoundingClientRect().right <= innerWidth),
+      Math.max(...[...document.querySelectorAll('#kernels i')].map(bar => bar.getBoundingClientRect().width)) > innerWidth / 5]"""
     found, _ = visit((folder / "run.html").as_uri(), READY, js, tmp_path, f"{width},900", scheme)
-    assert found == [True, {"light": "rgb(255, 255, 255)", "dark": "rgb(13, 17, 23)"}[scheme], [7, 4, 7, 7], 4, True]
+    assert found == [True, {"light": "rgb(255, 255, 255)", "dark": "rgb(13, 17, 23)"}[scheme], [7, 4, 7, 7], 4, True, True]
 
 
 @needs_browser

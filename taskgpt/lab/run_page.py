@@ -106,7 +106,7 @@ def _kernels(kernel_ms: dict[str, float]) -> str:
     longest = max((ms for _, ms in shown), default=1.0)
     return "".join(
         f'<tr><th scope="row">{escape(name)}</th>'
-        f'<td class="bar"><i style="width:{ms / longest:.1%};background:{colours.get(name, palette.REST)}"></i></td>'
+        f'<td class="length"><i style="width:{ms / longest:.1%};background:{colours.get(name, palette.REST)}"></i></td>'
         f"<td>{ms:,.2f} ms</td><td>{ms / total:.1%}</td></tr>"
         for name, ms in shown
     )
