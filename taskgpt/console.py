@@ -104,7 +104,7 @@ class Report:
 
     def open_live(self, workers: int) -> Live:
         """Begin to keep what a dashboard shows."""
-        self._live = Live(workers)
+        self._live = Live(workers, samples=self.samples)
         return self._live
 
     def say(self, line: str) -> None:
@@ -153,6 +153,7 @@ class Report:
         self.tell("tiles", tiles)
         self.tell("scheduler", scheduler)
         if self._live:
+            self._live.total = steps
             self._live.title = f"{config.name}, B {m.batch.batch_size}, T {m.batch.seq_len}, {scheduler}"
 
     def validation(self, step: int, loss: float) -> None:
@@ -177,7 +178,7 @@ class Report:
         self._replace_log()
         self._write({"step": step, "train_loss": loss, "ms": seconds * 1e3, "tokens_per_s": speed})
         if self._live:
-            self._live.step(step, loss, speed)
+            self._live.step(step, loss, speed, left_s)
 
     def sample(self, step: int, ids: list[int], text: str, printable: str) -> None:
         self.samples.append((step, printable))

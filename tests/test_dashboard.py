@@ -28,6 +28,7 @@ from taskgpt.schedulers import open_scheduler
 
 plt = pytest.importorskip("matplotlib.image", reason="screenshots are read with matplotlib: pip install 'taskgpt[notebooks]'")
 pytest.importorskip("bokeh", reason="the dashboard needs bokeh: pip install 'taskgpt[dashboard]'")
+from taskgpt.lab.dashboard import page as live_page  # noqa: E402
 from taskgpt.lab.dashboard.dashboard import Dashboard  # noqa: E402
 
 NAMES = ["native", "sequential", "loops", "threads"]
@@ -117,6 +118,22 @@ def test_the_task_stream_shows_every_task_once(name):
     assert [row[4] for row in shown] == pytest.approx([row[4] for row in ran], abs=2e-6)
 
 
+def test_the_bar_leads_to_what_has_something_to_show():
+    """Of a scheduler that is not Dask's: the run, its task stream, this process. Dask's own keeps all pages."""
+    bar = {}
+    for name in ("native", "local-cluster"):
+        bare = opened(name)
+        dashboard = Dashboard(Live(2), "" if name == "local-cluster" else "0")
+        with bare, dashboard.serve(bare):
+            for page in ("taskgpt", "status"):
+                with urllib.request.urlopen(dashboard.url.replace("taskgpt", page)) as answer:
+                    bar[name, page] = re.findall(r'<a href="([a-z-]+)">', answer.read().decode())
+    links = ["taskgpt", "tasks", "system", "individual-scheduler-system", "individual-task-stream"]
+    assert bar["native", "taskgpt"] == bar["native", "status"] == links
+    assert bar["local-cluster", "status"][:2] == ["taskgpt", "status"]
+    assert {"workers", "graph", "individual-progress"} < set(bar["local-cluster", "taskgpt"])
+
+
 def test_local_cluster_gets_the_page_and_keeps_its_stream():
     """At its own address; its tasks carry the names of kernels."""
     bare = opened("local-cluster")
@@ -187,7 +204,7 @@ def test_a_missing_bokeh_is_said(monkeypatch):
 
 
 @needs_browser
-@pytest.mark.parametrize("page", ["taskgpt", "status"])
+@pytest.mark.parametrize("page", ["taskgpt", "tasks"])
 def test_a_browser_shows_a_run(page, tmp_path):
     """While it trains: points on the page's curves, rectangles in the task stream, and both are drawn."""
     text = tmp_path / "text.txt"
@@ -199,7 +216,7 @@ def test_a_browser_shows_a_run(page, tmp_path):
             url = next(line.split()[1] for line in process.stdout if line.startswith("dashboard"))
             threading.Thread(target=process.stdout.read, daemon=True).start()  # nobody else empties the pipe
             sources = "[...Bokeh.documents[0]._all_models.values()].filter(m => m.type === 'ColumnDataSource').map(m => m.data)"
-            columns = {"taskgpt": ["efficiency", "ms"], "status": ["worker_thread"]}[page]
+            columns = {"taskgpt": ["efficiency", "ms"], "tasks": ["worker_thread"]}[page]
             ready = " && ".join(f"{sources}.some(d => d.{name} && d.{name}.length > 8)" for name in columns)
             wanted = f"JSON.stringify({sources}.filter(d => d.efficiency || d.worker_thread).map(d => Object.fromEntries(" + (
                 "Object.entries(d).map(([k, v]) => [k, Array.from(v)]))))"
@@ -221,3 +238,42 @@ def test_a_browser_shows_a_run(page, tmp_path):
     colours = np.unique((plt.imread(picture)[..., :3] * 255).astype(int).reshape(-1, 3), axis=0)
     assert len(colours) > 50
     assert process.returncode == 130
+
+
+@needs_browser
+@pytest.mark.parametrize(("name", "stops"), [("native", False), ("native", True), ("local-cluster", False)])
+def test_a_page_says_how_the_run_ended(name, stops, tmp_path):
+    """Who looks until the end sees whether it is finished, though the server is gone by then; and where it was, and the last sample."""
+    bare = opened(name)
+    live = Live(2, "a run", total=3)
+    dashboard = Dashboard(live, "" if name == "local-cluster" else "0")
+    found = {}
+
+    def look() -> None:
+        text = "[...Bokeh.documents[0]._all_models.values()].filter(m => m.type === 'Div').map(m => m.text).join()"
+        ring = f"window.rung ||= fetch('http://127.0.0.1:{doorbell.getsockname()[1]}', {{ mode: 'no-cors' }})"
+        ready = f"window.Bokeh && Bokeh.documents[0] && ({text}.includes('sample') && ({ring}), /finished|early/.test({text}))"
+        found["text"], _ = visit(dashboard.url, ready, text, tmp_path, expected="CONNECTION_REFUSED|Failed to connect")
+
+    with socket.create_server(("127.0.0.1", 0)) as doorbell, bare, dashboard.serve(bare):
+        for step in range(2 if stops else 3):
+            live.step(step, 2.5, 1000.0, left_s=60)
+        live.samples.append((2, "to be <or> not"))
+        viewer = threading.Thread(target=look)
+        viewer.start()
+        doorbell.settimeout(60)
+        with doorbell.accept()[0] as visitor:  # who sees the sample
+            visitor.sendall(b"HTTP/1.1 204 No Content\r\n\r\n")
+    viewer.join(30)
+    assert ("step 2 of 3, ended early: loss" if stops else "step 3 of 3, finished: loss") in found["text"]
+    assert "sample after 2 steps" in found["text"] and "to be &lt;or&gt; not" in found["text"]
+
+
+def test_the_head_says_how_far_it_is():
+    """Before the first step, in the middle with the time left, and at the end."""
+    live = Live(2, "a <run>", total=1200)
+    assert live_page.head(live) == "<b>a &lt;run&gt;</b><br>waiting for the first step"
+    live.step(1039, 2.5, 1000.0, left_s=75)
+    assert "step 1,040 of 1,200, 1:15 left: loss 2.5000, 1,000 tok/s" in live_page.head(live)
+    live.end = "finished"
+    assert "step 1,040 of 1,200, finished: loss" in live_page.head(live)

@@ -1,4 +1,4 @@
-"""Dask's dashboard for schedulers that are not Dask's: its task stream shows their tasks; and a page of ours in it, /taskgpt.
+"""Dask's dashboard for schedulers that are not Dask's: its task stream, /tasks, shows their tasks; and a page of ours in it, /taskgpt.
 
     dashboard = Dashboard(live)                             # before the scheduler starts
     with Traced(scheduler, on_run=dashboard.look) as traced, dashboard.serve(scheduler):
@@ -11,10 +11,12 @@ import importlib.util
 import ipaddress
 import logging
 import socket
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import dask
 from dask.utils import key_split
@@ -29,10 +31,17 @@ from taskgpt.lab.dashboard.live import Live
 from taskgpt.lab.traces.trace import Trace
 from taskgpt.schedulers import Scheduler
 
+if TYPE_CHECKING:
+    from bokeh.document import Document
+
 PORT = 8787  # Dask's
+# Dask's pages, and their parts, that have something to show without Dask's workers.
+PAGES, PLOTS = ("tasks", "system"), ("individual-task-stream", "individual-scheduler-system")
 SPANS = 5000  # tasks that the task stream shows: some steps
+GOODBYE_SECONDS = 2  # for a page to say that the run is over
 _CONFIG = {
     "distributed.scheduler.dashboard.status.task-stream-length": SPANS,
+    "distributed.scheduler.dashboard.tasks.task-stream-length": SPANS,
     "distributed.admin.system-monitor.gil.enabled": False,
 }
 
@@ -50,10 +59,9 @@ class Dashboard:
             raise UserError("--dashboard: needs bokeh; install it with: pip install 'taskgpt[dashboard]'")
         from distributed.dashboard.scheduler import applications
 
-        from taskgpt.lab.dashboard import page
-
         _paint_as_ours()
-        applications["/taskgpt"] = lambda _scheduler, extra, document: page.fill(document, live, extra)
+        self.viewers: dict[Document, Callable[[], None]] = {}
+        applications["/taskgpt"] = lambda _scheduler, extra, document: self._open(document, extra)
         self._host, self._port = _parse(address) if address else ("127.0.0.1", PORT if _why_not("127.0.0.1", PORT) is None else 0)
         if why := _why_not(self._host, self._port):
             raise UserError(f"--dashboard {shorten(address)}: cannot listen there: {why}; choose another port, or 0 for any")
@@ -71,7 +79,8 @@ class Dashboard:
                 if self.address or scheduler.settings.dashboard < 0:
                     raise UserError("--dashboard: local-cluster serves its own; choose its port with --set dashboard=PORT, 0 for any")
                 self._link(scheduler.dask_scheduler, "127.0.0.1")
-                yield
+                with self._showing_the_end():
+                    yield
                 return
             # In a thread of its own: Ctrl-C in the middle of a start waits for its end, and then finds a cluster that can be closed.
             with ThreadPoolExecutor(1) as starter:
@@ -80,25 +89,55 @@ class Dashboard:
                 self.task_stream, self._loop = TaskStreamPlugin(cluster.scheduler), cluster.loop
                 cluster.scheduler.add_plugin(self.task_stream)
                 self._link(cluster.scheduler, self._host)
-                yield
+                with self._showing_the_end():
+                    yield
 
     def _start(self) -> LocalCluster:
-        return LocalCluster(
-            n_workers=0,
-            processes=False,
-            dashboard_address=[(self._host, self._port)],  # as a string, an IPv6 address is one colon too many
-            silence_logs=logging.CRITICAL,
-        )
+        from distributed.dashboard.scheduler import applications
+
+        status = applications["/status"]  # where / leads: mostly panels of Dask's workers, of which there are none
+        applications["/status"] = applications["/taskgpt"]
+        try:
+            return LocalCluster(
+                n_workers=0,
+                processes=False,
+                dashboard_address=[(self._host, self._port)],  # as a string, an IPv6 address is one colon too many
+                silence_logs=logging.CRITICAL,
+            )
+        finally:
+            applications["/status"] = status
 
     def _link(self, dask_scheduler: DaskScheduler, host: str) -> None:
-        """Put the page into the bar at the top of every page."""
+        """Put the page into the bar at the top of every page; of Dask's own, leave those that have something to show."""
         from distributed.dashboard.scheduler import template_variables
 
-        pages = template_variables(dask_scheduler)["pages"]
-        if "taskgpt" not in pages:
-            pages.insert(0, "taskgpt")
-        shown = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
-        self.url = f"http://{shown}:{dask_scheduler.http_server.port}/taskgpt"
+        pages, plots = (template_variables(dask_scheduler)[name] for name in ("pages", "plots"))  # lists that the pages share
+        if self.task_stream is not None:
+            pages[:], plots[:] = PAGES, [plot for plot in plots if plot["url"] in PLOTS]
+        pages[:] = ["taskgpt", *(page for page in pages if page != "taskgpt")]
+        name = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+        self.url = f"http://{name}:{dask_scheduler.http_server.port}/taskgpt"
+
+    def _open(self, document: "Document", extra: dict[str, Any]) -> None:
+        from taskgpt.lab.dashboard import page
+
+        self.viewers[document] = page.fill(document, self.live, extra)
+        document.on_session_destroyed(lambda _: self.viewers.pop(document, None))
+
+    @contextmanager
+    def _showing_the_end(self) -> Iterator[None]:
+        """At the end of the run, say so on every page that somebody looks at, before the server is gone."""
+        try:
+            yield
+        finally:
+            self.live.end = "finished" if len(self.live.steps) == self.live.total else "ended early"
+            told = []
+            for document, update in list(self.viewers.items()):
+                told.append(threading.Event())
+                document.add_next_tick_callback(update)
+                document.add_next_tick_callback(told[-1].set)  # after what `update` changed was sent
+            for event in told:
+                event.wait(GOODBYE_SECONDS)
 
     def look(self, part: Trace) -> None:
         """Take note of what ran since the last look: for the page, and for the task stream, if it is ours to fill."""

@@ -32,14 +32,19 @@ class Run:
 class Live:
     """What there is to show. Written by one thread; others may read at any time, for nothing that is there ever changes.
 
-    steps: (step, loss, tokens a second, efficiency). validations: (step, loss). last_run: whatever ran last; last_step: the last step of
-    training, as validations and samples are other programs.
+    total: steps that there will be. steps: (step, loss, tokens a second, efficiency). validations: (step, loss). samples: (step, text).
+    last_run: whatever ran last; last_step: the last step of training, as validations and samples are other programs. left_s: until the
+    last step is done. end: how the run ended, "" while it goes on.
     """
 
     workers: int
     title: str = ""
+    total: int = 0
+    left_s: float = 0.0
+    end: str = ""
     steps: list[tuple[int, float, float, float]] = field(default_factory=list)
     validations: list[tuple[int, float]] = field(default_factory=list)
+    samples: list[tuple[int, str]] = field(default_factory=list)
     last_run: Run = field(default_factory=Run)
     last_step: Run = field(default_factory=Run)
     _seen_ns: int = 0
@@ -72,9 +77,9 @@ class Live:
         were_ready, began = (np.searchsorted(np.sort(each), at, side="right") for each in waits)
         return (at - begin) / 1e6, were_ready - began
 
-    def step(self, step: int, loss: float, tokens_per_s: float) -> None:
+    def step(self, step: int, loss: float, tokens_per_s: float, left_s: float = 0.0) -> None:
         """Take note of a step of training, whose run was the last one."""
-        self.last_step = self.last_run
+        self.last_step, self.left_s = self.last_run, left_s
         self.steps.append((step, loss, tokens_per_s, self.last_step.efficiency))
 
     def validation(self, step: int, loss: float) -> None:

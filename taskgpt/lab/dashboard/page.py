@@ -1,54 +1,66 @@
-"""The page /taskgpt in Dask's dashboard, in Bokeh: loss, speed, efficiency, kernels, waiting tasks. Needs the extra `dashboard`."""
+"""The page /taskgpt in Dask's dashboard, in Bokeh: loss, speed, efficiency, kernels, waiting tasks, samples. Needs bokeh."""
 
+from collections.abc import Callable
 from html import escape
 from typing import Any
 
 from bokeh.document import Document
 from bokeh.layouts import column, row
-from bokeh.models import ColumnDataSource, Div, FactorRange, HoverTool
+from bokeh.models import ColumnDataSource, Div, FactorRange, GlobalInlineStyleSheet, HoverTool, NumeralTickFormatter
 from bokeh.plotting import figure
 from distributed.dashboard.components.scheduler import env
 
 from taskgpt import palette
+from taskgpt.lab import theme
 from taskgpt.lab.dashboard.live import Live
+from taskgpt.progress import minutes
 
 PERIOD_MS = 1000  # between two looks
 KEPT = 20_000  # steps that a page holds
 BARS = 14  # kernels shown
+SAMPLES = 3  # the last ones
+NARROWEST = 400  # pixels of a plot: a narrower window has one a row
+_INK = "#717A84"  # of axes and titles, which cannot know whether the page is light or dark: WCAG's contrast is 4.3 on both
+_STYLE = (
+    theme.CSS
+    + """
+html { background: var(--back); }
+.navbar ul, .dropdown-content { background: var(--panel) !important; }
+.navbar li a { color: var(--text) !important; }
+.navbar img { box-sizing: content-box; }
+"""
+)
 
 
-def fill(document: Document, live: Live, extra: dict[str, Any]) -> None:
-    """Make the page for one viewer, and keep it up to date while the viewer looks."""
+def fill(document: Document, live: Live, extra: dict[str, Any]) -> Callable[[], None]:
+    """Make the page for one viewer, and keep it up to date while the viewer looks; return what does that."""
     steps = ColumnDataSource({name: [] for name in ("step", "loss", "speed", "efficiency")})
     validations = ColumnDataSource({name: [] for name in ("step", "loss")})
     kernels = ColumnDataSource({name: [] for name in ("kernel", "ms", "colour")})
     ready = ColumnDataSource({name: [] for name in ("ms", "tasks")})
-    head = Div(sizing_mode="stretch_width", styles={"font-size": "120%", "margin": "4px 12px"})
-
-    def plot(title: str, x: str, y: str, **options: Any):
-        found = figure(
-            title=title, x_axis_label=x, y_axis_label=y, height=260, sizing_mode="stretch_width", toolbar_location=None, **options
-        )
-        return found
+    top = Div(
+        sizing_mode="stretch_width", styles={"font-size": "120%", "margin": "4px 12px"}, stylesheets=[GlobalInlineStyleSheet(css=_STYLE)]
+    )
+    samples = Div(sizing_mode="stretch_width", styles={"margin": "4px 12px"})
 
     def over_steps(title: str, name: str, unit: str, colour: str):
-        found = plot(title, "step", unit)
+        found = _plot(title, "step", unit)
         found.line("step", name, source=steps, color=colour, line_width=2)
         found.add_tools(HoverTool(tooltips=[("step", "@step"), (title, f"@{name}{{0.000}}")], mode="vline"))
         return found
 
     loss = over_steps("loss", "loss", "train; dots: validation", palette.BLUE)
     loss.scatter("step", "loss", source=validations, color=palette.ORANGE, size=8)
-    speed = over_steps("speed", "speed", "tokens a second", palette.VIOLET)
-    speed.y_range.start = 0
-    efficiency = over_steps("parallel efficiency", "efficiency", "time in tasks / all workers' time", palette.PINK)
+    speed = over_steps("speed", "speed", "tokens a second", palette.BLUE)
+    speed.y_range.start, speed.yaxis.formatter = 0, NumeralTickFormatter(format="0,0")
+    efficiency = over_steps("parallel efficiency", "efficiency", "time in tasks / all workers' time", palette.VIOLET)
     efficiency.y_range.start, efficiency.y_range.end = 0, 1.02
     names = FactorRange()
-    bars = plot("time by kernel, last step", "ms of all workers", "", y_range=names)
+    bars = _plot("time by kernel, last step", "ms of all workers", "", y_range=names)
     bars.hbar(y="kernel", right="ms", source=kernels, height=0.8, color="colour")
     bars.x_range.start = 0
     bars.add_tools(HoverTool(tooltips=[("@kernel", "@ms{0.0} ms")]))
-    depth = plot("tasks that are ready and wait, the step before", "ms", "tasks")
+    depth = _plot("tasks that are ready and wait, the step before", "ms", "tasks")
     depth.step("ms", "tasks", source=ready, color=palette.ORANGE, mode="after", line_width=1.5)
     depth.y_range.start = 0
     seen = {"steps": 0, "validations": 0}
@@ -58,6 +70,7 @@ def fill(document: Document, live: Live, extra: dict[str, Any]) -> None:
         if marks := live.validations[seen["validations"] :]:
             validations.stream(dict(zip(("step", "loss"), map(list, zip(*marks, strict=True)), strict=True)))
             seen["validations"] += len(marks)
+        top.text, samples.text = head(live), _samples(live)
         if not new:
             return
         steps.stream(dict(zip(("step", "loss", "speed", "efficiency"), map(list, zip(*new, strict=True)), strict=True)), KEPT)
@@ -68,22 +81,49 @@ def fill(document: Document, live: Live, extra: dict[str, Any]) -> None:
         colour = palette.of_kernels(shown)
         kernels.data = {"kernel": shown, "ms": [run.kernel_ms[name] for name in shown], "colour": [colour[name] for name in shown]}
         ready.data = {"ms": run.ready_at_ms, "tasks": run.ready}
-        step, last_loss, tokens, share = new[-1]
-        now = f"step {step}: loss {last_loss:.4f}, {tokens:,.0f} tok/s, parallel efficiency {share:.3f} on {live.workers} workers"
-        head.text = f"<b>{escape(live.title)}</b><br>{escape(now)}"
 
-    head.text = f"<b>{escape(live.title)}</b><br>waiting for the first step"
     update()
     document.add_periodic_callback(update, PERIOD_MS)
-    document.add_root(
-        column(
-            head,
-            row(loss, speed, sizing_mode="stretch_width"),
-            row(efficiency, bars, sizing_mode="stretch_width"),
-            depth,
-            sizing_mode="stretch_width",
-        )
-    )
+    plots = row(loss, speed, efficiency, bars, depth, sizing_mode="stretch_width", styles={"flex-wrap": "wrap"})
+    document.add_root(column(top, plots, samples, sizing_mode="stretch_width"))
     document.title = "taskgpt"
     document.template = env.get_template("simple.html")
     document.template_variables.update(extra)
+    return update
+
+
+def _plot(title: str, x: str, y: str, **options: Any):
+    clear = dict.fromkeys(("background_fill_color", "border_fill_color", "outline_line_color"))
+    found = figure(
+        title=title,
+        x_axis_label=x,
+        y_axis_label=y,
+        height=260,
+        min_width=NARROWEST,
+        sizing_mode="stretch_width",
+        toolbar_location=None,
+        **clear,
+        **options,
+    )
+    found.title.text_color = _INK
+    for part in ("axis_label_text", "major_label_text", "axis_line", "major_tick_line", "minor_tick_line"):
+        setattr(found.axis, f"{part}_color", _INK)
+    found.grid.grid_line_color, found.grid.grid_line_alpha = _INK, 0.25
+    return found
+
+
+def head(live: Live) -> str:
+    """Return what runs, and how far it is."""
+    now = live.end or "waiting for the first step"
+    if live.steps:
+        step, loss, tokens, share = live.steps[-1]
+        left = live.end or (f"{minutes(live.left_s)} left" if live.left_s > 0 else "the last things")
+        now = f"step {step + 1:,} of {live.total:,}, {left}: loss {loss:.4f}, {tokens:,.0f} tok/s, "
+        now += f"parallel efficiency {share:.3f} on {live.workers} workers"
+    return f"<b>{escape(live.title)}</b><br>{escape(now)}"
+
+
+def _samples(live: Live) -> str:
+    wrap = "white-space: pre-wrap; overflow-wrap: anywhere; margin: 2px 0 14px"
+    found = [f'<b>sample after {step:,} steps</b><pre style="{wrap}">{escape(text)}</pre>' for step, text in live.samples[-SAMPLES:]]
+    return "".join(found[::-1])
