@@ -8,6 +8,7 @@ import pytest
 from test_efficiency import hand_made
 from test_trace import NAMES, traced, waits
 
+from taskgpt import palette
 from taskgpt.lab.traces import paraver
 from taskgpt.lab.traces.idle import CAUSES, gaps
 from taskgpt.lab.traces.rules import RuleError
@@ -16,6 +17,24 @@ from taskgpt.lab.traces.rules import RuleError
 def names_of(pcf: str, event_type: int) -> dict[int, str]:
     block = re.search(rf"EVENT_TYPE\n0 +{event_type} .*?\nVALUES\n(.*?)(?:\n\n|\Z)", pcf, re.DOTALL).group(1)
     return {int(number): name for number, name in (line.split(maxsplit=1) for line in block.splitlines())}
+
+
+def test_values_have_the_colours_of_other_pictures(tmp_path):
+    """Paraver draws a value in STATES_COLOR's entry for its number: kernels, phases and layers have their own, and no state's."""
+    trace = traced("native")
+    paraver.write(trace, tmp_path / "paraver.prv")
+    pcf = (tmp_path / "paraver.pcf").read_text()
+    colours = {int(n): rgb for n, *rgb in re.findall(r"^(\d+)    \{(\d+),(\d+),(\d+)\}$", pcf, re.MULTILINE)}
+    values = {what: names_of(pcf, n) for what, n in (("kernel", 60000023), ("phase", 70000002), ("layer", 70000001))}
+    numbers = [n for named in values.values() for n in named if n]
+    assert len(set(numbers)) == len(numbers) and not set(numbers) & set(paraver.STATES)
+    assert set(colours) == {*numbers, *paraver.STATES}
+    for kernel, colour in palette.of_kernels(trace.names("kernel")).items():
+        [number] = [n for n, name in values["kernel"].items() if name == kernel]
+        assert "#" + "".join(f"{int(part):02X}" for part in colours[number]) == colour
+    for layer, colour in palette.of_layers(trace.column("layer").tolist()).items():
+        [number] = [n for n, name in values["layer"].items() if name == (f"layer {layer}" if layer >= 0 else "no layer")]
+        assert "#" + "".join(f"{int(part):02X}" for part in colours[number]) == colour
 
 
 @pytest.mark.parametrize("name", NAMES)

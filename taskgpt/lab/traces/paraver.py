@@ -8,6 +8,9 @@ function, 60000028 task id. Ours follow on 70000001. An interval is an event wit
 communications, from the end of a task to the start of the one that waited, in the next run too; their size is the bytes that it moves,
 their tag the kernel.
 
+Kernels, phases and layers are numbered from FIRST on, one after the other, as Paraver draws a value in the colour that STATES_COLOR has for
+its number: so each has its colour of taskgpt.palette, and none a state's.
+
 A gap between two tasks is one state, that of the cause to which most of it is due: times by state differ from those of `trace report`,
 which shares a gap among its causes.
 """
@@ -21,6 +24,7 @@ from time import localtime, strftime
 
 import numpy as np
 
+from taskgpt import palette
 from taskgpt.errors import shorten
 from taskgpt.files import replacing
 from taskgpt.lab.layout import label
@@ -34,6 +38,7 @@ STATES = {IDLE: "Idle", RUNNING: "Running", SYNCHRONIZATION: "Synchronization", 
 STATE_OF = {"barrier": SYNCHRONIZATION, "dependency": IDLE, "scheduling": SCHEDULING, "between": IDLE}  # by what a gap is mostly due to
 OUTLINED, TASK_FUNCTION, TASK_ID = 60000018, 60000023, 60000028
 LAYER, PHASE, STEP, FLOPS, BYTES = range(70000001, 70000006)
+FIRST = 10
 _CHUNK = 20_000  # lines in memory at a time
 
 
@@ -108,12 +113,19 @@ def _states(trace: Trace, length: int) -> Iterator[_Lines]:
         yield _Lines(since, np.zeros_like(since), "1:%d:1:1:%d:%d:%d:%d", (thread, thread, since, until, state))
 
 
+def _numbers(trace: Trace) -> dict[str, int]:
+    """Return the value of the first kernel, of the first phase, and of layer 0; no layer is the one before."""
+    phase = FIRST + len(trace.names("kernel"))
+    return {"kernel": FIRST, "phase": phase, "layer": phase + len(trace.names("phase")) + 1}
+
+
 def _tasks(trace: Trace) -> Iterator[_Lines]:
     """Yield the events that begin tasks, and those that end them: each after those of the worker's task before, which may take no time."""
     r, function = trace.records, OUTLINED if trace.about["is_fork_join"] else TASK_FUNCTION
     starts, stops, thread, number = r["start_ns"] - trace.begin_ns, r["stop_ns"] - trace.begin_ns, r["worker"] + 1, np.arange(len(r))
-    values = {function: trace.column("kernel") + 1, TASK_ID: r["task"] + 1}
-    values |= {LAYER: trace.column("layer") + 2, PHASE: trace.column("phase") + 1, STEP: trace.runs["step"][r["run"]] + 1}  # 0 ends them
+    coloured = {what: trace.column(what) + first for what, first in _numbers(trace).items()}
+    values = {function: coloured["kernel"], TASK_ID: r["task"] + 1}
+    values |= {LAYER: coloured["layer"], PHASE: coloured["phase"], STEP: trace.runs["step"][r["run"]] + 1}  # 0 ends them
     costs = {FLOPS: trace.column("flops"), BYTES: trace.column("bytes")}
     begins, ends = (":".join(["2:%d:1:1:%d:%d", *words]) for words in ([f"{n}:%d" for n in values | costs], [f"{n}:0" for n in values]))
     yield _Lines(starts, 2 * number, begins, (thread, thread, starts, *values.values(), *costs.values()))
@@ -122,7 +134,7 @@ def _tasks(trace: Trace) -> Iterator[_Lines]:
 
 def _communications(trace: Trace) -> _Lines:
     """Return a line for each dependency: sent when the one that is waited for stops, received when the one that waits starts."""
-    r, sizes, tags = trace.records, trace.column("bytes"), trace.column("kernel") + 1
+    r, sizes, tags = trace.records, trace.column("bytes"), trace.column("kernel") + FIRST
     before, after = (np.concatenate([np.empty(0, np.int64), *each]) for each in list(zip(*trace.dependencies(), strict=True)) or [(), ()])
     out, ready, start = (r[name][at] - trace.begin_ns for name, at in (("stop_ns", before), ("ready_ns", after), ("start_ns", after)))
     one, other, ready = r["worker"][before] + 1, r["worker"][after] + 1, np.maximum(ready, out)
@@ -130,21 +142,35 @@ def _communications(trace: Trace) -> _Lines:
     return _Lines(out, np.zeros_like(out), "3:%d:1:1:%d:%d:%d:%d:1:1:%d:%d:%d:%d:%d", values)
 
 
+def _values(trace: Trace) -> dict[str, dict[int, tuple[str, str]]]:
+    """Return the name and the colour of each kernel, phase and layer, by the number that it has in events."""
+    layers = {-1, *trace.column("layer").tolist()}
+    found = {what: dict(enumerate(trace.names(what))) for what in ("kernel", "phase")} | {"layer": {n: n for n in sorted(layers)}}
+    numbered = {}
+    for what, first in _numbers(trace).items():
+        key = palette.key(what, found[what].values())
+        named = {n: (value if what == "kernel" else key[value][0], key[value][1]) for n, value in found[what].items()}
+        numbered[what] = {first + n: (label(name), colour) for n, (name, colour) in named.items()}
+    return numbered
+
+
 def _pcf(trace: Trace) -> str:
     colours = {IDLE: "117,195,255", RUNNING: "0,0,255", SYNCHRONIZATION: "179,0,0", SCHEDULING: "255,255,0"}
-    kernels = dict(enumerate(map(label, trace.names("kernel")), start=1))
-    layers = {1: "no layer"} | {n + 2: f"layer {n}" for n in np.unique(trace.column("layer")).tolist() if n >= 0}
+    values = _values(trace)
+    for numbered in values.values():
+        colours |= {n: _rgb(colour) for n, (_, colour) in numbered.items()}
+    names = {what: {n: name for n, (name, _) in numbered.items()} for what, numbered in values.items()}
     types = [
-        (OUTLINED, "Executed OpenMP parallel function", kernels),
-        (TASK_FUNCTION, "Executed task function", kernels),
+        (OUTLINED, "Executed OpenMP parallel function", names["kernel"]),
+        (TASK_FUNCTION, "Executed task function", names["kernel"]),
         (TASK_ID, "Task id", {}),
-        (LAYER, "Layer", layers),
-        (PHASE, "Phase", {n: label(name or "no phase") for n, name in enumerate(trace.names("phase"), start=1)}),
+        (LAYER, "Layer", names["layer"]),
+        (PHASE, "Phase", names["phase"]),
         (STEP, "Step, counted from 1", {}),
         (FLOPS, "Floating-point operations of the task", {}),
         (BYTES, "Bytes that the task moves", {}),
     ]
-    options = "LEVEL THREAD,UNITS NANOSEC,LOOK_BACK 100,SPEED 1,FLAG_ICONS ENABLED,NUM_OF_STATE_COLORS 4,YMAX_SCALE 37"
+    options = f"LEVEL THREAD,UNITS NANOSEC,LOOK_BACK 100,SPEED 1,FLAG_ICONS ENABLED,NUM_OF_STATE_COLORS {len(colours)},YMAX_SCALE 37"
     pairs = (option.rsplit(" ", 1) for option in options.split(","))
     blocks = [
         "DEFAULT_OPTIONS\n\n" + "\n".join(f"{name:<20}{value}" for name, value in pairs),
@@ -156,6 +182,10 @@ def _pcf(trace: Trace) -> str:
         block = f"EVENT_TYPE\n0    {number}    {name}"
         blocks.append(block + ("\nVALUES\n" + "\n".join(f"{n}    {text}" for n, text in {0: "End", **values}.items()) if values else ""))
     return "\n\n".join(blocks) + "\n"
+
+
+def _rgb(colour: str) -> str:
+    return ",".join(str(int(colour[at : at + 2], 16)) for at in (1, 3, 5))
 
 
 # The checker reads what is there, and knows nothing of how it was written -----------------------------------------------------------------
