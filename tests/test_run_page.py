@@ -8,7 +8,7 @@ from browser import needs_browser, visit
 
 from taskgpt.errors import UserError
 from taskgpt.lab import run_page
-from taskgpt.lab.dashboard.live import Live, Run
+from taskgpt.lab.dashboard.live import Live
 from taskgpt.train import main
 
 TINY = ["--graph", "tiny", "--workers", "2", "--val-batches", "1"]
@@ -37,6 +37,8 @@ def test_the_page_has_what_the_log_has(folder):
     assert [value for _, value in speed["lines"][0]["points"]] == [r["tokens_per_s"] for r in records if "train_loss" in r]
     assert all(0 < value <= 1.01 for _, value in efficiency["lines"][0]["points"])
     assert re.findall(r"after (\d+) steps", page) == ["7", "4"]
+    assert "matmul_forward" in re.findall(r'<th scope="row">(\w+)</th>', page)
+    assert sum(float(share) for share in re.findall(r"<td>([\d.]+)%</td>", page)) == pytest.approx(100, abs=1)
     assert records[-1]["summary"]["parameters_sha256"] in page
     assert "taskgpt train --graph tiny" in page
 
@@ -79,7 +81,7 @@ def test_a_pointer_reads_values(folder, tmp_path):
 @needs_browser
 def test_one_step_and_no_number(tmp_path):
     """A run that diverged at once has a page too: a point, and no line where there is no number."""
-    live = Live(1, "one <step>", steps=[(0, float("nan"), 100.0, 0.5)], validations=[(0, 5.5)], last_step=Run(kernel_ms={}))
+    live = Live(1, "one <step>", steps=[(0, float("nan"), 100.0, 0.5)], validations=[(0, 5.5)])
     told = {"first": None, "last": None, "best": None, "best_step": None}
     summary = {"train_loss": told, "val_loss": None, "steps": 1, "median_ms": 1.0, "tokens_per_s": 1.0, "share_of_sgemm": 1.0, "workers": 1}
     summary |= {"peak_memory_bytes": 1, "data": "", "parameters_sha256": "", "scheduler": {}, "machine": {}}

@@ -27,7 +27,7 @@ def write(path: str | Path, live: Live, samples: Sequence[tuple[int, str]], summ
     parts = {
         "TITLE": escape(live.title),
         "FIGURES": _figures(live, summary),
-        "KERNELS": _kernels(live.last_step.kernel_ms),
+        "KERNELS": _kernels({name: ms / len(live.steps) for name, ms in live.kernel_ms.items()}),
         "SAMPLES": _samples(samples),
         "SETTINGS": "".join(_settings(summary, command)),
         "DATA": json.dumps({"charts": _charts(live)}, separators=(",", ":")).replace("<", "\\u003c"),  # nothing ends the script early
@@ -97,7 +97,7 @@ def _loss(loss: float | None) -> str:
 
 
 def _kernels(kernel_ms: dict[str, float]) -> str:
-    """Return a bar for each kernel of the last step, the longest first."""
+    """Return a bar for each kernel, the longest first."""
     total, colours = sum(kernel_ms.values()) or 1.0, palette.of_kernels(kernel_ms)
     rows = sorted(kernel_ms.items(), key=lambda item: -item[1])
     shown, rest = rows[:MOST_KERNELS], rows[MOST_KERNELS:]

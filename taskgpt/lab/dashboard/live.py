@@ -5,6 +5,7 @@ scheduler = Traced(scheduler, on_run=live.look)     # after every run: which tas
 live.step(step, loss, tokens_per_s)                 # after every step of training
 """
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -33,8 +34,8 @@ class Live:
     """What there is to show. Written by one thread; others may read at any time, for nothing that is there ever changes.
 
     total: steps that there will be. steps: (step, loss, tokens a second, efficiency). validations: (step, loss). samples: (step, text).
-    last_run: whatever ran last; last_step: the last step of training, as validations and samples are other programs. left_s: until the
-    last step is done. end: how the run ended, "" while it goes on.
+    kernel_ms: of all steps together. last_run: whatever ran last; last_step: the last step of training, as validations and samples are
+    other programs. left_s: until the last step is done. end: how the run ended, "" while it goes on.
     """
 
     workers: int
@@ -45,6 +46,7 @@ class Live:
     steps: list[tuple[int, float, float, float]] = field(default_factory=list)
     validations: list[tuple[int, float]] = field(default_factory=list)
     samples: list[tuple[int, str]] = field(default_factory=list)
+    kernel_ms: Counter[str] = field(default_factory=Counter)
     last_run: Run = field(default_factory=Run)
     last_step: Run = field(default_factory=Run)
     _seen_ns: int = 0
@@ -80,6 +82,7 @@ class Live:
     def step(self, step: int, loss: float, tokens_per_s: float, left_s: float = 0.0) -> None:
         """Take note of a step of training, whose run was the last one."""
         self.last_step, self.left_s = self.last_run, left_s
+        self.kernel_ms.update(self.last_step.kernel_ms)
         self.steps.append((step, loss, tokens_per_s, self.last_step.efficiency))
 
     def validation(self, step: int, loss: float) -> None:
