@@ -205,7 +205,7 @@ def write_page(flags: argparse.Namespace, live: Live, summary: dict[str, Any], c
         report.tell("report", f"no step ran; {shorten(flags.report)} stays as it was")
         return []
     try:
-        run_page.write(flags.report, live, report.samples, summary, command)
+        run_page.write(flags.report, live, summary, command)
     except UserError as error:
         return [str(error)]
     report.tell("report", shorten(flags.report))

@@ -87,7 +87,7 @@ def test_one_step_and_no_number(tmp_path):
     summary |= {"peak_memory_bytes": 1, "data": "", "parameters_sha256": "", "scheduler": {}, "machine": {}}
     summary |= {"graph": {name: {} for name in ("model", "batch", "tiles", "options")}}
     summary |= {"disturbance": {"other_cores": 0.0, "cores": 1, "variables": {}}}
-    run_page.write(tmp_path / "run.html", live, [], summary, "taskgpt train")
+    run_page.write(tmp_path / "run.html", live, summary, "taskgpt train")
     assert "no number" in (tmp_path / "run.html").read_text()
     js = "[document.querySelectorAll('circle').length, document.querySelector('#charts svg').textContent.includes('NaN')]"
     found, _ = visit((tmp_path / "run.html").as_uri(), READY, js, tmp_path)

@@ -1,6 +1,6 @@
 """A training run as one HTML page that opens from disk: losses, speed, efficiency, kernels, samples, settings. `train --report` writes it.
 
-write("run.html", live, samples, summary, "taskgpt train --graph tiny --report run.html")
+write("run.html", live, summary, "taskgpt train --graph tiny --report run.html")
 """
 
 import json
@@ -22,13 +22,13 @@ MOST_KERNELS = 12  # as bars; the others together
 _BODY, _STYLE = (Path(__file__).with_name(f"run_page.{kind}") for kind in ("html", "css"))
 
 
-def write(path: str | Path, live: Live, samples: Sequence[tuple[int, str]], summary: dict[str, Any], command: str) -> None:
-    """Write the page, whole or not at all. samples: (steps done before, text). Raises UserError."""
+def write(path: str | Path, live: Live, summary: dict[str, Any], command: str) -> None:
+    """Write the page, whole or not at all. Raises UserError."""
     parts = {
         "TITLE": escape(live.title),
         "FIGURES": _figures(live, summary),
         "KERNELS": _kernels({name: ms / len(live.steps) for name, ms in live.kernel_ms.items()}),
-        "SAMPLES": _samples(samples),
+        "SAMPLES": _samples(live.samples),
         "SETTINGS": "".join(_settings(summary, command)),
         "DATA": json.dumps({"charts": _charts(live)}, separators=(",", ":")).replace("<", "\\u003c"),  # nothing ends the script early
     }
