@@ -46,10 +46,11 @@ class Report:
         self._record[key] = value
 
     def table(self, key: str, columns: dict[str, tuple[str, str]], rows: Sequence[dict[str, Any]], details: Collection[str] = ()) -> None:
-        """Print the rows, and keep them whole under `key`. `details`: heads of columns that only `--wide` shows."""
+        """Print the rows, if there are any, and keep them whole under `key`. `details`: heads of columns that only `--wide` shows."""
         self.keep(key, list(rows))
         table = table_of("", columns, rows)
-        print(f"\n{layout.to_text(table if self._width is None else layout.without(table, details), self._width)}")
+        if rows:
+            print(f"\n{layout.to_text(table if self._width is None else layout.without(table, details), self._width)}")
 
     def save(self) -> None:
         """Say in one line what disturbed the measurements, if anything did, and write the JSON file, if one was asked for."""

@@ -165,6 +165,7 @@ class Search:
                     return
                 self.forecast(cell)
             challenger = min(untried, key=self.forecast)  # the first of equals
+            self._say(f"{phase}: {changes_of(challenger)} against {self._whose(self.champion)}")
             race = self._track.race(phase, challenger, self.champion, until)
             self._keep(race)
             if race.outcome == FASTER:
@@ -174,6 +175,7 @@ class Search:
         """Race the champion against the start once more; if it is not faster now, the start is the champion again."""
         if self.champion == self.start:
             return None
+        self._say(f"final: {changes_of(self.champion)} against {self._whose(self.start)}")
         race = self._track.race("final", self.champion, self.start, until, FINAL_ROUNDS, final_verdict, may_stop=False)
         self._keep(race)
         if race.outcome != FASTER:
@@ -190,9 +192,11 @@ class Search:
             numbers.setdefault(race.challenger, str(number))
         return rows
 
+    def _whose(self, champion: Cell) -> str:
+        return "what is shipped" if champion == self.start else "the best so far"
+
     def _keep(self, race: Race) -> None:
         self.races.append(race)
         self._raced.add(race.challenger)
-        whose = "what is shipped" if race.champion == self.start else "the best so far"
-        ratio = f"{median(race.ratios):.3f} of {whose}, " if race.ratios else ""
+        ratio = f"{median(race.ratios):.3f} of {self._whose(race.champion)}, " if race.ratios else ""
         self._say(f"{race.phase}: {changes_of(race.challenger)}: {ratio}{race.outcome}")
