@@ -70,6 +70,11 @@ def test_ci_runs_the_readmes_test_command():
     assert found[0] in (ROOT / ".ci" / "run").read_text()
 
 
+def test_readme_is_short():
+    """What needs more room is in docs/."""
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 130
+
+
 @pytest.fixture(scope="module")
 def here(tmp_path_factory) -> Path:
     """The folder where a reader types one command after another: some read what others wrote."""
