@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -20,20 +21,27 @@ PATIENCE_SECONDS = 60
 
 
 def visit(
-    url: str, ready: str, wanted: str, folder: Path, size: str = "1300,1000", scheme: str = "light", expected: str = ""
+    url: str,
+    ready: str,
+    wanted: str,
+    folder: Path,
+    size: str = "1300,1000",
+    scheme: str = "light",
+    expected: str = "",
+    mouse: Sequence[tuple[str, float, float]] = (),
 ) -> tuple[object, Path]:
     """Open a page, wait until the JavaScript `ready` is true; return the value of `wanted`, and a screenshot as PNG in the folder.
 
-    `scheme`: light or dark, as the reader's system has it. Whatever the page writes to the console as an error fails the test, unless the
-    pattern `expected` is in it.
+    `mouse`: what it does in between, (Pressed, Moved or Released, x, y). `scheme`: light or dark, as the reader's system has it. Whatever
+    the page writes to the console as an error fails the test, unless the pattern `expected` is in it.
     """
-    value, picture, errors = asyncio.run(_visit(url, ready, wanted, folder, size, scheme))
+    value, picture, errors = asyncio.run(_visit(url, ready, wanted, folder, size, scheme, mouse))
     unexpected = [error for error in errors if not expected or not re.search(expected, error)]
     assert not unexpected, unexpected
     return value, picture
 
 
-async def _visit(url: str, ready: str, wanted: str, folder: Path, size: str, scheme: str) -> tuple[object, Path, list[str]]:
+async def _visit(url: str, ready: str, wanted: str, folder: Path, size: str, scheme: str, mouse) -> tuple[object, Path, list[str]]:
     profile = Path(tempfile.mkdtemp(dir=folder))
     flags = [
         "--headless",
@@ -82,6 +90,9 @@ async def _visit(url: str, ready: str, wanted: str, folder: Path, size: str, sch
         while not await evaluate(ready):
             assert time.monotonic() < end, f"{url}: waited {PATIENCE_SECONDS} s for {ready}"
             await asyncio.sleep(0.2)
+        for kind, x, y in mouse:
+            button = {"button": "left", "buttons": int(kind != "Released"), "clickCount": 1}
+            await call("Input.dispatchMouseEvent", session, type=f"mouse{kind}", x=x, y=y, **button)
         value = await evaluate(wanted)
         picture = folder / "picture.png"
         picture.write_bytes(base64.b64decode((await call("Page.captureScreenshot", session))["data"]))

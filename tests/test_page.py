@@ -203,6 +203,24 @@ def test_a_selection_has_sums(tmp_path):
 
 
 @needs_browser
+def test_the_mouse_chooses_moves_and_selects(tmp_path):
+    """A click chooses what is under it; a drag moves, and selects once `select` is pressed."""
+    page.write([hand_made([(0, 0, 0, 1000, []), (1, 0, 0, 400, []), (1, 1000, 1200, 2000, [0])], 2)], tmp_path / "page.html", "mouse")
+    url, ready = (tmp_path / "page.html").as_uri(), "document.documentElement.dataset.ready === 'yes'"
+    js = "(({ left, top }) => [left + x(page.traces[0], 700), left + x(page.traces[0], 1500), top + rowTop(page.traces[0], 1) + 9])"
+    (a, b, y), _ = visit(url, ready, f"{js}(canvas.getBoundingClientRect())", tmp_path)
+    click, drag = [("Pressed", a, y), ("Released", a, y)], [("Pressed", a, y), ("Moved", a + 9, y), ("Moved", b, y), ("Released", b, y)]
+    state = "[chosen && chosen.gap !== undefined, t0, selection && [selection.a, selection.b]]"
+    (is_gap, before, selected), _ = visit(url, ready, state, tmp_path, mouse=click)
+    assert is_gap and selected is None
+    (chosen, after, selected), _ = visit(url, f"{ready} && (zoom(0.5, 1000), true)", state, tmp_path, mouse=drag)
+    assert chosen is None and selected is None and before < after < 500
+    (chosen, after, selected), _ = visit(url, f"{ready} && (at('select').click(), true)", state, tmp_path, mouse=drag)
+    assert chosen is None and after == before
+    assert selected == pytest.approx([700, 1500], abs=5)
+
+
+@needs_browser
 def test_a_search_finds_tasks(tmp_path):
     """By kernel, call, phase or layer, in capitals too; Enter goes to the first, then to the next one in order of time."""
     trace = traced("native")

@@ -210,6 +210,16 @@ def evaluated(tmp_path, js: str, *flags: str, size: str = "1280,800", scheme: st
 
 
 @needs_browser
+def test_dasks_page_opens(tmp_path):
+    """At 480 pixels, without an error in the console, as black on white under a dark system too: the colours in it are Dask's."""
+    shown(tmp_path, "dask")
+    (tmp_path / "graph").rename(tmp_path / "graph.html")
+    js = "[document.documentElement.scrollWidth, getComputedStyle(document.body).backgroundColor]"
+    value, _ = visit((tmp_path / "graph.html").as_uri(), "document.querySelectorAll('details').length > 5", js, tmp_path, "480,800", "dark")
+    assert value == [480, "rgb(255, 255, 255)"]
+
+
+@needs_browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", ["480,800", "1280,800"])
 def test_the_page_fits_the_window(size, scheme, tmp_path):
