@@ -11,6 +11,7 @@ from taskgpt.config import load_graph
 from taskgpt.gpt2 import checkpoint
 from taskgpt.gpt2.model import GPT2
 from taskgpt.gpt2.shape import Batch, Options
+from taskgpt.lab import machine
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a background job of a script; what tests start would ignore it too
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -45,3 +46,10 @@ def cheap_collections():
     """Take what is there out of the garbage collector's sight: after a few files, to look at all that numba made takes it a second."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def alike_everywhere(monkeypatch):
+    """Measure the machine in a moment: every training ends with that, and no test asks how fast this one is. No terminal has a width."""
+    monkeypatch.setattr(machine, "MEASURE_S", 0.01)
+    monkeypatch.delenv("COLUMNS", raising=False)
