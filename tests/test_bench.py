@@ -28,11 +28,8 @@ R, C, OC = dims("R C OC")
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Measure in moments, on little memory."""
-    monkeypatch.setattr(roofline, "PROBE_SECONDS", 0.0005)
+    """Do not wait between libraries."""
     monkeypatch.setattr(peers, "PAUSE_SECONDS", 0)
-    monkeypatch.setattr(machine, "BANDWIDTH_BYTES", 1 << 16)
-    monkeypatch.setattr(machine, "cache_bytes", lambda: 0)
 
 
 def run(tmp_path, *words: str) -> dict:

@@ -21,7 +21,6 @@ from taskgpt.tasks import In, InOut, Out, dims, kernel
 from taskgpt.tasks.blas import gemm
 
 A, B, M, N, K, L = dims("A B M N K L")
-MEASURE_S = 0.3  # of a speed, where nobody says how long: some 12 rounds, of which the median counts
 BANDWIDTH_BYTES = 1 << 29  # of memory that bandwidth is measured on, all threads together; more where caches are larger than a quarter
 
 
@@ -83,22 +82,21 @@ def triad_twin(x, y, z, times):
 
 
 def sgemm_gflops(
-    threads: int, M: int = 256, N: int = 768, K: int = 3072, transpose_a: int = 0, transpose_b: int = 1, seconds: float | None = None
+    threads: int, M: int = 256, N: int = 768, K: int = 3072, transpose_a: int = 0, transpose_b: int = 1, seconds: float = 0.3
 ) -> float:
     """Return GFLOP/s of (M, K) @ (K, N) float32 products running on `threads` threads at once, one BLAS thread each: the median round.
 
     Each thread has operands of its own, packed, and stays with them. That is this machine's limit for so many workers. More threads than
-    cores that this process may use cannot give more, so beyond that the result is that of all these cores. It takes about `seconds`,
-    MEASURE_S by default.
+    cores that this process may use cannot give more, so beyond that the result is that of all these cores.
     """
     threads = min(threads, usable_cores())
     shapes = ((M, N), (K, M) if transpose_a else (M, K), (N, K) if transpose_b else (K, N))
     operands = [[np.ones(shape, np.float32) for shape in shapes] for _ in range(threads)]
     calls = [partial(product, *own, transpose_a, transpose_b) for own in operands]
-    return threads * 2 * M * N * K / statistics.median(timed_together(calls, seconds or MEASURE_S)) / 1e9
+    return threads * 2 * M * N * K / statistics.median(timed_together(calls, seconds)) / 1e9
 
 
-def bandwidth_gbs(stream: str, threads: int, seconds: float | None = None, total_bytes: int | None = None) -> float:
+def bandwidth_gbs(stream: str, threads: int, seconds: float = 0.3, total_bytes: int | None = None) -> float:
     """Return GB/s of memory that `threads` threads at once stream through: the median round. `stream` is one of STREAMS.
 
     Their arrays, parts of `total_bytes`, are much larger than caches. Counted is what the memory moves: a cache line that is written was
@@ -109,7 +107,7 @@ def bandwidth_gbs(stream: str, threads: int, seconds: float | None = None, total
     length = (total_bytes or max(BANDWIDTH_BYTES, 4 * cache_bytes())) // (threads * arrays * np.dtype(dtype).itemsize)
     fixed = [np.zeros(1, np.int64)] if loop is read else []
     calls = [partial(loop, *fixed, *(np.ones(length, dtype) for _ in range(arrays))) for _ in range(threads)]
-    return threads * length * bytes_each / statistics.median(timed_together(calls, seconds or MEASURE_S)) / 1e9
+    return threads * length * bytes_each / statistics.median(timed_together(calls, seconds)) / 1e9
 
 
 # Loop, arrays it goes through, their type, bytes that an element moves.
