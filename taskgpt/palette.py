@@ -47,8 +47,8 @@ def key(what: str, values: Iterable[Any]) -> dict[Any, tuple[str, str]]:
         colour = of_kernels(values)
         return {name: (" ".join(filter(None, _family_and_direction(name))), colour[name]) for name in values}
     if what == "layer":
-        colour = of_layers(values)
-        return {n: (f"layer {n}" if n >= 0 else "no layer", colour[n]) for n in sorted(values, key=lambda n: (n < 0, n))}
+        of_layer = of_layers(values)
+        return {n: (f"layer {n}" if n >= 0 else "no layer", of_layer[n]) for n in sorted(values, key=lambda n: (n < 0, n))}
     colour = of_names(name for name in values if name)
     return {name: (name or f"no {what}", colour.get(name, REST)) for name in values}
 
