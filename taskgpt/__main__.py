@@ -11,6 +11,7 @@ PROGRAMS = {
     "train": "train GPT-2",
     "data": "download a dataset, or list what is prepared",
     "sizes": "list the models with their parameters and memory",
+    "convert": "convert a model between llm.c's and Hugging Face's formats",
     "show": "draw a graph, or write it as text, JSON, GraphML or DOT",
     "trace": "report on traces, check them, convert them",
     "compare": "race schedulers, tiles and policies on a graph",

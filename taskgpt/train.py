@@ -31,7 +31,7 @@ from taskgpt.config import GraphConfig, SchedulerConfig, load_graph, load_schedu
 from taskgpt.console import Report, StopRequest, told
 from taskgpt.errors import UserError, on_signals, run_program, shorten
 from taskgpt.files import verify_can_write as verify_can_write_file
-from taskgpt.gpt2 import checkpoint
+from taskgpt.gpt2 import checkpoints
 from taskgpt.gpt2.model import GPT2
 from taskgpt.gpt2.program import loss_graph, training_graph
 from taskgpt.gpt2.sampling import Sampler
@@ -58,7 +58,9 @@ def parser() -> argparse.ArgumentParser:
     what = p.add_argument_group("what runs")
     add_graph(what, "gpt2-124m")
     add_changes(what, has_auto=True)
-    what.add_argument("--init", metavar="MODEL.bin", help="start from an llm.c checkpoint, which also gives the model's shape")
+    what.add_argument(
+        "--init", metavar="MODEL", help="start from a checkpoint, llm.c's file or Hugging Face's folder, which gives the shape too"
+    )
     what.add_argument(
         "--data", default="tinyshakespeare", help="tinyshakespeare, tinystories, a text file, a folder or glob of token files"
     )
@@ -76,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--val-every", type=_count, default=10, metavar="N", help="validation loss every N steps, 0 = never (default 10)")
     out.add_argument("--val-batches", type=_positive, default=5, metavar="N", help="batches of a validation (default 5)")
     out.add_argument("--sample-every", type=_count, default=20, metavar="N", help="a sample every N steps, 0 = never (default 20)")
-    out.add_argument("--save", metavar="MODEL.bin", help="write the trained parameters as an llm.c checkpoint")
+    out.add_argument("--save", metavar="MODEL", help="write the trained parameters: name.bin is llm.c's format, a folder Hugging Face's")
     out.add_argument("--trace", metavar="DIR", help="write what each worker did when, for Perfetto, Paraver, ovni and `taskgpt trace`")
     out.add_argument(
         "--dashboard",
@@ -131,9 +133,9 @@ def train(flags: argparse.Namespace, report: Report, stop: StopRequest) -> int:
         scheduler = Traced(scheduler, (dashboard or live).look, keeps=flags.trace is not None)
     m = GPT2(model, batch, graph_config.tiles, graph_config.options, shared=scheduler.needs_shared_memory)
     if flags.save is not None:
-        checkpoint.verify_can_save(flags.save, m)
+        checkpoints.verify_can_save(flags.save, model, m.p.nbytes)
     if flags.init is not None:
-        checkpoint.load(flags.init, m)
+        checkpoints.load(flags.init, model, m.parameters)
     else:
         m.initialize(flags.seed)
     if flags.log is not None:
@@ -179,7 +181,7 @@ def train(flags: argparse.Namespace, report: Report, stop: StopRequest) -> int:
 
 def divergence(loss: float, steps: int, m: GPT2) -> str:
     """Return why the model is of no use, "" if it is: the last loss is of the parameters before the last update."""
-    found = f"loss is {loss}" if not math.isfinite(loss) else "parameters are not finite" if not checkpoint.is_finite(m) else ""
+    found = f"loss is {loss}" if not math.isfinite(loss) else "parameters are not finite" if not checkpoints.is_finite(m.parameters) else ""
     return found and f"after {steps} steps the {found}, and nothing was saved; try a smaller --lr, or another --init"
 
 
@@ -190,7 +192,7 @@ def save_model(flags: argparse.Namespace, m: GPT2, steps: int, report: Report, s
         return []
     stop.consequence = f"{shorten(flags.save)} is what it was, or the new model, whole"
     try:
-        checkpoint.save(flags.save, m)
+        checkpoints.save(flags.save, m.model, m.parameters)
     except UserError as error:
         stop.consequence = "nothing was saved"
         return [str(error)]
@@ -300,7 +302,7 @@ def configure(flags: argparse.Namespace) -> tuple[GraphConfig, SchedulerConfig]:
         scheduler_overrides["workers"] = flags.workers
     if is_watched(flags):
         scheduler_overrides["record"] = RECORD
-    model = checkpoint.read_shape(flags.init) if flags.init is not None else None
+    model = checkpoints.read_shape(flags.init) if flags.init is not None else None
     graph = load_graph(graph_name, graph_overrides, model)
     scheduler = load_scheduler(scheduler_name, scheduler_overrides)
     if is_auto:

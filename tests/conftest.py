@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from taskgpt.config import load_graph
-from taskgpt.gpt2 import checkpoint
+from taskgpt.gpt2 import checkpoints
 from taskgpt.gpt2.model import GPT2
 from taskgpt.gpt2.shape import Batch, Options
 from taskgpt.lab import machine
@@ -36,8 +36,8 @@ def expected() -> dict:
 def parity_model(request) -> GPT2:
     """The parity case's model with its parameters, B = 4, T = 64; its gradients are stored. A parameter: options.kernels."""
     options = Options("matrices", kernels=getattr(request, "param", "fused"), update="separate")
-    m = GPT2(checkpoint.read_shape(PARITY / "model.bin"), Batch(4, 64), load_graph("tiny").tiles, options)
-    checkpoint.load(PARITY / "model.bin", m)
+    m = GPT2(checkpoints.read_shape(PARITY / "model.bin"), Batch(4, 64), load_graph("tiny").tiles, options)
+    checkpoints.load(PARITY / "model.bin", m.model, m.parameters)
     return m
 
 

@@ -20,7 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from taskgpt.gpt2 import checkpoint
+from taskgpt.gpt2 import checkpoints
+from taskgpt.gpt2.text.tokens import HEADER_BYTES
 
 SCHEDULERS = ["native", "native", "sequential", "loops", "threads", "local-cluster"]
 NUMBERS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
@@ -89,8 +90,8 @@ def killed(base: list[str], model: Path, choose: random.Random, took: float) -> 
 
 def is_whole(path: Path) -> bool:
     """Return True if the checkpoint has a right header, the length that belongs to it, and finite parameters."""
-    checkpoint.read_shape(path)
-    return bool(np.isfinite(np.fromfile(path, "<f4", offset=checkpoint.HEADER_BYTES)).all())
+    checkpoints.read_shape(path)
+    return bool(np.isfinite(np.fromfile(path, "<f4", offset=HEADER_BYTES)).all())
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from taskgpt.errors import UserError
-from taskgpt.gpt2 import checkpoint
+from taskgpt.gpt2.checkpoints import llmc
 from taskgpt.gpt2.model import GPT2
 
 
@@ -31,7 +31,7 @@ def damaged(parity_folder, tmp_path):
 
 def test_shape_comes_from_the_header(parity_folder):
     """All six numbers, the padded vocabulary included."""
-    model = checkpoint.read_shape(parity_folder / "model.bin")
+    model = llmc.read_shape(parity_folder / "model.bin")
     assert (model.layers, model.heads, model.channels, model.vocabulary, model.max_seq_len, model.padded_vocabulary) == (
         2,
         2,
@@ -44,7 +44,7 @@ def test_shape_comes_from_the_header(parity_folder):
 
 def test_saving_what_was_loaded_gives_the_same_file(parity_folder, parity_model, tmp_path):
     """Byte for byte, and nothing else is left in the folder."""
-    checkpoint.save(tmp_path / "copy.bin", parity_model)
+    llmc.save(tmp_path / "copy.bin", parity_model.model, parity_model.parameters)
     assert (tmp_path / "copy.bin").read_bytes() == (parity_folder / "model.bin").read_bytes()
     assert os.listdir(tmp_path) == ["copy.bin"]
 
@@ -56,8 +56,8 @@ def test_bfloat16_checkpoints_are_converted(parity_folder, parity_model, tmp_pat
     header[1] = 5
     path = tmp_path / "half.bin"
     path.write_bytes(header.tobytes() + (words[256:] >> 16).astype("<u2").tobytes())
-    half = GPT2(checkpoint.read_shape(path), parity_model.batch, parity_model.grid.tiles, parity_model.options)
-    checkpoint.load(path, half)
+    half = GPT2(llmc.read_shape(path), parity_model.batch, parity_model.grid.tiles, parity_model.options)
+    llmc.load(path, half.model, half.parameters)
     for name, tensor in parity_model.p.tensors.items():
         want = (np.ascontiguousarray(tensor.array).view(np.uint32) >> 16 << 16).view(np.float32)
         np.testing.assert_array_equal(half.p.tensors[name].array, want)
@@ -81,7 +81,7 @@ def test_a_bad_checkpoint_is_refused_with_the_reason(damaged, change, message):
     """One message that names the file, what was wanted and what was found."""
     path = damaged(**change)
     with pytest.raises(UserError, match=r"model\.bin") as error:
-        checkpoint.read_shape(path)
+        llmc.read_shape(path)
     assert message in str(error.value)
 
 
@@ -94,15 +94,15 @@ def test_what_cannot_be_read_is_a_users_mistake(parity_folder, parity_model, tmp
         tmp_path / "empty.bin": "truncated: a checkpoint begins with 1024 bytes, got 0",
         os.devnull: "cannot read the checkpoint: Not a regular file",
     }.items():
-        for read in (checkpoint.read_shape, lambda path: checkpoint.load(path, parity_model)):
+        for read in (llmc.read_shape, lambda path: llmc.load(path, parity_model.model, parity_model.parameters)):
             with pytest.raises(UserError, match=f"{path}: {reason}"):
                 read(path)
     with monkeypatch.context() as patch, pytest.raises(UserError, match="Permission denied; name a checkpoint file"):
         patch.setattr(os, "stat", refuse)
-        checkpoint.read_shape(parity_folder / "model.bin")
+        llmc.read_shape(parity_folder / "model.bin")
     (tmp_path / "short.bin").write_bytes((parity_folder / "model.bin").read_bytes()[:5000])
     with pytest.raises(UserError, match=r"short\.bin: truncated: it became shorter while it was read"):
-        checkpoint.load(tmp_path / "short.bin", parity_model)
+        llmc.load(tmp_path / "short.bin", parity_model.model, parity_model.parameters)
 
 
 def refuse(*_, **__):
@@ -112,22 +112,22 @@ def refuse(*_, **__):
 def test_where_saving_cannot_succeed_it_is_refused_beforehand(parity_model, tmp_path, monkeypatch):
     """A folder or a device in place of a file, a folder that does not exist or may not be searched, a disk without room."""
     with pytest.raises(UserError, match="is a folder"):
-        checkpoint.verify_can_save(tmp_path, parity_model)
+        llmc.verify_can_save(tmp_path, parity_model.p.nbytes)
     with pytest.raises(UserError, match="there is no folder"):
-        checkpoint.verify_can_save(tmp_path / "none" / "model.bin", parity_model)
+        llmc.verify_can_save(tmp_path / "none" / "model.bin", parity_model.p.nbytes)
     with pytest.raises(UserError, match="null: cannot write: Not a regular file"):
-        checkpoint.verify_can_save(os.devnull, parity_model)
+        llmc.verify_can_save(os.devnull, parity_model.p.nbytes)
     with pytest.raises(UserError, match="null: cannot write: Not a regular file"):
-        checkpoint.save(os.devnull, parity_model)
+        llmc.save(os.devnull, parity_model.model, parity_model.parameters)
     for module, function in ((Path, "is_dir"), (os, "stat")):
         with monkeypatch.context() as patch, pytest.raises(UserError, match=r"model\.bin: cannot write: Permission denied"):
             patch.setattr(module, function, refuse)
-            checkpoint.verify_can_save(tmp_path / "model.bin", parity_model)
-    checkpoint.verify_can_save(tmp_path / "model.bin", parity_model)
+            llmc.verify_can_save(tmp_path / "model.bin", parity_model.p.nbytes)
+    llmc.verify_can_save(tmp_path / "model.bin", parity_model.p.nbytes)
     assert not os.listdir(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 90, 10))
     with pytest.raises(UserError, match="the disk has 10 left"):
-        checkpoint.verify_can_save(tmp_path / "model.bin", parity_model)
+        llmc.verify_can_save(tmp_path / "model.bin", parity_model.p.nbytes)
 
 
 def test_a_disk_that_fills_up_leaves_no_half_file_and_keeps_the_old_one(parity_model, tmp_path, monkeypatch):
@@ -140,7 +140,7 @@ def test_a_disk_that_fills_up_leaves_no_half_file_and_keeps_the_old_one(parity_m
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match="disk is full"):
-        checkpoint.save(path, parity_model)
+        llmc.save(path, parity_model.model, parity_model.parameters)
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["model.bin"]
 
@@ -149,6 +149,6 @@ def test_only_a_checkpoint_is_overwritten(parity_model, parity_folder, tmp_path)
     """A text or the training data in --save's place is refused; an earlier checkpoint is not."""
     (tmp_path / "notes.txt").write_text("not a checkpoint")
     (tmp_path / "model.bin").write_bytes((parity_folder / "model.bin").read_bytes())
-    checkpoint.verify_can_save(tmp_path / "model.bin", parity_model)
+    llmc.verify_can_save(tmp_path / "model.bin", parity_model.p.nbytes)
     with pytest.raises(UserError, match="is no checkpoint; name another file"):
-        checkpoint.verify_can_save(tmp_path / "notes.txt", parity_model)
+        llmc.verify_can_save(tmp_path / "notes.txt", parity_model.p.nbytes)

@@ -15,7 +15,7 @@ import pytest
 from test_tokens import header
 
 from taskgpt.errors import UserError
-from taskgpt.gpt2 import checkpoint
+from taskgpt.gpt2.checkpoints import llmc
 from taskgpt.gpt2.text.data import open_data
 from taskgpt.gpt2.text.tokenizer import read_tokenizer
 from taskgpt.gpt2.text.tokens import TokenFile
@@ -53,7 +53,11 @@ FILES = {  # name: (content, what the message says, what to do; None: what depen
     "script.pt": (archive(**{"script/data/0": bytes(16), "script/data.pkl": b""}), "a PyTorch checkpoint .* never loaded.*", None),
     "pytorch_model.bin": (pickle.dumps(Bomb(), protocol=2), "a Python pickle .* never loaded.*", None),
     "model.pkl": (pickle.dumps(Bomb(), protocol=5), "a Python pickle .* never loaded.*", None),
-    "model.safetensors": (struct.pack("<Q", len(TENSORS)) + TENSORS + bytes(4), "a safetensors model", None),
+    "model.safetensors": (
+        struct.pack("<Q", len(TENSORS)) + TENSORS + bytes(4),
+        "a safetensors model",
+        "give it, or its folder, to --init or to `taskgpt convert`",
+    ),
     "model.gguf": (b"GGUF" + struct.pack("<IQQ", 3, 1, 1), "a GGUF model, as llama.cpp has them", None),
     "ids.npy": (numpy_file(np.save, np.arange(5)), r"a NumPy array \(.npy\)", None),
     "ids.npz": (numpy_file(np.savez, np.arange(5)), r"an archive of NumPy arrays \(.npz\)", None),
@@ -68,7 +72,7 @@ FILES = {  # name: (content, what the message says, what to do; None: what depen
     "hellaswag_val.bin": (header(20240522, 1), r"an llm.c evaluation file \(HellaSwag, MMLU\), which holds no running text", None),
 }
 READERS = {  # what is wanted: (reader, what to do)
-    "an llm.c model checkpoint": (checkpoint.read_shape, "llm.c's train_gpt2.py writes one, also from Hugging Face's models"),
+    "an llm.c model checkpoint": (llmc.read_shape, "llm.c's train_gpt2.py writes one, also from Hugging Face's models"),
     "an llm.c token file": (TokenFile, "tokenize the text for GPT-2, or give the text itself to --data"),
     "an llm.c tokenizer": (read_tokenizer, "llm.c's train_gpt2.py writes one"),
     "a text": (lambda path: open_data(str(path), 1, 8, 50257), "give a text in UTF-8, or a folder of llm.c's token files"),

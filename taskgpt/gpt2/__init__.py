@@ -7,6 +7,6 @@ program.py       a step as ordinary loops that spawn tasks
 kernels.py       matrix products, GELU, residual, embeddings; norms.py, attention.py, classifier.py, updates.py the others
 vector_math.py   sums and exponentials that the compiler can vectorize
 sampling.py      text from a model
-checkpoint.py    llm.c's checkpoints
+checkpoints/     parameters in files: llm.c's, Hugging Face's
 text/            tokens, tokenizers, datasets
 """

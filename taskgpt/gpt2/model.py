@@ -134,6 +134,11 @@ class GPT2:
         return {"tokens": tokens, "targets": tokens, "hyper": TensorSpec((7,)), "loss": TensorSpec((1,))}
 
     @property
+    def parameters(self) -> dict[str, np.ndarray]:
+        """The arrays of all parameters, in the order of an llm.c checkpoint."""
+        return {name: tensor.array for name, tensor in self.p.tensors.items()}
+
+    @property
     def nbytes(self) -> int:
         return sum(arena.nbytes for arena in (self.p, self.m, self.v, self.g, self.a, self.d, *self.slots))
 

@@ -3,9 +3,10 @@
 import struct
 from pathlib import Path
 
-from taskgpt.gpt2 import checkpoint
-from taskgpt.gpt2.model import GPT2
-from taskgpt.gpt2.shape import Batch, Options, Tiles
+import numpy as np
+
+from taskgpt.gpt2 import checkpoints
+from taskgpt.gpt2.shape import Model
 from taskgpt.gpt2.text.data import open_data
 from taskgpt.gpt2.text.tokenizer import read_tokenizer
 from taskgpt.gpt2.text.tokens import TokenFile, write_tokens
@@ -52,8 +53,25 @@ def _make_half_checkpoint(folder: Path) -> None:
 
 def _read_checkpoint(folder: Path) -> None:
     path = folder / "model.bin"
-    tiles = Tiles(rows=64, columns=64, pointwise_rows=64, heads=1, vocabulary=64)
-    checkpoint.load(path, GPT2(checkpoint.read_shape(path), Batch(1, 1), tiles, Options("matrices")))
+    model = checkpoints.read_shape(path)
+    checkpoints.load(path, model, empty(model))
+
+
+def empty(model: Model) -> dict[str, np.ndarray]:
+    """Return room for the parameters of a model."""
+    return {name: np.empty(shape, np.float32) for name, shape in model.parameter_shapes().items()}
+
+
+def _make_huggingface(folder: Path) -> None:
+    model = Model(2, 2, 16, 300, 32)
+    rng = np.random.default_rng(0)
+    parameters = {name: rng.standard_normal(shape, np.float32) for name, shape in model.parameter_shapes().items()}
+    checkpoints.save(folder / "model", model, parameters)
+
+
+def _read_huggingface(folder: Path) -> None:
+    model = checkpoints.read_shape(folder / "model")
+    checkpoints.load(folder / "model", model, empty(model))
 
 
 CASES = (
@@ -64,4 +82,5 @@ CASES = (
     Case("text_as_bytes", _make_text, lambda folder: open_data(str(folder / "text.txt"), 1, 8, 300)),
     Case("checkpoint", _make_checkpoint, _read_checkpoint),
     Case("checkpoint_bfloat16", _make_half_checkpoint, _read_checkpoint),
+    Case("huggingface", _make_huggingface, _read_huggingface),
 )

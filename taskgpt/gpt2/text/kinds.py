@@ -62,7 +62,7 @@ def kind_of(beginning: bytes) -> tuple[str, str]:
     if beginning[:1] == b"\x80" and beginning[1:2] in (b"\2", b"\3", b"\4", b"\5"):
         return f"a Python pickle (as older PyTorch checkpoints are), {NEVER_LOADED}", ""
     if beginning[5:10] == b'\0\0\0{"':  # the length of a header, as 8 bytes, then the header in JSON
-        return "a safetensors model", ""
+        return "a safetensors model", "give it, or its folder, to --init or to `taskgpt convert`"
     return "", ""
 
 

@@ -6,7 +6,7 @@ Version 3 holds float32, version 5 bfloat16; both have the vocabulary padded to 
 
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,7 +14,6 @@ import numpy as np
 
 from taskgpt.errors import UserError, shorten
 from taskgpt.files import atomic_file, cannot_write, file_size, write_target
-from taskgpt.gpt2.model import GPT2
 from taskgpt.gpt2.shape import Model
 from taskgpt.gpt2.text.kinds import CHECKPOINT, refuse_another_kind
 from taskgpt.gpt2.text.tokens import HEADER_BYTES, HEADER_WORDS
@@ -50,13 +49,13 @@ def read_shape(path: str | Path) -> Model:
     return model
 
 
-def load(path: str | Path, gpt: GPT2) -> None:
+def load(path: str | Path, model: Model, parameters: Mapping[str, np.ndarray]) -> None:
     """Fill the parameters from a checkpoint of the model's shape. Raises UserError as `read_shape` does."""
     version = _header(path)[1]
     with _reading(path), open(path, "rb") as file:
         file.seek(HEADER_BYTES)
-        for tensor in gpt.p.tensors.values():
-            flat = tensor.array.reshape(-1)
+        for name in model.parameter_shapes():
+            flat = parameters[name].reshape(-1)
             for at in range(0, flat.size, _CHUNK):
                 part = flat[at : at + _CHUNK]
                 # Read, not mapped: where a mapped file became shorter, the system would kill the program.
@@ -67,27 +66,19 @@ def load(path: str | Path, gpt: GPT2) -> None:
                 part[:] = words if version == FLOAT32 else (words.astype(np.uint32) << 16).view(np.float32)
 
 
-def save(path: str | Path, gpt: GPT2) -> None:
+def save(path: str | Path, model: Model, parameters: Mapping[str, np.ndarray]) -> None:
     """Write the parameters as version 3; the file appears whole or not at all. Raises UserError if it cannot be written."""
-    model = gpt.model
     header = np.zeros(HEADER_WORDS, "<i4")
     header[:8] = [MAGIC, FLOAT32, model.max_seq_len, model.vocabulary, model.layers, model.heads, model.channels, model.padded_vocabulary]
     with atomic_file(path) as file:
         file.write(header.tobytes())
-        for tensor in gpt.p.tensors.values():
-            file.write(tensor.array.astype("<f4", copy=False).data)
+        for name in model.parameter_shapes():
+            file.write(parameters[name].astype("<f4", copy=False).data)
 
 
-def is_finite(gpt: GPT2) -> bool:
-    """Return False if a parameter is infinite or not a number."""
-    return all(np.isfinite([tensor.array.min(), tensor.array.max()]).all() for tensor in gpt.p.tensors.values())
-
-
-def verify_can_save(path: str | Path, gpt: GPT2) -> None:
-    """Raise UserError if `save` could not succeed now: better before the training than after it."""
+def verify_can_save(path: str | Path, nbytes: int) -> None:
+    """Raise UserError if `save` of so many bytes could not succeed now."""
     path = Path(path)
-    if gpt.model.norm != "layernorm":
-        raise UserError(f"{shorten(path)}: llm.c's checkpoints hold GPT-2's LayerNorm alone, and this model has {gpt.model.norm}")
     try:
         if path.is_dir():
             raise UserError(f"{shorten(path)}: is a folder; name the file to write, for example {path / 'model.bin'}")
@@ -102,8 +93,8 @@ def verify_can_save(path: str | Path, gpt: GPT2) -> None:
         free = shutil.disk_usage(target.parent).free
     except OSError as error:
         raise cannot_write(path, error) from None
-    if free < gpt.p.nbytes + HEADER_BYTES:
-        raise UserError(f"{shorten(path)}: the checkpoint needs {gpt.p.nbytes:,} bytes, the disk has {free:,} left; free some space")
+    if free < nbytes + HEADER_BYTES:
+        raise UserError(f"{shorten(path)}: the checkpoint needs {nbytes:,} bytes, the disk has {free:,} left; free some space")
 
 
 @contextmanager

@@ -1,0 +1,55 @@
+"""A model's parameters in files, of whichever kind: llm.c's (llmc.py) or Hugging Face's (huggingface.py).
+
+    model = checkpoints.read_shape(path)         # from the header alone, once the file is known to be whole
+    checkpoints.load(path, model, parameters)    # parameters: name and array of each, as `GPT2.parameters` has them
+    checkpoints.save(path, model, parameters)    # name.bin: llm.c's; a folder: Hugging Face's
+
+What a path names is told by what is there, or, where a file is to be made, by its name.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+
+from taskgpt.errors import UserError, shorten
+from taskgpt.gpt2.checkpoints import huggingface, llmc
+from taskgpt.gpt2.shape import Model
+
+Parameters = Mapping[str, np.ndarray]
+
+
+def read_shape(path: str | Path) -> Model:
+    """Return the shape of a checkpoint's model. Raises UserError for what is no checkpoint, truncated, or of another model than GPT-2."""
+    return _kind(path).read_shape(path)
+
+
+def load(path: str | Path, model: Model, parameters: Parameters) -> None:
+    """Fill the parameters from a checkpoint of the model's shape. Raises UserError as `read_shape` does."""
+    _kind(path).load(path, model, parameters)
+
+
+def save(path: str | Path, model: Model, parameters: Parameters) -> None:
+    """Write the parameters; they appear whole or not at all. Raises UserError if they cannot be written."""
+    _kind_by_name(path).save(path, model, parameters)
+
+
+def verify_can_save(path: str | Path, model: Model, nbytes: int) -> None:
+    """Raise UserError if `save` of so many bytes could not succeed now: better before the work than after it."""
+    if model.norm != "layernorm":
+        raise UserError(f"{shorten(path)}: checkpoints hold GPT-2's LayerNorm alone, and this model has {model.norm}")
+    _kind_by_name(path).verify_can_save(path, nbytes)
+
+
+def is_finite(parameters: Parameters) -> bool:
+    """Return False if a parameter is infinite or not a number."""
+    return all(np.isfinite([array.min(), array.max()]).all() for array in parameters.values())
+
+
+def _kind(path: str | Path) -> ModuleType:
+    return huggingface if Path(path).is_dir() or Path(path).suffix in (".safetensors", ".json") else llmc
+
+
+def _kind_by_name(path: str | Path) -> ModuleType:
+    return llmc if Path(path).suffix == ".bin" else huggingface

@@ -1,0 +1,51 @@
+"""Convert a model from one file format into another: llm.c's and Hugging Face's.
+
+taskgpt convert gpt2_124M.bin gpt2                # llm.c's file to a folder that transformers loads
+taskgpt convert gpt2 gpt2_124M.bin                # and back
+taskgpt convert gpt2/model.safetensors model.bin
+
+A name that ends in .bin is a file of llm.c's, version 3, float32; any other a folder with config.json and model.safetensors. What is read
+may also be bfloat16, float16, or several files with an index. Pickles, such as nanoGPT's ckpt.pt, are never loaded.
+"""
+
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+
+from taskgpt.errors import UserError, run_program, shorten
+from taskgpt.gpt2 import checkpoints
+from taskgpt.lab.machine import free_memory_bytes
+from taskgpt.programs.arguments import Parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; return its exit code."""
+
+    def run() -> int:
+        p = Parser("taskgpt convert", __doc__)
+        p.add_argument("source", metavar="FROM", help="a checkpoint of llm.c's, or a folder or file of Hugging Face's")
+        p.add_argument("target", metavar="TO", help="name.bin for llm.c's format, a folder for Hugging Face's")
+        flags = p.parse_args(argv)
+        print(convert(flags.source, flags.target))
+        return 0
+
+    return run_program("taskgpt convert", run)
+
+
+def convert(source: str, target: str) -> str:
+    """Convert a model; return a line that says what it is. Raises UserError."""
+    model = checkpoints.read_shape(source)
+    nbytes = sum(4 * int(np.prod(shape)) for shape in model.parameter_shapes().values())
+    checkpoints.verify_can_save(target, model, nbytes)
+    if 2 * nbytes > (free := free_memory_bytes()):  # once as ours, once as what is written
+        raise UserError(f"{shorten(source)}: converting needs {2 * nbytes / 2**30:.1f} GiB, this machine has {free / 2**30:.1f} GiB free")
+    parameters = {name: np.empty(shape, np.float32) for name, shape in model.parameter_shapes().items()}
+    checkpoints.load(source, model, parameters)
+    checkpoints.save(target, model, parameters)
+    shape = f"L {model.layers}, NH {model.heads}, C {model.channels}, V {model.vocabulary}, T at most {model.max_seq_len}"
+    return f"{shorten(target)}: {model.parameter_count():,} parameters, {shape}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
