@@ -48,8 +48,9 @@ def is_finite(parameters: Parameters) -> bool:
 
 
 def _kind(path: str | Path) -> ModuleType:
-    return huggingface if Path(path).is_dir() or Path(path).suffix in (".safetensors", ".json") else llmc
+    is_folder = str(path) != "" and Path(path).is_dir()  # an empty name is no name of the folder that one is in
+    return huggingface if is_folder or Path(path).suffix in (".safetensors", ".json") else llmc
 
 
 def _kind_by_name(path: str | Path) -> ModuleType:
-    return llmc if Path(path).suffix == ".bin" else huggingface
+    return llmc if Path(path).suffix == ".bin" or str(path) == "" else huggingface
