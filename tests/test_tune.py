@@ -380,8 +380,10 @@ def test_the_command_to_run_names_the_shape():
 # The program ----------------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_program_from_tuning_to_training(tmp_path, capsys):
+def test_the_program_from_tuning_to_training(tmp_path, capsys, monkeypatch):
     """Files that train takes, a table and JSON; then `--tiles auto` takes the same tiles, and says what to run for another shape."""
+    monkeypatch.setattr(program, "KEYS", ("rows", "heads"))  # of what there is to change a little: each takes three rounds and more
+    monkeypatch.setattr(program, "SETTINGS", {"immediate_successor": ("true", "false")})
     out, text = tmp_path / "tuned", tmp_path / "text.txt"
     text.write_text("To be or not to be, that is the question. " * 100)
     argv = ["--graph", "tiny:model.layers=1", "--workers", "1", "--output", str(out), "--json", str(tmp_path / "t.json")]
