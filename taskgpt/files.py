@@ -227,10 +227,11 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
 def replacing_folder(path: str | Path) -> Iterator[Path]:
     """Give a folder to write files into, which appears under its name, complete, when the block ends, and not at all if it raises.
 
-    What had the name is gone then, after all files of the new one are on the disk. Raises OSError.
+    What had the name goes after all files of the new one are on the disk, and comes back if the new one cannot take its place: who is
+    killed between two renames leaves it as `.NAME.oldPID`. Raises OSError.
     """
     target = Path(os.path.realpath(path))
-    unfinished = _unfinished(target)
+    unfinished, former = _unfinished(target), target.with_name(f".{target.name}.old{os.getpid()}")
     try:
         unfinished.mkdir(parents=True)
         yield unfinished
@@ -239,11 +240,18 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
                 with open(Path(folder, name), "rb") as file:
                     os.fsync(file.fileno())
             _sync_folder(folder)
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(unfinished, target)
+        try:
+            if target.is_dir():
+                os.replace(target, former)
+            os.replace(unfinished, target)
+        finally:
+            if former.exists() and not target.exists():
+                os.replace(former, target)
         _sync_folder(target.parent)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+        if target.exists():  # else a second interrupt has kept the former one from coming back
+            shutil.rmtree(former, ignore_errors=True)
 
 
 def _unfinished(target: Path) -> Path:

@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(flags: argparse.Namespace, report: Report, stop: StopRequest) -> int:
     """Train as the flags say; return the exit code. Raises what `main` answers."""
-    if flags.save is not None and flags.steps == 0 and os.path.isfile(flags.save):
+    if flags.save is not None and flags.steps == 0 and os.path.exists(flags.save):
         raise UserError(f"--save {shorten(flags.save)}: is there already, and --steps 0 trains nothing; name another file")
     disturbance = Disturbance()
     graph_config, scheduler_config = configure(flags)

@@ -199,12 +199,43 @@ def test_a_folder_of_something_else_is_kept(saved, tmp_path):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "mine.txt").touch()
     (tmp_path / "file").touch()
-    for name, message in {"texts": "holds no model", "file": "is no folder", "none/x": "there is no folder"}.items():
+    shutil.copytree(path, tmp_path / "theirs")
+    (tmp_path / "theirs" / "tokenizer.json").touch()
+    messages = {"texts": "holds mine.txt", "theirs": "holds tokenizer.json", "file": "is no folder", "none/x": "there is no folder"}
+    for name, message in messages.items():
         with pytest.raises(UserError, match=message):
             checkpoints.verify_can_save(tmp_path / name, model, 10**6)
     with pytest.raises(UserError, match="bytes, the disk has"):
         checkpoints.verify_can_save(path, model, 10**18)
     assert is_same(parameters, read(path)[1])
+
+
+def test_the_folder_that_one_is_in_is_kept(tmp_path, monkeypatch):
+    """Also while it is empty, by whatever name, and those around it: files named later would have no place."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for name in (".", "..", str(tmp_path / "here"), "/"):
+        with pytest.raises(UserError, match="is a folder that you are in"):
+            checkpoints.verify_can_save(name, SHAPES["small"], 10**6)
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_an_interrupt_leaves_the_former_folder(saved, monkeypatch, at):
+    """Ctrl-C at either of the two renames that put a model into the place of another."""
+    path, model, parameters = saved
+    renames, replace = [], os.replace
+
+    def interrupted(source, target):
+        renames.append(source)
+        if len(renames) == at + 1:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.save(path, model, drawn(model, seed=1))
+    assert is_same(parameters, read(path)[1])
+    assert os.listdir(path.parent) == [path.name]
 
 
 def test_training_goes_on_from_a_folder_as_from_a_file(tmp_path):

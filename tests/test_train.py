@@ -1,6 +1,7 @@
 """The program: what it prints and logs, what it refuses, and what Ctrl-C leaves behind."""
 
 import errno
+import itertools
 import json
 import os
 import re
@@ -287,8 +288,10 @@ def test_no_steps_replace_no_checkpoint(text, tmp_path, capsys):
     assert main([*flags, "--steps", "1", "--save", first]) == 0
     assert main([*flags, "--steps", "0", "--init", first, "--save", second]) == 0
     assert Path(first).read_bytes() == Path(second).read_bytes()
-    for init in ([], ["--init", first]):
-        assert "is there already, and --steps 0 trains nothing" in refused(capsys, [*flags, "--steps", "0", *init, "--save", first])
+    folder = str(tmp_path / "folder")
+    assert main([*flags, "--steps", "0", "--init", first, "--save", folder]) == 0
+    for init, there in itertools.product(([], ["--init", first]), (first, folder)):
+        assert "is there already, and --steps 0 trains nothing" in refused(capsys, [*flags, "--steps", "0", *init, "--save", there])
     assert Path(first).read_bytes() == Path(second).read_bytes()
 
 

@@ -6,6 +6,7 @@ float32. Source: transformers, `modeling_gpt2.py`; the format is huggingface/saf
 """
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -120,18 +121,20 @@ def save(path: str | Path, model: Model, parameters: Mapping[str, np.ndarray]) -
 
 
 def verify_can_save(path: str | Path, nbytes: int) -> None:
-    """Raise UserError if `save` of so many bytes could not succeed now."""
-    path = Path(path)
-    if path.exists() and not path.is_dir():
+    """Raise UserError if `save` of so many bytes could not succeed now, or if something else than a model would be gone then."""
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_dir():
         raise UserError(f"{shorten(path)}: is there already and is no folder; name a folder, or a file name.bin for llm.c's format")
-    if path.is_dir() and any(path.iterdir()) and not (path / CONFIG).is_file():
-        raise UserError(f"{shorten(path)}: is there already and holds no model; name another folder")
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"{shorten(path)}: there is no folder {path.absolute().parent}; make it first")
+    if Path.cwd().is_relative_to(target):
+        raise UserError(f"{shorten(path)}: is a folder that you are in, and would be replaced; name another folder")
+    if not target.parent.is_dir():
+        raise UserError(f"{shorten(path)}: there is no folder {target.parent}; make it first")
     try:
-        with replacing_folder(path.with_name(f".{path.name}.probe")) as probe:
-            free = shutil.disk_usage(probe).free
-        shutil.rmtree(path.with_name(f".{path.name}.probe"))
+        if others := sorted({each.name for each in target.iterdir()} - {CONFIG, FILE}) if target.is_dir() else []:
+            raise UserError(f"{shorten(path)}: is there already and holds {shorten(others[0])}, which would be gone; name another folder")
+        with replacing_folder(probe := target.with_name(f".{target.name}.probe")) as folder:
+            free = shutil.disk_usage(folder).free
+        shutil.rmtree(probe)
     except OSError as error:
         raise cannot_write(path, error) from None
     if free < nbytes:
