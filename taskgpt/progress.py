@@ -109,9 +109,16 @@ class Progress:
     def _draw(self) -> None:
         filled = round(BAR * min(1.0, self._done / self._total)) if self._total else BAR
         line = f"{self._label} [{'#' * filled}{'-' * (BAR - filled)}] {self._state()}  {self._words}"
-        columns = shutil.get_terminal_size().columns - 1  # the last one would begin a new line
-        self._write(f"\r{line[:columns].rstrip()}\x1b[K")
+        self._write(f"\r{line[: self._columns() - 1].rstrip()}\x1b[K")  # the last one would begin a new line
         self._is_drawn = True
+
+    def _columns(self) -> int:
+        """Return the width of the terminal: standard output, which `shutil` asks, may go into a file."""
+        try:
+            size = os.get_terminal_size(self._stream.fileno())
+        except (OSError, ValueError):
+            size = os.terminal_size((80, 24))
+        return shutil.get_terminal_size(size).columns
 
     def _erase(self) -> None:
         if self._is_drawn:

@@ -1,8 +1,10 @@
 """One line of progress, on a terminal and elsewhere, for whatever takes time."""
 
 import io
+import os
 import re
 import sys
+import termios
 
 import kernels_for_tests as k
 import pytest
@@ -59,6 +61,23 @@ def test_a_terminal_shows_one_line(monkeypatch, clock):
         assert len(terminal.shown) == 79
     assert terminal.shown == ""
     assert "\n" not in terminal.getvalue()
+
+
+def test_the_terminal_is_that_of_standard_error(monkeypatch, clock):
+    """A narrow one, while standard output goes into a file: the line is no wider."""
+    terminal = screen(monkeypatch)
+    monkeypatch.delenv("COLUMNS")
+    monkeypatch.setattr(sys, "__stdout__", None)
+    controller, device = os.openpty()
+    try:
+        termios.tcsetwinsize(device, (24, 40))
+        monkeypatch.setattr(terminal, "fileno", lambda: device, raising=False)
+        with Progress("measuring", 40, clock=clock) as progress:
+            progress.show(0, "tiny native " * 20)
+            assert len(terminal.shown) == 39
+    finally:
+        os.close(controller)
+        os.close(device)
 
 
 def test_it_is_not_drawn_more_often_than_an_eye_sees(monkeypatch, clock):
