@@ -49,13 +49,20 @@ def test_a_file_that_is_there_is_a_name(tmp_path):
     assert make_config(with_changes(str(path), [])).model == load_graph("tiny").model
 
 
+@pytest.mark.parametrize("word", ["tiny", "tiny:", "tiny:,", "tiny:tiles.rows=2", "tiny:tiles.rows=2,"])
+def test_changes_are_added(word):
+    """Behind those that are there, also where a name ends as if there were more."""
+    assert make_config(with_changes(word, [("tiles.rows", "8")])) == load_graph("tiny", {"tiles.rows": 8})
+
+
 def test_values_are_lists_too():
     """KEY=VALUE,VALUE and KEY=VALUE,KEY=VALUE; of a key that is given twice, the last counts."""
     assert choices("--tiles", ["rows=64,128,columns=32", "heads=1"]) == {"rows": ["64", "128"], "columns": ["32"], "heads": ["1"]}
     assert choices("--set", ["a=1", "a=2,3"]) == {"a": ["2", "3"]}
-    for wrong in ("rows", "rows=", "rows=1,,2", "=1", ""):
-        with pytest.raises(UserError, match=r"--tiles .*: wanted KEY=VALUE or KEY=VALUE,VALUE, for example --tiles rows=64,128"):
-            choices("--tiles", [wrong])
+    for flag, example in {"--tiles": "rows=64", "--tile": "rows=64", "--set": "policy=oldest_first"}.items():
+        for wrong in ("rows", "rows=", "rows=1,,2", "=1", ""):
+            with pytest.raises(UserError, match=rf"{flag} .*: wanted KEY=VALUE, for example {flag} {example}$"):
+                choices(flag, [wrong])
 
 
 def test_settings_go_where_their_keys_belong():
@@ -91,6 +98,7 @@ def test_every_program_makes_the_same_graph_of_the_same_words():
     [
         (["--graph", "tiny,gpt2-124m"], "--graph tiny,gpt2-124m: wanted one, got 2; `taskgpt compare` takes several"),
         (["--graphs", "tiny", "tiny"], "--graphs tiny,tiny: wanted one, got 2"),
+        (["--graph", ""], "--graph: wanted one, got none"),
         (["--tiles", "rows=64,128"], "--tiles rows=64,128: wanted one value, got 2"),
         (["--set", "model.layers=1,2"], "--set model.layers=1,2: wanted one value, got 2"),
         (["--tiles", "row=64"], "--tiles row: no size of a tile; did you mean 'rows'?"),
@@ -111,7 +119,7 @@ def test_who_takes_one_number_of_workers_refuses_several(verb, capsys):
     assert program(verb)("--workers", "1,2") == 2
     assert "--workers 1,2: wanted one, got 2" in capsys.readouterr().err
     assert program(verb)("--workers", "0") == 2
-    assert "--workers 0: wanted numbers from 1 to 4,096" in capsys.readouterr().err
+    assert "--workers 0: wanted a number from 1 to 4,096" in capsys.readouterr().err
 
 
 def test_names_behind_a_setting_are_names(capsys):
@@ -135,6 +143,13 @@ def test_help_fits_its_terminal(verb, columns, capsys, monkeypatch):
     commands = re.sub(r" \\\n +", " ", examples.partition("\n\n")[0]).splitlines()
     assert any(line.startswith(f"  taskgpt {verb}") for line in commands)
     assert all(line.startswith(("  taskgpt ", "  # ")) for line in commands)
+
+
+@pytest.mark.parametrize("columns", [1, 3, 12])
+def test_help_of_a_terminal_too_narrow_to_read(columns, monkeypatch):
+    """Is long, and no traceback."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert "taskgpt train" in train_parser().format_help()
 
 
 def test_the_version_is_the_packages(capsys):

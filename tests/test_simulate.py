@@ -311,7 +311,7 @@ def test_the_program(tmp_path, capsys):
         ("--workers", "113"): "2 x 56 cores; choose fewer workers, another --machine, or one of more sockets, --machine NAME:sockets=3",
         ("--machine", "2x56:cores=5"): "unknown key",
         ("--machine", "2x56:sgemm_busy_gflops=151"): "wanted at most sgemm_gflops",
-        ("--workers", "0"): "wanted numbers from 1",
+        ("--workers", "0"): "wanted a number from 1",
     }.items():
         assert simulate([*argv, *wrong]) == 2
         assert message in capsys.readouterr().err
@@ -405,9 +405,9 @@ def test_a_scheduler_without_a_model_is_told():
         (["--t1", "inf"], "--t1: wanted at most 1,000,000,000, got inf"),
         (["--steps", "1000000000"], "--steps: wanted at most 1,000,000, got 1000000000"),
         (["--steps", "1000000", "--t1", "1"], "tasks each are too many to keep; choose --steps 5"),
-        (["--workers", "1000000000"], "--workers 1000000000: wanted numbers from 1 to 4,096"),
+        (["--workers", "1000000000"], "--workers 1000000000: wanted a number from 1 to 4,096"),
         (["--workers", "9" * 5000], "--workers 999"),
-        (["--workers", "\u0661"], "wanted numbers from 1 to 4,096"),
+        (["--workers", "\u0661"], "wanted a number from 1 to 4,096"),
         (["--graph", "tiny:model.layers=1000000000"], "tasks a step, wanted at most 1,000,000"),
         (["--machine", "2x56:bandwidth_gbs=nan"], "--machine 2x56: bandwidth_gbs: wanted a finite number, got nan"),
         (["--times", "/dev/zero"], "/dev/zero"),

@@ -134,7 +134,7 @@ def refused(capsys, argv: list[str]) -> str:
         (["--lr", "1e39"], "wanted a number of 0 or more, got 1e39"),
         (["--steps", "-1"], "wanted an integer of 0 or more, got -1"),
         (["--steps", "many"], "wanted an integer of 0 or more, got many"),
-        (["--workers", "0"], "wanted numbers from 1 to 4,096"),
+        (["--workers", "0"], "wanted a number from 1 to 4,096"),
         (["--log", str(PARITY / "model.bin")], "is there already and is no log"),
         (["--init", str(PARITY / "model.bin"), "--set", "model.layers=3"], "--set model.layers: the checkpoint gives the model's shape"),
         (["--save", ""], "folder"),

@@ -453,7 +453,7 @@ def test_ctrl_c_leaves_nothing(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--workers", "0"], "--workers 0: wanted numbers from 1 to 4,096"),
+        (["--workers", "0"], "--workers 0: wanted a number from 1 to 4,096"),
         (["--workers", "4000"], "--workers 4000: this machine has"),
         (["--graph", "gpt2-124"], "did you mean 'gpt2-124m'?"),
         (["--graph", "tiny:tile.rows=3"], "unknown key 'tile.rows'"),

@@ -131,7 +131,8 @@ def with_changes(word: str, changes: Iterable[tuple[str, str]]) -> str:
     """Return `NAME[:KEY=VALUE,...]` with more changes, which count if a key is there already. Raises UserError for an unknown key."""
     words = [f"{key}={value}" for key, value in changes]
     parse_settings(words)
-    return word + ("," if split_changes(word)[1] else ":") * bool(words) + ",".join(words)
+    name, known = split_changes(word)
+    return f"{name}:{','.join([*known, *words])}" if words else word
 
 
 def listed(words: Iterable[str]) -> list[str]:
@@ -161,8 +162,8 @@ def choices(flag: str, words: Iterable[str]) -> dict[str, list[str]]:
             if equals:
                 values = found[key] = []
             if values is None or not key or not (value if equals else key):
-                example = "rows=64,128" if flag == "--tiles" else "policy=oldest_first,newest_first"
-                raise UserError(f"{flag} {shorten(word)}: wanted KEY=VALUE or KEY=VALUE,VALUE, for example {flag} {example}")
+                example = "rows=64" if flag.startswith("--tile") else "policy=oldest_first"
+                raise UserError(f"{flag} {shorten(word)}: wanted KEY=VALUE, for example {flag} {example}")
             values.append(value if equals else key)
     return found
 
@@ -197,5 +198,5 @@ def worker_counts(flag: str, words: Iterable[str]) -> list[int]:
     found = listed(words)
     for word in found:
         if not (word.isascii() and word.isdecimal() and len(word) < 10 and 1 <= int(word) <= MOST_WORKERS):
-            raise UserError(f"{flag} {shorten(word)}: wanted numbers from 1 to {MOST_WORKERS:,}, for example --workers 1,2,4")
+            raise UserError(f"{flag} {shorten(word)}: wanted a number from 1 to {MOST_WORKERS:,}, for example {flag} 2")
     return [int(word) for word in found]

@@ -23,6 +23,7 @@ from taskgpt.lab.named import choices, listed, worker_counts
 
 CHANGES = "; with changes: NAME:KEY=VALUE,..."
 INDENTS = {"initial_indent": "  ", "subsequent_indent": "      "}  # of a command
+LEAST_WIDTH = 11  # of help, where a terminal is narrower still; argparse's own
 AUTO = "auto"  # of --tiles: what tuning found
 SEVERAL = "`taskgpt compare` takes several"
 Flags = argparse.ArgumentParser  # or a group of one
@@ -38,7 +39,7 @@ class Parser(argparse.ArgumentParser):
 
     def format_help(self) -> str:
         """Return the help for a terminal as wide as this one."""
-        width = shutil.get_terminal_size().columns - 2  # as argparse leaves
+        width = max(LEAST_WIDTH, shutil.get_terminal_size().columns - 2)  # as argparse leaves
         self.description, self.epilog = wrapped(self._title, width), wrapped(self._rest, width)
         return super().format_help()
 
@@ -133,7 +134,9 @@ def _add_name(to: Flags, flag: str, default: str, help: str) -> None:
 
 def _one(flag: str, found: Sequence[Any]) -> Any:
     """Return the only one. Raises UserError."""
-    if len(found) != 1:
+    if not found:
+        raise UserError(f"{flag}: wanted one, got none")
+    if len(found) > 1:
         raise UserError(f"{flag} {shorten(','.join(map(str, found)))}: wanted one, got {len(found)}; {SEVERAL}")
     return found[0]
 
