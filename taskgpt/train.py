@@ -30,7 +30,7 @@ import psutil
 from taskgpt.config import GraphConfig, SchedulerConfig, load_graph, load_scheduler, parse_settings
 from taskgpt.console import Report, StopRequest, told
 from taskgpt.errors import UserError, on_signals, run_program, shorten
-from taskgpt.files import verify_can_write as verify_can_write_file
+from taskgpt.files import verify_can_write
 from taskgpt.gpt2 import checkpoints
 from taskgpt.gpt2.model import GPT2
 from taskgpt.gpt2.program import loss_graph, training_graph
@@ -41,7 +41,7 @@ from taskgpt.lab.dashboard.live import Live
 from taskgpt.lab.disturbance import Disturbance
 from taskgpt.lab.named import by_file, graph_of, scheduler_of
 from taskgpt.lab.pace import Pace
-from taskgpt.lab.traces.formats import has_trace, save, verify_can_write
+from taskgpt.lab.traces.formats import has_trace, save, verify_can_save
 from taskgpt.lab.traces.trace import RECORD, Traced
 from taskgpt.lab.tuning import tuned
 from taskgpt.programs.arguments import AUTO, Parser, add_changes, add_graph, add_scheduler, add_workers
@@ -121,9 +121,9 @@ def train(flags: argparse.Namespace, report: Report, stop: StopRequest) -> int:
     bare = scheduler = open_scheduler(scheduler_config.scheduler, scheduler_config.settings)
     dashboard = None
     if flags.trace is not None:
-        verify_can_write(flags.trace)
+        verify_can_save(flags.trace)
     if flags.report is not None:
-        verify_can_write_file(flags.report)
+        verify_can_write(flags.report)
     live = report.open_live(scheduler.workers) if is_watched(flags) else None
     if flags.dashboard is not None:
         from taskgpt.lab.dashboard.dashboard import Dashboard  # here, as it takes half a second, and needs bokeh

@@ -28,7 +28,7 @@ from taskgpt.lab.simulator import validation
 from taskgpt.lab.simulator.machine_file import Machine
 from taskgpt.lab.simulator.simulated import Clocked, Costs, simulated
 from taskgpt.lab.simulator.task_costs import Times, traffic
-from taskgpt.lab.traces.formats import save, verify_can_write
+from taskgpt.lab.traces.formats import save, verify_can_save
 from taskgpt.lab.traces.trace import RECORD, Traced
 from taskgpt.programs.arguments import Parser, add_changes, add_graphs, add_schedulers, add_wide, add_workers
 from taskgpt.progress import Progress
@@ -90,7 +90,7 @@ def simulate(flags: argparse.Namespace) -> int:
         raise UserError(f"--schedulers {WHOLE_TENSOR}: has no tasks to simulate; leave it to `taskgpt compare`")
     cells = product_of(flags.graphs, flags.tiles, flags.schedulers, flags.workers or WORKERS, settings)
     if flags.trace is not None:
-        verify_can_write(flags.trace)
+        verify_can_save(flags.trace)
     times, machine = Times(flags.times), Machine.load(flags.machine)
     is_here = flags.machine.partition(":")[0] == "here"
     if is_here:

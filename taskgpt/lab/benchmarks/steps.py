@@ -12,7 +12,7 @@ from taskgpt.lab.contests.cells import Cell, product_of
 from taskgpt.lab.named import Prepared, named_scheduler, prepare
 from taskgpt.lab.report import Report, in_range, quartiles, seconds_of
 from taskgpt.lab.roofline import Limits, Product, gemm_flops, products
-from taskgpt.lab.traces.formats import save, verify_can_write
+from taskgpt.lab.traces.formats import save, verify_can_save
 from taskgpt.lab.traces.trace import RECORD, Traced
 from taskgpt.progress import Progress
 from taskgpt.schedulers import Scheduler
@@ -56,7 +56,7 @@ def step(flags: argparse.Namespace) -> None:
     needs_shared = any(named_scheduler(cell.scheduler_word, cell.workers).needs_shared_memory for cell in cells)
     kept = {}
     if flags.trace is not None:
-        verify_can_write(flags.trace)
+        verify_can_save(flags.trace)
         kept["record"] = RECORD
     with ExitStack() as stack:
         graphs = {word: prepare(word, needs_shared) for word in dict.fromkeys(cell.graph_word for cell in cells)}

@@ -11,8 +11,8 @@ from taskgpt.tasks import Graph
 from taskgpt.tasks.scratch import scratch_arrays
 
 WHOLE = 1 << 30  # longer than any axis
-NOT_CUT = [f"tiles.{key}={WHOLE}" for key in ("rows", "columns", "pointwise_rows", "heads", "vocabulary")] + ["tiles.logits_rows=0"]
-CHANGES = ",".join([*NOT_CUT, "options.kernels=separate", "options.update=separate"])
+NOT_CUT = {f"tiles.{key}": str(WHOLE) for key in ("rows", "columns", "pointwise_rows", "heads", "vocabulary")} | {"tiles.logits_rows": "0"}
+CHANGES = tuple((NOT_CUT | {"options.kernels": "separate", "options.update": "separate"}).items())
 
 
 class WholeTensor(InTurn):

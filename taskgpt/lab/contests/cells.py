@@ -36,7 +36,7 @@ class Cell:
 
     @property
     def is_sequential(self) -> bool:
-        return self.scheduler.partition(":")[0] == "sequential"
+        return self.scheduler != WHOLE_TENSOR and named_config(self.scheduler_word, self.workers).scheduler == "sequential"
 
     @property
     def label(self) -> str:

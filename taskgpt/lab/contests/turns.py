@@ -24,7 +24,7 @@ from taskgpt.gpt2.model import GPT2
 from taskgpt.lab import machine
 from taskgpt.lab.contests.baselines import CHANGES, WholeTensor
 from taskgpt.lab.contests.cells import WHOLE_TENSOR, Cell
-from taskgpt.lab.named import Prepared, make_config, named_scheduler, prepare
+from taskgpt.lab.named import Prepared, make_config, named_scheduler, prepare, with_changes
 from taskgpt.lab.report import seconds_of
 from taskgpt.lab.traces.efficiency import analyse
 from taskgpt.lab.traces.idle import CAUSES
@@ -191,9 +191,7 @@ class _Bench:
 
     def _prepare(self, cell: Cell, scheduler: Scheduler) -> Prepared:
         """Return the cell's graph, from the last time or made anew. Raises UserError if there is no room even alone."""
-        word = cell.graph_word
-        if cell.scheduler == WHOLE_TENSOR:
-            word += ("," if ":" in word else ":") + CHANGES
+        word = with_changes(cell.graph_word, CHANGES if cell.scheduler == WHOLE_TENSOR else ())
         key = word, scheduler.needs_shared_memory
         prepared = self._prepared.pop(key, None)
         if prepared is None:

@@ -21,7 +21,7 @@ FORMATS = {  # how to write it, how to check it, and the name of what is written
 USUAL = ("perfetto", "paraver", "ovni", "csv")
 
 
-def verify_can_write(folder: str) -> None:
+def verify_can_save(folder: str) -> None:
     """Make the folder. Raises UserError if nothing can be written there: better before the run than after it."""
     if Path(folder).is_file():
         raise UserError(f"--trace {folder}: wanted a folder, got a file; choose another name")
