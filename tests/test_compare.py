@@ -17,7 +17,6 @@ from browser import needs_browser, visit
 from programs import started
 
 from taskgpt import palette
-from taskgpt.config import find_file
 from taskgpt.errors import UserError
 from taskgpt.files import fill
 from taskgpt.lab import layout
@@ -53,7 +52,7 @@ def test_the_product_has_every_combination_once():
 def test_a_set_up_of_sequential_is_sequential(tmp_path):
     """Whatever its file is called: speedups are over it."""
     path = tmp_path / "mine.toml"
-    path.write_bytes(find_file("scheduler_configs", "sequential").read_bytes())
+    path.write_text('scheduler = "sequential"')
     cells = product_of(["tiny"], [], [str(path), "sequential", "native", "whole-tensor"], [1], [])
     assert [cell.is_sequential for cell in cells] == [True, True, False, False]
 
