@@ -65,6 +65,8 @@ def load_graph(name: str, overrides: dict[str, Any] | None = None, model: Model 
         for table, _, field, _ in changes:
             if table == "model":
                 raise UserError(f"--set model.{field}: the checkpoint gives the model's shape; leave one of the two out")
+        if model.norm != (norm := filled["model"].norm):
+            raise UserError(f"{path.name}: model.norm: the checkpoint's model has {model.norm}, got {norm}; choose another graph file")
         filled["model"] = model
     config = GraphConfig(path.stem, **filled)
     longest, T = config.model.max_seq_len, config.batch.seq_len

@@ -70,6 +70,14 @@ def test_a_file_that_cannot_be_read_is_told(tmp_path, load, monkeypatch):
         load(str(tmp_path / "latin.toml"))
 
 
+def test_a_checkpoint_does_not_replace_a_norm():
+    """A graph file with another norm than the checkpoint's is refused, not trained as the checkpoint's."""
+    model = load_graph("gpt2-124m").model
+    assert load_graph("tiny", model=model).model == model
+    with pytest.raises(UserError, match=r"tiny\.toml: model\.norm: the checkpoint's model has rmsnorm, got layernorm"):
+        load_graph("tiny", model=dataclasses.replace(model, norm="rmsnorm"))
+
+
 @pytest.mark.parametrize("load", [load_graph, load_scheduler])
 def test_a_file_that_never_ends_is_not_read(tmp_path, load):
     """Neither a pipe that nobody writes into, nor a device, nor a link to one."""
