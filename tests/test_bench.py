@@ -129,6 +129,14 @@ def test_a_scheduler_runs_every_task_as_recorded(system, monkeypatch):
             assert [task.calls[0].arrays[0].tolist() for task in graph.tasks] == [[task_bench.spin(count)]] * 12
 
 
+def test_a_set_up_of_ones_own_is_a_system(tmp_path):
+    """By its path, as for every other flag that takes scheduler files."""
+    path = tmp_path / "mine.toml"
+    path.write_text('scheduler = "sequential"')
+    with task_bench.opened(f"{path}:record=1", 2) as make_case:
+        assert make_case("trivial", 2, 2).run(1) > 0
+
+
 CALLED = []  # by tasks, of which distributed makes copies
 
 

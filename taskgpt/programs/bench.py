@@ -81,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
     add_task_bench(empty, ["trivial", "chains", "stencil_1d"])
     metg = add("metg", task_bench.metg, 3, "the shortest tasks that use half of the machine")
     add_task_bench(metg, METG_PATTERNS)
-    metg.add_argument("--efficiency", type=float, default=0.5, metavar="E", help="part of the peak (default 0.5; 1 of 2 workers has that)")
+    metg.add_argument("--efficiency", type=float, default=0.5, metavar="E", help="part of the peak, above 0 and below 1 (default 0.5)")
 
     others = add("peers", peers.peers, 7, "PyTorch and JAX, where installed, train the same model")
     add_graph(others, "gpt2-124m")
@@ -92,7 +92,7 @@ def parser() -> argparse.ArgumentParser:
 
 def add_task_bench(verb: argparse.ArgumentParser, patterns: list[str]) -> None:
     """Add what the verbs on Task Bench's graphs share."""
-    add_names(verb, "system", task_bench.SYSTEMS, "Dask's, and scheduler files")
+    add_names(verb, "system", task_bench.SYSTEMS, "Dask's, and scheduler files, or paths")
     add_names(verb, "pattern", patterns, f"of {', '.join(task_bench.PATTERNS)} ", "")
     verb.add_argument("--width", type=int, metavar="N", help="tasks in a row of the graph (default: as many as workers)")
     verb.add_argument("--steps", type=int, default=1000, metavar="N", help="rows; a twentieth of it for clusters (default 1000)")

@@ -7,6 +7,7 @@ as a Dask graph whose callable is that function.
 
 import argparse
 import math
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -129,7 +130,7 @@ def opened(system: str, workers: int) -> Iterator[Callable[[str, int, int], Case
     with ExitStack() as stack:
         if system in DASK:
             get = dask_get(stack, system, workers)
-        elif (name := split_changes(system)[0]) in available("scheduler_configs") or is_address(name):
+        elif (name := split_changes(system)[0]) in available("scheduler_configs") or is_address(name) or os.path.isfile(name):
             # Tasks as recorded: merged ones would cost less than they say.
             scheduler = stack.enter_context(named_scheduler(system, workers, coarsen=0, dashboard=-1))
         else:
@@ -248,7 +249,7 @@ class MetgSearch:
     """Searches the granularity at which a system runs at a part of the machine's peak, half say; a search begins near where the last ended.
 
     Granularity is wall time x workers / tasks. Efficiency is the part of it that the tasks compute, at the best speed that all workers
-    reached together in one long task each. Of two workers, one alone reaches half: that asks little of a system.
+    reached together in one long task each. One of two workers alone gets to half of the peak, so with two, half asks little of a system.
     """
 
     def __init__(self, case: Case, efficiency: float, seconds_per_iteration: Callable[[int], float] | None = None):
