@@ -163,8 +163,8 @@ class Report:
         if self._live:
             self._live.validation(step, loss)
 
-    def step(self, step: int, loss: float, seconds: float) -> None:
-        """Say what the step, of that number from 0, found and took; the speed that is shown is that of the last steps."""
+    def step(self, step: int, loss: float, rate: float, seconds: float) -> None:
+        """Say what the step, of that number from 0, found, learned with and took; the speed that is shown is that of the last steps."""
         self.losses.append((step, loss))
         if len(self.losses) == 2:
             self._seconds.clear()  # the first step touched all memory for the first time
@@ -174,9 +174,9 @@ class Report:
         took = f"took {seconds * 1e3:.1f} ms, {self.rows / smoothed:.0f} tok/s" + f", {minutes(left_s)} left" * (left_s > 0)
         if self._progress:
             self._progress.show(step + 1, f"loss {loss:.3f}, {self.rows / smoothed:.0f} tok/s", left_s=left_s)
-        self.say(f"step {step + 1}/{self.steps}: train loss {loss:.6f} ({took})")
+        self.say(f"step {step + 1}/{self.steps}: train loss {loss:.6f}, lr {rate:.4g} ({took})")
         self._replace_log()
-        self._write({"step": step, "train_loss": loss, "ms": seconds * 1e3, "tokens_per_s": speed})
+        self._write({"step": step, "train_loss": loss, "lr": rate, "ms": seconds * 1e3, "tokens_per_s": speed})
         if self._live:
             self._live.step(step, loss, speed, left_s)
 

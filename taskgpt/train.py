@@ -32,6 +32,7 @@ from taskgpt.console import Report, StopRequest, told
 from taskgpt.errors import UserError, on_signals, run_program, shorten
 from taskgpt.files import verify_can_write
 from taskgpt.gpt2 import checkpoints
+from taskgpt.gpt2.learning_rate import FALLS, LearningRate
 from taskgpt.gpt2.model import GPT2
 from taskgpt.gpt2.program import loss_graph, training_graph
 from taskgpt.gpt2.sampling import Sampler
@@ -67,7 +68,10 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--steps", type=_count, default=40, help="optimizer steps (default 40)")
     what.add_argument("--batch-size", type=_positive, metavar="B", help="sequences a step (default: the graph file's)")
     what.add_argument("--seq-len", type=_positive, metavar="T", help="tokens in a sequence (default: the graph file's)")
-    what.add_argument("--lr", type=_rate, default=1e-4, help="AdamW's learning rate (default 1e-4)")
+    what.add_argument("--lr", type=_rate, default=1e-4, help="AdamW's learning rate, at its highest (default 1e-4)")
+    what.add_argument("--lr-schedule", choices=FALLS, default="constant", help="how the learning rate goes on (default constant)")
+    what.add_argument("--warmup", type=_count, default=0, metavar="N", help="steps in which the learning rate rises (default 0)")
+    what.add_argument("--final-lr", type=_part, default=0.0, metavar="PART", help="of --lr, at the end of the schedule (default 0)")
     what.add_argument("--weight-decay", type=_rate, default=0.0, help="AdamW's weight decay (default 0, as in llm.c)")
     what.add_argument("--seed", type=_count, default=42, help="of the initial parameters (default 42)")
     how = p.add_argument_group("how it runs")
@@ -248,12 +252,13 @@ def run_steps(
             if stop.is_requested:
                 return
             give(data.train, step % 2)
-            m.set_hyper(step, flags.lr, flags.weight_decay, slot=step % 2)
+            m.set_hyper(step, rate(step), flags.weight_decay, slot=step % 2)
             yield step_graphs[step % 2]
 
     def is_due(every: int) -> bool:
         return every != 0 and (step % every == 0 or step == flags.steps)
 
+    rate = LearningRate(flags.lr, flags.steps, flags.lr_schedule, flags.warmup, flags.final_lr)
     seconds: list[float] = []
     loss, step = 0.0, 0
     while flags.steps:
@@ -276,7 +281,7 @@ def run_steps(
             for _ in steps:
                 seconds.append(pace.step(time.perf_counter(), scheduler.ahead()))
                 loss = float(m.slots[step % 2].loss.array[0])
-                report.step(step, loss, seconds[-1])
+                report.step(step, loss, rate(step), seconds[-1])
                 step += 1
                 if not math.isfinite(loss):
                     return seconds, loss
@@ -383,14 +388,19 @@ def _rate(text: str) -> float:
     return _number(text, float, 0)
 
 
-def _number(text: str, kind: type, least: int) -> float:
+def _part(text: str) -> float:
+    return _number(text, float, 0, 1)
+
+
+def _number(text: str, kind: type, least: int, most: float = FLOAT32_MAX) -> float:
     try:
         number = kind(text)
-        if least <= number <= FLOAT32_MAX:
+        if least <= number <= most:
             return number
     except ValueError:
         pass
-    raise argparse.ArgumentTypeError(f"wanted {'an integer' if kind is int else 'a number'} of {least} or more, got {shorten(text)}")
+    wanted = f"from {least} to {most:g}" if most < FLOAT32_MAX else f"of {least} or more"
+    raise argparse.ArgumentTypeError(f"wanted {'an integer' if kind is int else 'a number'} {wanted}, got {shorten(text)}")
 
 
 if __name__ == "__main__":

@@ -59,12 +59,12 @@ def test_lines_log_and_summary(text, tmp_path, capsys):
         "generating",
         "parameters sha256",
     ]
-    assert re.search(r"^step 4/5: train loss \d+\.\d{6} \(took \d+\.\d ms, \d+ tok/s, 0:0\d left\)$", out, re.MULTILINE)
-    assert re.search(r"^step 5/5: train loss \d+\.\d{6} \(took \d+\.\d ms, \d+ tok/s\)$", out, re.MULTILINE)
+    assert re.search(r"^step 4/5: train loss \d+\.\d{6}, lr 0\.0001 \(took \d+\.\d ms, \d+ tok/s, 0:0\d left\)$", out, re.MULTILINE)
+    assert re.search(r"^step 5/5: train loss \d+\.\d{6}, lr 0\.0001 \(took \d+\.\d ms, \d+ tok/s\)$", out, re.MULTILINE)
     assert re.search(r"first step .* mean .* median .* min .* ms a step", out)
     assert re.search(r"tok/s, .* GFLOP/s = \d+% of this machine's sgemm on 1 thread", out)
     logged = records(log)
-    assert set(logged[1]) == {"step", "train_loss", "ms", "tokens_per_s"}
+    assert set(logged[1]) == {"step", "train_loss", "lr", "ms", "tokens_per_s"}
     sample = next(r for r in logged if "ids" in r)
     assert sample["step"] == 3
     assert len(sample["ids"]) == 63
@@ -377,7 +377,7 @@ def test_times_are_those_of_the_work(text, tmp_path, capsys, monkeypatch):
     """A report that takes long makes no step shorter than its work, which native does meanwhile; times add up to those of the clock."""
     took = []
 
-    def slow(self, step, loss, seconds):
+    def slow(self, step, loss, rate, seconds):
         took.append(seconds)
         if step % 3 == 1:
             time.sleep(0.3)

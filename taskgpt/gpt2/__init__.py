@@ -6,6 +6,7 @@ model.py         the tensors
 program.py       a step as ordinary loops that spawn tasks
 kernels.py       matrix products, GELU, residual, embeddings; norms.py, attention.py, classifier.py, updates.py the others
 vector_math.py   sums and exponentials that the compiler can vectorize
+learning_rate.py the learning rate of each step
 sampling.py      text from a model
 checkpoints/     parameters in files: llm.c's, Hugging Face's
 text/            tokens, tokenizers, datasets
