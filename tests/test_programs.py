@@ -40,13 +40,11 @@ def test_output_is_closed_or_full():
 
 
 @DISK
-@pytest.mark.parametrize("arguments", ["taskgpt -h", "taskgpt sizes tiny", "taskgpt sizes -h"])
-@pytest.mark.parametrize("unbuffered", ["", "PYTHONUNBUFFERED=1 "])
-def test_output_is_full(arguments, unbuffered):
-    """Also where every line is written at once."""
-    done = program(arguments, unbuffered + "{} > /dev/full")
+@pytest.mark.parametrize("arguments", ["taskgpt -h", "taskgpt sizes tiny"])
+def test_output_is_full(arguments):
+    done = program(arguments, "{} > /dev/full")
     assert done.returncode == 2
-    assert re.fullmatch(r"taskgpt.*: error: (standard output: )?No space left on device\n", done.stderr)
+    assert re.fullmatch(r"taskgpt.*: error: standard output: No space left on device\n", done.stderr)
 
 
 def test_too_small_an_address_space_is_said():

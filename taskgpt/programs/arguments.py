@@ -43,10 +43,6 @@ class Parser(argparse.ArgumentParser):
         self.description, self.epilog = wrapped(self._title, width), wrapped(self._rest, width)
         return super().format_help()
 
-    def print_help(self, file: Any = None) -> None:
-        """Print the help; argparse's own says nothing, and returns 0, if it cannot be written."""
-        print(self.format_help(), end="", file=file)
-
     def examples(self, verb: str) -> str:
         """Return the docstring's commands that have this verb of their own: the docstring of its parser, below a title."""
         return "\n".join(line for line in self._rest.splitlines() if f" {verb} " in line)

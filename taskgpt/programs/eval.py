@@ -1,0 +1,154 @@
+"""Evaluate a model: loss, perplexity and bits per byte, on a dataset or on your own text.
+
+taskgpt eval --init gpt2 --data tinyshakespeare              # its validation part, whole
+taskgpt eval --init model.bin --data my.txt --part train     # the part that training would see
+taskgpt eval --init model.bin --batches 50 --json eval.json  # the first 50 batches; numbers for a program
+
+The graph file gives tiles and the batch, which change the rounding and the speed; --set batch.seq_len=1024 lets the model see further back.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from typing import Any
+
+import numpy as np
+
+from taskgpt.config import load_graph, load_scheduler, parse_settings
+from taskgpt.errors import UserError, run_program
+from taskgpt.files import verify_can_write, write_whole
+from taskgpt.gpt2 import checkpoints
+from taskgpt.gpt2.model import GPT2
+from taskgpt.gpt2.program import loss_graph
+from taskgpt.gpt2.text.data import Data, open_data
+from taskgpt.gpt2.text.tokenizer import Tokenizer
+from taskgpt.lab import machine
+from taskgpt.lab.layout import field
+from taskgpt.lab.named import by_file, graph_of, scheduler_of
+from taskgpt.programs.arguments import Parser, add_changes, add_graph, add_scheduler, add_workers
+from taskgpt.progress import Progress
+from taskgpt.schedulers import Scheduler, WorkerError, open_scheduler
+from taskgpt.tasks import AccessError, Graph, TaskError, TwinError, compile_kernels
+
+PARTS = ("val", "train")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; return its exit code."""
+
+    def run() -> int:
+        p = Parser("taskgpt eval", __doc__)
+        p.add_argument("--init", required=True, metavar="MODEL", help="a checkpoint: llm.c's file or Hugging Face's folder")
+        p.add_argument("--data", default="tinyshakespeare", help="as `taskgpt train` takes it (default tinyshakespeare)")
+        p.add_argument("--part", choices=PARTS, default="val", help="of the data (default val)")
+        p.add_argument("--batches", type=_positive, metavar="N", help="so many at most (default: all)")
+        add_graph(p, "gpt2-124m")
+        add_changes(p)
+        add_scheduler(p, "native")
+        add_workers(p, "default: the scheduler file's")
+        p.add_argument("--json", metavar="FILE", help="write the numbers")
+        flags = p.parse_args(argv)
+        if flags.json is not None:
+            verify_can_write(flags.json)
+        found = evaluate(flags)
+        if flags.json is not None:
+            write_whole(flags.json, json.dumps(found, indent=1) + "\n")
+        return 0
+
+    return run_program("taskgpt eval", run, (TaskError, TwinError, AccessError, WorkerError))
+
+
+def evaluate(flags: argparse.Namespace) -> dict[str, Any]:
+    """Evaluate as the flags say; print and return what was found. Raises UserError, also for a loss that is not finite."""
+    (graph_name, of_graph), (scheduler_name, of_scheduler) = graph_of(flags.graph), scheduler_of(flags.scheduler)
+    changed = [f"{key}={value}" for each in by_file(flags.tiles, flags.set) for key, (value,) in each.items()]
+    for overrides, more in zip((of_graph, of_scheduler), parse_settings(changed), strict=True):
+        overrides |= more
+    if flags.workers is not None:
+        of_scheduler["workers"] = flags.workers
+    model = checkpoints.read_shape(flags.init)
+    config, setup = load_graph(graph_name, of_graph, model), load_scheduler(scheduler_name, of_scheduler)
+    data = open_data(flags.data, config.batch.batch_size, config.batch.seq_len, model.vocabulary)
+    scheduler = open_scheduler(setup.scheduler, setup.settings)
+    m = GPT2(model, config.batch, config.tiles, config.options, shared=scheduler.needs_shared_memory)
+    needed, free = m.p.nbytes + m.a.nbytes, machine.free_memory_bytes()  # the rest is not touched
+    if needed > free:
+        raise UserError(f"{flags.init}: evaluating needs {needed / 2**30:.1f} GiB, this machine has {free / 2**30:.1f} GiB free")
+    checkpoints.load(flags.init, model, m.parameters)
+    graphs = [loss_graph(m, slot) for slot in range(len(m.slots))]
+    compile_kernels(graphs[0].kernels)
+    print(field("model", f"{model.parameter_count():,} parameters, L {model.layers}, NH {model.heads}, C {model.channels}"))
+    print(field("data", f"{data.description}; the {flags.part} part"))
+    with scheduler:
+        print(field("scheduler", scheduler.describe()))
+        found = measured(scheduler, m, graphs, data, flags.part, flags.batches)
+    told(found)
+    return found
+
+
+def measured(scheduler: Scheduler, m: GPT2, graphs: Sequence[Graph], data: Data, part: str, most: int | None) -> dict[str, Any]:
+    """Return the mean loss over the part's batches, and what follows from it. All batches have as many tokens."""
+    loader = getattr(data, part)
+    count = min(most or loader.num_batches, loader.num_batches)
+    nbytes, lengths, losses = 0, lengths_of(data.tokenizer), []
+
+    def batches() -> Iterator[Graph]:
+        nonlocal nbytes
+        for n in range(count):
+            slot = m.slots[n % 2]
+            tokens, targets = (tensor.array.reshape(m.batch.batch_size, -1) for tensor in (slot.tokens, slot.targets))
+            loader.next_batch(tokens, targets)
+            nbytes += int(lengths[targets].sum()) if lengths is not None else 0
+            yield graphs[n % 2]
+
+    begin = time.perf_counter()
+    with Progress("evaluating", count) as progress, closing(scheduler.run_each(batches())) as runs:
+        for n, _ in enumerate(runs):
+            losses.append(float(m.slots[n % 2].loss.array[0]))
+            if not math.isfinite(losses[-1]):
+                raise UserError(f"the loss of batch {n + 1} is {losses[-1]}; the model is damaged, or was trained with too large a --lr")
+            progress.show(n + 1, f"loss {math.fsum(losses) / len(losses):.4f}")
+    tokens, loss = count * m.batch.rows, math.fsum(losses) / count
+    return {
+        "loss": loss,
+        "perplexity": math.exp(loss) if loss < math.log(sys.float_info.max) else None,
+        "bits_per_byte": loss * tokens / math.log(2) / nbytes if nbytes else None,
+        "tokens": tokens,
+        "tokens_of_part": loader.num_tokens,
+        "bytes": nbytes or None,
+        "tokens_per_s": tokens / (time.perf_counter() - begin),
+    }
+
+
+def lengths_of(tokenizer: Tokenizer) -> np.ndarray | None:
+    """Return how many bytes of text each id stands for, int64; an end of text stands for none. None where pieces are not known."""
+    if not tokenizer.pieces:
+        return None
+    lengths = np.zeros(1 << 16, np.int64)
+    lengths[: len(tokenizer.pieces)] = [len(piece) for piece in tokenizer.pieces]
+    lengths[tokenizer.end_of_text] = 0
+    return lengths
+
+
+def told(found: dict[str, Any]) -> None:
+    """Print what was found."""
+    print(field("loss", f"{found['loss']:.6f} nats a token"))
+    print(field("perplexity", "more than a number holds" if found["perplexity"] is None else f"{found['perplexity']:,.2f}"))
+    if found["bits_per_byte"] is not None:
+        print(field("bits/byte", f"{found['bits_per_byte']:.4f}, of {found['bytes']:,} bytes of text"))
+    print(field("tokens", f"{found['tokens']:,} of {found['tokens_of_part']:,}; what fills no batch is left out"))
+    print(field("speed", f"{found['tokens_per_s']:,.0f} tok/s"))
+
+
+def _positive(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text)):
+        raise argparse.ArgumentTypeError(f"wanted a number from 1, got {text!r:.40}")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
