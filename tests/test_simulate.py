@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from taskgpt.config import load_scheduler
+from taskgpt.config import find_file, load_scheduler
 from taskgpt.errors import UserError
 from taskgpt.lab import machine as this
 from taskgpt.lab.simulator import validation
@@ -315,6 +315,19 @@ def test_the_program(tmp_path, capsys):
     }.items():
         assert simulate([*argv, *wrong]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_traces_of_files_stay_in_their_folder(tmp_path):
+    """Graph and set-up named by absolute paths: nothing is written beside these files."""
+    files = {kind: tmp_path / f"{kind}.toml" for kind in ("graphs", "scheduler_configs")}
+    for kind, name in (("graphs", "tiny"), ("scheduler_configs", "loops")):
+        text = find_file(kind, name).read_text(encoding="utf-8")
+        files[kind].write_text(f'scheduler = "loops"\n{text}' if name == "loops" else text)
+    graph, scheduler = map(str, files.values())
+    flags = ["--graph", graph, "--schedulers", scheduler, "--workers", "2", "--steps", "3", "--times", "rates", "--machine", "2x56"]
+    assert simulate([*flags, "--trace", str(tmp_path / "t")]) == 0
+    assert len(list((tmp_path / "t").rglob("trace.npz"))) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["graphs.toml", "scheduler_configs.toml", "t"]
 
 
 ONE_WORKER = ["--graph", "tiny", "--scheduler", "native", "--workers", "1", "--val-every", "0", "--sample-every", "0", "--data", __file__]

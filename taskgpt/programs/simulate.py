@@ -28,7 +28,7 @@ from taskgpt.lab.simulator import validation
 from taskgpt.lab.simulator.machine_file import Machine
 from taskgpt.lab.simulator.simulated import Clocked, Costs, simulated
 from taskgpt.lab.simulator.task_costs import Times, traffic
-from taskgpt.lab.traces.formats import save, verify_can_save
+from taskgpt.lab.traces.formats import folder_name, save, verify_can_save
 from taskgpt.lab.traces.trace import RECORD, Traced
 from taskgpt.programs.arguments import Parser, add_changes, add_graphs, add_schedulers, add_wide, add_workers
 from taskgpt.progress import Progress
@@ -140,8 +140,7 @@ def one(
             pass
         trace = traced.trace({"command": shlex.join(["taskgpt", "simulate", *flags.argv]), "machine": vars(machine)})
     if flags.trace is not None:
-        name = f"{cell.scheduler_word}-{cell.workers}".replace(":", "_")
-        path = save(trace, Path(flags.trace) / cell.graph_word.replace(":", "_") / name)
+        path = save(trace, Path(flags.trace) / folder_name(cell.graph_word) / folder_name(f"{cell.scheduler_word}-{cell.workers}"))
         with progress.aside():
             print(f"trace      {path}", file=sys.stderr)
     t1_ms, step_ms = costs.seconds.sum() * 1e3, (trace.end_ns - trace.begin_ns) / flags.steps / 1e6

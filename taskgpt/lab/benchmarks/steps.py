@@ -1,7 +1,6 @@
 """Training steps of graphs under schedulers, in turns, against what the machine needs for their matrix products alone."""
 
 import argparse
-import re
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from taskgpt.lab.contests.cells import Cell, product_of
 from taskgpt.lab.named import Prepared, named_scheduler, prepare
 from taskgpt.lab.report import Report, in_range, quartiles, seconds_of
 from taskgpt.lab.roofline import Limits, Product, gemm_flops, products
-from taskgpt.lab.traces.formats import save, verify_can_save
+from taskgpt.lab.traces.formats import folder_name, save, verify_can_save
 from taskgpt.lab.traces.trace import RECORD, Traced
 from taskgpt.progress import Progress
 from taskgpt.schedulers import Scheduler
@@ -81,7 +80,7 @@ def step(flags: argparse.Namespace) -> None:
         if flags.trace is not None:
             for c in contestants:
                 number = f"-{c.cell.workers}" if len(flags.workers or []) > 1 else ""
-                folder = re.sub(r"[^\w.=-]+", "_", f"{c.prepared.name}-{c.cell.scheduler_word}{number}")
+                folder = folder_name(f"{c.prepared.name}-{c.cell.scheduler_word}{number}")
                 about = {"command": f"taskgpt bench step, {flags.rounds + 1} rounds of {flags.steps}", "machine": machine.describe()}
                 about["limits"] = machine.limits(c.scheduler.workers)
                 print(f"trace      {save(c.scheduler.trace(about), Path(flags.trace) / folder)}")

@@ -1,6 +1,7 @@
 """The formats that a trace is written in, and the checkers of each."""
 
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,11 @@ def verify_can_save(folder: str) -> None:
         raise UserError(f"--trace {folder}: cannot make this folder: {error.strerror}") from None
     if not os.access(folder, os.W_OK):
         raise UserError(f"--trace {folder}: cannot write here; choose another folder")
+
+
+def folder_name(words: str) -> str:
+    """Return a name for the folder of a trace, of words of the command line, which may be paths: it leads nowhere else."""
+    return re.sub(r"[^\w.=-]+", "_", words)
 
 
 def has_trace(folder: str | Path) -> bool:
