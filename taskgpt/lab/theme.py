@@ -9,7 +9,6 @@ CSS = f"""
   --before: {palette.VERMILION}; --after: #0969da; }}
 @media (prefers-color-scheme: dark) {{
   :root {{ --back: #0d1117; --text: #e6edf3; --dim: #9198a1; --line: #30363d; --panel: #161b22; color-scheme: dark; --after: #79c0ff; }} }}
-html {{ scrollbar-gutter: stable; }} /* nothing moves under the mouse when a page becomes longer than the window */
 * {{ box-sizing: border-box; }}
 body {{ margin: 0; background: var(--back); color: var(--text); font: 14px/1.45 system-ui, sans-serif; }}
 button, select, input {{ font: inherit; color: var(--text); background: var(--panel); border: 1px solid var(--line);
