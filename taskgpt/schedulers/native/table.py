@@ -31,27 +31,27 @@ def _lines(count: int) -> range:
 # What all share. Settings and addresses are written before the workers start; each other line has one kind of news.
 _SETTINGS, _STOP, _SLEEP, _FAILURE, TABLE_WORDS = _lines(4)
 WORKERS, QUEUES, BY_AGE, PREFERS_HOME, IMMEDIATE, SPINS, PRIORITIES, QUEUES_AT, RUNS_AT, WORKERS_AT, MUTEX, WORK, DONE = range(
-    _SETTINGS, _SETTINGS + 13
-)
-STOPPING, CLOSING = range(_STOP, _STOP + 2)
+    _SETTINGS, _STOP
+)[:13]  # with more names than the line has words, there are too few values to unpack; so below
+STOPPING, CLOSING = range(_STOP, _SLEEP)[:2]
 PARKED = _SLEEP  # workers that sleep
-FAILED, FAILED_CALL = range(_FAILURE, _FAILURE + 2)
+FAILED, FAILED_CALL = range(_FAILURE, TABLE_WORDS)[:2]
 
 # A queue: those who look whether it has something spin on LOCK, its owner writes the rest.
 _LOCK, _HEAP, QUEUE_WORDS = _lines(2)
 LOCK = _LOCK
-SIZE, SEQUENCE, KEYS, INSTANCES = range(_HEAP, _HEAP + 4)
+SIZE, SEQUENCE, KEYS, INSTANCES = range(_HEAP, QUEUE_WORDS)[:4]
 
 # A run of a graph. Addresses of arrays (0: none), first of the graph, then of this run; REMAINING is counted down by all.
 _ARRAYS, _, _COUNT, RUN_WORDS = _lines(3)
-CALL_FIRST, CALL_ENTRY, CALL_WORDS, SUCCESSOR_FIRST, SUCCESSOR, INDEGREE = range(_ARRAYS, _ARRAYS + 6)
-VALUES, OWN_PRIORITIES, FAVOURITES, LOCK_FIRST, LOCK_OF, LOCKS = range(_ARRAYS + 6, _ARRAYS + 12)
-TASKS, NUMBER, OFFSET, PENDING, MARKS, READY_AT, RAN_ON, DURATIONS, NEXT_FIRST, NEXT = range(_ARRAYS + 12, _ARRAYS + 22)
+CALL_FIRST, CALL_ENTRY, CALL_WORDS, SUCCESSOR_FIRST, SUCCESSOR, INDEGREE = range(_ARRAYS, _COUNT)[:6]
+VALUES, OWN_PRIORITIES, FAVOURITES, LOCK_FIRST, LOCK_OF, LOCKS = range(_ARRAYS, _COUNT)[6:12]
+TASKS, NUMBER, OFFSET, PENDING, MARKS, READY_AT, RAN_ON, DURATIONS, NEXT_FIRST, NEXT = range(_ARRAYS, _COUNT)[12:22]
 REMAINING = _COUNT
 
 # A worker; one more stands for the thread that submits. The second line keeps its neighbour away.
-_OWN, _, WORKER_WORDS = _lines(2)
-CLOCK, CLOCK_NS, SCRATCH, ERROR, RECORD, RECORD_CAPACITY, RECORD_COUNT = range(_OWN, _OWN + 7)
+_OWN, _APART, WORKER_WORDS = _lines(2)
+CLOCK, CLOCK_NS, SCRATCH, ERROR, RECORD, RECORD_CAPACITY, RECORD_COUNT = range(_OWN, _APART)[:7]
 
 # What a worker records of a task: a row of RECORD_TYPE, but for the worker, whose rows they are.
 ROW_NAMES = RECORD_TYPE.names[:-1]
