@@ -51,6 +51,12 @@ def test_formats_agree(tmp_path):
     assert {int(n): name for n, name in re.findall(r'^  (\d+) \[label="(\w+)', dot, re.MULTILINE)} == kernels
 
 
+def test_an_unknown_phase(capsys):
+    """The known ones come as in a step, whatever the hashes of their names."""
+    assert show(["graph", "--phase", "inference"]) == 2
+    assert "known: forward, loss, backward, update" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("colour", ["kernel", "layer", "phase", "path"])
 def test_a_picture_has_every_task(colour, tmp_path):
     """One rectangle a task, and a legend of what colours tell."""

@@ -80,7 +80,7 @@ def show_graph(flags: argparse.Namespace) -> int:
 
 def chosen(graph: Graph, flags: argparse.Namespace) -> Graph:
     """Return the tasks of one phase, or layer, or both. Raises UserError if there are none."""
-    sections = {task.section for task in graph.tasks}
+    sections = dict.fromkeys(task.section for task in graph.tasks)
     if flags.phase is not None and flags.phase not in (phases := dict.fromkeys(phase for phase, _ in sections if phase)):
         raise UserError(f"--phase: unknown phase '{flags.phase}'{did_you_mean(flags.phase, phases)}")
     found = part(graph, lambda task: flags.phase in (None, task.section[0]) and flags.layer in (None, task.section[1]))
