@@ -119,7 +119,7 @@ def test_who_takes_one_number_of_workers_refuses_several(verb, capsys):
     assert program(verb)("--workers", "1,2") == 2
     assert "--workers 1,2: wanted one, got 2" in capsys.readouterr().err
     assert program(verb)("--workers", "0") == 2
-    assert "--workers 0: wanted a number from 1 to 4,096" in capsys.readouterr().err
+    assert "--workers 0: wanted a number from 1 to 4,096, for example --workers 2" in capsys.readouterr().err
 
 
 def test_names_behind_a_setting_are_names(capsys):

@@ -198,5 +198,5 @@ def worker_counts(flag: str, words: Iterable[str]) -> list[int]:
     found = listed(words)
     for word in found:
         if not (word.isascii() and word.isdecimal() and len(word) < 10 and 1 <= int(word) <= MOST_WORKERS):
-            raise UserError(f"{flag} {shorten(word)}: wanted a number from 1 to {MOST_WORKERS:,}, for example {flag} 2")
+            raise UserError(f"{flag} {shorten(word)}: wanted a number from 1 to {MOST_WORKERS:,}, for example --workers 2")
     return [int(word) for word in found]

@@ -51,9 +51,9 @@ WHY = {
 CHANGES = {
     "cell": ("cell", ""),
     "before, ms": ("before_ms", ".2f"),
-    "95 % ": ("before", ""),
+    "95 % of before": ("before", ""),
     "after, ms": ("after_ms", ".2f"),
-    "95 %": ("after", ""),
+    "95 % of after": ("after", ""),
     "after / before": ("ratio", ".3f"),
     "beyond noise": ("verdict", ""),
     "same bits": ("bits", ""),

@@ -323,11 +323,11 @@ class _Computation:
             return task
 
     def _push(self, task: int) -> None:
-        ranking, entry = self.ranking, self.ranking.ranks[task]
+        ranking, rank = self.ranking, self.ranking.ranks[task]
         if ranking.step:
             self._ticks += ranking.step
-            entry += (ranking.levels[task] * (2 * len(ranking.keys) + 1) + self._ticks) * len(ranking.order)
-        heappush(self._ready, entry)
+            rank += (ranking.levels[task] * (2 * len(ranking.keys) + 1) + self._ticks) * len(ranking.order)
+        heappush(self._ready, rank)
 
 
 class _Watch:
