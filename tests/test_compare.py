@@ -437,7 +437,7 @@ def test_the_program(tmp_path, capsys):
     [
         (["--budget", "soon"], "--budget soon: wanted a time"),
         (["--precision", "2"], "--precision 2: wanted a part"),
-        (["--workers", "1,none"], "--workers none: wanted numbers"),
+        (["--workers", "1,none"], "--workers none: wanted a number"),
         (["--diff", "a", "b"], "a: no such file; wanted results"),
         (["--diff", "a"], "expected 2 arguments"),
     ],
