@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from taskgpt.errors import UserError, shorten
-from taskgpt.files import atomic_file, cannot_write, file_size, write_target
+from taskgpt.files import atomic_file, cannot_write, file_size, verify_can_write, write_target
 from taskgpt.gpt2.shape import Model
 from taskgpt.gpt2.text.kinds import CHECKPOINT, refuse_another_kind
 from taskgpt.gpt2.text.tokens import HEADER_BYTES, HEADER_WORDS
@@ -87,9 +87,7 @@ def verify_can_save(path: str | Path, nbytes: int) -> None:
         target = write_target(path)
         if target.exists() and np.fromfile(target, "<i4", 1).tolist() != [MAGIC]:
             raise UserError(f"{shorten(path)}: is there already and is no checkpoint; name another file")
-        probe = target.with_name(f".{target.name}.probe")
-        probe.touch()
-        probe.unlink()
+        verify_can_write(path)
         free = shutil.disk_usage(target.parent).free
     except OSError as error:
         raise cannot_write(path, error) from None
