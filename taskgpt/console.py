@@ -48,7 +48,7 @@ class Output:
                 self.error = error
 
 
-class Report:
+class Console:
     """Everything the program says: lines on standard output, progress on standard error, JSON lines in the log; and what it keeps of it.
 
     losses, validations, samples: (steps done before, what was found).
@@ -67,7 +67,7 @@ class Report:
         self._held: list[bytes] | None = None  # lines for a log in whose place an earlier one is
         self._live: Live | None = None
 
-    def __enter__(self) -> "Report":
+    def __enter__(self) -> "Console":
         return self
 
     def __exit__(self, *_) -> None:
@@ -261,7 +261,7 @@ class StopRequest:
     nothing to wait for, a signal ends the program at once, and so does a second one.
     """
 
-    def __init__(self, report: Report):
+    def __init__(self, report: Console):
         self.number = 0  # of the signal
         self.can_wait = False
         self.consequence = "nothing was saved"

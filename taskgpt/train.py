@@ -27,8 +27,8 @@ from typing import Any
 
 import psutil
 
-from taskgpt.config import GraphConfig, SchedulerConfig, load_graph, load_scheduler, parse_settings
-from taskgpt.console import Report, StopRequest, told
+from taskgpt.config import GraphConfig, SchedulerConfig, load_graph, load_scheduler
+from taskgpt.console import Console, StopRequest, told
 from taskgpt.errors import UserError, on_signals, run_program, shorten
 from taskgpt.files import verify_can_write
 from taskgpt.gpt2 import checkpoints
@@ -40,7 +40,7 @@ from taskgpt.gpt2.text.data import Data, open_data
 from taskgpt.lab import machine, run_page
 from taskgpt.lab.dashboard.live import Live
 from taskgpt.lab.disturbance import Disturbance
-from taskgpt.lab.named import by_file, graph_of, scheduler_of
+from taskgpt.lab.named import overridden
 from taskgpt.lab.pace import Pace
 from taskgpt.lab.traces.formats import has_trace, save, verify_can_save
 from taskgpt.lab.traces.trace import RECORD, Traced
@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def run() -> int:
         flags = parser().parse_args(argv)
         flags.argv = list(sys.argv[1:] if argv is None else argv)
-        with Report() as report:
+        with Console() as report:
             stop = StopRequest(report)
             with on_signals(stop.request):
                 return train(flags, report, stop)
@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_program("taskgpt train", run, (TaskError, TwinError, AccessError, WorkerError))
 
 
-def train(flags: argparse.Namespace, report: Report, stop: StopRequest) -> int:
+def train(flags: argparse.Namespace, report: Console, stop: StopRequest) -> int:
     """Train as the flags say; return the exit code. Raises what `main` answers."""
     if flags.save is not None and flags.steps == 0 and os.path.exists(flags.save):
         raise UserError(f"--save {shorten(flags.save)}: is there already, and --steps 0 trains nothing; name another file")
@@ -189,7 +189,7 @@ def divergence(loss: float, steps: int, m: GPT2) -> str:
     return found and f"after {steps} steps the {found}, and nothing was saved; try a smaller --lr, or another --init"
 
 
-def save_model(flags: argparse.Namespace, m: GPT2, steps: int, report: Report, stop: StopRequest) -> list[str]:
+def save_model(flags: argparse.Namespace, m: GPT2, steps: int, report: Console, stop: StopRequest) -> list[str]:
     """Save what was trained; return why not. The run goes on to its summary and its trace, which a full disk cannot take away."""
     if not steps and stop.is_requested:
         report.say(f"nothing was saved, as no step ran; {shorten(flags.save)} stays as it was")
@@ -205,7 +205,7 @@ def save_model(flags: argparse.Namespace, m: GPT2, steps: int, report: Report, s
     return []
 
 
-def write_page(flags: argparse.Namespace, live: Live, summary: dict[str, Any], command: str, report: Report) -> list[str]:
+def write_page(flags: argparse.Namespace, live: Live, summary: dict[str, Any], command: str, report: Console) -> list[str]:
     """Write the page of a run that did a step; return why not."""
     if not summary["steps"]:
         report.tell("report", f"no step ran; {shorten(flags.report)} stays as it was")
@@ -226,7 +226,7 @@ def run_steps(
     step_graphs: Sequence[Graph],
     val_graphs: Sequence[Graph],
     sampler: Sampler,
-    report: Report,
+    report: Console,
     stop: StopRequest,
 ) -> tuple[list[float], float]:
     """Validate, sample and train, step by step, as llm.c's main does; return the seconds of each step and the last loss.
@@ -295,16 +295,12 @@ def is_watched(flags: argparse.Namespace) -> bool:
 
 def configure(flags: argparse.Namespace) -> tuple[GraphConfig, SchedulerConfig]:
     """Return both configurations: files, then tiles that tuning found, then what names, --tiles, --set and the other flags change."""
-    (graph_name, graph_overrides), (scheduler_name, scheduler_overrides) = graph_of(flags.graph), scheduler_of(flags.scheduler)
     is_auto, sizes = AUTO in flags.tiles, [word for word in flags.tiles if word != AUTO]
-    of_graph, of_scheduler = parse_settings([f"{key}={value}" for each in by_file(sizes, flags.set) for key, (value,) in each.items()])
-    graph_overrides |= of_graph
-    scheduler_overrides |= of_scheduler
+    of_graph, of_scheduler = overridden(flags.graph, flags.scheduler, sizes, flags.set, flags.workers)
+    (graph_name, graph_overrides), (scheduler_name, scheduler_overrides) = of_graph, of_scheduler
     for key, value in (("batch.batch_size", flags.batch_size), ("batch.seq_len", flags.seq_len)):
         if value is not None:
             graph_overrides[key] = value
-    if flags.workers is not None:
-        scheduler_overrides["workers"] = flags.workers
     if is_watched(flags):
         scheduler_overrides["record"] = RECORD
     model = checkpoints.read_shape(flags.init) if flags.init is not None else None

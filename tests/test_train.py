@@ -18,7 +18,7 @@ from programs import started
 
 from taskgpt import train
 from taskgpt.__main__ import main as taskgpt
-from taskgpt.console import Report
+from taskgpt.console import Console
 from taskgpt.gpt2.text.tokens import write_tokens
 from taskgpt.lab.traces.trace import Trace
 from taskgpt.train import main
@@ -222,7 +222,7 @@ def test_a_stop_is_orderly_at_any_time(number, after, text, tmp_path):
 
 def stopping(monkeypatch, when: str, number: int) -> None:
     """Have the program get a signal at a moment before its first step."""
-    module, name = {"it starts": (Report, "compiling"), "it validates": (train, "run_steps")}[when]
+    module, name = {"it starts": (Console, "compiling"), "it validates": (train, "run_steps")}[when]
     original = getattr(module, name)
 
     def stopped(*arguments):
@@ -275,7 +275,7 @@ def test_a_second_signal_ends_the_program_at_once(text, tmp_path, capsys, monkey
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(Report, "step", interrupted)
+    monkeypatch.setattr(Console, "step", interrupted)
     assert main([*flags, "--lr", "1"]) == 143
     assert capsys.readouterr().err == "taskgpt train: interrupted at once; nothing was saved\n"
     assert model.read_bytes() == before
@@ -382,7 +382,7 @@ def test_times_are_those_of_the_work(text, tmp_path, capsys, monkeypatch):
         if step % 3 == 1:
             time.sleep(0.3)
 
-    monkeypatch.setattr(Report, "step", slow)
+    monkeypatch.setattr(Console, "step", slow)
     start = time.perf_counter()
     flags = ["--graph", "tiny", "--val-every", "0", "--sample-every", "0", "--workers", "1", "--data", text, "--steps", "9"]
     assert main([*flags, "--log", str(tmp_path / "log.jsonl")]) == 0

@@ -104,6 +104,19 @@ def named_config(word: str, workers: int | None, **defaults: object) -> Schedule
 # Words ----------------------------------------------------------------------------------------------------------------------------------
 
 
+def overridden(
+    graph: str, scheduler: str, tiles: Sequence[str], settings: Sequence[str], workers: int | None
+) -> tuple[tuple[str, dict[str, Any]], tuple[str, dict[str, Any]]]:
+    """Return (name, overrides of the file) of a graph and of a scheduler: what their words, --tiles, --set, --workers say."""
+    (graph_name, of_graph), (scheduler_name, of_scheduler) = graph_of(graph), scheduler_of(scheduler)
+    words = [f"{key}={value}" for each in by_file(tiles, settings) for key, (value,) in each.items()]
+    for overrides, more in zip((of_graph, of_scheduler), parse_settings(words), strict=True):
+        overrides |= more
+    if workers is not None:
+        of_scheduler["workers"] = workers
+    return (graph_name, of_graph), (scheduler_name, of_scheduler)
+
+
 def graph_of(word: str) -> tuple[str, dict[str, Any]]:
     """Return (name, overrides of the file) of a graph's word."""
     name, changes = split_changes(word)

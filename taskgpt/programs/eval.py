@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from taskgpt.config import load_graph, load_scheduler, parse_settings
+from taskgpt.config import load_graph, load_scheduler
 from taskgpt.errors import UserError, run_program
 from taskgpt.files import verify_can_write, write_whole
 from taskgpt.gpt2 import checkpoints
@@ -28,11 +28,12 @@ from taskgpt.gpt2.text.data import Data, open_data
 from taskgpt.gpt2.text.tokenizer import Tokenizer
 from taskgpt.lab import machine
 from taskgpt.lab.layout import field
-from taskgpt.lab.named import by_file, graph_of, scheduler_of
+from taskgpt.lab.named import overridden
+from taskgpt.lab.report import compile_with_progress
 from taskgpt.programs.arguments import Parser, add_changes, add_graph, add_scheduler, add_workers
 from taskgpt.progress import Progress
 from taskgpt.schedulers import Scheduler, WorkerError, open_scheduler
-from taskgpt.tasks import AccessError, Graph, TaskError, TwinError, compile_kernels
+from taskgpt.tasks import AccessError, Graph, TaskError, TwinError
 
 PARTS = ("val", "train")
 
@@ -64,14 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def evaluate(flags: argparse.Namespace) -> dict[str, Any]:
     """Evaluate as the flags say; print and return what was found. Raises UserError, also for a loss that is not finite."""
-    (graph_name, of_graph), (scheduler_name, of_scheduler) = graph_of(flags.graph), scheduler_of(flags.scheduler)
-    changed = [f"{key}={value}" for each in by_file(flags.tiles, flags.set) for key, (value,) in each.items()]
-    for overrides, more in zip((of_graph, of_scheduler), parse_settings(changed), strict=True):
-        overrides |= more
-    if flags.workers is not None:
-        of_scheduler["workers"] = flags.workers
+    of_graph, of_scheduler = overridden(flags.graph, flags.scheduler, flags.tiles, flags.set, flags.workers)
     model = checkpoints.read_shape(flags.init)
-    config, setup = load_graph(graph_name, of_graph, model), load_scheduler(scheduler_name, of_scheduler)
+    config, setup = load_graph(*of_graph, model), load_scheduler(*of_scheduler)
     data = open_data(flags.data, config.batch.batch_size, config.batch.seq_len, model.vocabulary)
     scheduler = open_scheduler(setup.scheduler, setup.settings)
     m = GPT2(model, config.batch, config.tiles, config.options, shared=scheduler.needs_shared_memory)
@@ -80,13 +76,13 @@ def evaluate(flags: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"{flags.init}: evaluating needs {needed / 2**30:.1f} GiB, this machine has {free / 2**30:.1f} GiB free")
     checkpoints.load(flags.init, model, m.parameters)
     graphs = [loss_graph(m, slot) for slot in range(len(m.slots))]
-    compile_kernels(graphs[0].kernels)
+    compile_with_progress(graphs[0].kernels)
     print(field("model", f"{model.parameter_count():,} parameters, L {model.layers}, NH {model.heads}, C {model.channels}"))
     print(field("data", f"{data.description}; the {flags.part} part"))
     with scheduler:
         print(field("scheduler", scheduler.describe()))
         found = measured(scheduler, m, graphs, data, flags.part, flags.batches)
-    told(found)
+    print_found(found)
     return found
 
 
@@ -134,7 +130,7 @@ def lengths_of(tokenizer: Tokenizer) -> np.ndarray | None:
     return lengths
 
 
-def told(found: dict[str, Any]) -> None:
+def print_found(found: dict[str, Any]) -> None:
     """Print what was found."""
     print(field("loss", f"{found['loss']:.6f} nats a token"))
     print(field("perplexity", "more than a number holds" if found["perplexity"] is None else f"{found['perplexity']:,.2f}"))

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterable, Sequence
 
 
-class Cell:
+class CellHistory:
     """The tasks that the next access of a cell must wait for."""
 
     __slots__ = ("group", "lock", "readers", "serial", "writers")
@@ -18,11 +18,11 @@ class Cell:
         self.readers: set[int] = set()  # since then
         self.group: set[int] | None = None  # what every member of the open commutative group waits for
         self.lock = threading.Lock()
-        self.serial = Cell._count = Cell._count + 1
+        self.serial = CellHistory._count = CellHistory._count + 1
 
-    def copy(self) -> "Cell":
+    def copy(self) -> "CellHistory":
         """Return the same state, to go on from; a commutative group ends here."""
-        twin = Cell()
+        twin = CellHistory()
         twin.writers, twin.readers = set(self.writers), set(self.readers)
         return twin
 

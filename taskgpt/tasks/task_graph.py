@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Self, TypeVar
 
-from taskgpt.tasks.dependencies import Cell, longest_path, without_implied
+from taskgpt.tasks.dependencies import CellHistory, longest_path, without_implied
 from taskgpt.tasks.kernel import AccessError, Kernel
 from taskgpt.tasks.task import Call, Section, Task, this_thread
 from taskgpt.tasks.tensor import GridError, Tensor
@@ -36,7 +36,7 @@ class TaskGraph:
         self.runs: set[object] = set()
         self._made_in = this_thread.at
         self._kernels: dict[Kernel, None] = {}  # in order of first use
-        self._cells: dict[tuple, Cell] = {}
+        self._cells: dict[tuple, CellHistory] = {}
         self._tensors: dict[int, Tensor] = {}
         self._ancestors: list[int] = []  # one bit per earlier task; only while recording
         self._accesses: list[list[tuple[tuple, str]]] = []  # (cell, kind) of each task; only while recording
@@ -58,7 +58,7 @@ class TaskGraph:
         task = Task(len(self.tasks), (call,), section)
         task.priority = priority
         waits: set[int] = set()
-        locked: list[Cell] = []
+        locked: list[CellHistory] = []
         accesses: list[tuple[tuple, str]] = []
         for name, tile in call.tiles():
             kind = kernel.accesses[name].kind
@@ -68,7 +68,7 @@ class TaskGraph:
                 key = id(tile.tensor), position
                 cell = self._cells.get(key)
                 if cell is None:
-                    cell = self._cells[key] = Cell()
+                    cell = self._cells[key] = CellHistory()
                 waits |= cell.access(kind, task.number)
                 accesses.append((key, kind))
                 if kind == "commutative":
