@@ -16,7 +16,7 @@ PROGRAMS = {
     "show": "draw a graph, or write it as text, JSON, GraphML or DOT",
     "trace": "report on traces, check them, convert them",
     "compare": "race schedulers, tiles and policies on a graph",
-    "tune": "search the fastest tiles and policy on this machine",
+    "tune": "search for the fastest tiles and policy on this machine",
     "simulate": "predict a step on cores that one does not have",
     "bench": "measure a step, a task's overhead, other libraries",
 }
