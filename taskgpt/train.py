@@ -192,7 +192,7 @@ def divergence(loss: float, steps: int, m: GPT2) -> str:
 def save_model(flags: argparse.Namespace, m: GPT2, steps: int, report: Console, stop: StopRequest) -> list[str]:
     """Save what was trained; return why not. The run goes on to its summary and its trace, which a full disk cannot take away."""
     if not steps and stop.is_requested:
-        report.say(f"nothing was saved, as no step ran; {shorten(flags.save)} stays as it was")
+        report.say(f"nothing was saved, as no step ran; {_left(flags.save)}")
         return []
     stop.consequence = f"{shorten(flags.save)} is what it was, or the new model, whole"
     try:
@@ -208,7 +208,7 @@ def save_model(flags: argparse.Namespace, m: GPT2, steps: int, report: Console, 
 def write_page(flags: argparse.Namespace, live: Live, summary: dict[str, Any], command: str, report: Console) -> list[str]:
     """Write the page of a run that did a step; return why not."""
     if not summary["steps"]:
-        report.tell("report", f"no step ran; {shorten(flags.report)} stays as it was")
+        report.tell("report", f"no step ran; {_left(flags.report)}")
         return []
     try:
         run_page.write(flags.report, live, summary, command)
@@ -370,6 +370,11 @@ def summarize(flags, graph_config, scheduler_config, workers, description, repor
         "machine": machine.describe(),
         "disturbance": dataclasses.asdict(found),
     }
+
+
+def _left(path: str) -> str:
+    """Return what became of a file that is not written."""
+    return f"{shorten(path)} stays as it was" if os.path.exists(path) else f"{shorten(path)} was not written"
 
 
 def _count(text: str) -> int:

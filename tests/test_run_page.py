@@ -107,8 +107,10 @@ def test_a_page_is_for_a_run_that_did_a_step(folder, tmp_path, capsys):
     page.write_text("earlier")
     flags = [*TINY, "--data", str(folder / "<text>.txt"), "--val-every", "0", "--sample-every", "0"]
     assert main([*flags, "--steps", "0", "--report", str(page)]) == 0
-    assert "no step ran" in capsys.readouterr().out
+    assert f"no step ran; {page} stays as it was" in capsys.readouterr().out
     assert page.read_text() == "earlier"
+    assert main([*flags, "--steps", "0", "--report", str(tmp_path / "new.html")]) == 0
+    assert f"no step ran; {tmp_path / 'new.html'} was not written" in capsys.readouterr().out
     assert main([*flags, "--steps", "1", "--report", str(tmp_path / "none" / "run.html")]) == 2
     assert "cannot write" in capsys.readouterr().err
 
