@@ -45,12 +45,11 @@ from taskgpt.lab.pace import Pace
 from taskgpt.lab.traces.formats import has_trace, save, verify_can_save
 from taskgpt.lab.traces.trace import RECORD, Traced
 from taskgpt.lab.tuning import tuned
-from taskgpt.programs.arguments import AUTO, Parser, add_changes, add_graph, add_scheduler, add_workers
+from taskgpt.programs.arguments import AUTO, Parser, add_changes, add_graph, add_scheduler, add_workers, count, part, positive, rate
 from taskgpt.schedulers import Scheduler, WorkerError, open_scheduler
 from taskgpt.tasks import AccessError, Graph, TaskError, TwinError, check
 
 SGEMM_TRIES = 4  # measurements of sgemm, where the first says that training was faster
-FLOAT32_MAX = 3.4e38  # a learning rate beyond it would be infinite
 
 
 def parser() -> argparse.ArgumentParser:
@@ -65,23 +64,23 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--data", default="tinyshakespeare", help="tinyshakespeare, tinystories, a text file, a folder or glob of token files"
     )
-    what.add_argument("--steps", type=_count, default=40, help="optimizer steps (default 40)")
-    what.add_argument("--batch-size", type=_positive, metavar="B", help="sequences a step (default: the graph file's)")
-    what.add_argument("--seq-len", type=_positive, metavar="T", help="tokens in a sequence (default: the graph file's)")
-    what.add_argument("--lr", type=_rate, default=1e-4, help="AdamW's learning rate, at its highest (default 1e-4)")
+    what.add_argument("--steps", type=count, default=40, help="optimizer steps (default 40)")
+    what.add_argument("--batch-size", type=positive, metavar="B", help="sequences a step (default: the graph file's)")
+    what.add_argument("--seq-len", type=positive, metavar="T", help="tokens in a sequence (default: the graph file's)")
+    what.add_argument("--lr", type=rate, default=1e-4, help="AdamW's learning rate, at its highest (default 1e-4)")
     what.add_argument("--lr-schedule", choices=FALLS, default="constant", help="how the learning rate goes on (default constant)")
-    what.add_argument("--warmup", type=_count, default=0, metavar="N", help="steps in which the learning rate rises (default 0)")
-    what.add_argument("--final-lr", type=_part, default=0.0, metavar="PART", help="of --lr, at the end of the schedule (default 0)")
-    what.add_argument("--weight-decay", type=_rate, default=0.0, help="AdamW's weight decay (default 0, as in llm.c)")
-    what.add_argument("--seed", type=_count, default=42, help="of the initial parameters (default 42)")
+    what.add_argument("--warmup", type=count, default=0, metavar="N", help="steps in which the learning rate rises (default 0)")
+    what.add_argument("--final-lr", type=part, default=0.0, metavar="PART", help="of --lr, at the end of the schedule (default 0)")
+    what.add_argument("--weight-decay", type=rate, default=0.0, help="AdamW's weight decay (default 0, as in llm.c)")
+    what.add_argument("--seed", type=count, default=42, help="of the initial parameters (default 42)")
     how = p.add_argument_group("how it runs")
     add_scheduler(how, "native")
     add_workers(how, "default: the scheduler file's")
     how.add_argument("--check", action="store_true", help="run every task on guarded copies and report undeclared accesses (slow)")
     out = p.add_argument_group("what comes out")
-    out.add_argument("--val-every", type=_count, default=10, metavar="N", help="validation loss every N steps, 0 = never (default 10)")
-    out.add_argument("--val-batches", type=_positive, default=5, metavar="N", help="batches of a validation (default 5)")
-    out.add_argument("--sample-every", type=_count, default=20, metavar="N", help="a sample every N steps, 0 = never (default 20)")
+    out.add_argument("--val-every", type=count, default=10, metavar="N", help="validation loss every N steps, 0 = never (default 10)")
+    out.add_argument("--val-batches", type=positive, default=5, metavar="N", help="batches of a validation (default 5)")
+    out.add_argument("--sample-every", type=count, default=20, metavar="N", help="a sample every N steps, 0 = never (default 20)")
     out.add_argument("--save", metavar="MODEL", help="write the trained parameters: name.bin is llm.c's format, a folder Hugging Face's")
     out.add_argument("--trace", metavar="DIR", help="write what each worker did when, for Perfetto, Paraver, ovni and `taskgpt trace`")
     out.add_argument(
@@ -237,35 +236,32 @@ def run_steps(
     Steps do not overlap with validation and samples.
     """
 
-    def give(batches, slot: int) -> None:
-        batches.next_batch(*(tensor.array.reshape(m.batch.batch_size, -1) for tensor in (m.slots[slot].tokens, m.slots[slot].targets)))
-
     def validation() -> Iterator[Graph]:
         for n in range(flags.val_batches):
             if stop.is_requested:
                 return
-            give(data.val, n % 2)
+            data.val.next_batch(*m.inputs(n % 2))
             yield val_graphs[n % 2]
 
     def training(first: int, last: int) -> Iterator[Graph]:
         for step in range(first, last):
             if stop.is_requested:
                 return
-            give(data.train, step % 2)
-            m.set_hyper(step, rate(step), flags.weight_decay, slot=step % 2)
+            data.train.next_batch(*m.inputs(step % 2))
+            m.set_hyper(step, learning_rate(step), flags.weight_decay, slot=step % 2)
             yield step_graphs[step % 2]
 
     def is_due(every: int) -> bool:
         return every != 0 and (step % every == 0 or step == flags.steps)
 
-    rate = LearningRate(flags.lr, flags.steps, flags.lr_schedule, flags.warmup, flags.final_lr)
+    learning_rate = LearningRate(flags.lr, flags.steps, flags.lr_schedule, flags.warmup, flags.final_lr)
     seconds: list[float] = []
     loss, step = 0.0, 0
     while flags.steps:
         if is_due(flags.val_every):
             data.val.reset()
             with closing(scheduler.run_each(validation())) as batches:
-                losses = [float(m.slots[n % 2].loss.array[0]) for n, _ in enumerate(batches)]
+                losses = [m.loss_of(n % 2) for n, _ in enumerate(batches)]
             if len(losses) == flags.val_batches:
                 loss = statistics.fmean(losses)
                 report.validation(step, loss)
@@ -280,8 +276,8 @@ def run_steps(
         with closing(scheduler.run_each(training(step, pause))) as steps:
             for _ in steps:
                 seconds.append(pace.step(time.perf_counter(), scheduler.ahead()))
-                loss = float(m.slots[step % 2].loss.array[0])
-                report.step(step, loss, rate(step), seconds[-1])
+                loss = m.loss_of(step % 2)
+                report.step(step, loss, learning_rate(step), seconds[-1])
                 step += 1
                 if not math.isfinite(loss):
                     return seconds, loss
@@ -375,33 +371,6 @@ def summarize(flags, graph_config, scheduler_config, workers, description, repor
 def _left(path: str) -> str:
     """Return what became of a file that is not written."""
     return f"{shorten(path)} stays as it was" if os.path.exists(path) else f"{shorten(path)} was not written"
-
-
-def _count(text: str) -> int:
-    return int(_number(text, int, 0))
-
-
-def _positive(text: str) -> int:
-    return int(_number(text, int, 1))
-
-
-def _rate(text: str) -> float:
-    return _number(text, float, 0)
-
-
-def _part(text: str) -> float:
-    return _number(text, float, 0, 1)
-
-
-def _number(text: str, kind: type, least: int, most: float = FLOAT32_MAX) -> float:
-    try:
-        number = kind(text)
-        if least <= number <= most:
-            return number
-    except ValueError:
-        pass
-    wanted = f"from {least} to {most:g}" if most < FLOAT32_MAX else f"of {least} or more"
-    raise argparse.ArgumentTypeError(f"wanted {'an integer' if kind is int else 'a number'} {wanted}, got {shorten(text)}")
 
 
 if __name__ == "__main__":

@@ -133,6 +133,15 @@ class GPT2:
         tokens = TensorSpec((R,), (rows,), np.dtype(np.int32))
         return {"tokens": tokens, "targets": tokens, "hyper": TensorSpec((7,)), "loss": TensorSpec((1,))}
 
+    def inputs(self, slot: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return tokens and targets of a slot, (B, T) each, to be written."""
+        B, of_slot = self.batch.batch_size, self.slots[slot]
+        return of_slot.tokens.array.reshape(B, -1), of_slot.targets.array.reshape(B, -1)
+
+    def loss_of(self, slot: int) -> float:
+        """Return the mean loss that the last run with a slot found."""
+        return float(self.slots[slot].loss.array[0])
+
     @property
     def parameters(self) -> dict[str, np.ndarray]:
         """The arrays of all parameters, in the order of an llm.c checkpoint."""

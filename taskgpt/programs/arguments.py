@@ -26,6 +26,7 @@ INDENTS = {"initial_indent": "  ", "subsequent_indent": "      "}  # of a comman
 LEAST_WIDTH = 11  # of help, where a terminal is narrower still; argparse's own
 AUTO = "auto"  # of --tiles: what tuning found
 SEVERAL = "`taskgpt compare` takes several"
+FLOAT32_MAX = 3.4e38  # a learning rate beyond it would be infinite
 Flags = argparse.ArgumentParser  # or a group of one
 
 
@@ -176,3 +177,37 @@ def add_changes(to: Flags, several: bool = False, has_auto: bool = False, has_sc
 def add_wide(to: Flags) -> None:
     """Add --wide, which `layout.terminal_width` heeds."""
     to.add_argument("--wide", action="store_true", help="tables with all their columns, however wide")
+
+
+# Numbers, for `type=` of a flag -----------------------------------------------------------------------------------------------------------
+
+
+def count(text: str) -> int:
+    """Return an integer of 0 or more. Raises ArgumentTypeError, as parsers want it."""
+    return int(_number(text, int, 0))
+
+
+def positive(text: str) -> int:
+    """Return an integer of 1 or more. Raises ArgumentTypeError, as parsers want it."""
+    return int(_number(text, int, 1))
+
+
+def rate(text: str) -> float:
+    """Return a number of 0 or more. Raises ArgumentTypeError, as parsers want it."""
+    return _number(text, float, 0)
+
+
+def part(text: str) -> float:
+    """Return a number from 0 to 1. Raises ArgumentTypeError, as parsers want it."""
+    return _number(text, float, 0, 1)
+
+
+def _number(text: str, kind: type, least: int, most: float = FLOAT32_MAX) -> float:
+    try:
+        number = kind(text)
+        if least <= number <= most:
+            return number
+    except ValueError:
+        pass
+    wanted = f"from {least} to {most:g}" if most < FLOAT32_MAX else f"of {least} or more"
+    raise argparse.ArgumentTypeError(f"wanted {'an integer' if kind is int else 'a number'} {wanted}, got {shorten(text)}")

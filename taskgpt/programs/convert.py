@@ -11,8 +11,6 @@ may also be bfloat16, float16, or several files with an index. Pickles, such as 
 import sys
 from collections.abc import Sequence
 
-import numpy as np
-
 from taskgpt.errors import UserError, run_program, shorten
 from taskgpt.gpt2 import checkpoints
 from taskgpt.lab.machine import free_memory_bytes
@@ -36,11 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def convert(source: str, target: str) -> str:
     """Convert a model; return a line that says what it is. Raises UserError."""
     model = checkpoints.read_shape(source)
-    nbytes = sum(4 * int(np.prod(shape)) for shape in model.parameter_shapes().values())
+    parameters = checkpoints.empty(model)  # which takes no memory before it is filled
+    nbytes = sum(array.nbytes for array in parameters.values())
     checkpoints.verify_can_save(target, model, nbytes)
     if 2 * nbytes > (free := free_memory_bytes()):  # once as ours, once as what is written
         raise UserError(f"{shorten(source)}: converting needs {2 * nbytes / 2**30:.1f} GiB, this machine has {free / 2**30:.1f} GiB free")
-    parameters = {name: np.empty(shape, np.float32) for name, shape in model.parameter_shapes().items()}
     checkpoints.load(source, model, parameters)
     checkpoints.save(target, model, parameters)
     shape = f"L {model.layers}, NH {model.heads}, C {model.channels}, V {model.vocabulary}, T at most {model.max_seq_len}"

@@ -30,7 +30,7 @@ from taskgpt.lab import machine
 from taskgpt.lab.layout import field
 from taskgpt.lab.named import overridden
 from taskgpt.lab.report import compile_with_progress
-from taskgpt.programs.arguments import Parser, add_changes, add_graph, add_scheduler, add_workers
+from taskgpt.programs.arguments import Parser, add_changes, add_graph, add_scheduler, add_workers, positive
 from taskgpt.progress import Progress
 from taskgpt.schedulers import Scheduler, WorkerError, open_scheduler
 from taskgpt.tasks import AccessError, Graph, TaskError, TwinError
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         p.add_argument("--init", required=True, metavar="MODEL", help="a checkpoint: llm.c's file or Hugging Face's folder")
         p.add_argument("--data", default="tinyshakespeare", help="as `taskgpt train` takes it (default tinyshakespeare)")
         p.add_argument("--part", choices=PARTS, default="val", help="of the data (default val)")
-        p.add_argument("--batches", type=_positive, metavar="N", help="so many at most (default: all)")
+        p.add_argument("--batches", type=positive, metavar="N", help="so many at most (default: all)")
         add_graph(p, "gpt2-124m")
         add_changes(p)
         add_scheduler(p, "native")
@@ -95,8 +95,7 @@ def measured(scheduler: Scheduler, m: GPT2, graphs: Sequence[Graph], data: Data,
     def batches() -> Iterator[Graph]:
         nonlocal nbytes
         for n in range(count):
-            slot = m.slots[n % 2]
-            tokens, targets = (tensor.array.reshape(m.batch.batch_size, -1) for tensor in (slot.tokens, slot.targets))
+            tokens, targets = m.inputs(n % 2)
             loader.next_batch(tokens, targets)
             nbytes += int(lengths[targets].sum()) if lengths is not None else 0
             yield graphs[n % 2]
@@ -104,7 +103,7 @@ def measured(scheduler: Scheduler, m: GPT2, graphs: Sequence[Graph], data: Data,
     begin = time.perf_counter()
     with Progress("evaluating", count) as progress, closing(scheduler.run_each(batches())) as runs:
         for n, _ in enumerate(runs):
-            losses.append(float(m.slots[n % 2].loss.array[0]))
+            losses.append(m.loss_of(n % 2))
             if not math.isfinite(losses[-1]):
                 raise UserError(f"the loss of batch {n + 1} is {losses[-1]}; the model is damaged, or was trained with too large a --lr")
             progress.show(n + 1, f"loss {math.fsum(losses) / len(losses):.4f}")
@@ -138,12 +137,6 @@ def print_found(found: dict[str, Any]) -> None:
         print(field("bits/byte", f"{found['bits_per_byte']:.4f}, of {found['bytes']:,} bytes of text"))
     print(field("tokens", f"{found['tokens']:,} of {found['tokens_of_part']:,}; what fills no batch is left out"))
     print(field("speed", f"{found['tokens_per_s']:,.0f} tok/s"))
-
-
-def _positive(text: str) -> int:
-    if not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text)):
-        raise argparse.ArgumentTypeError(f"wanted a number from 1, got {text!r:.40}")
-    return int(text)
 
 
 if __name__ == "__main__":

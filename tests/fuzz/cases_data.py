@@ -54,12 +54,7 @@ def _make_half_checkpoint(folder: Path) -> None:
 def _read_checkpoint(folder: Path) -> None:
     path = folder / "model.bin"
     model = checkpoints.read_shape(path)
-    checkpoints.load(path, model, empty(model))
-
-
-def empty(model: Model) -> dict[str, np.ndarray]:
-    """Return room for the parameters of a model."""
-    return {name: np.empty(shape, np.float32) for name, shape in model.parameter_shapes().items()}
+    checkpoints.load(path, model, checkpoints.empty(model))
 
 
 def _make_huggingface(folder: Path) -> None:
@@ -71,7 +66,7 @@ def _make_huggingface(folder: Path) -> None:
 
 def _read_huggingface(folder: Path) -> None:
     model = checkpoints.read_shape(folder / "model")
-    checkpoints.load(folder / "model", model, empty(model))
+    checkpoints.load(folder / "model", model, checkpoints.empty(model))
 
 
 CASES = (

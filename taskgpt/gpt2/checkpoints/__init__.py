@@ -25,6 +25,11 @@ def read_shape(path: str | Path) -> Model:
     return _kind(path).read_shape(path)
 
 
+def empty(model: Model) -> dict[str, np.ndarray]:
+    """Return room for the parameters, to be filled."""
+    return {name: np.empty(shape, np.float32) for name, shape in model.parameter_shapes().items()}
+
+
 def load(path: str | Path, model: Model, parameters: Parameters) -> None:
     """Fill the parameters from a checkpoint of the model's shape. Raises UserError as `read_shape` does."""
     _kind(path).load(path, model, parameters)

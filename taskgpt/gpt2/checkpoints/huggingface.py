@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 
 from taskgpt.errors import UserError, shorten
 from taskgpt.files import as_written, cannot_write, file_size, read_json, replacing_folder
+from taskgpt.gpt2.checkpoints.llmc import from_bfloat16
 from taskgpt.gpt2.shape import Model
 from taskgpt.gpt2.text.kinds import LOOK_BYTES, refuse_another_kind
 
@@ -145,8 +146,8 @@ def _places(model: Model) -> Iterator[tuple[tuple, tuple[int, ...], str, bool]]:
     """Yield (our parameter, or parameter and layer; its shape; their name; whether theirs is transposed) of each tensor of theirs."""
     shapes = model.parameter_shapes(model.vocabulary)
     for name, theirs in AT_TOP.items():
-        shape = shapes[name] if name in ("wte", "wpe") else shapes[name][1:]
-        yield ((name,) if name in ("wte", "wpe") else (name, 0)), shape, theirs, False
+        layer = (0,) if name.startswith("lnf") else ()  # ours has a dimension for layers, of one
+        yield (name, *layer), shapes[name][len(layer) :], theirs, False
     for l in range(model.layers):
         for name, (theirs, is_transposed) in OF_LAYER.items():
             yield (name, l), shapes[name][1:], f"h.{l}.{theirs}", is_transposed
@@ -275,14 +276,14 @@ class _Weights:
 
 
 def _bfloat16(path: Path, name: str) -> np.ndarray:
-    """Return a tensor that NumPy has no type for: each number is the upper half of a float32. The file's header is known to be right."""
+    """Return a tensor that NumPy has no type for: bfloat16. The file's header is known to be right."""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         about = json.loads(file.read(length))[name]
         begin, end = about["data_offsets"]
         file.seek(8 + length + begin)
         upper = np.frombuffer(file.read(end - begin), "<u2")
-    return (upper.astype(np.uint32) << 16).view(np.float32).reshape(about["shape"])
+    return from_bfloat16(upper).reshape(about["shape"])
 
 
 @contextmanager

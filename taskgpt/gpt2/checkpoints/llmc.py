@@ -62,8 +62,12 @@ def load(path: str | Path, model: Model, parameters: Mapping[str, np.ndarray]) -
                 words = np.empty(part.size, "<f4" if version == FLOAT32 else "<u2")
                 if file.readinto(words.data) < words.nbytes:
                     raise UserError(f"{shorten(path)}: truncated: it became shorter while it was read; get the file again")
-                # A bfloat16 is the upper half of a float32.
-                part[:] = words if version == FLOAT32 else (words.astype(np.uint32) << 16).view(np.float32)
+                part[:] = words if version == FLOAT32 else from_bfloat16(words)
+
+
+def from_bfloat16(words: np.ndarray) -> np.ndarray:
+    """Return as float32 what uint16 words hold: a bfloat16 is the upper half of a float32."""
+    return (words.astype(np.uint32) << 16).view(np.float32)
 
 
 def save(path: str | Path, model: Model, parameters: Mapping[str, np.ndarray]) -> None:

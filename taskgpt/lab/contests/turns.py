@@ -168,7 +168,7 @@ class _Bench:
                 tensor.array[...] = 0
             traced = Traced(scheduler) if cell.scheduler != WHOLE_TENSOR else scheduler
             prepared.run(traced, WARM_UP + steps)
-            loss = float(m.slots[(WARM_UP + steps - 1) % len(m.slots)].loss.array[0])
+            loss = m.loss_of((WARM_UP + steps - 1) % len(m.slots))
             found = First(loss if math.isfinite(loss) else None, m.parameters_sha256(), len(prepared.graphs[0].tasks))
             if traced is not scheduler:
                 numbers = analyse(traced.trace({}).without_first(WARM_UP))
