@@ -311,6 +311,13 @@ def verify_can_write(path: str | Path) -> None:
         raise cannot_write(path, error) from None
 
 
+def verify_room(path: str | Path, nbytes: int) -> None:
+    """Raise UserError if the disk of `path` has no room for so many bytes more. Raises OSError if its folder is not there."""
+    free = shutil.disk_usage(Path(os.path.realpath(path)).parent).free
+    if free < nbytes:
+        raise UserError(f"{shorten(path)}: the checkpoint needs {nbytes:,} bytes, the disk has {free:,} left; free some space")
+
+
 def _is_stream(path: str | Path) -> bool:
     """Return True for what exists and is neither a regular file nor a folder: a rename would put a file in its place."""
     try:

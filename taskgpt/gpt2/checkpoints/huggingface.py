@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from taskgpt.errors import UserError, shorten
-from taskgpt.files import as_written, cannot_write, file_size, read_json, replacing_folder
+from taskgpt.files import as_written, cannot_write, file_size, read_json, replacing_folder, verify_room
 from taskgpt.gpt2.checkpoints.llmc import from_bfloat16
 from taskgpt.gpt2.shape import Model
 from taskgpt.gpt2.text.kinds import LOOK_BYTES, refuse_another_kind
@@ -133,13 +133,12 @@ def verify_can_save(path: str | Path, nbytes: int) -> None:
     try:
         if others := sorted({each.name for each in target.iterdir()} - {CONFIG, FILE}) if target.is_dir() else []:
             raise UserError(f"{shorten(path)}: is there already and holds {shorten(others[0])}, which would be gone; name another folder")
-        with replacing_folder(probe := target.with_name(f".{target.name}.probe")) as folder:
-            free = shutil.disk_usage(folder).free
+        with replacing_folder(probe := target.with_name(f".{target.name}.probe")):
+            pass
         shutil.rmtree(probe)
+        verify_room(path, nbytes)
     except OSError as error:
         raise cannot_write(path, error) from None
-    if free < nbytes:
-        raise UserError(f"{shorten(path)}: the model needs {nbytes:,} bytes, the disk has {free:,} left; free some space")
 
 
 def _places(model: Model) -> Iterator[tuple[tuple, tuple[int, ...], str, bool]]:

@@ -5,7 +5,6 @@ Version 3 holds float32, version 5 bfloat16; both have the vocabulary padded to 
 """
 
 import math
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from taskgpt.errors import UserError, shorten
-from taskgpt.files import atomic_file, cannot_write, file_size, verify_can_write, write_target
+from taskgpt.files import atomic_file, cannot_write, file_size, verify_can_write, verify_room, write_target
 from taskgpt.gpt2.shape import Model
 from taskgpt.gpt2.text.kinds import CHECKPOINT, refuse_another_kind
 from taskgpt.gpt2.text.tokens import HEADER_BYTES, HEADER_WORDS
@@ -92,11 +91,9 @@ def verify_can_save(path: str | Path, nbytes: int) -> None:
         if target.exists() and np.fromfile(target, "<i4", 1).tolist() != [MAGIC]:
             raise UserError(f"{shorten(path)}: is there already and is no checkpoint; name another file")
         verify_can_write(path)
-        free = shutil.disk_usage(target.parent).free
+        verify_room(path, nbytes + HEADER_BYTES)
     except OSError as error:
         raise cannot_write(path, error) from None
-    if free < nbytes + HEADER_BYTES:
-        raise UserError(f"{shorten(path)}: the checkpoint needs {nbytes:,} bytes, the disk has {free:,} left; free some space")
 
 
 @contextmanager
