@@ -89,21 +89,22 @@ def of_layers(layers: Iterable[int]) -> dict[int, str]:
     last = max(1, len(wanted) - len(found) - 1)
     for place, layer in enumerate(layer for layer in wanted if layer >= 0):
         low, share = divmod(place * (len(_RAMP) - 1), last)
-        found[layer] = _mixed(_RAMP[low], _channels(_RAMP[min(low + 1, len(_RAMP) - 1)]), share / last)
+        found[layer] = _mixed(_RAMP[low], channels(_RAMP[min(low + 1, len(_RAMP) - 1)]), share / last)
     return found
 
 
 def ink_on(colour: str) -> str:
     """Return black or white, whichever is read better on #rrggbb."""
-    red, green, blue = ((channel / 255) ** 2.2 for channel in _channels(colour))
+    red, green, blue = ((channel / 255) ** 2.2 for channel in channels(colour))
     luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue
     return "#000000" if luminance > 0.179 else "#ffffff"  # there both have WCAG's contrast of 4.6
 
 
 def _mixed(colour: str, other: Iterable[int], share: float) -> str:
-    return "#" + "".join(f"{round(a + (b - a) * share):02X}" for a, b in zip(_channels(colour), other, strict=True))
+    return "#" + "".join(f"{round(a + (b - a) * share):02X}" for a, b in zip(channels(colour), other, strict=True))
 
 
-def _channels(colour: str) -> tuple[int, int, int]:
+def channels(colour: str) -> tuple[int, int, int]:
+    """Return red, green and blue of #rrggbb, 0 to 255."""
     red, green, blue = (int(colour[at : at + 2], 16) for at in (1, 3, 5))
     return red, green, blue

@@ -158,7 +158,7 @@ def _pcf(trace: Trace) -> str:
     colours = {IDLE: "117,195,255", RUNNING: "0,0,255", SYNCHRONIZATION: "179,0,0", SCHEDULING: "255,255,0"}
     values = _values(trace)
     for numbered in values.values():
-        colours |= {n: _rgb(colour) for n, (_, colour) in numbered.items()}
+        colours |= {n: ",".join(map(str, palette.channels(colour))) for n, (_, colour) in numbered.items()}
     names = {what: {n: name for n, (name, _) in numbered.items()} for what, numbered in values.items()}
     types = [
         (OUTLINED, "Executed OpenMP parallel function", names["kernel"]),
@@ -182,10 +182,6 @@ def _pcf(trace: Trace) -> str:
         block = f"EVENT_TYPE\n0    {number}    {name}"
         blocks.append(block + ("\nVALUES\n" + "\n".join(f"{n}    {text}" for n, text in {0: "End", **values}.items()) if values else ""))
     return "\n\n".join(blocks) + "\n"
-
-
-def _rgb(colour: str) -> str:
-    return ",".join(str(int(colour[at : at + 2], 16)) for at in (1, 3, 5))
 
 
 # The checker reads what is there, and knows nothing of how it was written -----------------------------------------------------------------
