@@ -226,6 +226,24 @@ def test_steps_take_turns_in_two_slots():
     assert m.parameters_sha256() == alone.parameters_sha256()
 
 
+def test_state_is_all_that_a_step_hands_to_the_next():
+    """Put into a model whose other memory holds anything, the state of two steps leads to the bits that the third would have had."""
+    shape = Model(1, 2, 16, 90, 32), Batch(2, 32), Tiles(16, 16, 8, 1, 64)
+    before, after = trained(*shape, steps=2), trained(*shape, steps=3)
+    m = GPT2(*shape, Options(weight_decay_on="matrices"))
+    for arena in (m.g, m.a, m.d):
+        for tensor in arena.tensors.values():
+            tensor.array[...] = np.nan
+    for name, array in m.state.items():
+        array[...] = before.state[name]
+    for name in ("tokens", "targets", "hyper"):
+        m.s.tensors[name].array[...] = after.s.tensors[name].array
+    for task in training_graph(m).tasks:
+        task.run()
+    assert list(m.state) == list(after.state)
+    assert all(np.array_equal(array, after.state[name]) for name, array in m.state.items())
+
+
 @pytest.mark.parametrize("name", ["tiny", "gpt2-124m", "gpt2-medium"])
 def test_memory_is_known_before_it_is_taken(name):
     """bytes_needed is what the arenas hold, but for alignment; until they are used, arenas take no memory."""

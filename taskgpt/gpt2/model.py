@@ -148,6 +148,11 @@ class GPT2:
         return {name: tensor.array for name, tensor in self.p.tensors.items()}
 
     @property
+    def state(self) -> dict[str, np.ndarray]:
+        """The arrays that a step hands to the next one: `parameters`, then AdamW's moments, m_ + name and v_ + name."""
+        return {name: tensor.array for arena in (self.p, self.m, self.v) for name, tensor in arena.tensors.items()}
+
+    @property
     def nbytes(self) -> int:
         return sum(arena.nbytes for arena in (self.p, self.m, self.v, self.g, self.a, self.d, *self.slots))
 
