@@ -16,40 +16,34 @@ import argparse
 import dataclasses
 import math
 import os
-import resource
 import shlex
-import statistics
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
-import psutil
-
 from taskgpt.config import GraphConfig, SchedulerConfig, load_graph, load_scheduler
-from taskgpt.console import Console, StopRequest, told
 from taskgpt.errors import UserError, on_signals, run_program, shorten
 from taskgpt.files import verify_can_write
 from taskgpt.gpt2 import checkpoints
-from taskgpt.gpt2.learning_rate import FALLS, LearningRate
+from taskgpt.gpt2.learning_rate import FALLS
 from taskgpt.gpt2.model import GPT2
 from taskgpt.gpt2.program import loss_graph, training_graph
 from taskgpt.gpt2.sampling import Sampler
-from taskgpt.gpt2.text.data import Data, open_data
+from taskgpt.gpt2.text.data import open_data
 from taskgpt.lab import machine, run_page
 from taskgpt.lab.dashboard.live import Live
 from taskgpt.lab.disturbance import Disturbance
 from taskgpt.lab.named import overridden
-from taskgpt.lab.pace import Pace
 from taskgpt.lab.traces.formats import has_trace, save, verify_can_save
 from taskgpt.lab.traces.trace import RECORD, Traced
 from taskgpt.lab.tuning import tuned
 from taskgpt.programs.arguments import AUTO, Parser, add_changes, add_graph, add_scheduler, add_workers, count, part, positive, rate
-from taskgpt.schedulers import Scheduler, WorkerError, open_scheduler
-from taskgpt.tasks import AccessError, Graph, TaskError, TwinError, check
-
-SGEMM_TRIES = 4  # measurements of sgemm, where the first says that training was faster
+from taskgpt.runs.console import Console, StopRequest
+from taskgpt.runs.summary import memory_in_use, summarize
+from taskgpt.runs.training import Training
+from taskgpt.schedulers import WorkerError, open_scheduler
+from taskgpt.tasks import AccessError, TaskError, TwinError, check
 
 
 def parser() -> argparse.ArgumentParser:
@@ -149,6 +143,7 @@ def train(flags: argparse.Namespace, report: Console, stop: StopRequest) -> int:
     sampler = Sampler(m, prepare)
     report.compiling([kernel for graph in (*step_graphs, *val_graphs, *sampler.graphs) for kernel in graph.kernels])
 
+    training = Training(flags, scheduler, m, data, step_graphs, val_graphs, sampler, report, stop)
     stop.can_wait = True  # from here on, as workers that start or end are not to be interrupted
     with scheduler, dashboard.serve(bare) if dashboard else nullcontext():
         report.begin(graph_config, scheduler.describe(), data.description, m, step_graphs[0], flags.steps)
@@ -156,8 +151,9 @@ def train(flags: argparse.Namespace, report: Console, stop: StopRequest) -> int:
             report.tell("dashboard", dashboard.url)
         report.notes(disturbance.found(machine.usable_cores()).notes())
         with report.progress(flags.steps):
-            seconds, loss = run_steps(flags, scheduler, m, data, step_graphs, val_graphs, sampler, report, stop)
-        failures = [why] if (why := divergence(loss, len(seconds), m)) else []
+            training.run()
+        seconds = training.seconds
+        failures = [why] if (why := divergence(training.loss, len(seconds), m)) else []
         if flags.save is not None and not failures:
             failures += save_model(flags, m, len(seconds), report, stop)
         memory = memory_in_use(m)
@@ -217,73 +213,6 @@ def write_page(flags: argparse.Namespace, live: Live, summary: dict[str, Any], c
     return []
 
 
-def run_steps(
-    flags: argparse.Namespace,
-    scheduler: Scheduler,
-    m: GPT2,
-    data: Data,
-    step_graphs: Sequence[Graph],
-    val_graphs: Sequence[Graph],
-    sampler: Sampler,
-    report: Console,
-    stop: StopRequest,
-) -> tuple[list[float], float]:
-    """Validate, sample and train, step by step, as llm.c's main does; return the seconds of each step and the last loss.
-
-    Ends early if a stop is requested, or if a loss is not finite: then a step that has begun is finished, and the model is of no more use.
-    The graphs are one for each slot of the model's inputs: while a step runs, the next batch goes into the other slot, and that step may
-    begin.
-    Steps do not overlap with validation and samples.
-    """
-
-    def validation() -> Iterator[Graph]:
-        for n in range(flags.val_batches):
-            if stop.is_requested:
-                return
-            data.val.next_batch(*m.inputs(n % 2))
-            yield val_graphs[n % 2]
-
-    def training(first: int, last: int) -> Iterator[Graph]:
-        for step in range(first, last):
-            if stop.is_requested:
-                return
-            data.train.next_batch(*m.inputs(step % 2))
-            m.set_hyper(step, learning_rate(step), flags.weight_decay, slot=step % 2)
-            yield step_graphs[step % 2]
-
-    def is_due(every: int) -> bool:
-        return every != 0 and (step % every == 0 or step == flags.steps)
-
-    learning_rate = LearningRate(flags.lr, flags.steps, flags.lr_schedule, flags.warmup, flags.final_lr)
-    seconds: list[float] = []
-    loss, step = 0.0, 0
-    while flags.steps:
-        if is_due(flags.val_every):
-            data.val.reset()
-            with closing(scheduler.run_each(validation())) as batches:
-                losses = [m.loss_of(n % 2) for n, _ in enumerate(batches)]
-            if len(losses) == flags.val_batches:
-                loss = statistics.fmean(losses)
-                report.validation(step, loss)
-        if step and is_due(flags.sample_every) and not stop.is_requested:
-            ids = sampler.sample(scheduler.run, data.tokenizer.end_of_text)
-            report.sample(step, ids, data.tokenizer.decode(ids), data.tokenizer.printable(ids))
-        if step == flags.steps or stop.is_requested or not math.isfinite(loss):
-            break
-        most = RECORD // len(step_graphs[0].tasks) or 1 if isinstance(scheduler, Traced) else flags.steps  # steps that can be recorded
-        pause = min([flags.steps, step + most, *(every * (step // every + 1) for every in (flags.val_every, flags.sample_every) if every)])
-        pace = Pace(time.perf_counter())
-        with closing(scheduler.run_each(training(step, pause))) as steps:
-            for _ in steps:
-                seconds.append(pace.step(time.perf_counter(), scheduler.ahead()))
-                loss = m.loss_of(step % 2)
-                report.step(step, loss, learning_rate(step), seconds[-1])
-                step += 1
-                if not math.isfinite(loss):
-                    return seconds, loss
-    return seconds, loss
-
-
 def is_watched(flags: argparse.Namespace) -> bool:
     """Return True if somebody wants to know which task ran when."""
     return any(flag is not None for flag in (flags.trace, flags.dashboard, flags.report))
@@ -318,54 +247,6 @@ def verify_memory(config: GraphConfig) -> None:
             f"{config.name}: training needs {needed / 2**30:.1f} GiB for parameters, gradients, moments and activations, this machine has "
             f"{free / 2**30:.1f} GiB free; choose a smaller graph, --batch-size or --seq-len"
         )
-
-
-def memory_in_use(m: GPT2) -> int:
-    """Return bytes: the peak of this process; with worker processes, what each holds for itself at the end, and the shared tensors once."""
-    children = psutil.Process().children(recursive=True)
-    if not children:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return m.nbytes + sum(process.memory_full_info().uss for process in (psutil.Process(), *children))
-
-
-def summarize(flags, graph_config, scheduler_config, workers, description, report, m, graph, seconds, memory, found) -> dict[str, Any]:
-    """Return what is worth knowing about a run; times leave out the first step, which touches all memory for the first time."""
-    steady = seconds[1:] or seconds
-    summary: dict[str, Any] = {"steps": len(seconds), "parameters_sha256": m.parameters_sha256()}
-    summary |= {"train_loss": told(report.losses), "val_loss": told(report.validations)}
-    if seconds:
-        median = statistics.median(steady)
-        speed = graph.flops / median / 1e9
-        sgemm = machine.sgemm_gflops(workers)
-        for _ in range(SGEMM_TRIES - 1):
-            if speed > sgemm:  # the machine was busier now than while it trained
-                sgemm = max(sgemm, machine.sgemm_gflops(workers))
-        summary |= {
-            "first_step_ms": seconds[0] * 1e3,
-            "mean_ms": statistics.fmean(steady) * 1e3,
-            "median_ms": median * 1e3,
-            "min_ms": min(steady) * 1e3,
-            "tokens_per_s": m.batch.rows / median,
-            "gflops": speed,
-            "sgemm_gflops": sgemm,
-            "share_of_sgemm": speed / sgemm,
-        }
-    return summary | {
-        "peak_memory_bytes": memory,
-        "workers": workers,
-        "tasks_per_step": len(graph.tasks),
-        "gflop_per_step": graph.flops / 1e9,
-        "data": description,
-        "flags": vars(flags),
-        "graph": dataclasses.asdict(graph_config),
-        "scheduler": {
-            "name": scheduler_config.name,
-            "scheduler": scheduler_config.scheduler,
-            **dataclasses.asdict(scheduler_config.settings),
-        },
-        "machine": machine.describe(),
-        "disturbance": dataclasses.asdict(found),
-    }
 
 
 def _left(path: str) -> str:

@@ -15,7 +15,7 @@ __main__ train programs
 programs.arguments
 lab.tuning
 lab.simulator lab.benchmarks
-lab.contests lab.roofline lab.run_page console
+lab.contests lab.roofline lab.run_page runs
 lab.named lab.dashboard lab.graph_formats
 lab.traces
 lab.report

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from programs import started
 
-from taskgpt import train
 from taskgpt.__main__ import main as taskgpt
-from taskgpt.console import Console
 from taskgpt.gpt2.text.tokens import write_tokens
 from taskgpt.lab.traces.trace import Trace
+from taskgpt.runs.console import Console
+from taskgpt.runs.training import Training
 from taskgpt.train import main
 
 PARITY = Path(__file__).parent / "parity"
@@ -222,7 +222,7 @@ def test_a_stop_is_orderly_at_any_time(number, after, text, tmp_path):
 
 def stopping(monkeypatch, when: str, number: int) -> None:
     """Have the program get a signal at a moment before its first step."""
-    module, name = {"it starts": (Console, "compiling"), "it validates": (train, "run_steps")}[when]
+    module, name = {"it starts": (Console, "compiling"), "it validates": (Training, "run")}[when]
     original = getattr(module, name)
 
     def stopped(*arguments):
