@@ -216,6 +216,72 @@ def test_shards_and_epochs_come_in_llmcs_order(lengths):
     np.testing.assert_array_equal(served[:, 1].reshape(-1, 6), expected[:, 1:])
 
 
+@settings(deadline=None)
+@given(st.lists(st.integers(7, 60), min_size=1, max_size=4), st.integers(0, 60), st.integers(0, 2), st.booleans())
+def test_a_restored_loader_goes_on_with_the_same_batches(lengths, served, resets, shuffle):
+    """Through JSON, from any place of any epoch, also after an epoch was given up, into a loader that has been elsewhere, twice."""
+    shards = np.split(np.arange(sum(lengths), dtype=np.uint16), np.cumsum(lengths)[:-1])
+    first, second = (Loader(shards, B=2, T=3, vocab_size=300, shuffle=shuffle) for _ in range(2))
+    for _ in range(resets):
+        batches(first, 2)
+        first.reset()
+    batches(first, served)
+    cursor = json.dumps(first.cursor())
+    assert len(cursor) < 6000
+    expected = batches(first, 2 * first.num_batches + 1)
+    for _ in range(2):
+        second.restore(json.loads(cursor))
+        assert json.dumps(second.cursor()) == cursor
+        np.testing.assert_array_equal(batches(second, len(expected)), expected)
+    assert second.cursor() == first.cursor()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"place": 4}, "turn 0, place 4 is behind the end of the data"),
+        ({"place": -1}, "place: wanted at least 0, got -1"),
+        ({"turn": 2}, "turn 2, place 1 is behind the end of the data"),
+        ({"shards": [0, 0]}, "of 5 batches an epoch in 2 shards, but this data has 5 in 2; give the data, batch size"),
+        ({"shards": [10**30, 1]}, r"shards\[0\]: wanted at most "),
+        ({"batches": 6}, "of 6 batches an epoch in 2 shards, but this data has 5 in 2"),
+        ({"random": "12"}, "random: wanted 624 words of 8 hexadecimal digits"),
+        ({"random": "é" * 4992}, "random: wanted 624 words of 8 hexadecimal digits"),
+        ({"random_at": 625}, "random_at: wanted at most 624, got 625"),
+        ({"epoch": 3}, "epoch: unknown key"),
+    ],
+)
+def test_a_cursor_that_does_not_fit_is_refused(change, message):
+    """Each of its keys is checked against the data, and the loader stays where it was."""
+    loader = Loader([np.arange(20, dtype=np.uint16), np.arange(14, dtype=np.uint16)], B=2, T=3, vocab_size=300, shuffle=True)
+    loader.restore(loader.cursor() | {"shards": [0, 1]})
+    batches(loader, 1)
+    before = loader.cursor()
+    with pytest.raises(UserError, match=f"^cursor: {message}"):
+        loader.restore(before | change)
+    assert loader.cursor() == before
+    with pytest.raises(UserError, match=r"^cursor: wanted a table, got \[\]"):
+        loader.restore([])
+
+
+def test_a_fingerprint_tells_what_was_edited(tmp_path):
+    """It is the same wherever the files lie; one token, one shard more, another encoding or another order make another."""
+
+    def of(folder: str, train: list[int], vocab_size: int = 300) -> dict:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        for name, ids in (("a_train_1.bin", train), ("a_train_2.bin", [5] * 9), ("a_val.bin", [1] * 9)):
+            write_tokens(tmp_path / folder / name, ids)
+        return open_data(str(tmp_path / folder), 1, 8, vocab_size).fingerprint
+
+    first = of("x", [1, 2] * 10)
+    ids = np.array([1, 2] * 10, "<u2").tobytes()
+    assert first["train"]["shards"][0] == {"name": "a_train_1.bin", "tokens": 20, "sha256": hashlib.sha256(ids).hexdigest()}
+    assert json.loads(json.dumps(first)) == first == of("y", [1, 2] * 10)
+    assert of("z", [1, 2] * 9 + [1, 3]) != first != of("z", [1, 2] * 10, V)
+    shards = [np.arange(20, dtype=np.uint16)]
+    assert Loader(shards, 1, 8, 300).fingerprint() != Loader(shards, 1, 8, 300, shuffle=True).fingerprint()
+
+
 def test_without_shuffling_batches_are_in_order():
     """Samples follow each other, the tail is dropped, epochs repeat, and reset begins anew."""
     loader = Loader([np.arange(14, dtype=np.uint16), np.arange(20, 27, dtype=np.uint16)], B=2, T=3, vocab_size=300)

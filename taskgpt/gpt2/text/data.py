@@ -9,8 +9,9 @@ import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
@@ -41,6 +42,11 @@ class Data:
     tokenizer: Tokenizer
     description: str
     """One line for people: what, how much, in which encoding."""
+
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells other data apart, for JSON: shards by name, length and SHA-256, order, encoding. Reads all tokens once."""
+        return {"train": self.train.fingerprint(), "val": self.val.fingerprint(), "encoding": self.tokenizer.name}
 
 
 def open_data(spec: str, batch_size: int, seq_len: int, vocab_size: int, say: Callable[[str], None] = print) -> Data:

@@ -5,17 +5,20 @@ A token file is a header of 256 int32 {20240520, 1, number of tokens, 0...} and 
 or more of them, a *shard* each. Source: llm.c, `dev/data/data_common.py`, `llmc/dataloader.h` and `llmc/rand.h`.
 """
 
+import dataclasses
+import hashlib
 import os
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from taskgpt.errors import UserError, shorten
-from taskgpt.files import atomic_file, file_size
+from taskgpt.files import atomic_file, file_size, fill
 from taskgpt.gpt2.text.kinds import TOKENS, refuse_another_kind
 
 HEADER_WORDS = 256
@@ -24,6 +27,7 @@ TOKENS_MAGIC, TOKENS_VERSION = 20240520, 1
 MOST_TOKENS = 2**31 - 1  # the header counts them in an int32
 SHUFFLE_SEED = 42  # llm.c's
 CHECK_TOKENS = 1 << 20  # ids are checked in chunks of this many: 2 MB fit the cache
+TWISTER_WORDS = 624  # of 32 bits: the state of a Mersenne Twister
 
 
 class TokenWriter:
@@ -121,6 +125,24 @@ class TokenFile:
         return UserError(f"{shorten(self.path)}: cannot read tokens: {error.strerror or error}; choose a token file that you may read")
 
 
+@dataclass(frozen=True)
+class _Cursor:
+    """Where a loader is. Orders of samples are not in it: they are drawn again, by the generator as it was before it drew them."""
+
+    batches: int
+    """Of an epoch, by which a cursor of other data, or of other sizes, is mostly known."""
+    shards: list[int]
+    """The order of this epoch."""
+    turn: int = field(metadata={"at_least": 0})
+    """Which place of that order is being served."""
+    place: int = field(metadata={"at_least": 0})
+    """Samples of that shard that were served."""
+    random: str
+    """The Mersenne Twister's words before it drew the order of the shard's samples, little-endian in hexadecimal."""
+    random_at: int = field(metadata={"at_least": 0, "at_most": TWISTER_WORDS})
+    """How many of its words were drawn already."""
+
+
 class Loader:
     """Batches of inputs and targets from shards of tokens, in the order of llm.c's DataLoader (one process).
 
@@ -173,6 +195,49 @@ class Loader:
             self._permute(self._shard_order)
         self._begin_shard(0)
 
+    def cursor(self) -> dict[str, Any]:
+        """Return where the loader is, for JSON: `restore` with it goes on with the batch that is next here. About 5 KB."""
+        _, words, at, *_ = self._random_before
+        state = words.astype("<u4").tobytes().hex()
+        return dataclasses.asdict(_Cursor(self.num_batches, self._shard_order.tolist(), self._turn, self._place, state, int(at)))
+
+    def restore(self, cursor: Any):
+        """Go on where another loader of the same data was, from its `cursor()`.
+
+        Raises: UserError, and stays where it is, if that is none, or one of other data or sizes.
+        """
+        found: _Cursor = fill(_Cursor, cursor, "cursor: ")
+        if (found.batches, sorted(found.shards)) != (self.num_batches, list(range(len(self._tokens)))):
+            raise UserError(
+                f"cursor: of {found.batches:,} batches an epoch in {len(found.shards):,} shards, but this data has {self.num_batches:,} in "
+                f"{len(self._tokens):,}; give the data, batch size and sequence length that the run had"
+            )
+        if found.turn >= len(found.shards) or found.place > self._num_samples(self._tokens[found.shards[found.turn]]):
+            raise UserError(f"cursor: turn {found.turn:,}, place {found.place:,} is behind the end of the data; take an earlier checkpoint")
+        try:
+            words = np.frombuffer(bytes.fromhex(found.random), "<u4")
+        except ValueError:
+            words = np.empty(0)
+        if len(words) != TWISTER_WORDS:
+            raise UserError(f"cursor: random: wanted {TWISTER_WORDS} words of 8 hexadecimal digits; take an earlier checkpoint")
+        self._random.set_state(("MT19937", words.astype(np.uint32), found.random_at))
+        self._shard_order[:] = found.shards
+        self._begin_shard(found.turn)
+        self._place = found.place
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what tells other tokens, or another order of them, apart, for JSON. Reads all tokens: a second for each 2 GB or so.
+
+        Raises: UserError as `next_batch`.
+        """
+        shards = []
+        for name, tokens in zip(self._names, self._tokens, strict=True):
+            digest = hashlib.sha256()
+            for start in range(0, len(tokens), CHECK_TOKENS):
+                digest.update(np.ascontiguousarray(tokens[start : start + CHECK_TOKENS], "<u2"))
+            shards.append({"name": Path(name).name, "tokens": len(tokens), "sha256": digest.hexdigest()})
+        return {"shuffle": self.shuffle, "shards": shards}
+
     def next_batch(self, inputs: np.ndarray, targets: np.ndarray):
         """Fill inputs and targets, int32 (B, T) each, with the next batch; after the last one of an epoch the next epoch begins.
 
@@ -196,6 +261,7 @@ class Loader:
 
     def _begin_shard(self, turn: int):
         self._turn, self._place = turn, 0
+        self._random_before = self._random.get_state()
         self._samples = np.arange(self._num_samples(self._tokens[self._shard_order[turn]]))
         if self.shuffle:
             self._permute(self._samples)
