@@ -56,7 +56,9 @@ def parser() -> argparse.ArgumentParser:
         "--init", metavar="MODEL", help="start from a checkpoint, llm.c's file or Hugging Face's folder, which gives the shape too"
     )
     what.add_argument(
-        "--data", default="tinyshakespeare", help="tinyshakespeare, tinystories, a text file, a folder or glob of token files"
+        "--data",
+        default="tinyshakespeare",
+        help="tinyshakespeare, tinystories, a text file, a folder or glob of token files, or a mixture: tinyshakespeare=0.3,my.txt=0.7",
     )
     what.add_argument("--steps", type=count, default=40, help="optimizer steps (default 40)")
     what.add_argument("--batch-size", type=positive, metavar="B", help="sequences a step (default: the graph file's)")

@@ -1,15 +1,18 @@
 """What data and checkpoints are read from: token files, tokenizers, llm.c's checkpoints, texts."""
 
+import json
 import struct
 from pathlib import Path
 
 import numpy as np
 
+from taskgpt.files import read_json, read_text
 from taskgpt.gpt2 import checkpoints
 from taskgpt.gpt2.shape import Model
 from taskgpt.gpt2.text.data import open_data
+from taskgpt.gpt2.text.mixtures import Mixture, read_mixture
 from taskgpt.gpt2.text.tokenizer import read_tokenizer
-from taskgpt.gpt2.text.tokens import TokenFile, write_tokens
+from taskgpt.gpt2.text.tokens import Loader, TokenFile, write_tokens
 
 from . import Case
 
@@ -69,12 +72,34 @@ def _read_huggingface(folder: Path) -> None:
     checkpoints.load(folder / "model", model, checkpoints.empty(model))
 
 
+def _mixture() -> Mixture:
+    sources = [Loader([np.arange(90, dtype=np.uint16), np.arange(50, dtype=np.uint16)], 1, 8, 100, shuffle=True) for _ in range(2)]
+    return Mixture(sources, [1, 2], 4, shuffle=True)
+
+
+def _make_cursor(folder: Path) -> None:
+    (folder / "cursor.json").write_text(json.dumps(_mixture().cursor()))
+
+
+def _restore(folder: Path) -> None:
+    mixture, rows = _mixture(), np.zeros((2, 4, 8), np.int32)
+    mixture.restore(read_json(folder / "cursor.json"))
+    for _ in range(40):
+        mixture.next_batch(*rows)
+
+
+def _make_mixture(folder: Path) -> None:
+    (folder / "mixture.txt").write_text("tinyshakespeare=0.3,my.txt=12,data/x_*.bin=1e3")
+
+
 CASES = (
     Case("token_file", _make_tokens, lambda folder: TokenFile(folder / "tokens.bin")[:].sum()),
     Case("tokenizer_file", _make_tokenizer, lambda folder: read_tokenizer(folder / "tokenizer.bin").decode(range(210))),
     Case("token_folder", _make_folder, lambda folder: open_data(str(folder), 1, 8, 200)),
     Case("text", _make_text, lambda folder: open_data(str(folder / "text.txt"), 1, 8, 50257)),
     Case("text_as_bytes", _make_text, lambda folder: open_data(str(folder / "text.txt"), 1, 8, 300)),
+    Case("cursor", _make_cursor, _restore, names_file=False),
+    Case("mixture", _make_mixture, lambda folder: read_mixture(read_text(folder / "mixture.txt")), names_file=False),
     Case("checkpoint", _make_checkpoint, _read_checkpoint),
     Case("checkpoint_bfloat16", _make_half_checkpoint, _read_checkpoint),
     Case("huggingface", _make_huggingface, _read_huggingface),

@@ -1,4 +1,4 @@
-"""Open what a run trains on, by one word: the name of a dataset, a text file, or a folder or pattern of llm.c's token files."""
+"""Open what a run trains on, by one word: a dataset's name, a text file, a folder or pattern of llm.c's token files, a mixture of them."""
 
 import codecs
 import errno
@@ -19,6 +19,7 @@ import psutil
 from taskgpt.errors import UserError, did_you_mean, shorten
 from taskgpt.gpt2.text.datasets import DATASETS, VAL_TOKENS, Dataset, prepare, split_sections
 from taskgpt.gpt2.text.kinds import LOOK_BYTES, encoding_of, refuse_another_kind
+from taskgpt.gpt2.text.mixtures import Mixture, read_mixture
 from taskgpt.gpt2.text.tokenizer import BYTE_VOCAB_SIZE, GPT2_VOCAB_SIZE, Tokenizer, byte_tokenizer, gpt2_tokenizer, read_tokenizer
 from taskgpt.gpt2.text.tokens import Loader, TokenFile
 
@@ -35,9 +36,9 @@ MOST_TOKENS_AS_BYTES = 4_000_000  # of each part of a prepared dataset: about 16
 class Data:
     """What a run trains on, checks itself with, and speaks in."""
 
-    train: Loader
+    train: Loader | Mixture
     """Shuffled, as in llm.c."""
-    val: Loader
+    val: Loader | Mixture
     """In order."""
     tokenizer: Tokenizer
     description: str
@@ -59,14 +60,40 @@ def open_data(spec: str, batch_size: int, seq_len: int, vocab_size: int, say: Ca
     - a text file in UTF-8: documents end at empty lines, or where `<|endoftext|>` is written, if it is (`say` tells so); validation gets
       the first tenth of the tokens, at most 32,768, at least one batch;
     - a folder, or a pattern such as `data/fineweb_*.bin`: llm.c's token files `*train*.bin` and `*val*.bin`, in the order of their names,
-      and `*tokenizer*.bin` if there is one, to decode what is sampled. Hidden files, such as a Mac's `._a_train.bin`, do not count.
+      and `*tokenizer*.bin` if there is one, to decode what is sampled. Hidden files, such as a Mac's `._a_train.bin`, do not count;
+    - several of those with weights, `tinyshakespeare=0.3,my.txt=0.7`: each sequence is from one of them, drawn with these proportions;
+      validation takes turns in the same proportions.
 
     Text is in GPT-2's encoding if vocab_size has room for its 50,257 ids, else in bytes (257 ids); token files are taken as they are.
 
     Raises: UserError if nothing of that name exists or it may not be read, the text is empty or not UTF-8, a file is no good or too short
-    for one batch, or the vocabulary is too small.
+    for one batch, or the vocabulary is too small; or as `read_mixture`, or if a mixture's
+    sources have different encodings.
     """
     sizes = Sizes(batch_size, seq_len, vocab_size)
+    path = os.path.expanduser(spec)
+    if "=" in spec and not os.path.lexists(path) and not glob.glob(path):
+        return _open_mixture(spec, sizes, say)
+    return _open_one(spec, sizes, say)
+
+
+def _open_mixture(spec: str, sizes: "Sizes", say: Callable[[str], None]) -> Data:
+    named = read_mixture(spec)
+    weights = [weight for _, weight in named]
+    sources = [_open_one(name, sizes._replace(B=1), say) for name, _ in named]
+    first, *others = sources
+    for source in others:
+        if source.tokenizer.pieces != first.tokenizer.pieces:
+            names = f"{first.tokenizer.name} and {source.tokenizer.name}"
+            raise UserError(f"data '{shorten(spec)}': its sources have different encodings, {names}; prepare them with the same one")
+    train, val = (
+        Mixture([getattr(source, part) for source in sources], weights, sizes.B, shuffle=part == "train") for part in ("train", "val")
+    )
+    parts = [f"{weight / sum(weights):.1%} {source.description}" for weight, source in zip(weights, sources, strict=True)]
+    return Data(train, val, first.tokenizer, "a mixture of " + "; ".join(parts))
+
+
+def _open_one(spec: str, sizes: "Sizes", say: Callable[[str], None]) -> Data:
     if spec in DATASETS:
         return _open_dataset(DATASETS[spec], sizes, say)
     path = Path(os.path.expanduser(spec))  # Path.expanduser would raise RuntimeError for an unknown user
@@ -156,6 +183,8 @@ def _open_files(spec: str, files: list[Path], sizes: Sizes) -> Data:
             )
         if tokenizer.pieces == gpt2_tokenizer().pieces:
             tokenizer = gpt2_tokenizer()  # which can also encode
+        elif tokenizer.pieces == byte_tokenizer().pieces:
+            tokenizer = byte_tokenizer()
         return _open_shards(spec, train, val, sizes, tokenizer, f"decoded by {tokenizer.name}")
     if sizes.vocab_size >= GPT2_VOCAB_SIZE:
         return _open_shards(spec, train, val, sizes, gpt2_tokenizer(), "GPT-2's encoding")
