@@ -9,7 +9,7 @@ The map of the house; imports point one way, from the programs down to the tasks
     runs/         a training run: its loop, what a person sees of it, its end in numbers
     tasks/        room 1: kernels, accesses, tiles, graphs. Has heard of neither transformers nor threads
     schedulers/   room 2: ways to run a graph, a file or folder per value of --scheduler
-    gpt2/         room 3: GPT-2's kernels, tensors and program, checkpoints, sampling; its data in text/. Has never heard of schedulers
+    gpt2/         room 3: GPT-2's kernels, tensors and program, checkpoints, generation/; its data in text/. Has never heard of schedulers
     lab/          room 4: looks at runs, graphs and the machine, in rooms of its own
     graphs/             what runs: a TOML file per model, batch and tiling
     scheduler_configs/  how it runs: a TOML file per scheduler set-up

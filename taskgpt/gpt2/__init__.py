@@ -7,7 +7,8 @@ program.py       a step as ordinary loops that spawn tasks
 kernels.py       matrix products, GELU, residual, embeddings; norms.py, attention.py, classifier.py, updates.py the others
 vector_math.py   sums and exponentials that the compiler can vectorize
 learning_rate.py the learning rate of each step
-sampling.py      text from a model
+sampling.py      text while training, as llm.c samples it
+generation/      text from a trained model, with a key-value cache
 checkpoints/     parameters in files: llm.c's, Hugging Face's
 text/            tokens, tokenizers, datasets
 """

@@ -120,7 +120,7 @@ class Sizes(NamedTuple):
 
 
 def _open_dataset(dataset: Dataset, sizes: Sizes, say: Callable[[str], None]) -> Data:
-    tokenizer, encoding = _text_encoding(dataset.name, sizes.vocab_size)
+    tokenizer, encoding = text_encoding(dataset.name, sizes.vocab_size)
     how_to = f"taskgpt data prepare {dataset.name}"
     is_small = dataset.num_bytes <= SMALL_DOWNLOAD_BYTES
     try:
@@ -148,7 +148,7 @@ def _open_dataset(dataset: Dataset, sizes: Sizes, say: Callable[[str], None]) ->
 
 
 def _open_text(name: str, text: str, sizes: Sizes, say: Callable[[str], None]) -> Data:
-    tokenizer, encoding = _text_encoding(name, sizes.vocab_size)
+    tokenizer, encoding = text_encoding(name, sizes.vocab_size)
     if not text.strip():
         raise UserError(f"{shorten(name)}: the text is empty")
     documents = split_sections(text)
@@ -198,7 +198,8 @@ def _open_shards(name: str, train: Sequence, val: Sequence, sizes: Sizes, tokeni
     return Data(train_loader, val_loader, tokenizer, description)
 
 
-def _text_encoding(name: str, vocab_size: int) -> tuple[Tokenizer, str]:
+def text_encoding(name: str, vocab_size: int) -> tuple[Tokenizer, str]:
+    """Return the tokenizer of texts for a model with so many ids, and its encoding in words. Raises UserError for too few."""
     if vocab_size >= GPT2_VOCAB_SIZE:
         return gpt2_tokenizer(), "GPT-2's encoding"
     if vocab_size >= BYTE_VOCAB_SIZE:

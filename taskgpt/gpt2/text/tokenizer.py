@@ -53,14 +53,17 @@ class Tokenizer:
     encode_ordinary: Callable[[str], Sequence[int]] | None = None
     """Text to ids, never `end_of_text`; None where only decoding is known."""
 
+    def bytes_of(self, ids: Iterable[int]) -> bytes:
+        """Return the bytes of token ids; an id outside the table reads `<|id|>`."""
+        return b"".join(self.pieces[i] if 0 <= i < len(self.pieces) else b"<|%d|>" % i for i in map(int, ids))
+
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of token ids. An id outside the table reads `<|id|>`, bytes that are no UTF-8 read U+FFFD: never an error."""
-        pieces = (self.pieces[i] if 0 <= i < len(self.pieces) else b"<|%d|>" % i for i in map(int, ids))
-        return b"".join(pieces).decode("utf-8", errors="replace")
+        """Return the text of token ids. Bytes that are no UTF-8 read U+FFFD: never an error."""
+        return self.bytes_of(ids).decode("utf-8", errors="replace")
 
     def printable(self, ids: Iterable[int]) -> str:
-        """Decode for a terminal: control characters, which an untrained model emits freely, read U+FFFD."""
-        return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in self.decode(ids))
+        """Decode for a terminal."""
+        return printable(self.decode(ids))
 
     def encode(self, text: str) -> np.ndarray:
         """Return the ids of a text, uint16 (n,), without `end_of_text`. Raises UserError if this tokenizer can only decode."""
@@ -75,6 +78,11 @@ class Tokenizer:
             ids.append(self.end_of_text)
             ids.extend(self.encode_ordinary(document))
         return np.frombuffer(ids, np.uint16)
+
+
+def printable(text: str) -> str:
+    """Return a text for a terminal: control characters, which an untrained model emits freely, read U+FFFD."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
 @cache
