@@ -1,15 +1,20 @@
-"""What data and checkpoints are read from: token files, tokenizers, llm.c's checkpoints, texts."""
+"""What data and checkpoints are read from: token files, tokenizers, checkpoints, texts, cursors, and what `data prepare` takes."""
 
+import gzip
 import json
 import struct
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+from pyarrow import parquet
 
 from taskgpt.files import read_json, read_text
 from taskgpt.gpt2 import checkpoints
 from taskgpt.gpt2.shape import Model
+from taskgpt.gpt2.text import preparation
 from taskgpt.gpt2.text.data import open_data
+from taskgpt.gpt2.text.documents import Reading, spans_of, tokens_of
 from taskgpt.gpt2.text.mixtures import Mixture, read_mixture
 from taskgpt.gpt2.text.tokenizer import read_tokenizer
 from taskgpt.gpt2.text.tokens import Loader, TokenFile, write_tokens
@@ -92,6 +97,26 @@ def _make_mixture(folder: Path) -> None:
     (folder / "mixture.txt").write_text("tinyshakespeare=0.3,my.txt=12,data/x_*.bin=1e3")
 
 
+LINES = b"".join(json.dumps({"text": WORDS, "id": n, "of": [{"x": [n, None]}]}).encode() + b"\n" for n in range(5))
+PREPARED = preparation.Manifest(1, preparation.Settings(), ["12 34 /a.txt", "5 6 /b.txt"], {"tokens_train_000001.bin": 300})
+
+
+def _make_parquet(folder: Path) -> None:
+    table = pyarrow.table({"id": range(40), "text": [WORDS, None] * 20, "of": [[1, 2]] * 40})
+    parquet.write_table(table, folder / "x.parquet", row_group_size=16)
+
+
+def _read_documents(path: Path) -> None:
+    for span in spans_of(str(path)):
+        for _ in tokens_of(span, Reading("bytes")):
+            pass
+
+
+def _make_prepared(folder: Path) -> None:
+    write_tokens(folder / "tokens_train_000001.bin", [i % 200 for i in range(300)])
+    preparation._write(folder, PREPARED)
+
+
 CASES = (
     Case("token_file", _make_tokens, lambda folder: TokenFile(folder / "tokens.bin")[:].sum()),
     Case("tokenizer_file", _make_tokenizer, lambda folder: read_tokenizer(folder / "tokenizer.bin").decode(range(210))),
@@ -100,6 +125,14 @@ CASES = (
     Case("text_as_bytes", _make_text, lambda folder: open_data(str(folder / "text.txt"), 1, 8, 300)),
     Case("cursor", _make_cursor, _restore, names_file=False),
     Case("mixture", _make_mixture, lambda folder: read_mixture(read_text(folder / "mixture.txt")), names_file=False),
+    Case("jsonl", lambda folder: (folder / "x.jsonl").write_bytes(LINES), lambda folder: _read_documents(folder / "x.jsonl")),
+    Case(
+        "jsonl_gzip",
+        lambda folder: (folder / "x.jsonl.gz").write_bytes(gzip.compress(LINES)),
+        lambda folder: _read_documents(folder / "x.jsonl.gz"),
+    ),
+    Case("parquet_text", _make_parquet, lambda folder: _read_documents(folder / "x.parquet")),
+    Case("prepared", _make_prepared, lambda folder: preparation._begin(folder, PREPARED)),
     Case("checkpoint", _make_checkpoint, _read_checkpoint),
     Case("checkpoint_bfloat16", _make_half_checkpoint, _read_checkpoint),
     Case("huggingface", _make_huggingface, _read_huggingface),

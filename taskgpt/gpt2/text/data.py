@@ -1,6 +1,5 @@
 """Open what a run trains on, by one word: a dataset's name, a text file, a folder or pattern of llm.c's token files, a mixture of them."""
 
-import codecs
 import errno
 import glob
 import os
@@ -18,7 +17,8 @@ import psutil
 
 from taskgpt.errors import UserError, did_you_mean, shorten
 from taskgpt.gpt2.text.datasets import DATASETS, VAL_TOKENS, Dataset, prepare, split_sections
-from taskgpt.gpt2.text.kinds import LOOK_BYTES, encoding_of, refuse_another_kind
+from taskgpt.gpt2.text.documents import END_OF_TEXT, decoded
+from taskgpt.gpt2.text.kinds import LOOK_BYTES, refuse_another_kind
 from taskgpt.gpt2.text.mixtures import Mixture, read_mixture
 from taskgpt.gpt2.text.tokenizer import BYTE_VOCAB_SIZE, GPT2_VOCAB_SIZE, Tokenizer, byte_tokenizer, gpt2_tokenizer, read_tokenizer
 from taskgpt.gpt2.text.tokens import Loader, TokenFile
@@ -26,7 +26,6 @@ from taskgpt.gpt2.text.tokens import Loader, TokenFile
 TRAIN_FILES, VAL_FILES, TOKENIZER_FILES = "*train*.bin", "*val*.bin", "*tokenizer*.bin"
 SMALL_DOWNLOAD_BYTES = 10_000_000  # up to here training fetches a dataset unasked
 SECONDS_TO_CONNECT = 5  # then training goes on without the network
-END_OF_TEXT = "<|endoftext|>"
 READ_BYTES = 1 << 20
 TEXT_MEMORY = 6  # bytes for each byte of a text: itself, up to 4 as a str, and its ids
 MOST_TOKENS_AS_BYTES = 4_000_000  # of each part of a prepared dataset: about 16 MB of text
@@ -234,24 +233,10 @@ def _read_text(path: Path) -> str:
     if size > most:
         raise UserError(
             f"{shorten(path)}: a text of {size / 1e9:,.1f} GB or more needs {TEXT_MEMORY} times as much memory to be tokenized, and "
-            f"{most * TEXT_MEMORY / 1e9:,.1f} GB are free; take a part of it, or tokenize it into llm.c's token files"
+            f"{most * TEXT_MEMORY / 1e9:,.1f} GB are free; take a part of it, or make token files of it: "
+            "taskgpt data prepare FILE --folder DIR"
         )
-    if content.startswith(codecs.BOM_UTF8):  # as some editors begin a file
-        del content[: len(codecs.BOM_UTF8)]
-    try:
-        text = content.decode()
-        at = content.find(0)
-    except UnicodeDecodeError as error:
-        at = error.start
-    if at >= 0:
-        if encoding := encoding_of(content[:LOOK_BYTES]):
-            problem = f"it looks like {encoding}; convert it: iconv -f {encoding} -t UTF-8"
-        elif 0 in content:
-            problem = f"byte 0x00 at position {content.find(0):,}, which no text has; give a text, or a folder of llm.c's token files"
-        else:
-            problem = f"byte {content[at]:#04x} at position {at:,}; convert it, for instance: iconv -f WINDOWS-1252 -t UTF-8"
-        raise UserError(f"{shorten(path)}: not a text in UTF-8: {problem}")
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+    return decoded(path, content)
 
 
 def _python_reference() -> str:

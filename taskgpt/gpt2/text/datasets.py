@@ -276,8 +276,8 @@ def _answer(request: urllib.request.Request, seconds: float) -> http.client.HTTP
 
 
 @contextmanager
-def progress(label: str, total_bytes: int, done_bytes: int = 0) -> Iterator[Callable[[int], None]]:
-    """Show how far a job is, yielding `show(done_bytes)`; at its end say how long it took."""
+def progress(label: str, total_bytes: int, done_bytes: int = 0) -> Iterator[Callable[..., None]]:
+    """Show how far a job is, yielding `show(done_bytes, words)`; at its end say how long it took."""
     begin = time.monotonic()
     with Progress(label, total_bytes, megabytes, done_bytes) as shown:
         yield shown.show

