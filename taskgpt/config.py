@@ -93,7 +93,9 @@ def _tasks(config: GraphConfig) -> int:
     columns = sum(parts(wide * model.channels, tiles.columns) for wide in (3, 1, 4, 1))
     attention = batch.batch_size * parts(model.heads, tiles.heads)
     head = rows * parts(model.padded_vocabulary, tiles.vocabulary)
-    return model.layers * (columns * (2 * rows + 1) + 2 * attention + 6 * pointwise) + 3 * head
+    is_separate = config.options.update == "separate" or config.options.separate_because(batch)
+    updates = 6 if is_separate else 1  # of weight and bias: gradient, squares, AdamW
+    return model.layers * (columns * (2 * rows + updates) + 2 * attention + 6 * pointwise) + 3 * head
 
 
 def load_scheduler(name: str, overrides: dict[str, Any] | None = None) -> SchedulerConfig:

@@ -5,12 +5,13 @@ import numpy as np
 import pytest
 from numba.core.runtime import _nrt_python, rtsys
 
-from taskgpt.gpt2 import attention, classifier, kernels, norms, updates
+from taskgpt.gpt2 import attention, classifier, gradients, kernels, norms, updates
 from taskgpt.gpt2.vector_math import exp32, exp_row, row_max, row_sum
 from taskgpt.tasks import Kernel
 from taskgpt.tasks.scratch import scratch_arrays
 
-ALL = {k.name: k for module in (kernels, norms, attention, classifier, updates) for k in vars(module).values() if isinstance(k, Kernel)}
+MODULES = kernels, norms, attention, classifier, updates, gradients
+ALL = {k.name: k for module in MODULES for k in vars(module).values() if isinstance(k, Kernel)}
 HEAD = 8
 # Sizes that no vector width divides, one of everything, and more than one attention block.
 SIZES = [
@@ -41,6 +42,11 @@ def arguments(kernel: Kernel, sizes: dict, seed: int, dtype=np.float32) -> dict:
         "first_position": 1,
         "seq_len": max(1, sizes["T"] - 1),
         "head_size": HEAD,
+        "clip_norm": 0.5,
+        "most_loss_z": 0.5,
+        "most_norm_z": 0.5,
+        "is_first": 0,
+        "count": 3,
     }
     given = {}
     for name, declared in kernel.parameters.items():
@@ -48,7 +54,8 @@ def arguments(kernel: Kernel, sizes: dict, seed: int, dtype=np.float32) -> dict:
             given[name] = constants[name]
             continue
         shape = [d if isinstance(d, int) else sizes[d] for d in declared.dims]
-        whole = rng.normal(size=[n + 3 for n in shape]).astype(dtype) if len(shape) > 1 else rng.normal(size=shape).astype(dtype)
+        kind = dtype if declared.dtype == np.float32 else declared.dtype
+        whole = rng.normal(size=[n + 3 * (len(shape) > 1) for n in shape]).astype(kind)
         given[name] = whole[tuple(slice(1, 1 + n) for n in shape)] if len(shape) > 1 else whole
         if declared.dtype == np.int32:
             given[name] = rng.integers(0, constants["valid"], shape).astype(np.int32)
@@ -57,6 +64,11 @@ def arguments(kernel: Kernel, sizes: dict, seed: int, dtype=np.float32) -> dict:
         for name in ("v", "v_weight", "v_bias"):
             if name in given:
                 given[name][:] = given[name] ** 2
+    for name in ("squares", "norm"):
+        if name in given:
+            given[name][:] = given[name] ** 2
+    if "seen" in given:
+        given["seen"][:] = sizes["N"] + 1  # windows are full
     if "logits_rsum" in given:
         given["logits_rsum"][:] = 1 / (1 + given["logits_rsum"] ** 2)
     if "inp" in given and "mean" in given and kernel.accesses["mean"].kind == "in":
@@ -74,7 +86,7 @@ def test_the_twin_agrees_with_the_body(name, sizes):
     """Every element that the compiled twin writes is within float32 rounding of what the NumPy body computes in float64."""
     kernel = ALL[name]
     given = arguments(kernel, sizes, seed=1)
-    wanted = {n: a.astype(np.float64) if isinstance(a, np.ndarray) and a.dtype == np.float32 else a for n, a in given.items()}
+    wanted = {n: a.astype(np.float64 if a.dtype == np.float32 else a.dtype) if isinstance(a, np.ndarray) else a for n, a in given.items()}
     body(kernel, *wanted.values())
     kernel(*given.values())
     for parameter, access in kernel.accesses.items():

@@ -16,14 +16,28 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 from taskgpt.config import load_graph
+from taskgpt.gpt2.gradients import WINDOW
 from taskgpt.gpt2.model import GPT2
 from taskgpt.gpt2.program import loss_graph, training_graph
-from taskgpt.gpt2.shape import Batch, Model
+from taskgpt.gpt2.shape import Batch, MicroBatch, Model
 from taskgpt.tasks import Graph, Kernel
 
 # A shape whose sizes are all different, so that a number tells which size it is.
 L, NH, C, V, B, T, MAX_T = 5, 3, 33, 300, 13, 17, 19
-SIZES = {1: "1", 2: "2", 7: "7", L: "L", NH: "NH", C: "C", 3 * C: "3C", 4 * C: "4C", 384: "Vp", B * T: "R", MAX_T: "max T"}
+SIZES = {
+    1: "1",
+    2: "2",
+    7: "7",
+    WINDOW: str(WINDOW),
+    L: "L",
+    NH: "NH",
+    C: "C",
+    3 * C: "3C",
+    4 * C: "4C",
+    384: "Vp",
+    B * T: "R",
+    MAX_T: "max T",
+}
 
 MEANING = {
     "wte": "embedding of each token; also the weight of the classifier (they are one tensor)",
@@ -77,7 +91,16 @@ MEANING = {
     "tokens": "the ids of the input tokens (int32)",
     "targets": "the ids of the tokens that come next (int32)",
     "hyper": "learning rate, beta1, beta2, eps, weight decay, 1 - beta1^t, 1 - beta2^t",
-    "loss": "the mean of `losses`",
+    "loss": "the mean of `losses`; of a step in micro-batches, that of theirs",
+    "squares": "the sum of squares of each part of the gradient that one task has (float64)",
+    "norm": "the norm of the gradient of all parameters",
+    "scale": "only if updates wait for `norm`: what they multiply the gradient by; 0: nothing is updated",
+    "verdict": "only then. 0: updated; 1, 2: not, as the loss, the norm is an outlier; 3: not, as one of them is no finite number (int32)",
+    "z": "only if outliers are looked for: z-scores of loss and norm (float64)",
+    "loss_window": "the last losses (float64)",
+    "norm_window": "the last norms of the gradient (float64)",
+    "seen": "how many values each window has been given (int64)",
+    "loss_sum": "only of a step in micro-batches: the sum of the losses of the micro-batches so far (float64)",
 }
 
 
@@ -89,13 +112,16 @@ def setup(app: Sphinx) -> dict[str, bool]:
 
 
 @cache
-def model(kernels: str = "fused", update: str = "fused", is_symbolic: bool = False) -> GPT2:
-    """Return GPT-2 124M, of whose memory nothing is touched; or one whose sizes tell their names."""
+def model(kernels: str = "fused", update: str = "fused", has_all: bool = False, is_symbolic: bool = False) -> GPT2:
+    """Return GPT-2 124M, of whose memory nothing is touched; or one whose sizes tell their names. has_all: whatever needs tensors is on."""
     config = load_graph("gpt2-124m")
     options = dataclasses.replace(config.options, kernels=kernels, update=update)
+    if has_all:
+        options = dataclasses.replace(options, clip_norm=1.0, skip_loss_z=6.0)
+    accumulate = 2 if has_all else 1
     if is_symbolic:
-        return GPT2(Model(L, NH, C, V, MAX_T), Batch(B, T), config.tiles, options)
-    return GPT2(config.model, config.batch, config.tiles, options)
+        return GPT2(Model(L, NH, C, V, MAX_T), Batch(B, T, accumulate), config.tiles, options)
+    return GPT2(config.model, dataclasses.replace(config.batch, accumulate=accumulate), config.tiles, options)
 
 
 @cache
@@ -124,10 +150,12 @@ class Tensors(Made):
     def made(self) -> str:
         [arena] = self.arguments
         ways = ("separate", "separate") if arena == "a" else ("fused", "fused")
-        here, named = (getattr(model(*ways, is_symbolic), arena).tensors for is_symbolic in (False, True))
+        models = [model(*ways, arena in ("a", "s", "w"), is_symbolic) for is_symbolic in (False, True)]
+        here, named = (getattr(each, arena).tensors for each in models)
+        sizes = SIZES | {models[1].grid.square_places[""]: "parts"}
         rows = []
         for name, tensor in here.items():
-            shape = ", ".join(SIZES[n] for n in named[name].array.shape)
+            shape = ", ".join(sizes[n] for n in named[name].array.shape)
             grid = " x ".join(map(str, tensor.grid))
             rows.append([f"`{name}`", f"({shape})", " x ".join(map(str, tensor.array.shape)), grid, MEANING[name]])
         return table("| tensor | shape | gpt2-124m | cells | what it holds |", rows)
@@ -136,6 +164,7 @@ class Tensors(Made):
 class Kernels(Made):
     def made(self) -> str:
         graphs = [graph(), graph("separate", "separate"), loss_graph(model()), training_graph(in_blocks())]
+        graphs += [training_graph(clipped()), training_graph(model(has_all=True), 0, MicroBatch(is_first=False))]
         kernels = dict.fromkeys(kernel for each in graphs for kernel in each.kernels)
         rows = [[f"`{k.name}`", declaration(k), inspect.getdoc(k.body).partition("\n\n")[0]] for k in kernels]
         return table("| kernel | declares | computes |", [[escaped(word) for word in row] for row in rows])
@@ -151,6 +180,12 @@ class Tasks(Made):
             groups.setdefault((task.name, written.tensor.name), []).append(task)
         rows = [[str(len(of)), f"{of[0].flops / 1e6:,.4g}", f"{of[0].bytes / 1e6:,.3g}", f"`{of[0].calls[0]}`"] for of in groups.values()]
         return table("| tasks | MFLOP each | MB each | the first of them |", rows)
+
+
+def clipped() -> GPT2:
+    """Return the model whose gradient is clipped."""
+    config = load_graph("gpt2-124m", {"options.clip_norm": 1.0})
+    return GPT2(config.model, config.batch, config.tiles, config.options)
 
 
 def in_blocks() -> GPT2:

@@ -3,8 +3,9 @@
 shape.py         sizes, batch, tiles, options: what a graph file says
 grid.py          where tensors are cut, and which part of them a task takes
 model.py         the tensors
-program.py       a step as ordinary loops that spawn tasks
-kernels.py       matrix products, GELU, residual, embeddings; norms.py, attention.py, classifier.py, updates.py the others
+program.py       a step as ordinary loops that spawn tasks; stored_updates.py, where gradients are stored and the norm is waited for
+steps.py         steps in one or more micro-batches, as a row of graphs
+kernels.py       matrix products, GELU, residual, embeddings; norms.py, attention.py, classifier.py, gradients.py, updates.py the others
 vector_math.py   sums and exponentials that the compiler can vectorize
 learning_rate.py the learning rate of each step
 sampling.py      text while training, as llm.c samples it

@@ -75,6 +75,31 @@ def loss_forward_twin(loss, losses):
     loss[0] = total / _f(losses.shape[0])
 
 
+@kernel
+def loss_add(total: InOut[1, np.float64], loss: In[1], is_first: int):
+    """total = loss, or total += loss: the sum over the micro-batches of a step."""
+    total[0] = loss[0] + (0 if is_first else total[0])
+
+
+@loss_add.compiled
+def loss_add_twin(total, loss, is_first):
+    if is_first:
+        total[0] = loss[0]
+    else:
+        total[0] += loss[0]
+
+
+@kernel
+def loss_mean(loss: Out[1], total: In[1, np.float64], count: int):
+    """loss = total / count: the mean over the micro-batches of a step, each of which has as many rows."""
+    loss[0] = total[0] / count
+
+
+@loss_mean.compiled
+def loss_mean_twin(loss, total, count):
+    loss[0] = total[0] / count
+
+
 @kernel(flops=lambda R, V: 4 * R * V)
 def crossentropy_backward(dlogits: InOut[R, V], logits_max: In[R], logits_rsum: In[R], targets: In[R, np.int32], valid: int, scale: float):
     """dlogits = (softmax(logits) - one-hot(targets)) * scale, in place: on entry, dlogits holds the logits. Padding gets 0."""

@@ -4,8 +4,12 @@ A tensor is cut wherever a task's part of it begins, so cuts and parts stand sid
 """
 
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 
 from taskgpt.gpt2.shape import Batch, Model, Tiles
+
+LINEAR = {"qkv": 3, "attproj": 1, "fc": 4, "fcproj": 1}  # linear layers, and how many times C their outputs are
 
 
 def blocks(rows: slice, size: int) -> list[slice]:
@@ -86,3 +90,20 @@ class Grid:
 
     def positions(self) -> list[slice]:
         return blocks(slice(0, self.model.max_seq_len), self.tiles.vocabulary)
+
+    # Sums of squares: a place for each part of a parameter's gradient that one task has
+
+    @cached_property
+    def square_places(self) -> dict[str, int]:
+        """Return where the places of each layer begin, and, under "", how many there are."""
+        L, C, of_norm = self.model.layers, self.model.channels, len(self.model.norms.parameters)
+        counts = {layer: 2 * L * -(-wide * C // self.tiles.columns) for layer, wide in LINEAR.items()}
+        counts |= {"ln1": L * of_norm, "ln2": L * of_norm, "lnf": of_norm}
+        rows_of = {"wte": self.model.padded_vocabulary, "wpe": self.model.max_seq_len}
+        counts |= {name: -(-rows // self.tiles.vocabulary) for name, rows in rows_of.items()}
+        return dict(zip([*counts, ""], accumulate(counts.values(), initial=0), strict=True))
+
+    def squares(self, layer: str, part: int, count: int) -> slice:
+        """Return the places of a part of a layer, which has `count` tensors: 2 of a linear layer, weight and bias."""
+        first = self.square_places[layer] + part * count
+        return slice(first, first + count)

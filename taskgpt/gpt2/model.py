@@ -8,8 +8,9 @@ import hashlib
 
 import numpy as np
 
+from taskgpt.gpt2.gradients import LOSS_OUTLIER, NORM_OUTLIER, NOT_FINITE, UPDATED, WINDOW
 from taskgpt.gpt2.grid import Grid
-from taskgpt.gpt2.shape import Batch, Model, Options, Tiles
+from taskgpt.gpt2.shape import Batch, MicroBatch, Model, Options, Tiles
 from taskgpt.tasks import Arena, TensorSpec
 
 MATRICES = ("wte", "wpe", "qkvw", "attprojw", "fcw", "fcprojw")  # what weight decay is for; the rest are biases and norms
@@ -18,10 +19,11 @@ MATRICES = ("wte", "wpe", "qkvw", "attprojw", "fcw", "fcprojw")  # what weight d
 class GPT2:
     """The memory of a model in training: parameters, gradients, AdamW's moments, activations, and what changes with every step.
 
-    `p`, `g`, `m`, `v`, `a`, `d` and `s` are arenas of tensors: parameters, those of their gradients that are stored, first and second
-    moments, activations, gradients of activations, and the step's inputs and outputs. Of the last there are two, `slots`, so that the next
-    step's inputs can be written while a step runs; `s` is the first. `shared=True` makes them visible to worker processes. Raises
-    ValueError if the sequence is longer than the model's maximum, MemoryError if there is no room for shared memory.
+    `p`, `g`, `m`, `v`, `a`, `d`, `w` and `s` are arenas of tensors: parameters, those of their gradients that are stored, first and second
+    moments, activations, gradients of activations, what the guard has seen, and the step's inputs and outputs. Of the last there are two,
+    `slots`, so that the next step's inputs can be written while a step runs; `s` is the first. `micro` says which micro-batch of a step is
+    recorded: one that is all of it, if not told otherwise. `shared=True` makes the arenas visible to worker processes. Raises ValueError
+    if the sequence is longer than the model's maximum, MemoryError if there is no room for shared memory.
     """
 
     SLOTS = 2
@@ -30,24 +32,34 @@ class GPT2:
         if batch.seq_len > model.max_seq_len:
             raise ValueError(f"seq_len = {batch.seq_len} is longer than the model's max_seq_len = {model.max_seq_len}")
         self.model, self.batch, self.options, self.grid = model, batch, options, Grid(model, batch, tiles)
-        self.p, self.m, self.v, self.g, self.a, self.d, *slots = (Arena(specs, shared) for specs in self._specs())
+        self.micro = MicroBatch()
+        self.p, self.m, self.v, self.g, self.a, self.d, self.w, *slots = (Arena(specs, shared) for specs in self._specs())
         self.slots = tuple(slots)
         self.s = self.slots[0]
 
-    def with_slot(self, slot: int) -> "GPT2":
-        """Return the same memory, with another slot as its `s`."""
+    def with_slot(self, slot: int, micro: MicroBatch = MicroBatch()) -> "GPT2":  # noqa: B008 - a constant
+        """Return the same memory, with another slot as its `s`, for a micro-batch of a step."""
         other = copy.copy(self)
-        other.s = self.slots[slot]
+        other.s, other.micro = self.slots[slot], micro
         return other
 
+    @property
+    def update(self) -> str:
+        """Return `options.update`, or "separate" where it must be."""
+        return "separate" if self.options.separate_because(self.batch) else self.options.update
+
     def _specs(self) -> list[dict[str, TensorSpec]]:
-        """Return what each arena holds: p, m, v, g, a, d, then the slots."""
+        """Return what each arena holds: p, m, v, g, a, d, w, then the slots."""
         parameters = self._parameter_specs()
         p, m, v, g = ({prefix + name: spec for name, spec in parameters.items()} for prefix in ("", "m_", "v_", "d"))
-        if self.options.update == "fused":
+        if self.update == "fused":
             # All rows of a gradient come in one product, but for the logits if they come in blocks of rows.
             g = {"dwte": g["dwte"]} if self.grid.logits_rows < self.batch.rows else {}
-        return [p, m, v, g, self._activation_specs(), self._activation_gradient_specs(), *[self._step_specs()] * self.SLOTS]
+        if self.batch.accumulate > 1:
+            # Of weights and of wte, products add to what is there; of the others there is a place for one micro-batch's part.
+            g |= {f"part_{name}": spec for name, spec in g.items() if name[1:] not in MATRICES or name == "dwpe"}
+        arenas = self._activation_specs(), self._activation_gradient_specs(), self._guard_specs()
+        return [p, m, v, g, *arenas, *[self._step_specs()] * self.SLOTS]
 
     def _parameter_specs(self) -> dict[str, TensorSpec]:
         """Weights and their biases are cut by output columns, wte by vocabulary; what is stacked by layers is cut between them."""
@@ -95,6 +107,8 @@ class GPT2:
             "logits_rsum": numbers,
             "losses": numbers,
         }
+        if self.batch.accumulate > 1:
+            specs["loss_sum"] = TensorSpec((1,), dtype=np.dtype(np.float64))
         if self.options.kernels == "fused":
             del specs["attproj"], specs["fcproj"]  # go straight into the residual stream
         return specs
@@ -128,10 +142,22 @@ class GPT2:
             "dln1": by_columns,
         }
 
+    def _guard_specs(self) -> dict[str, TensorSpec]:
+        if not self.options.is_guarded:
+            return {}
+        window = TensorSpec((WINDOW,), dtype=np.dtype(np.float64))
+        return {"loss_window": window, "norm_window": window, "seen": TensorSpec((2,), dtype=np.dtype(np.int64))}
+
     def _step_specs(self) -> dict[str, TensorSpec]:
-        R, rows = self.batch.rows, self.grid.row_cuts
+        R, rows, number = self.batch.rows, self.grid.row_cuts, TensorSpec((1,))
         tokens = TensorSpec((R,), (rows,), np.dtype(np.int32))
-        return {"tokens": tokens, "targets": tokens, "hyper": TensorSpec((7,)), "loss": TensorSpec((1,))}
+        squares = TensorSpec((self.grid.square_places[""],), (1,), np.dtype(np.float64))
+        specs = {"tokens": tokens, "targets": tokens, "hyper": TensorSpec((7,)), "loss": number, "squares": squares, "norm": number}
+        if self.options.is_scaled:
+            specs |= {"scale": number, "verdict": TensorSpec((1,), dtype=np.dtype(np.int32))}
+        if self.options.is_guarded:
+            specs["z"] = TensorSpec((2,), dtype=np.dtype(np.float64))
+        return specs
 
     def inputs(self, slot: int) -> tuple[np.ndarray, np.ndarray]:
         """Return tokens and targets of a slot, (B, T) each, to be written."""
@@ -142,6 +168,21 @@ class GPT2:
         """Return the mean loss that the last run with a slot found."""
         return float(self.slots[slot].loss.array[0])
 
+    def norm_of(self, slot: int) -> float:
+        """Return the norm of the gradient that the last step with a slot found."""
+        return float(self.slots[slot].norm.array[0])
+
+    def skipped_of(self, slot: int) -> str:
+        """Return why the last step with a slot updated nothing, "" if it did: `loss z 7.2 > 6`."""
+        s, options = self.slots[slot], self.options
+        verdict = s.verdict.array[0] if options.is_scaled else UPDATED
+        if verdict == NOT_FINITE:
+            return "loss or norm is not finite"
+        if verdict in (LOSS_OUTLIER, NORM_OUTLIER):
+            name, at, most = {LOSS_OUTLIER: ("loss", 0, options.skip_loss_z), NORM_OUTLIER: ("norm", 1, options.skip_norm_z)}[verdict]
+            return f"{name} z {s.z.array[at]:.1f} > {most:g}"
+        return ""
+
     @property
     def parameters(self) -> dict[str, np.ndarray]:
         """The arrays of all parameters, in the order of an llm.c checkpoint."""
@@ -149,12 +190,12 @@ class GPT2:
 
     @property
     def state(self) -> dict[str, np.ndarray]:
-        """The arrays that a step hands to the next one: `parameters`, then AdamW's moments, m_ + name and v_ + name."""
-        return {name: tensor.array for arena in (self.p, self.m, self.v) for name, tensor in arena.tensors.items()}
+        """The arrays that a step hands to the next one: `parameters`, AdamW's moments, m_ + name and v_ + name, what the guard has seen."""
+        return {name: tensor.array for arena in (self.p, self.m, self.v, self.w) for name, tensor in arena.tensors.items()}
 
     @property
     def nbytes(self) -> int:
-        return sum(arena.nbytes for arena in (self.p, self.m, self.v, self.g, self.a, self.d, *self.slots))
+        return sum(arena.nbytes for arena in (self.p, self.m, self.v, self.g, self.a, self.d, self.w, *self.slots))
 
     @classmethod
     def bytes_needed(cls, model: Model, batch: Batch, tiles: Tiles, options: Options) -> int:

@@ -8,8 +8,9 @@ from typing import NamedTuple
 import numba
 import numpy as np
 
+from taskgpt.gpt2.gradients import sum_of_squares
 from taskgpt.gpt2.updates import adamw_row, adamw_update
-from taskgpt.gpt2.vector_math import row_sum
+from taskgpt.gpt2.vector_math import row_squares, row_sum
 from taskgpt.tasks import In, InOut, Kernel, Out, Scratch, dense, dims, kernel
 
 R, C = dims("R C")
@@ -28,7 +29,9 @@ class Norm(NamedTuple):
         backward(dinp, dout, inp, weight, *statistics)
         residual_backward(dinp, dresidual, dout, inp, weight, *statistics)   # dresidual + backward
         backward_weight(*gradients of parameters, dout, inp, *statistics)
-        update(*(parameter, m, v of each), dout, inp, *statistics, hyper, is_decayed)   # backward_weight, then AdamW
+        update(*(parameter, m, v of each), squares, dout, inp, *statistics, hyper, is_decayed)   # backward_weight, then AdamW
+
+    `squares`, as many as parameters, are to hold the sum of squares of each one's gradient.
     """
 
     parameters: dict[str, float]  # suffix, and what the parameter begins with
@@ -151,6 +154,7 @@ def layernorm_update(
     bias: InOut[C],
     m_bias: InOut[C],
     v_bias: InOut[C],
+    squares: Out[2, np.float64],
     dout: In[R, C],
     inp: In[R, C],
     mean: In[R],
@@ -160,18 +164,23 @@ def layernorm_update(
     dweight: Scratch[C],
     dbias: Scratch[C],
 ):
-    """layernorm_backward_weight, then adamw_update of weight and bias."""
+    """layernorm_backward_weight, then sum_of_squares and adamw_update of weight and bias."""
     grad, bias_grad = np.empty_like(weight), np.empty_like(bias)
     layernorm_backward_weight.body(grad, bias_grad, dout, inp, mean, rstd)
+    sum_of_squares.body(squares[:1], grad)
+    sum_of_squares.body(squares[1:], bias_grad)
     adamw_update.body(weight, m_weight, v_weight, grad, hyper, is_decayed)
     adamw_update.body(bias, m_bias, v_bias, bias_grad, hyper, is_decayed)
 
 
 @layernorm_update.compiled
-def layernorm_update_twin(weight, m_weight, v_weight, bias, m_bias, v_bias, dout, inp, mean, rstd, hyper, is_decayed, dweight, dbias):
+def layernorm_update_twin(
+    weight, m_weight, v_weight, bias, m_bias, v_bias, squares, dout, inp, mean, rstd, hyper, is_decayed, dweight, dbias
+):
     _layernorm_gradient(dweight, dbias, dout, inp, mean, rstd)
-    adamw_row(weight, m_weight, v_weight, dweight, hyper, is_decayed)
-    adamw_row(bias, m_bias, v_bias, dbias, hyper, is_decayed)
+    squares[0], squares[1] = row_squares(dweight), row_squares(dbias)
+    adamw_row(weight, m_weight, v_weight, dweight, ONE, hyper, is_decayed)
+    adamw_row(bias, m_bias, v_bias, dbias, ONE, hyper, is_decayed)
 
 
 NORMS = {

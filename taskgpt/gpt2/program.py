@@ -3,12 +3,12 @@
 Every function takes `spawn` and calls it with a kernel and tiles. Given `run_now` the program simply runs; given a graph's `spawn` it is
 recorded, and the dependencies follow from the tiles. Loops stand kernel by kernel, as in llm.c, which is what the fork-join scheduler
 needs; the others do not care. `gpt` is the model's memory: `p` parameters, `g` gradients, `a` activations, `d` gradients of activations,
-`s` the step.
+`s` the step, `micro` which micro-batch of a step this is.
 
 Where `options` leave a choice between fused and separate kernels, one function makes it, and both ways give the same bits.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 from taskgpt.gpt2.attention import attention_backward, attention_forward
@@ -16,7 +16,9 @@ from taskgpt.gpt2.classifier import (
     crossentropy_backward,
     crossentropy_forward,
     lmhead_forward,
+    loss_add,
     loss_forward,
+    loss_mean,
     softmax_crossentropy,
     softmax_forward,
 )
@@ -37,18 +39,28 @@ from taskgpt.gpt2.kernels import (
     matmul_residual_forward,
     residual_forward,
 )
-from taskgpt.gpt2.model import GPT2, MATRICES
-from taskgpt.gpt2.updates import adamw_update, linear_update, wpe_update, wte_update
+from taskgpt.gpt2.model import GPT2
+from taskgpt.gpt2.shape import MicroBatch
+from taskgpt.gpt2.stored_updates import (
+    Spawn,
+    add_part,
+    decays,
+    is_stored,
+    norm,
+    norm_parameters,
+    part,
+    scaled_updates,
+    state,
+    stored_update,
+)
+from taskgpt.gpt2.updates import linear_update, wpe_update, wte_update
 from taskgpt.tasks import Graph, Tile
 
-Spawn = Callable[..., object]
-Index = int | slice | tuple
 
-
-def training_graph(gpt: GPT2, slot: int = 0) -> Graph:
-    """Record one training step. Its inputs and its loss are those of a slot."""
-    graph = Graph("training step", allow_commutative=gpt.options.commutative)
-    training_step(graph.spawn, gpt.with_slot(slot))
+def training_graph(gpt: GPT2, slot: int = 0, micro: MicroBatch = MicroBatch()) -> Graph:  # noqa: B008 - a constant
+    """Record one training step, or one micro-batch of it. Its inputs are those of a slot, and what it finds is there, too."""
+    graph = Graph("training step" if micro == MicroBatch() else "micro-batch", allow_commutative=gpt.options.commutative)
+    training_step(graph.spawn, gpt.with_slot(slot, micro))
     return graph
 
 
@@ -72,14 +84,22 @@ def sampling_graph(gpt: GPT2, start: int, stop: int) -> Graph:
 
 
 def training_step(spawn: Spawn, gpt: GPT2) -> None:
-    """Forward, loss, backward, update. What leads from logits to their gradient goes block by block if they are not all held at once."""
+    """Forward, loss, backward, update. What leads from logits to their gradient goes block by block if they are not all held at once.
+
+    Of a step in micro-batches, one of them: the last has the update.
+    """
     forward(spawn, gpt, gpt.grid.all_rows)
     for rows, logits in logits_blocks(gpt):
         head_forward(spawn, gpt, rows, logits)
         classify(spawn, gpt, rows, logits)
         head_backward(spawn, gpt, rows, logits)
     loss(spawn, gpt)
+    step_loss(spawn, gpt)
     backward(spawn, gpt)
+    if gpt.micro.is_last:
+        norm(spawn, gpt)
+        if gpt.options.is_scaled:
+            scaled_updates(spawn, gpt)
 
 
 def validation(spawn: Spawn, gpt: GPT2) -> None:
@@ -181,11 +201,6 @@ def stream(gpt: GPT2, l: int) -> Tile:
     return gpt.a.encoded[:] if l == 0 else gpt.a.residual3[l - 1]
 
 
-def norm_parameters(gpt: GPT2, layer: str) -> list[str]:
-    """Return the names of a norm's parameters: of ln1, ln1w and ln1b."""
-    return [layer + suffix for suffix in gpt.model.norms.parameters]
-
-
 def norm_weight(gpt: GPT2, l: int, layer: str) -> Tile:
     """Return what scales, the first of a norm's parameters."""
     return gpt.p.tensors[norm_parameters(gpt, layer)[0]][l]
@@ -210,7 +225,7 @@ def head_forward(spawn: Spawn, gpt: GPT2, rows: slice, logits: Tile) -> None:
 
 def classify(spawn: Spawn, gpt: GPT2, rows: slice, logits: Tile) -> None:
     """Compute losses and the gradient of the logits, which takes the place of the logits."""
-    a, targets, valid, scale = gpt.a, gpt.s.targets, gpt.model.vocabulary, 1 / gpt.batch.rows
+    a, targets, valid, scale = gpt.a, gpt.s.targets, gpt.model.vocabulary, 1 / gpt.batch.tokens
     if gpt.options.kernels == "separate":
         row_losses(spawn, gpt, rows, logits)
     for r in gpt.grid.pointwise(rows):
@@ -234,6 +249,14 @@ def loss(spawn: Spawn, gpt: GPT2) -> None:
     spawn(loss_forward, gpt.s.loss[:], gpt.a.losses[:], section=("loss", -1))
 
 
+def step_loss(spawn: Spawn, gpt: GPT2) -> None:
+    """Make the loss of a step in micro-batches their mean."""
+    if gpt.batch.accumulate > 1:
+        spawn(loss_add, gpt.a.loss_sum[:], gpt.s.loss[:], int(gpt.micro.is_first), section=("loss", -1))
+        if gpt.micro.is_last:
+            spawn(loss_mean, gpt.s.loss[:], gpt.a.loss_sum[:], gpt.batch.accumulate, section=("loss", -1))
+
+
 def head_backward(spawn: Spawn, gpt: GPT2, rows: slice, dlogits: Tile) -> None:
     """Compute the gradient of what entered the head; that of its weight, wte, only if it is stored, because it is not complete yet."""
     spawn, dlnf = partial(spawn, section=("backward", gpt.model.layers)), gpt.d.dlnf
@@ -243,7 +266,7 @@ def head_backward(spawn: Spawn, gpt: GPT2, rows: slice, dlogits: Tile) -> None:
             for c in gpt.grid.columns(gpt.model.channels):
                 spawn(kernel, dlnf[r, c], dlogits[within(rows, r), v], gpt.p.wte[v, c])
     if is_stored(gpt, "wte"):
-        kernel = matmul_backward_weight if rows.start == 0 else matmul_backward_weight_add
+        kernel = matmul_backward_weight if rows.start == 0 and gpt.micro.is_first else matmul_backward_weight_add
         for v in gpt.grid.vocabulary():
             spawn(kernel, gpt.g.dwte[v], dlogits[: rows.stop - rows.start, v], gpt.a.lnf[0, rows])
 
@@ -253,7 +276,7 @@ def within(rows: slice, r: slice) -> slice:
     return slice(r.start - rows.start, r.stop - rows.start)
 
 
-# Backward and update --------------------------------------------------------------------------------------------------------------------
+# Backward ---------------------------------------------------------------------------------------------------------------------
 
 
 def backward(spawn: Spawn, gpt: GPT2) -> None:
@@ -334,36 +357,40 @@ def attend_backward(spawn: Spawn, gpt: GPT2, l: int, dqkv: Tile, datty: Tile) ->
             )  # fmt: skip
 
 
-# Updates: the gradient of a parameter, and AdamW on it ----------------------------------------------------------------------------------
+# The gradient of a parameter; AdamW in the same task, unless the gradient is stored ----------------------------------------------------
 
 
 def weight_update(spawn: Spawn, gpt: GPT2, l: int, layer: str, dout: Tile, inp: Tile) -> None:
     """Weight and bias of a linear layer, by output columns."""
     weight, bias = layer + "w", layer + "b"
     outputs = gpt.grid.columns(dout.shape[1])
-    if gpt.options.update == "fused":
-        for c in outputs:
+    if gpt.update == "fused":
+        for at, c in enumerate(outputs):
             parameters = *state(gpt, weight, (l, c)), *state(gpt, bias, (l, c))
-            spawn(linear_update, *parameters, dout[:, c], inp, gpt.s.hyper[:], decays(gpt, weight), decays(gpt, bias))
+            squares = gpt.s.squares[gpt.grid.squares(layer, l * len(outputs) + at, 2)]
+            spawn(linear_update, *parameters, squares, dout[:, c], inp, gpt.s.hyper[:], decays(gpt, weight), decays(gpt, bias))
     else:
+        kernel = matmul_backward_weight if gpt.micro.is_first else matmul_backward_weight_add
         for c in outputs:
-            spawn(matmul_backward_weight, gpt.g.tensors["d" + weight][l, c], dout[:, c], inp)
+            spawn(kernel, gpt.g.tensors["d" + weight][l, c], dout[:, c], inp)
         for c in outputs:
-            spawn(matmul_backward_bias, gpt.g.tensors["d" + bias][l, c], dout[:, c])
-        adamw(spawn, gpt, weight, [(l, c) for c in outputs])
-        adamw(spawn, gpt, bias, [slice(l, l + 1)])
+            spawn(matmul_backward_bias, part(gpt, bias)[l, c], dout[:, c])
+        add_part(spawn, gpt, bias, [(slice(l, l + 1), c) for c in outputs])
+        stored_update(spawn, gpt, l, layer)
 
 
 def norm_update(spawn: Spawn, gpt: GPT2, l: int, layer: str, dout: Tile, inp: Tile) -> None:
     """All parameters of a norm."""
     names, of_rows = norm_parameters(gpt, layer), (dout, inp, *norm_statistics(gpt, l, layer, gpt.grid.all_rows))
-    if gpt.options.update == "fused":
+    if gpt.update == "fused":
         parameters = [tile for name in names for tile in state(gpt, name, l)]
-        spawn(gpt.model.norms.update, *parameters, *of_rows, gpt.s.hyper[:], decays(gpt, names[0]))
+        squares = gpt.s.squares[gpt.grid.squares(layer, l, len(names))]
+        spawn(gpt.model.norms.update, *parameters, squares, *of_rows, gpt.s.hyper[:], decays(gpt, names[0]))
     else:
-        spawn(gpt.model.norms.backward_weight, *(gpt.g.tensors["d" + name][l] for name in names), *of_rows)
+        spawn(gpt.model.norms.backward_weight, *(part(gpt, name)[l] for name in names), *of_rows)
         for name in names:
-            adamw(spawn, gpt, name, [slice(l, l + 1)])
+            add_part(spawn, gpt, name, [slice(l, l + 1)])
+        stored_update(spawn, gpt, l, layer)
 
 
 def embedding_update(spawn: Spawn, gpt: GPT2, dencoded: Tile) -> None:
@@ -372,40 +399,23 @@ def embedding_update(spawn: Spawn, gpt: GPT2, dencoded: Tile) -> None:
     if is_stored(gpt, "wte"):
         for v in vs:
             spawn(encoder_backward_wte, gpt.g.dwte[v], dencoded, tokens, v.start)
-        adamw(spawn, gpt, "wte", vs)
+        stored_update(spawn, gpt, 0, "wte")
     else:
         [(_, dlogits)] = logits_blocks(gpt)
-        for v in vs:
+        for at, v in enumerate(vs):
             gradient_of = dlogits[:, v], gpt.a.lnf[0], dencoded, tokens
-            spawn(wte_update, *state(gpt, "wte", v), *gradient_of, gpt.s.hyper[:], v.start, decays(gpt, "wte"))
+            squares = gpt.s.squares[gpt.grid.squares("wte", at, 1)]
+            spawn(wte_update, *state(gpt, "wte", v), squares, *gradient_of, gpt.s.hyper[:], v.start, decays(gpt, "wte"))
 
 
 def position_update(spawn: Spawn, gpt: GPT2, dencoded: Tile) -> None:
     """wpe, by positions."""
     T, positions_of = gpt.batch.seq_len, gpt.grid.positions()
-    if gpt.options.update == "fused":
-        for positions in positions_of:
-            spawn(wpe_update, *state(gpt, "wpe", positions), dencoded, gpt.s.hyper[:], positions.start, T, decays(gpt, "wpe"))
+    if gpt.update == "fused":
+        for at, positions in enumerate(positions_of):
+            of_rows = gpt.s.squares[gpt.grid.squares("wpe", at, 1)], dencoded
+            spawn(wpe_update, *state(gpt, "wpe", positions), *of_rows, gpt.s.hyper[:], positions.start, T, decays(gpt, "wpe"))
     else:
-        spawn(encoder_backward_wpe, gpt.g.dwpe[:T], dencoded)
-        adamw(spawn, gpt, "wpe", positions_of)
-
-
-def adamw(spawn: Spawn, gpt: GPT2, name: str, indices: Iterable[Index]) -> None:
-    """Update a parameter tensor, a task for each index, from its stored gradient."""
-    for index in indices:
-        spawn(adamw_update, *state(gpt, name, index), gpt.g.tensors["d" + name][index], gpt.s.hyper[:], decays(gpt, name))
-
-
-def state(gpt: GPT2, name: str, index: Index) -> tuple[Tile, Tile, Tile]:
-    """Return a tile of a parameter and of its two moments."""
-    return gpt.p.tensors[name][index], gpt.m.tensors["m_" + name][index], gpt.v.tensors["v_" + name][index]
-
-
-def is_stored(gpt: GPT2, name: str) -> bool:
-    """Return True if the gradient of a parameter has a tensor."""
-    return "d" + name in gpt.g.tensors
-
-
-def decays(gpt: GPT2, name: str) -> int:
-    return int(gpt.options.weight_decay_on == "all" or name in MATRICES)
+        spawn(encoder_backward_wpe, part(gpt, "wpe")[:T], dencoded)
+        add_part(spawn, gpt, "wpe", [slice(0, T)])
+        stored_update(spawn, gpt, 0, "wpe")

@@ -5,6 +5,7 @@ columns of a matrix.
 """
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -75,14 +76,21 @@ class Model:
 
 @dataclass(frozen=True)
 class Batch:
-    """B sequences of T tokens a step."""
+    """B sequences of T tokens at a time, a micro-batch; the gradients of `accumulate` of them make one step."""
 
     batch_size: int = _at_least(1)
     seq_len: int = _at_least(1)
+    accumulate: int = field(default=1, metadata={"at_least": 1, "at_most": MOST})
 
     @property
     def rows(self) -> int:
+        """Rows of a micro-batch."""
         return self.batch_size * self.seq_len
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that a step trains on."""
+        return self.accumulate * self.rows
 
 
 @dataclass(frozen=True)
@@ -98,13 +106,42 @@ class Tiles:
 
 
 _WAYS = {"default": "fused", "metadata": {"choices": ("fused", "separate")}}
+_LIMIT = {"default": 0.0, "metadata": {"at_least": 0, "at_most": MOST}}  # 0: none
 
 
 @dataclass(frozen=True)
 class Options:
-    """Choices. Decay and commutative sums change the numbers; `kernels` and `update` change time and memory, and no bit."""
+    """Choices. All but `kernels` and `update` change the numbers; these two change time and memory, and no bit."""
 
     weight_decay_on: str = field(metadata={"choices": ("matrices", "all")})
     commutative: bool = False
     kernels: str = field(**_WAYS)  # fused: GELU, residual and softmax in one task with what comes before; separate: as in llm.c
     update: str = field(**_WAYS)  # fused: AdamW in one task with the gradient, which is not stored; separate: as in llm.c
+    clip_norm: float = field(**_LIMIT)  # the largest norm that the gradient of all parameters is left with
+    skip_loss_z: float = field(**_LIMIT)  # a step whose loss has a larger z-score updates nothing
+    skip_norm_z: float = field(**_LIMIT)  # a step whose gradient norm has a larger z-score updates nothing
+    on_nan: str = field(default="stop", metadata={"choices": ("stop", "skip")})  # after a loss or norm that is not finite
+
+    @property
+    def is_guarded(self) -> bool:
+        """Return True if outliers are looked for."""
+        return self.skip_loss_z > 0 or self.skip_norm_z > 0
+
+    @property
+    def is_scaled(self) -> bool:
+        """Return True if an update depends on the gradient of all parameters."""
+        return self.clip_norm > 0 or self.is_guarded or self.on_nan == "skip"
+
+    def separate_because(self, batch: Batch) -> str:
+        """Return why updates cannot be in one task with their gradient, whatever `update` says; "" if they can."""
+        if self.is_scaled:
+            what = "clipping" if self.clip_norm else "skipping a step"
+            return f"{what} needs the norm of the whole gradient before any update"
+        return f"the gradients of {batch.accumulate} micro-batches are added up before it" if batch.accumulate > 1 else ""
+
+
+class MicroBatch(NamedTuple):
+    """Where a micro-batch stands in its step: the first writes gradients, the others add to them, the last updates."""
+
+    is_first: bool = True
+    is_last: bool = True

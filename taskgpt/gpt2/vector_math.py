@@ -64,8 +64,12 @@ def exp32(typing_context, x):
 _WIDTHS = (64, 8, 1)  # a row is read 64 elements at a time, its rest 8 at a time, the rest of that one by one
 
 
-def _reduction(meaning: str, start: float, combine: Callable):
-    """Return an intrinsic that combines the elements of a dense float32 row: lane by lane while reading, then the lanes in halves."""
+def _reduction(meaning: str, start: float, combine: Callable, take: Callable | None = None):
+    """Return an intrinsic that combines the elements of a dense float32 row: lane by lane while reading, then the lanes in halves.
+
+    `take(builder, so far, element)` takes an element in, if not as `combine` does with two results.
+    """
+    take = take or combine
 
     def typed(typing_context, row):
         if not (isinstance(row, types.Array) and (row.dtype, row.ndim, row.layout) == (types.float32, 1, "C")):
@@ -80,7 +84,7 @@ def _reduction(meaning: str, start: float, combine: Callable):
                 sofar = cgutils.alloca_once_value(builder, ir.Constant(vector, [start] * width))
                 with cgutils.for_range_slice(builder, done, stop, ir.Constant(_SIZE, width), _SIZE) as (at, _):
                     place = builder.bitcast(builder.gep(row.data, [at]), vector.as_pointer())
-                    builder.store(combine(builder, builder.load(sofar), builder.load(place, align=4)), sofar)
+                    builder.store(take(builder, builder.load(sofar), builder.load(place, align=4)), sofar)
                 lanes, done = builder.load(sofar), stop
                 while width > 1:
                     width //= 2
@@ -99,7 +103,14 @@ def _larger(builder, a, b):
     return builder.select(builder.fcmp_ordered(">", b, a), b, a)
 
 
-row_sum = _reduction("the sum of a dense float32 row.", 0.0, lambda builder, a, b: builder.fadd(a, b))
+def _sum(builder, a, b):
+    return builder.fadd(a, b)
+
+
+row_sum = _reduction("the sum of a dense float32 row.", 0.0, _sum)
+row_squares = _reduction(
+    "the sum of the squares of a dense float32 row.", 0.0, _sum, lambda builder, sofar, x: builder.fadd(sofar, builder.fmul(x, x))
+)
 row_max = _reduction("the largest element of a dense float32 row, -inf if it is empty. NaN may be passed over.", -math.inf, _larger)
 
 
