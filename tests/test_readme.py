@@ -29,6 +29,7 @@ SMALL = {
     "roofline": ("--graphs", "tiny"),
     "overhead": ("--steps", "20"),
     "metg": ("--steps", "20"),
+    "decode": ("--graph", "tiny"),
     "peers": ("--graph", "tiny"),
 }
 WRITES = ("--trace", "--output", "--save", "--log", "--html", "--report")  # a file, or a folder

@@ -12,6 +12,7 @@ import pytest
 from taskgpt.config import load_scheduler
 from taskgpt.gpt2 import checkpoints
 from taskgpt.gpt2.generation import decoder as room
+from taskgpt.gpt2.generation import next_token
 from taskgpt.gpt2.generation.decoder import FEED_ROWS, Decoder
 from taskgpt.gpt2.generation.generate import Continuation, generate
 from taskgpt.gpt2.generation.next_token import Choice, largest, most_likely, penalized
@@ -20,6 +21,8 @@ from taskgpt.gpt2.model import GPT2
 from taskgpt.gpt2.program import forward, head_forward
 from taskgpt.gpt2.shape import Batch, Model, Options, Tiles
 from taskgpt.gpt2.text.tokenizer import BYTE_VOCAB_SIZE, byte_tokenizer, gpt2_tokenizer
+from taskgpt.lab.benchmarks.decode import stream_calls
+from taskgpt.programs import bench
 from taskgpt.programs import sample as program
 from taskgpt.schedulers import open_scheduler
 from taskgpt.tasks import check, run_now
@@ -102,7 +105,7 @@ def test_bits_of_logits_depend_on_the_sequence_alone():
     assert found(1, 0, 1, 0) == alone
     assert found(6, 5, 64, 0) == alone
     assert [found(slots, slots - 1, 64, slots - 1) for slots in (2, 3, 6)] == [alone] * 3
-    before, room.PIECE_BYTES = room.PIECE_BYTES, 1
+    before, room.PIECE_BYTES = room.PIECE_BYTES, 2000
     try:
         assert found(2, 0, 64, 0) == alone
     finally:
@@ -222,6 +225,16 @@ def test_processors_by_hand():
     assert [most_likely(likely, p).tolist() for p in (0, 0.4, 0.6, 0.8, 0.95, 1)] == [
         [1], [1], [1, 3], [1, 2, 3], [0, 1, 2, 3], [0, 1, 2, 3]
     ]  # fmt: skip
+
+
+def test_the_most_likely_are_found_without_sorting_all(monkeypatch):
+    """The same of 5,000 logits with many ties as when all are sorted at once, whatever part of the probability is wanted."""
+    logits = np.random.default_rng(3).integers(-40, 40, 5000).astype(np.float32) / np.float32(40)
+    parts = (0.001, 0.2, 0.5, 0.9, 0.9999)
+    found = [most_likely(logits, p).tolist() for p in parts]
+    monkeypatch.setattr(next_token, "SORTED_AT_ONCE", 10_000)
+    assert found == [most_likely(logits, p).tolist() for p in parts]
+    assert [len(ids) for ids in found] == sorted(len(ids) for ids in found) and len(found[-1]) > 4900
 
 
 def test_tokens_are_drawn_as_often_as_they_are_likely():
@@ -463,3 +476,27 @@ def test_ctrl_c_ends_with_what_there_is(tmp_path):
     assert 0 < len(texts[0]["ids"]) < 29000 and texts[2]["ids"] == []
     assert (first + rest).count("\n---\nhello") == 1
     assert "decode" in err and "Traceback" not in err
+
+
+# The benchmark --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_decoding_is_measured_beside_streaming(tmp_path, capsys):
+    """Every token of every round but the first counts; the ratio is that of the medians; what fits into caches is said to."""
+    flags = ["--graph", "tiny", "--rounds", "2", "--context", "5", "--tokens", "4", "--batch-size", "3", "--scheduler", "sequential"]
+    assert bench.main(["decode", *flags, "--json", str(tmp_path / "d.json")]) == 0
+    stream, tokens = json.loads((tmp_path / "d.json").read_text())["decode"]
+    assert len(tokens["seconds"]) == 2 * 4 and len(stream["seconds"]) >= 2
+    assert tokens["x_stream"] == pytest.approx(np.median(tokens["seconds"]) / np.median(stream["seconds"]))
+    assert tokens["tokens_per_s"] == pytest.approx(3 / np.median(tokens["seconds"])) and stream["tokens_per_s"] is None
+    assert bench.main(["decode", "--graph", "tiny", "--context", "60", "--tokens", "5"]) == 2
+    assert "the model has 64 positions" in capsys.readouterr().err
+
+
+def test_streaming_reads_every_weight_once():
+    """Threads share the matrices out without gap or overlap: what they add up is the sum of all words."""
+    matrices = [make().p.tensors[name] for name in ("wte", "qkvw", "fcprojw")]
+    parts = [part for call in stream_calls(matrices, 3) for part in call.args[0]]
+    assert sum(part.nbytes for part in parts) == sum(tensor.array.nbytes for tensor in matrices)
+    wanted = sum(int(tensor.array.reshape(-1).view(np.int64).sum(dtype=object)) for tensor in matrices)
+    assert sum(int(part.sum(dtype=object)) for part in parts) == wanted

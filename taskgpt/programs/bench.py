@@ -7,6 +7,7 @@
     taskgpt bench roofline --graphs gpt2-124m              # sgemm at the graph's own shapes, memory bandwidth, the floor
     taskgpt bench overhead --systems native dask.threaded  # empty tasks: microseconds a task
     taskgpt bench metg --patterns stencil_1d fft           # the shortest tasks that still use half of the machine
+    taskgpt bench decode --graph gpt2-124m                 # a generated token, against streaming the weights
     taskgpt bench peers --graph gpt2-124m                  # PyTorch and JAX train the same model
 
 Tables show medians over the rounds, the spread from the first to the third quartile (q1, q3), and ratios of medians; `--json FILE` keeps
@@ -19,7 +20,7 @@ from collections.abc import Callable, Sequence
 
 from taskgpt.errors import run_program
 from taskgpt.lab import roofline
-from taskgpt.lab.benchmarks import peers, steps, task_bench
+from taskgpt.lab.benchmarks import decode, peers, steps, task_bench
 from taskgpt.programs.arguments import (
     Parser,
     add_changes,
@@ -82,6 +83,13 @@ def parser() -> argparse.ArgumentParser:
     metg = add("metg", task_bench.metg, 3, "the shortest tasks that use half of the machine")
     add_task_bench(metg, METG_PATTERNS)
     metg.add_argument("--efficiency", type=float, default=0.5, metavar="E", help="part of the peak, above 0 and below 1 (default 0.5)")
+
+    tokens = add("decode", decode.decode, 7, "a generated token, against streaming the weights from memory")
+    add_graph(tokens, "gpt2-124m")
+    add_scheduler(tokens, "native")
+    tokens.add_argument("--batch-size", type=int, default=1, metavar="B", help="texts that are decoded together (default 1)")
+    tokens.add_argument("--context", type=int, default=64, metavar="N", help="tokens before the first that is decoded (default 64)")
+    tokens.add_argument("--tokens", type=int, default=64, metavar="N", help="tokens decoded in a turn (default 64)")
 
     others = add("peers", peers.peers, 7, "PyTorch and JAX, where installed, train the same model")
     add_graph(others, "gpt2-124m")

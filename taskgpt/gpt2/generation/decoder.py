@@ -27,7 +27,7 @@ from taskgpt.gpt2.shape import Model
 from taskgpt.tasks import Arena, Graph, Kernel, TensorSpec, Tile
 
 FEED_ROWS = 64  # tokens that go into the cache at once: enough that arithmetic, not reading the weights, sets the time
-PIECE_BYTES = 1 << 20  # of a matrix in a task: 50 us of streaming or more, against some 0.2 us that a task costs
+PIECE_BYTES = 1 << 19  # of a matrix in a task, at most: some 30 us of streaming, against 0.2 us that a task costs
 PIECE_ROWS = 4  # of a piece, a multiple: those that `products` takes at a time
 
 Row = tuple[int, int, int]  # slot, position, token
@@ -131,28 +131,30 @@ class Decoder:
 
 def pieces(outputs: int, inputs: int) -> list[slice]:
     """Cut the rows of a matrix (outputs, inputs) into those of a task each. No bit depends on where."""
-    return blocks(slice(0, outputs), _piece(inputs))
+    return blocks(slice(0, outputs), _piece(outputs, inputs))
 
 
-def _piece(inputs: int) -> int:
-    return max(1, PIECE_BYTES // (4 * PIECE_ROWS * inputs)) * PIECE_ROWS
+def _piece(outputs: int, inputs: int) -> int:
+    """Return the rows of a piece: of about the same size all, as workers wait for the last one."""
+    count = -(-4 * outputs * inputs // PIECE_BYTES)
+    return -(-outputs // (count * PIECE_ROWS)) * PIECE_ROWS
 
 
 def _specs(model: Model, slots: int, length: int) -> list[dict[str, TensorSpec]]:
     """Return what each arena holds: parameters, cache, activations, the step. Parameters are only read, and need no cuts."""
     rows, C, size = max(FEED_ROWS, slots), model.channels, model.head_size
-    by_columns, by_heads = TensorSpec((rows, C), (None, _piece(C))), TensorSpec((rows, C), (None, size))
+    residual = TensorSpec((rows, C), (None, (_piece(C, C), _piece(C, 4 * C))))  # written in pieces of two matrices in turns
     cache = TensorSpec((model.layers, model.heads, slots, length, size), (1, 1, None, None, None))
     integers = TensorSpec((rows,), (), np.dtype(np.int32))
     activations = {
-        "residual": TensorSpec((rows, C), (None, (_piece(C), _piece(4 * C)))),
+        "residual": residual,
+        "residual2": residual,
         "norm": TensorSpec((rows, C)),
         **{suffix: TensorSpec((rows,)) for suffix in model.norms.statistics},
-        "qkv": TensorSpec((rows, 3 * C), (None, (_piece(C), size))),
-        "atty": by_heads,
-        "residual2": by_columns,
-        "hidden": TensorSpec((rows, 4 * C), (None, _piece(C))),
-        "logits": TensorSpec((slots, model.vocabulary), (None, _piece(C))),
+        "qkv": TensorSpec((rows, 3 * C), (None, (_piece(3 * C, C), size))),
+        "atty": TensorSpec((rows, C), (None, size)),
+        "hidden": TensorSpec((rows, 4 * C), (None, _piece(4 * C, C))),
+        "logits": TensorSpec((slots, model.vocabulary), (None, _piece(model.vocabulary, C))),
     }
     return [
         {name: TensorSpec(shape) for name, shape in model.parameter_shapes().items()},
