@@ -50,34 +50,38 @@ def load_graph(name: str, overrides: dict[str, Any] | None = None, model: Model 
     model, and for sequences longer than the model's maximum.
     """
     path = find_file("graphs", name)
-    tables = read_toml(path)
+    return graph_of(path.name, read_toml(path), overrides, model)
+
+
+def graph_of(name: str, tables: dict[str, Any], overrides: dict[str, Any] | None = None, model: Model | None = None) -> GraphConfig:
+    """Return the configuration that a graph file's tables say, as `load_graph` does. `name` is what messages call it."""
     sections = {field.name: field.type for field in dataclasses.fields(GraphConfig) if field.name != "name"}
     changes = [(*key.partition("."), value) for key, value in (overrides or {}).items()]
     for key, table in ({table: {} for table, *_ in changes} | tables).items():
         if key not in sections:
-            raise UserError(f"{path.name}: unknown table '{shorten(key)}'{did_you_mean(key, sections)}")
+            raise UserError(f"{name}: unknown table '{shorten(key)}'{did_you_mean(key, sections)}")
         if not isinstance(table, dict):
-            raise UserError(f"{path.name}: {key}: wanted a table, got {as_written(table)}; begin it with a line [{key}]")
+            raise UserError(f"{name}: {key}: wanted a table, got {as_written(table)}; begin it with a line [{key}]")
     for table, _, field, value in changes:
         tables.setdefault(table, {})[field] = value
-    filled = {section: fill(cls, tables.get(section, {}), f"{path.name}: {section}.") for section, cls in sections.items()}
+    filled = {section: fill(cls, tables.get(section, {}), f"{name}: {section}.") for section, cls in sections.items()}
     if model is not None:
         for table, _, field, _ in changes:
             if table == "model":
                 raise UserError(f"--set model.{field}: the checkpoint gives the model's shape; leave one of the two out")
         if model.norm != (norm := filled["model"].norm):
-            raise UserError(f"{path.name}: model.norm: the checkpoint's model has {model.norm}, got {norm}; choose another graph file")
+            raise UserError(f"{name}: model.norm: the checkpoint's model has {model.norm}, got {norm}; choose another graph file")
         filled["model"] = model
-    config = GraphConfig(path.stem, **filled)
+    config = GraphConfig(Path(name).stem, **filled)
     longest, T = config.model.max_seq_len, config.batch.seq_len
     if longest < T:
         do = f"choose --seq-len {longest} or less"
-        raise UserError(f"{path.name}: batch.seq_len: the model has {longest} positions, got sequences of {T} tokens; {do}")
+        raise UserError(f"{name}: batch.seq_len: the model has {longest} positions, got sequences of {T} tokens; {do}")
     if (needed := GPT2.bytes_needed(config.model, config.batch, config.tiles, config.options)) > _MOST_BYTES:
-        raise UserError(f"{path.name}: needs {needed / 2**60:,.0f} EiB of memory; choose a smaller model or batch")
+        raise UserError(f"{name}: needs {needed / 2**60:,.0f} EiB of memory; choose a smaller model or batch")
     if (tasks := _tasks(config)) > MOST_TASKS:
         raise UserError(
-            f"{path.name}: about {tasks:,} tasks a step, wanted at most {MOST_TASKS:,}; choose larger tiles, a smaller model or batch"
+            f"{name}: about {tasks:,} tasks a step, wanted at most {MOST_TASKS:,}; choose larger tiles, a smaller model or batch"
         )
     return config
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+SAVE_SIGNALS = [signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []  # by which a batch system says that the end is near
 LEAST_BYTES = 1 << 30  # of address space for libraries and compiling: imports take 0.45 GiB; with 0.7, llvmlite and OpenBLAS abort
 CORE_BYTES = 48 << 20  # beside that, for each core: the buffer and the stack of a BLAS thread
 
@@ -115,10 +116,10 @@ def run_program(name: str, run: Callable[[], int], failures: tuple[type[Exceptio
 
 
 @contextmanager
-def on_signals(handler: Callable[[int, object], None]) -> Iterator[None]:
-    """Call `handler(number, frame)` for SIGNALS inside the block. In the main thread alone, where alone they arrive."""
+def on_signals(handler: Callable[[int, object], None], numbers: Iterable[int] = SIGNALS) -> Iterator[None]:
+    """Call `handler(number, frame)` for some signals inside the block. In the main thread alone, where alone they arrive."""
     is_main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.getsignal(number) for number in SIGNALS if is_main}
+    before = {number: signal.getsignal(number) for number in numbers if is_main}
     before = {number: each for number, each in before.items() if each not in (signal.SIG_IGN, None)}
     try:
         for number in before:

@@ -4,6 +4,8 @@
     taskgpt train --graph tiny --steps 100               # a toy, seconds on any machine
     taskgpt train --scheduler loops --workers 2          # the same bits, run as fork-join loops
     taskgpt train --init gpt2_124M.bin --data my.txt --lr 1e-5 --save tuned.bin       # fine-tune an llm.c checkpoint
+    taskgpt train --out runs/a --save-every 10m         # checkpoints on the way, with all that is needed to go on
+    taskgpt train --resume runs/a                       # go on from the newest one, to the same bits
     taskgpt train --set tiles.rows=128 --set coarsen=0 --log run.jsonl                # other tiles, another set-up
     taskgpt train --dashboard           # watch it: tasks in Dask's dashboard, loss and efficiency on a page beside them
     taskgpt train --report run.html     # a page of the run at its end: losses, samples, settings, efficiency
@@ -20,12 +22,14 @@ import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 from taskgpt.config import GraphConfig, SchedulerConfig, load_graph, load_scheduler
-from taskgpt.errors import UserError, on_signals, run_program, shorten
+from taskgpt.errors import SAVE_SIGNALS, UserError, on_signals, run_program, shorten
 from taskgpt.files import verify_can_write
 from taskgpt.gpt2 import checkpoints
+from taskgpt.gpt2.checkpoints import resumable
 from taskgpt.gpt2.learning_rate import FALLS
 from taskgpt.gpt2.model import GPT2
 from taskgpt.gpt2.program import loss_graph, training_graph
@@ -40,20 +44,31 @@ from taskgpt.lab.traces.trace import RECORD, Traced
 from taskgpt.lab.tuning import tuned
 from taskgpt.programs.arguments import AUTO, Parser, add_changes, add_graph, add_scheduler, add_workers, count, part, positive, rate
 from taskgpt.runs.console import Console, StopRequest
+from taskgpt.runs.saving import Every
+from taskgpt.runs.start import LATEST, Start, as_argv, opened
 from taskgpt.runs.summary import memory_in_use, summarize
 from taskgpt.runs.training import Training
 from taskgpt.schedulers import WorkerError, open_scheduler
 from taskgpt.tasks import AccessError, TaskError, TwinError, check
+
+GRAPH = "gpt2-124m"  # where none is named
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the flags; their defaults are llm.c's."""
     p = Parser("taskgpt train", __doc__)
     what = p.add_argument_group("what runs")
-    add_graph(what, "gpt2-124m")
+    add_graph(what, GRAPH)
     add_changes(what, has_auto=True)
     what.add_argument(
         "--init", metavar="MODEL", help="start from a checkpoint, llm.c's file or Hugging Face's folder, which gives the shape too"
+    )
+    what.add_argument(
+        "--resume",
+        nargs="?",
+        const=LATEST,
+        metavar="DIR",
+        help="go on with a run, from its newest checkpoint or from the one named; `latest`: with the run in --out, if there is one",
     )
     what.add_argument(
         "--data",
@@ -68,6 +83,8 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--warmup", type=count, default=0, metavar="N", help="steps in which the learning rate rises (default 0)")
     what.add_argument("--final-lr", type=part, default=0.0, metavar="PART", help="of --lr, at the end of the schedule (default 0)")
     what.add_argument("--weight-decay", type=rate, default=0.0, help="AdamW's weight decay (default 0, as in llm.c)")
+    what.add_argument("--max-tokens", type=positive, metavar="N", help="end when so many tokens were trained on, with a checkpoint")
+    what.add_argument("--max-minutes", type=rate, metavar="M", help="end after so many minutes, with a checkpoint")
     what.add_argument("--seed", type=count, default=42, help="of the initial parameters (default 42)")
     how = p.add_argument_group("how it runs")
     add_scheduler(how, "native")
@@ -77,6 +94,13 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--val-every", type=count, default=10, metavar="N", help="validation loss every N steps, 0 = never (default 10)")
     out.add_argument("--val-batches", type=positive, default=5, metavar="N", help="batches of a validation (default 5)")
     out.add_argument("--sample-every", type=count, default=20, metavar="N", help="a sample every N steps, 0 = never (default 20)")
+    out.add_argument("--out", metavar="DIR", help="the run's folder: its checkpoints and its log, a run each")
+    out.add_argument(
+        "--save-every",
+        metavar="N|TIME",
+        help="a checkpoint every N steps, or every 10m say, made while training goes on (default: at the end)",
+    )
+    out.add_argument("--keep", type=positive, default=2, metavar="N", help="checkpoints kept: the last N, and the best (default 2)")
     out.add_argument("--save", metavar="MODEL", help="write the trained parameters: name.bin is llm.c's format, a folder Hugging Face's")
     out.add_argument("--trace", metavar="DIR", help="write what each worker did when, for Perfetto, Paraver, ovni and `taskgpt trace`")
     out.add_argument(
@@ -98,25 +122,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
 
     def run() -> int:
-        flags = parser().parse_args(argv)
-        flags.argv = list(sys.argv[1:] if argv is None else argv)
-        with Console() as report:
+        command = list(sys.argv[1:] if argv is None else argv)
+        with Console() as report, opened(parser, command, report.say) as start:
             stop = StopRequest(report)
-            with on_signals(stop.request):
-                return train(flags, report, stop)
+            with on_signals(stop.request), on_signals(stop.request_save, SAVE_SIGNALS if start.folder else ()):
+                return train(start, command, report, stop)
 
     return run_program("taskgpt train", run, (TaskError, TwinError, AccessError, WorkerError))
 
 
-def train(flags: argparse.Namespace, report: Console, stop: StopRequest) -> int:
-    """Train as the flags say; return the exit code. Raises what `main` answers."""
+def train(start: Start, argv: Sequence[str], report: Console, stop: StopRequest) -> int:
+    """Train as a command says; return the exit code. Raises what `main` answers."""
+    flags = start.flags
     if flags.save is not None and flags.steps == 0 and os.path.exists(flags.save):
         raise UserError(f"--save {shorten(flags.save)}: is there already, and --steps 0 trains nothing; name another file")
+    every = Every.of("--save-every", flags.save_every)
     disturbance = Disturbance()
-    graph_config, scheduler_config = configure(flags)
+    graph_config, scheduler_config = configure(start)
     model, batch = graph_config.model, graph_config.batch
     verify_memory(graph_config)
     data = open_data(flags.data, batch.batch_size, batch.seq_len, model.vocabulary, report.say)
+    changes = start.verify(graph_config, data.fingerprint) if start.about else []
     bare = scheduler = open_scheduler(scheduler_config.scheduler, scheduler_config.settings)
     dashboard = None
     if flags.trace is not None:
@@ -133,29 +159,45 @@ def train(flags: argparse.Namespace, report: Console, stop: StopRequest) -> int:
     m = GPT2(model, batch, graph_config.tiles, graph_config.options, shared=scheduler.needs_shared_memory)
     if flags.save is not None:
         checkpoints.verify_can_save(flags.save, model, m.p.nbytes)
-    if flags.init is not None:
+    if start.checkpoint is not None:
+        resumable.load_state(start.checkpoint, m.state)
+    elif flags.init is not None:
         checkpoints.load(flags.init, model, m.parameters)
     else:
         m.initialize(flags.seed)
-    if flags.log is not None:
-        report.open_log(flags.log)
+    if (log := flags.log or (start.folder and str(start.folder.log))) is not None:
+        report.open_log(log, start.about.step if start.about else None)
 
     prepare = check if flags.check else lambda graph: graph
     step_graphs, val_graphs = ([prepare(record(m, slot)) for slot in range(len(m.slots))] for record in (training_graph, loss_graph))
     sampler = Sampler(m, prepare)
-    report.compiling([kernel for graph in (*step_graphs, *val_graphs, *sampler.graphs) for kernel in graph.kernels])
+    saver = (
+        start.saver(m, every, as_argv(flags, parser().parse_args([])), graph_config, data.fingerprint, report, stop)
+        if start.folder
+        else None
+    )
+    graphs = [*step_graphs, *val_graphs, *sampler.graphs, *([saver.graph] if saver and saver.graph else [])]
+    report.compiling([kernel for graph in graphs for kernel in graph.kernels])
 
-    training = Training(flags, scheduler, m, data, step_graphs, val_graphs, sampler, report, stop)
+    training = Training(flags, scheduler, m, data, step_graphs, val_graphs, sampler, report, stop, saver)
+    if start.about:
+        training.resume(start.about, start.best_val_loss)
     stop.can_wait = True  # from here on, as workers that start or end are not to be interrupted
-    with scheduler, dashboard.serve(bare) if dashboard else nullcontext():
+    with scheduler, dashboard.serve(bare) if dashboard else nullcontext(), saver or nullcontext():
         report.begin(graph_config, scheduler.describe(), data.description, m, step_graphs[0], flags.steps)
+        if start.checkpoint:
+            report.tell("resumed", f"from {shorten(start.checkpoint)}, after {start.about.step:,} steps")
         if dashboard:
             report.tell("dashboard", dashboard.url)
-        report.notes(disturbance.found(machine.usable_cores()).notes())
+        report.notes([*changes, *disturbance.found(machine.usable_cores()).notes()])
+        if flags.max_minutes is not None:
+            stop.end_after(60 * flags.max_minutes)
         with report.progress(flags.steps):
             training.run()
         seconds = training.seconds
-        failures = [why] if (why := divergence(training.loss, len(seconds), m)) else []
+        failures = [why] if (why := divergence(training.loss, training.step, m)) else []
+        if saver and not failures:
+            failures += training.save_last()
         if flags.save is not None and not failures:
             failures += save_model(flags, m, len(seconds), report, stop)
         memory = memory_in_use(m)
@@ -166,7 +208,7 @@ def train(flags: argparse.Namespace, report: Console, stop: StopRequest) -> int:
     summary = summarize(*setup, m, step_graphs[0], seconds, memory, found)
     report.summary(summary, is_wanted=bool(seconds))
     report.notes(dataclasses.replace(found, variables={}).notes())  # of those it was told before
-    command = shlex.join(["taskgpt", "train", *flags.argv])
+    command = shlex.join(["taskgpt", "train", *argv])
     if flags.report is not None:
         failures += write_page(flags, live, summary, command, report)
     if flags.trace is not None and (seconds or not has_trace(flags.trace)):  # after what a full disk cannot take away
@@ -175,6 +217,8 @@ def train(flags: argparse.Namespace, report: Console, stop: StopRequest) -> int:
         report.tell("trace", str(save(scheduler.trace(about), flags.trace)))
     elif flags.trace is not None:
         report.tell("trace", f"no step ran; {flags.trace} stays as it was")
+    if saver and saver.newest and training.step < flags.steps:
+        report.tell("go on with", f"taskgpt train --resume {shlex.quote(str(start.folder.path))}")
     if failures:
         raise UserError("; ".join(failures))
     return stop.exit_code or (2 if report.has_lost_log or report.has_lost_output else 0)
@@ -220,24 +264,33 @@ def is_watched(flags: argparse.Namespace) -> bool:
     return any(flag is not None for flag in (flags.trace, flags.dashboard, flags.report))
 
 
-def configure(flags: argparse.Namespace) -> tuple[GraphConfig, SchedulerConfig]:
-    """Return both configurations: files, then tiles that tuning found, then what names, --tiles, --set and the other flags change."""
-    is_auto, sizes = AUTO in flags.tiles, [word for word in flags.tiles if word != AUTO]
-    of_graph, of_scheduler = overridden(flags.graph, flags.scheduler, sizes, flags.set, flags.workers)
-    (graph_name, graph_overrides), (scheduler_name, scheduler_overrides) = of_graph, of_scheduler
-    for key, value in (("batch.batch_size", flags.batch_size), ("batch.seq_len", flags.seq_len)):
+def configure(start: Start) -> tuple[GraphConfig, SchedulerConfig]:
+    """Return both configurations: files, then tiles that tuning found, then what names, --tiles, --set and the other flags change.
+
+    The graph of a run that goes on is the one that it began with, with the changes of this command alone.
+    """
+    flags, of_graph = start.flags, start.own if start.about else start.flags
+    is_auto, sizes = AUTO in of_graph.tiles, [word for word in of_graph.tiles if word != AUTO]
+    settings = [word for word in flags.set if start.about is None or word in start.own.set or "." not in word.partition("=")[0]]
+    (graph_name, graph_overrides), (scheduler_name, scheduler_overrides) = overridden(
+        of_graph.graph or GRAPH, flags.scheduler, sizes, settings, flags.workers
+    )
+    for key, value in (("batch.batch_size", of_graph.batch_size), ("batch.seq_len", of_graph.seq_len)):
         if value is not None:
             graph_overrides[key] = value
     if is_watched(flags):
         scheduler_overrides["record"] = RECORD
-    model = checkpoints.read_shape(flags.init) if flags.init is not None else None
-    graph = load_graph(graph_name, graph_overrides, model)
     scheduler = load_scheduler(scheduler_name, scheduler_overrides)
+    if start.about:
+        load = partial(start.graph, graph_name if of_graph.graph else None)
+    else:
+        load = partial(load_graph, graph_name, model=checkpoints.read_shape(flags.init) if flags.init is not None else None)
+    graph = load(graph_overrides)
     if is_auto:
         workers = scheduler.settings.workers or machine.usable_cores()
         tiles = tuned.remembered(graph, workers, tuned.tune_command(graph_name, graph, flags.workers))
         found = {f"tiles.{key}": size for key, size in dataclasses.asdict(tiles).items()}
-        graph = load_graph(graph_name, found | graph_overrides, model)
+        graph = load(found | graph_overrides)
     return graph, scheduler
 
 

@@ -12,6 +12,7 @@ from taskgpt.errors import UserError
 from taskgpt.lab.contests.cells import product_of
 from taskgpt.lab.named import choices, graph_words, listed, make_config, with_changes
 from taskgpt.programs.arguments import Parser
+from taskgpt.runs.start import Start
 from taskgpt.train import configure
 from taskgpt.train import parser as train_parser
 
@@ -83,7 +84,7 @@ def test_every_program_makes_the_same_graph_of_the_same_words():
     ways += [["--graph", "tiny", "--set", "tiles.rows=64", "model.layers=1"], ["--graph", "tiny", "--set", "tiles.rows=64,model.layers=1"]]
     for way in ways:
         flags = train_parser().parse_args([*way, "--scheduler", "loops:chunks=dynamic", "--set", "chunk_size=3"])
-        graph, scheduler = configure(flags)
+        graph, scheduler = configure(Start(flags, flags))
         assert graph == wanted
         assert scheduler.settings == load_scheduler("loops", {"chunks": "dynamic", "chunk_size": 3}).settings
         sets = [word for word in flags.set if "chunk" not in word]

@@ -19,11 +19,13 @@ from pages import ROOT, blocks, files
 import taskgpt.gpt2
 from taskgpt.config import graph_keys, load_graph, load_scheduler, schedulers
 from taskgpt.gpt2 import norms, shape
+from taskgpt.gpt2.checkpoints.resumable import About
 from taskgpt.gpt2.model import GPT2
 from taskgpt.gpt2.program import training_graph
 from taskgpt.lab.named import prepare, record
 from taskgpt.lab.simulator.machine_file import Machine
 from taskgpt.lab.traces import formats
+from taskgpt.runs.folder import Identity
 from taskgpt.schedulers.native import policies, scheduler
 from taskgpt.tasks import Kernel, check
 from taskgpt.train import main as train
@@ -81,6 +83,8 @@ def test_what_a_run_writes_is_described(tmp_path):
     assert train(words + ["--log", str(tmp_path / "log"), "--trace", str(tmp_path / "trace")]) == 0
     lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
     names = {name for line in lines for name in line} | set(lines[-1]["summary"])
+    for kind in (Identity, About):
+        names |= {field.name for field in dataclasses.fields(kind)}
     for table in ("tasks", "idle"):
         names |= set((tmp_path / "trace" / "csv" / f"{table}.csv").read_text().splitlines()[0].split(","))
     names |= {re.sub(r"-\d+$", "-n", name) for name in np.load(tmp_path / "trace" / "trace.npz").files}

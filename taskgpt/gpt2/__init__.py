@@ -8,8 +8,9 @@ steps.py         steps in one or more micro-batches, as a row of graphs
 kernels.py       matrix products, GELU, residual, embeddings; norms.py, attention.py, classifier.py, gradients.py, updates.py the others
 vector_math.py   sums and exponentials that the compiler can vectorize
 learning_rate.py the learning rate of each step
+snapshot.py      a copy of a model in training, made by tasks
 sampling.py      text while training, as llm.c samples it
 generation/      text from a trained model, with a key-value cache
-checkpoints/     parameters in files: llm.c's, Hugging Face's
+checkpoints/     parameters in files: llm.c's, Hugging Face's, and a run's own to go on from
 text/            tokens, tokenizers, datasets
 """

@@ -191,7 +191,12 @@ class GPT2:
     @property
     def state(self) -> dict[str, np.ndarray]:
         """The arrays that a step hands to the next one: `parameters`, AdamW's moments, m_ + name and v_ + name, what the guard has seen."""
-        return {name: tensor.array for arena in (self.p, self.m, self.v, self.w) for name, tensor in arena.tensors.items()}
+        return {name: tensor.array for arena in self.state_arenas for name, tensor in arena.tensors.items()}
+
+    @property
+    def state_arenas(self) -> tuple[Arena, ...]:
+        """The arenas of `state`."""
+        return self.p, self.m, self.v, self.w
 
     @property
     def nbytes(self) -> int:

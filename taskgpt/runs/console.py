@@ -7,6 +7,7 @@ import math
 import os
 import statistics
 import sys
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -14,6 +15,7 @@ from typing import Any
 
 from taskgpt.config import GraphConfig
 from taskgpt.errors import Interrupted, UserError, drop_output, shorten
+from taskgpt.files import parse_json
 from taskgpt.gpt2.model import GPT2
 from taskgpt.lab import layout
 from taskgpt.lab.dashboard.live import Live
@@ -59,7 +61,7 @@ class Console:
         self.losses: list[tuple[int, float]] = []
         self.validations: list[tuple[int, float]] = []
         self.samples: list[tuple[int, str]] = []
-        self.rows = self.steps = 0
+        self.rows = self.steps = self._steps_here = 0
         self.has_lost_log = self.has_lost_output = False
         self._progress: Progress | None = None
         self._seconds: deque[float] = deque(maxlen=LAST_STEPS)
@@ -81,8 +83,10 @@ class Console:
         """False once the reader of standard output, `head` say, has left."""
         return not isinstance(self.output.error, BrokenPipeError)
 
-    def open_log(self, path: str) -> None:
+    def open_log(self, path: str, resumed: int | None = None) -> None:
         """Begin the log; an earlier one stays until there is a first step to write in its place.
+
+        `resumed`: after how many steps the run goes on. Then the log goes on too, and what it says of steps from there on is written anew.
 
         Raises UserError if it cannot be written, if something else than an earlier log is there, or if it is a pipe that nobody reads.
         """
@@ -91,7 +95,7 @@ class Console:
                 with open(path, "rb") as file:
                     if file.read(1) != b"{":
                         raise UserError(f"--log {shorten(path)}: is there already and is no log; name another file")
-                self._held = []
+                self._held = [] if resumed is None else self._past(path, resumed)
             # A pipe without a reader would otherwise be waited for, and for ever.
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK, 0o666)
             os.set_blocking(descriptor, True)
@@ -101,6 +105,24 @@ class Console:
                 raise UserError(f"--log {shorten(path)}: is a pipe that nobody reads; start its reader first") from None
             raise UserError(f"--log {shorten(path)}: cannot write: {error.strerror}; choose another place, where you may write") from None
         self._log_name = shorten(path)
+
+    def _past(self, path: str, steps: int) -> list[bytes]:
+        """Return what a log says of the steps before so many, and know again what it says of losses and samples."""
+        past = []
+        with open(path, "rb") as file:
+            for line in file:
+                try:
+                    record = parse_json(line.decode())
+                    step = record.get("step", steps) if isinstance(record, dict) else steps
+                except (ValueError, RecursionError):  # the last line, cut off when the program was killed
+                    break
+                if type(step) is not int or step >= steps:
+                    continue  # the summary of the part before, too
+                past.append(line)
+                for key, known in (("train_loss", self.losses), ("val_loss", self.validations)):
+                    if key in record:
+                        known.append((step, record[key] if isinstance(record[key], float) else math.nan))
+        return past
 
     def open_live(self, workers: int) -> Live:
         """Begin to keep what a dashboard shows."""
@@ -166,8 +188,9 @@ class Console:
     def step(self, step: int, loss: float, rate: float, seconds: float) -> None:
         """Say what the step, of that number from 0, found, learned with and took; the speed that is shown is that of the last steps."""
         self.losses.append((step, loss))
-        if len(self.losses) == 2:
+        if self._steps_here == 1:
             self._seconds.clear()  # the first step touched all memory for the first time
+        self._steps_here += 1
         self._seconds.append(seconds)
         speed, smoothed = self.rows / seconds, statistics.median(self._seconds)
         left_s = smoothed * (self.steps - step - 1)
@@ -255,7 +278,7 @@ def _listed(told: dict[str, float | int | None], where: str, first: int) -> str:
 
 
 class StopRequest:
-    """What ends a run early, in order: a signal while steps run, or a reader of standard output that leaves.
+    """What ends a run early, in order: a signal while steps run, a time that is over, or a reader of standard output that leaves.
 
     Then the run ends after the steps under way, with checkpoint and summary. Before the first step and after the last, where there is
     nothing to wait for, a signal ends the program at once, and so does a second one.
@@ -263,18 +286,27 @@ class StopRequest:
 
     def __init__(self, report: Console):
         self.number = 0  # of the signal
-        self.can_wait = False
+        self._end_s = math.inf  # by the clock that never goes back
+        self.can_wait = self.wants_save = False
         self.consequence = "nothing was saved"
         self._report = report
 
     @property
     def is_requested(self) -> bool:
-        return self.number != 0 or not self._report.has_reader
+        return self.number != 0 or not self._report.has_reader or time.monotonic() >= self._end_s
+
+    def end_after(self, seconds: float) -> None:
+        """Request a stop when so much time has passed."""
+        self._end_s = time.monotonic() + seconds
 
     @property
     def exit_code(self) -> int:
         """Return the conventional one: 128 + the signal's number; 1 for a reader that left; 0 if nothing ended the run early."""
         return 128 + self.number if self.number else int(not self._report.has_reader)
+
+    def request_save(self, *_: object) -> None:
+        """Have a checkpoint made soon. A signal's handler."""
+        self.wants_save = True
 
     def request(self, number: int, _frame: object) -> None:
         if self.number or not self.can_wait:

@@ -1,4 +1,4 @@
-"""The loop of a training run: validate, sample and train, step by step, as llm.c's main does."""
+"""The loop of a training run: validate, sample and train, step by step, as llm.c's main does; and save on the way."""
 
 import argparse
 import math
@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 
+from taskgpt.gpt2.checkpoints.resumable import About
 from taskgpt.gpt2.learning_rate import LearningRate
 from taskgpt.gpt2.model import GPT2
 from taskgpt.gpt2.sampling import Sampler
@@ -14,6 +15,8 @@ from taskgpt.gpt2.text.data import Data
 from taskgpt.lab.pace import Pace
 from taskgpt.lab.traces.trace import RECORD, Traced
 from taskgpt.runs.console import Console, StopRequest
+from taskgpt.runs.folder import now
+from taskgpt.runs.saving import Saver
 from taskgpt.schedulers import Scheduler
 from taskgpt.tasks import Graph
 
@@ -36,13 +39,31 @@ class Training:
         sampler: Sampler,
         report: Console,
         stop: StopRequest,
+        saver: Saver | None = None,
     ):
         self.flags, self.scheduler, self.m, self.data = flags, scheduler, m, data
         self.step_graphs, self.val_graphs, self.sampler = step_graphs, val_graphs, sampler
-        self.report, self.stop = report, stop
+        self.report, self.stop, self.saver = report, stop, saver
         self.learning_rate = LearningRate(flags.lr, flags.steps, flags.lr_schedule, flags.warmup, flags.final_lr)
-        self.step, self.loss = 0, 0.0
+        self.begin_step = self.step = 0
+        self.loss = 0.0
         self.seconds: list[float] = []
+        self._random = sampler.random.state  # as it was when the last step ended
+        self._validated: tuple[int, float] | None = None  # the last one: after how many steps, and what it found
+        self._best_val_loss = math.inf
+
+    def resume(self, about: About, best_val_loss: float) -> None:
+        """Go on from a checkpoint, whose tensors are in the model. Raises UserError if it does not fit the data."""
+        self.data.train.restore(about.train_data)
+        self.sampler.random.state = int(about.sampler, 16)
+        self.begin_step = self.step = about.step
+        self._best_val_loss = best_val_loss
+
+    def about(self, step: int) -> About:
+        """Return what a checkpoint after so many steps says, when the batch of the step after it has not been read."""
+        val_loss = self._validated[1] if self._validated and self._validated[0] == step and math.isfinite(self._validated[1]) else None
+        sampler = format(self._random, "x")
+        return About(self.saver.run, step, self.m.model, self.data.train.cursor(), sampler, val_loss, now())
 
     def run(self) -> None:
         """Train until the last step is done.
@@ -52,22 +73,50 @@ class Training:
         """
         flags = self.flags
         while flags.steps:
+            self._random = self.sampler.random.state
             if self._is_due(flags.val_every):
                 self._validate()
             if self.step and self._is_due(flags.sample_every) and not self.stop.is_requested:
                 self._sample()
-            if self.step == flags.steps or self.stop.is_requested or not math.isfinite(self.loss):
+            if self._is_over:
                 break
+            if self.saver and not self.saver.graph and self._may_save(self.step):
+                self.saver.write_now(self.about(self.step))
             self._train(self._next_pause())
 
+    def save_last(self) -> list[str]:
+        """Have a checkpoint of the model as it is; return why there is none. Between steps, when all has gone well."""
+        saver = self.saver
+        if self.step > self.begin_step and saver.newest != saver.folder.checkpoint(self.step):
+            saver.write_now(self.about(self.step))
+        return [str(saver.error)] if saver.error else []
+
+    def _may_save(self, step: int) -> bool:
+        """Return True if a checkpoint is due, which the one that the run goes on from is not."""
+        if self.stop.wants_save:
+            self.stop.wants_save = False
+            self.saver.owe()
+        return step > self.begin_step and self.saver.is_due(step)
+
+    @property
+    def _is_over(self) -> bool:
+        return self.step >= self.last_step or self.stop.is_requested or not math.isfinite(self.loss)
+
+    @property
+    def last_step(self) -> int:
+        """How many steps are done when the run ends: --steps, or fewer by --max-tokens."""
+        flags = self.flags
+        return flags.steps if flags.max_tokens is None else min(flags.steps, -(-flags.max_tokens // self.m.batch.rows))
+
     def _is_due(self, every: int) -> bool:
-        return every != 0 and (self.step % every == 0 or self.step == self.flags.steps)
+        return every != 0 and (self.step % every == 0 or self.step == self.last_step)
 
     def _next_pause(self) -> int:
         """Return the step before which something else is due, or the most steps that can be recorded are done."""
-        flags, step = self.flags, self.step
-        most = RECORD // len(self.step_graphs[0].tasks) or 1 if isinstance(self.scheduler, Traced) else flags.steps
-        return min([flags.steps, step + most, *(every * (step // every + 1) for every in (flags.val_every, flags.sample_every) if every)])
+        flags, step, last = self.flags, self.step, self.last_step
+        tasks = sum(len(graph.tasks) for graph in (self.step_graphs[0], self.saver and self.saver.graph) if graph)
+        most = RECORD // tasks or 1 if isinstance(self.scheduler, Traced) else last
+        return min([last, step + most, *(every * (step // every + 1) for every in (flags.val_every, flags.sample_every) if every)])
 
     def _validate(self) -> None:
         """Find the mean loss of the first batches of the validation part."""
@@ -84,7 +133,11 @@ class Training:
             losses = [self.m.loss_of(n % 2) for n, _ in enumerate(runs)]
         if len(losses) == self.flags.val_batches:
             self.loss = statistics.fmean(losses)
+            self._validated = self.step, self.loss
             self.report.validation(self.step, self.loss)
+            if self.loss < self._best_val_loss and self.step and self.saver:
+                self.saver.owe_best()
+            self._best_val_loss = min(self.loss, self._best_val_loss)
 
     def _sample(self) -> None:
         tokenizer = self.data.tokenizer
@@ -92,20 +145,32 @@ class Training:
         self.report.sample(self.step, ids, tokenizer.decode(ids), tokenizer.printable(ids))
 
     def _train(self, last: int) -> None:
-        """Do steps until `last` are done, a stop is requested or a loss is not finite."""
+        """Do steps until `last` are done, a stop is requested or a loss is not finite; save what is due before the last."""
+        saver, first = self.saver, self.step
 
-        def steps() -> Iterator[Graph]:
+        def graphs() -> Iterator[Graph]:
             for step in range(self.step, last):
                 if self.stop.is_requested:
                     return
+                if saver and saver.graph and self._may_save(step):
+                    saver.hold(self.about(step))
+                    yield saver.graph
+                elif saver and not saver.graph and step > first and self._may_save(step):
+                    return  # for no step is to run meanwhile
                 self.data.train.next_batch(*self.m.inputs(step % 2))
                 self.m.set_hyper(step, self.learning_rate(step), self.flags.weight_decay, slot=step % 2)
                 yield self.step_graphs[step % 2]
 
         pace = Pace(time.perf_counter())
-        with closing(self.scheduler.run_each(steps())) as runs:
-            for _ in runs:
-                self.seconds.append(pace.step(time.perf_counter(), self.scheduler.ahead()))
+        with closing(self.scheduler.run_each(graphs())) as runs:
+            for graph in runs:
+                if saver:
+                    if graph is saver.graph:
+                        saver.write()
+                        continue
+                    saver.poll()
+                ahead = 0.0 if saver and saver.is_copying else self.scheduler.ahead()  # of a step
+                self.seconds.append(pace.step(time.perf_counter(), ahead))
                 self.loss = self.m.loss_of(self.step % 2)
                 self.report.step(self.step, self.loss, self.learning_rate(self.step), self.seconds[-1])
                 self.step += 1

@@ -1,10 +1,11 @@
-"""A model's parameters in files, of whichever kind: llm.c's (llmc.py) or Hugging Face's (huggingface.py).
+"""A model's parameters in files, of whichever kind: llm.c's (llmc.py), Hugging Face's (huggingface.py), or a run's own (resumable.py).
 
     model = checkpoints.read_shape(path)         # from the header alone, once the file is known to be whole
     checkpoints.load(path, model, parameters)    # parameters: name and array of each, as `GPT2.parameters` has them
     checkpoints.save(path, model, parameters)    # name.bin: llm.c's; a folder: Hugging Face's
 
-What a path names is told by what is there, or, where a file is to be made, by its name.
+What a path names is told by what is there, or, where a file is to be made, by its name. A run's own checkpoints hold more than parameters,
+and a run alone makes them.
 """
 
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from types import ModuleType
 import numpy as np
 
 from taskgpt.errors import UserError, shorten
-from taskgpt.gpt2.checkpoints import huggingface, llmc
+from taskgpt.gpt2.checkpoints import huggingface, llmc, resumable
 from taskgpt.gpt2.shape import Model
 
 Parameters = Mapping[str, np.ndarray]
@@ -53,6 +54,8 @@ def is_finite(parameters: Parameters) -> bool:
 
 
 def _kind(path: str | Path) -> ModuleType:
+    if str(path) != "" and resumable.is_one(path):
+        return resumable
     is_folder = str(path) != "" and Path(path).is_dir()  # an empty name is no name of the folder that one is in
     return huggingface if is_folder or Path(path).suffix in (".safetensors", ".json") else llmc
 
