@@ -6,6 +6,7 @@
     taskgpt train --init gpt2_124M.bin --data my.txt --lr 1e-5 --save tuned.bin       # fine-tune an llm.c checkpoint
     taskgpt train --out runs/a --save-every 10m         # checkpoints on the way, with all that is needed to go on
     taskgpt train --resume runs/a                       # go on from the newest one, to the same bits
+    taskgpt train --total-batch 4096 --clip-norm 1 --warmup 100 --lr 6e-4             # 16 micro-batches a step, gradients clipped
     taskgpt train --set tiles.rows=128 --set coarsen=0 --log run.jsonl                # other tiles, another set-up
     taskgpt train --dashboard           # watch it: tasks in Dask's dashboard, loss and efficiency on a page beside them
     taskgpt train --report run.html     # a page of the run at its end: losses, samples, settings, efficiency
@@ -32,8 +33,10 @@ from taskgpt.gpt2 import checkpoints
 from taskgpt.gpt2.checkpoints import resumable
 from taskgpt.gpt2.learning_rate import FALLS
 from taskgpt.gpt2.model import GPT2
-from taskgpt.gpt2.program import loss_graph, training_graph
+from taskgpt.gpt2.program import loss_graph
 from taskgpt.gpt2.sampling import Sampler
+from taskgpt.gpt2.shape import Batch
+from taskgpt.gpt2.steps import Steps
 from taskgpt.gpt2.text.data import open_data
 from taskgpt.lab import machine, run_page
 from taskgpt.lab.dashboard.live import Live
@@ -52,6 +55,7 @@ from taskgpt.schedulers import WorkerError, open_scheduler
 from taskgpt.tasks import AccessError, TaskError, TwinError, check
 
 GRAPH = "gpt2-124m"  # where none is named
+GRAPH_FLAGS = ("batch.batch_size", "batch.seq_len", "options.clip_norm", "options.skip_loss_z", "options.skip_norm_z", "options.on_nan")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -83,6 +87,13 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--warmup", type=count, default=0, metavar="N", help="steps in which the learning rate rises (default 0)")
     what.add_argument("--final-lr", type=part, default=0.0, metavar="PART", help="of --lr, at the end of the schedule (default 0)")
     what.add_argument("--weight-decay", type=rate, default=0.0, help="AdamW's weight decay (default 0, as in llm.c)")
+    what.add_argument(
+        "--total-batch", type=positive, metavar="TOKENS", help="tokens a step: gradients of so many B * T are added up (default: B * T)"
+    )
+    what.add_argument("--clip-norm", type=rate, metavar="NORM", help="scale the gradient to this norm at most (default: the graph file's)")
+    what.add_argument("--skip-loss-z", type=rate, metavar="Z", help="skip the update after a loss so many deviations above the last 128")
+    what.add_argument("--skip-norm-z", type=rate, metavar="Z", help="the same of the gradient's norm")
+    what.add_argument("--on-nan", choices=("stop", "skip"), help="after a loss that is no number: end, or skip the update (default stop)")
     what.add_argument("--max-tokens", type=positive, metavar="N", help="end when so many tokens were trained on, with a checkpoint")
     what.add_argument("--max-minutes", type=rate, metavar="M", help="end after so many minutes, with a checkpoint")
     what.add_argument("--seed", type=count, default=42, help="of the initial parameters (default 42)")
@@ -169,22 +180,22 @@ def train(start: Start, argv: Sequence[str], report: Console, stop: StopRequest)
         report.open_log(log, start.about.step if start.about else None)
 
     prepare = check if flags.check else lambda graph: graph
-    step_graphs, val_graphs = ([prepare(record(m, slot)) for slot in range(len(m.slots))] for record in (training_graph, loss_graph))
+    steps, val_graphs = Steps(m, prepare), [prepare(loss_graph(m, slot)) for slot in range(len(m.slots))]
     sampler = Sampler(m, prepare)
     saver = (
         start.saver(m, every, as_argv(flags, parser().parse_args([])), graph_config, data.fingerprint, report, stop)
         if start.folder
         else None
     )
-    graphs = [*step_graphs, *val_graphs, *sampler.graphs, *([saver.graph] if saver and saver.graph else [])]
-    report.compiling([kernel for graph in graphs for kernel in graph.kernels])
+    graphs = [*val_graphs, *sampler.graphs, *([saver.graph] if saver and saver.graph else [])]
+    report.compiling([*steps.kernels, *(kernel for graph in graphs for kernel in graph.kernels)])
 
-    training = Training(flags, scheduler, m, data, step_graphs, val_graphs, sampler, report, stop, saver)
+    training = Training(flags, scheduler, m, data, steps, val_graphs, sampler, report, stop, saver)
     if start.about:
         training.resume(start.about, start.best_val_loss)
     stop.can_wait = True  # from here on, as workers that start or end are not to be interrupted
     with scheduler, dashboard.serve(bare) if dashboard else nullcontext(), saver or nullcontext():
-        report.begin(graph_config, scheduler.describe(), data.description, m, step_graphs[0], flags.steps)
+        report.begin(graph_config, scheduler.describe(), data.description, m, steps, flags.steps)
         if start.checkpoint:
             report.tell("resumed", f"from {shorten(start.checkpoint)}, after {start.about.step:,} steps")
         if dashboard:
@@ -195,7 +206,7 @@ def train(start: Start, argv: Sequence[str], report: Console, stop: StopRequest)
         with report.progress(flags.steps):
             training.run()
         seconds = training.seconds
-        failures = [why] if (why := divergence(training.loss, training.step, m)) else []
+        failures = [why] if (why := divergence(training, m)) else []
         if saver and not failures:
             failures += training.save_last()
         if flags.save is not None and not failures:
@@ -205,7 +216,7 @@ def train(start: Start, argv: Sequence[str], report: Console, stop: StopRequest)
 
     found = disturbance.found(machine.usable_cores())
     setup = flags, graph_config, scheduler_config, scheduler.workers, data.description, report
-    summary = summarize(*setup, m, step_graphs[0], seconds, memory, found)
+    summary = summarize(*setup, m, steps, seconds, memory, found)
     report.summary(summary, is_wanted=bool(seconds))
     report.notes(dataclasses.replace(found, variables={}).notes())  # of those it was told before
     command = shlex.join(["taskgpt", "train", *argv])
@@ -224,10 +235,13 @@ def train(start: Start, argv: Sequence[str], report: Console, stop: StopRequest)
     return stop.exit_code or (2 if report.has_lost_log or report.has_lost_output else 0)
 
 
-def divergence(loss: float, steps: int, m: GPT2) -> str:
+def divergence(training: Training, m: GPT2) -> str:
     """Return why the model is of no use, "" if it is: the last loss is of the parameters before the last update."""
-    found = f"loss is {loss}" if not math.isfinite(loss) else "parameters are not finite" if not checkpoints.is_finite(m.parameters) else ""
-    return found and f"after {steps} steps the {found}, and nothing was saved; try a smaller --lr, or another --init"
+    loss, norm = training.loss, training.norm
+    found = "" if checkpoints.is_finite(m.parameters) else "parameters are not finite"
+    if training.has_diverged:
+        found = f"loss is {loss}" if not math.isfinite(loss) else f"norm of the gradient is {norm}"
+    return found and f"after {training.step} steps the {found}, and nothing was saved; try a smaller --lr, or another --init"
 
 
 def save_model(flags: argparse.Namespace, m: GPT2, steps: int, report: Console, stop: StopRequest) -> list[str]:
@@ -275,8 +289,8 @@ def configure(start: Start) -> tuple[GraphConfig, SchedulerConfig]:
     (graph_name, graph_overrides), (scheduler_name, scheduler_overrides) = overridden(
         of_graph.graph or GRAPH, flags.scheduler, sizes, settings, flags.workers
     )
-    for key, value in (("batch.batch_size", of_graph.batch_size), ("batch.seq_len", of_graph.seq_len)):
-        if value is not None:
+    for key in GRAPH_FLAGS:
+        if (value := getattr(of_graph, key.partition(".")[2])) is not None:
             graph_overrides[key] = value
     if is_watched(flags):
         scheduler_overrides["record"] = RECORD
@@ -286,12 +300,24 @@ def configure(start: Start) -> tuple[GraphConfig, SchedulerConfig]:
     else:
         load = partial(load_graph, graph_name, model=checkpoints.read_shape(flags.init) if flags.init is not None else None)
     graph = load(graph_overrides)
+    if of_graph.total_batch is not None:
+        graph_overrides["batch.accumulate"] = micro_batches(of_graph.total_batch, graph.batch)
+        graph = load(graph_overrides)
     if is_auto:
         workers = scheduler.settings.workers or machine.usable_cores()
         tiles = tuned.remembered(graph, workers, tuned.tune_command(graph_name, graph, flags.workers))
         found = {f"tiles.{key}": size for key, size in dataclasses.asdict(tiles).items()}
         graph = load(found | graph_overrides)
     return graph, scheduler
+
+
+def micro_batches(tokens: int, batch: Batch) -> int:
+    """Return how many micro-batches have so many tokens. Raises UserError if no whole number has."""
+    if tokens % batch.rows:
+        B, T, rows = batch.batch_size, batch.seq_len, batch.rows
+        near = max(1, round(tokens / rows)) * rows
+        raise UserError(f"--total-batch {tokens}: wanted a multiple of B * T = {B} * {T} = {rows} tokens, for example {near}")
+    return tokens // batch.rows
 
 
 def verify_memory(config: GraphConfig) -> None:

@@ -104,7 +104,9 @@ def test_training_prints_what_llmc_printed(scheduler, way, parity_folder, expect
     assert [r["ids"] for r in records if "ids" in r][:-1] == sampled
     printed = capsys.readouterr().out
     assert f"val loss {expected['val'][0]:.4f}" in printed
-    assert re.search(r"^step 41/41: train loss 5\.29\d{4}, lr 0\.\d+ \(took \d+\.\d ms, \d+ tok/s\)$", printed, re.MULTILINE)
+    assert re.search(
+        r"^step 41/41: train loss 5\.29\d{4}, norm \d+\.\d{4}, lr 0\.\d+ \(took \d+\.\d ms, \d+ tok/s\)$", printed, re.MULTILINE
+    )
 
 
 def test_random_numbers_are_llmcs():

@@ -36,7 +36,7 @@ def text(tmp_path_factory):
 
 
 def train(text, tmp_path, scheduler="sequential", workers=None, settings=(), flags=()) -> tuple[str, list[float]]:
-    """Train tiny for 6 steps; return the parameters hash and the losses."""
+    """Train tiny for 6 steps; return the parameters hash, the losses and the norms."""
     log = tmp_path / "log.jsonl"
     words = [
         "--graph",
@@ -59,7 +59,7 @@ def train(text, tmp_path, scheduler="sequential", workers=None, settings=(), fla
         words += ["--set", setting]
     assert main([*words, *flags]) == 0
     records = [json.loads(line) for line in log.read_text().splitlines()]
-    losses = [r[key] for r in records for key in ("train_loss", "val_loss") if key in r]
+    losses = [r[key] for r in records for key in ("train_loss", "norm", "val_loss") if key in r]
     return records[-1]["summary"]["parameters_sha256"], losses
 
 
@@ -70,8 +70,24 @@ def reference(text, tmp_path_factory):
 
 @pytest.mark.parametrize(("scheduler", "workers", "settings"), CASES)
 def test_the_scheduler_changes_no_bit(scheduler, workers, settings, text, tmp_path, reference):
-    """Parameters hash and all losses equal those of program order; nor do options.kernels and options.update change any."""
+    """Parameters hash, losses and norms equal those of program order; nor do options.kernels and options.update change any."""
     assert train(text, tmp_path, scheduler, workers, settings) == reference
+
+
+EVERYTHING = [f"{key}={value}" for key, value in (("batch.accumulate", 3), ("options.clip_norm", 0.5), ("options.skip_norm_z", 4))]
+SEVERAL = [("native", 2), ("native-longest-path", 3), ("loops", 2), ("loops-llmc", 2), ("threads", 3), ("local-cluster-processes", 2)]
+
+
+@pytest.fixture(scope="module")
+def with_everything(text, tmp_path_factory):
+    return train(text, tmp_path_factory.mktemp("everything"), settings=EVERYTHING)
+
+
+@pytest.mark.parametrize(("scheduler", "workers"), SEVERAL)
+def test_nor_with_micro_batches_clipping_and_guard(scheduler, workers, text, tmp_path, with_everything, reference):
+    """Parameters hash, losses and norms are those of program order, and others than without."""
+    assert train(text, tmp_path, scheduler, workers, EVERYTHING) == with_everything
+    assert with_everything[0] != reference[0]
 
 
 def test_a_second_run_gives_the_same_bits(text, tmp_path, reference):

@@ -11,8 +11,10 @@ import pytest
 from browser import BROWSER, needs_browser, visit
 
 from taskgpt.config import load_graph
+from taskgpt.errors import UserError
 from taskgpt.gpt2.model import GPT2
 from taskgpt.gpt2.program import training_graph
+from taskgpt.lab.named import make
 from taskgpt.programs.show import main as show
 from taskgpt.tasks import Graph, by_section, coarsen, part
 
@@ -66,6 +68,17 @@ def test_a_picture_has_every_task(colour, tmp_path):
     words = {e.text for e in picture.iter() if e.tag.endswith("text")}
     legend = {"kernel": {"matmul"}, "layer": {"layer 0", "layer 1", "no layer"}, "phase": {"forward", "backward", "update"}}
     assert words >= (legend | {"path": {"on the longest path", "not on it"}})[colour]
+
+
+def test_of_micro_batches_the_last_is_shown(tmp_path):
+    """It adds to gradients, and updates; the title says what it is. Programs that measure whole steps refuse such a graph."""
+    accumulated = "tiny:batch.accumulate=4,options.clip_norm=1"
+    page = shown(tmp_path, "svg", "--graph", accumulated)
+    assert "the last of 4 micro-batches of a training step of tiny" in page
+    text = shown(tmp_path, "text", "--graph", accumulated)
+    assert all(kernel in text for kernel in ("gradient_add", "loss_mean", "gradient_norm", "gradient_scale", "adamw_scaled_update"))
+    with pytest.raises(UserError, match="a step of 4 micro-batches is no single graph to measure"):
+        make(accumulated)
 
 
 def test_few_tasks_have_names(tmp_path):

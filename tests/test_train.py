@@ -17,6 +17,7 @@ import pytest
 from programs import started
 
 from taskgpt.__main__ import main as taskgpt
+from taskgpt.gpt2.model import GPT2
 from taskgpt.gpt2.text.tokens import write_tokens
 from taskgpt.lab.traces.trace import Trace
 from taskgpt.runs.console import Console
@@ -59,12 +60,14 @@ def test_lines_log_and_summary(text, tmp_path, capsys):
         "generating",
         "parameters sha256",
     ]
-    assert re.search(r"^step 4/5: train loss \d+\.\d{6}, lr 0\.0001 \(took \d+\.\d ms, \d+ tok/s, 0:0\d left\)$", out, re.MULTILINE)
-    assert re.search(r"^step 5/5: train loss \d+\.\d{6}, lr 0\.0001 \(took \d+\.\d ms, \d+ tok/s\)$", out, re.MULTILINE)
+    assert re.search(
+        r"^step 4/5: train loss \d+\.\d{6}, norm \d+\.\d{4}, lr 0\.0001 \(took \d+\.\d ms, \d+ tok/s, 0:0\d left\)$", out, re.MULTILINE
+    )
+    assert re.search(r"^step 5/5: train loss \d+\.\d{6}, norm \d+\.\d{4}, lr 0\.0001 \(took \d+\.\d ms, \d+ tok/s\)$", out, re.MULTILINE)
     assert re.search(r"first step .* mean .* median .* min .* ms a step", out)
     assert re.search(r"tok/s, .* GFLOP/s = \d+% of this machine's sgemm on 1 thread", out)
     logged = records(log)
-    assert set(logged[1]) == {"step", "train_loss", "lr", "ms", "tokens_per_s"}
+    assert set(logged[1]) == {"step", "train_loss", "norm", "lr", "ms", "tokens_per_s"}
     sample = next(r for r in logged if "ids" in r)
     assert sample["step"] == 3
     assert len(sample["ids"]) == 63
@@ -377,7 +380,7 @@ def test_times_are_those_of_the_work(text, tmp_path, capsys, monkeypatch):
     """A report that takes long makes no step shorter than its work, which native does meanwhile; times add up to those of the clock."""
     took = []
 
-    def slow(self, step, loss, rate, seconds):
+    def slow(self, step, loss, norm, skipped, rate, seconds):
         took.append(seconds)
         if step % 3 == 1:
             time.sleep(0.3)
@@ -427,3 +430,65 @@ def test_an_unknown_verb_is_refused(capsys):
     """With a suggestion."""
     assert taskgpt(["trian"]) == 2
     assert "did you mean 'train'?" in capsys.readouterr().err
+
+
+def test_micro_batches_are_a_step(text, tmp_path, capsys):
+    """--total-batch: lines, log and speed are of whole steps, each of which reads as many batches; what updates wait for is said."""
+    log, batch = tmp_path / "log.jsonl", ["--batch-size", "1", "--total-batch", "256"]
+    assert main([*TINY, *batch, "--data", text, "--steps", "3", "--clip-norm", "0.5", "--lr", "1e-3", "--log", str(log)]) == 0
+    out = capsys.readouterr().out
+    assert "batch      B 1, T 64, 4 micro-batches a step: 256 tokens\n" in out
+    assert out.count("update     separate, because clipping needs the norm of the whole gradient before any update\n") == 1
+    *steps, last = records(log)
+    assert [r["step"] for r in steps] == [0, 1, 2]
+    assert all(r["tokens_per_s"] == pytest.approx(256e3 / r["ms"]) for r in steps)
+    assert all(r["norm"] > 0.5 for r in steps)  # before clipping
+    summary = last["summary"]
+    assert (summary["graph"]["batch"]["accumulate"], summary["graph"]["options"]["clip_norm"]) == (4, 0.5)
+    assert f"graph      {summary['tasks_per_step']} tasks of " in out
+
+
+def test_a_total_batch_is_a_number_of_batches(text, capsys):
+    """What is none is refused, with one that is."""
+    assert "wanted a multiple of B * T = 4 * 64 = 256 tokens, for example 1024" in refused(
+        capsys, [*TINY, "--data", text, "--total-batch", "1000"]
+    )
+
+
+def test_a_spike_in_the_data_is_skipped(tmp_path, capsys):
+    """A stretch of noise in a regular text: the steps that meet it update nothing, their lines and records say why, and the run goes on."""
+    text, log, line = tmp_path / "text.txt", tmp_path / "log.jsonl", "All work and no play makes a dull text.\n"
+    noise = "".join(chr(n) for n in np.random.default_rng(1).integers(33, 127, 300))
+    text.write_text(line * 1152 + noise + line * 256)
+    flags = ["--data", str(text), "--steps", "150", "--lr", "1e-3", "--skip-norm-z", "6", "--log", str(log)]
+    assert main([*TINY, *flags]) == 0
+    steps = [r for r in records(log) if "train_loss" in r]
+    skipped = [r for r in steps if "skipped" in r]
+    assert 1 <= len(skipped) <= 3
+    assert all(128 <= r["step"] < 150 and re.fullmatch(r"norm z \d+\.\d > 6", r["skipped"]) for r in skipped)
+    assert min(r["norm"] for r in skipped) > 2 * max(r["norm"] for r in steps[100:] if r not in skipped)
+    printed = capsys.readouterr().out
+    assert re.search(
+        r"^step \d+/150: train loss \d+\.\d+, norm \d+\.\d+, lr 0\.001, skipped: norm z \d+\.\d > 6 \(took", printed, re.MULTILINE
+    )
+
+
+@pytest.mark.parametrize("flags", [["--on-nan", "skip"], ["--clip-norm", "1"]])
+def test_a_loss_that_is_no_number(flags, text, tmp_path, capsys, monkeypatch):
+    """--on-nan skip goes on without the update, and saves; where the run stops instead, and updates wait for the norm, parameters stay."""
+    original, log, model = GPT2.set_hyper, tmp_path / "log.jsonl", tmp_path / "model.bin"
+
+    def set_hyper(self, step, *args, **kwargs):
+        original(self, step, *args, **kwargs)
+        self.p.lnfb.array[0, 0] = np.nan if step == 1 else 0
+
+    monkeypatch.setattr(GPT2, "set_hyper", set_hyper)
+    command = [*TINY, "--data", text, "--steps", "3", "--log", str(log), "--save", str(model), *flags]
+    if "skip" in flags:
+        assert main(command) == 0
+        assert [r["train_loss"] is None for r in records(log) if "train_loss" in r] == [False, True, False]
+        assert "skipped: loss or norm is not finite" in capsys.readouterr().out
+        assert model.exists()
+    else:
+        assert "after 2 steps the loss is nan, and nothing was saved" in refused(capsys, command)
+        assert not model.exists()

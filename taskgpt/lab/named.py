@@ -73,8 +73,14 @@ def record(prepared: Prepared, scheduler: str, steps: int = 4) -> Trace:
 
 
 def make(word: str, shared: bool = False) -> GPT2:
-    """Return the memory of `NAME[:KEY=VALUE,...]`, untouched: enough to record its graph."""
+    """Return the memory of `NAME[:KEY=VALUE,...]`, untouched: enough to record its graph.
+
+    Raises UserError for a step of several micro-batches, which is several graphs.
+    """
     config = make_config(word)
+    if config.batch.accumulate > 1:
+        what = f"a step of {config.batch.accumulate} micro-batches is no single graph to measure"
+        raise UserError(f"{shorten(word)}: batch.accumulate: {what}; leave it at 1, and measure one of them")
     return GPT2(config.model, config.batch, config.tiles, config.options, shared=shared)
 
 

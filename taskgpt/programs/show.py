@@ -17,6 +17,7 @@ from taskgpt.errors import UserError, did_you_mean, run_program
 from taskgpt.files import write_whole
 from taskgpt.gpt2.model import GPT2
 from taskgpt.gpt2.program import training_graph
+from taskgpt.gpt2.shape import MicroBatch
 from taskgpt.lab.graph_formats import to_dask_html, to_dot, to_graphml, to_html, to_json
 from taskgpt.lab.named import graph_words, make_config
 from taskgpt.programs.arguments import Parser, add_changes, add_graph
@@ -50,7 +51,8 @@ def show_graph(flags: argparse.Namespace) -> int:
     """Write the graph in the format asked for. Raises UserError."""
     (word,) = graph_words([flags.graph], flags.tiles, flags.set)
     config = make_config(word)
-    graph = training_graph(GPT2(config.model, config.batch, config.tiles, config.options))
+    micro = MicroBatch(is_first=config.batch.accumulate == 1)  # the last of a step
+    graph = training_graph(GPT2(config.model, config.batch, config.tiles, config.options), micro=micro)
     if flags.layer is not None or flags.phase is not None:
         graph = chosen(graph, flags)
     if flags.coarsen is not None and flags.coarsen < 1:
@@ -60,7 +62,8 @@ def show_graph(flags: argparse.Namespace) -> int:
     if flags.by == "section":
         graph = by_section(graph)
     parts = [f"layer {flags.layer}"] * (flags.layer is not None) + [flags.phase] * (flags.phase is not None)
-    title = ", ".join([f"one training step of {config.name}", *parts])
+    what = "one training step" if micro.is_first else f"the last of {config.batch.accumulate} micro-batches of a training step"
+    title = ", ".join([f"{what} of {config.name}", *parts])
     writers = {
         "text": graph.listing,
         "svg": lambda: to_svg(graph, title, flags.colour),

@@ -17,11 +17,12 @@ from taskgpt.config import GraphConfig
 from taskgpt.errors import Interrupted, UserError, drop_output, shorten
 from taskgpt.files import parse_json
 from taskgpt.gpt2.model import GPT2
+from taskgpt.gpt2.steps import Steps
 from taskgpt.lab import layout
 from taskgpt.lab.dashboard.live import Live
 from taskgpt.lab.report import compile_with_progress
 from taskgpt.progress import Progress, minutes
-from taskgpt.tasks import Graph, Kernel
+from taskgpt.tasks import Kernel
 
 LAST_STEPS = 20  # whose median says how fast training is now, and when it will end
 
@@ -161,18 +162,21 @@ class Console:
         if told := compile_with_progress(kernels):
             self.tell("compiled", told)
 
-    def begin(self, config: GraphConfig, scheduler: str, data: str, m: GPT2, graph: Graph, steps: int) -> None:
+    def begin(self, config: GraphConfig, scheduler: str, data: str, m: GPT2, step: Steps, steps: int) -> None:
         """Say what runs, and how."""
         shape = m.model
-        self.rows, self.steps = m.batch.rows, steps
+        self.rows, self.steps = m.batch.tokens, steps
         sizes = f"L {shape.layers}, NH {shape.heads}, C {shape.channels}, V {shape.vocabulary}"
-        work = f"{len(graph.tasks)} tasks of {len(graph.kernels)} kernels, {graph.flops / 1e9:.4g} GFLOP a step"
+        work = f"{step.tasks} tasks of {len(step.kernels)} kernels, {step.flops / 1e9:.4g} GFLOP a step"
         self.tell("model", f"{config.name}: {shape.parameter_count():,} parameters, {sizes}")
-        self.tell("batch", f"B {m.batch.batch_size}, T {m.batch.seq_len}")
+        several = f", {step.count} micro-batches a step: {self.rows:,} tokens" * (step.count > 1)
+        self.tell("batch", f"B {m.batch.batch_size}, T {m.batch.seq_len}{several}")
         self.tell("data", data)
         tiles = ", ".join(f"{name} {size}" for name, size in dataclasses.asdict(config.tiles).items())
         self.tell("graph", f"{work}, {m.nbytes / 2**30:.2f} GiB of tensors")
         self.tell("tiles", tiles)
+        if m.update != m.options.update:
+            self.tell("update", f"{m.update}, because {m.options.separate_because(m.batch)}")
         self.tell("scheduler", scheduler)
         if self._live:
             self._live.total = steps
@@ -185,8 +189,11 @@ class Console:
         if self._live:
             self._live.validation(step, loss)
 
-    def step(self, step: int, loss: float, rate: float, seconds: float) -> None:
-        """Say what the step, of that number from 0, found, learned with and took; the speed that is shown is that of the last steps."""
+    def step(self, step: int, loss: float, norm: float, skipped: str, rate: float, seconds: float) -> None:
+        """Say what the step, of that number from 0, found, learned with and took; the speed that is shown is that of the last steps.
+
+        `skipped` is why it updated nothing, "" if it did.
+        """
         self.losses.append((step, loss))
         if self._steps_here == 1:
             self._seconds.clear()  # the first step touched all memory for the first time
@@ -197,9 +204,11 @@ class Console:
         took = f"took {seconds * 1e3:.1f} ms, {self.rows / smoothed:.0f} tok/s" + f", {minutes(left_s)} left" * (left_s > 0)
         if self._progress:
             self._progress.show(step + 1, f"loss {loss:.3f}, {self.rows / smoothed:.0f} tok/s", left_s=left_s)
-        self.say(f"step {step + 1}/{self.steps}: train loss {loss:.6f}, lr {rate:.4g} ({took})")
+        why = skipped and f", skipped: {skipped}"
+        self.say(f"step {step + 1}/{self.steps}: train loss {loss:.6f}, norm {norm:.4f}, lr {rate:.4g}{why} ({took})")
         self._replace_log()
-        self._write({"step": step, "train_loss": loss, "lr": rate, "ms": seconds * 1e3, "tokens_per_s": speed})
+        record = {"step": step, "train_loss": loss, "norm": norm, "lr": rate, "ms": seconds * 1e3, "tokens_per_s": speed}
+        self._write(record | ({"skipped": skipped} if skipped else {}))
         if self._live:
             self._live.step(step, loss, speed, left_s)
 

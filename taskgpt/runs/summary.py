@@ -23,14 +23,14 @@ def memory_in_use(m: GPT2) -> int:
     return m.nbytes + sum(process.memory_full_info().uss for process in (psutil.Process(), *children))
 
 
-def summarize(flags, graph_config, scheduler_config, workers, description, report, m, graph, seconds, memory, found) -> dict[str, Any]:
+def summarize(flags, graph_config, scheduler_config, workers, description, report, m, step, seconds, memory, found) -> dict[str, Any]:
     """Return what is worth knowing about a run; times leave out the first step, which touches all memory for the first time."""
     steady = seconds[1:] or seconds
     summary: dict[str, Any] = {"steps": len(seconds), "parameters_sha256": m.parameters_sha256()}
     summary |= {"train_loss": told(report.losses), "val_loss": told(report.validations)}
     if seconds:
         median = statistics.median(steady)
-        speed = graph.flops / median / 1e9
+        speed = step.flops / median / 1e9
         sgemm = machine.sgemm_gflops(workers)
         for _ in range(SGEMM_TRIES - 1):
             if speed > sgemm:  # the machine was busier now than while it trained
@@ -40,7 +40,7 @@ def summarize(flags, graph_config, scheduler_config, workers, description, repor
             "mean_ms": statistics.fmean(steady) * 1e3,
             "median_ms": median * 1e3,
             "min_ms": min(steady) * 1e3,
-            "tokens_per_s": m.batch.rows / median,
+            "tokens_per_s": m.batch.tokens / median,
             "gflops": speed,
             "sgemm_gflops": sgemm,
             "share_of_sgemm": speed / sgemm,
@@ -48,8 +48,8 @@ def summarize(flags, graph_config, scheduler_config, workers, description, repor
     return summary | {
         "peak_memory_bytes": memory,
         "workers": workers,
-        "tasks_per_step": len(graph.tasks),
-        "gflop_per_step": graph.flops / 1e9,
+        "tasks_per_step": step.tasks,
+        "gflop_per_step": step.flops / 1e9,
         "data": description,
         "flags": vars(flags),
         "graph": dataclasses.asdict(graph_config),

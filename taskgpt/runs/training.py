@@ -11,6 +11,7 @@ from taskgpt.gpt2.checkpoints.resumable import About
 from taskgpt.gpt2.learning_rate import LearningRate
 from taskgpt.gpt2.model import GPT2
 from taskgpt.gpt2.sampling import Sampler
+from taskgpt.gpt2.steps import Steps
 from taskgpt.gpt2.text.data import Data
 from taskgpt.lab.pace import Pace
 from taskgpt.lab.traces.trace import RECORD, Traced
@@ -22,10 +23,10 @@ from taskgpt.tasks import Graph
 
 
 class Training:
-    """A run as it goes on. step: how many are done; loss: the last one found; seconds: of each step.
+    """A run as it goes on. step: how many are done; loss, norm: the last ones that the run depends on; seconds: of each step.
 
-    Of `step_graphs` and `val_graphs` there is one for each slot of the model's inputs: while a step runs, the next batch goes into the
-    other slot, and that step may begin. Steps do not overlap with validation and samples.
+    Micro-batches, and the graphs of validation, take turns in the slots of the model's inputs: while one runs, the next batch goes into the
+    other slot, and that one may begin. Steps do not overlap with validation and samples.
     """
 
     def __init__(
@@ -34,7 +35,7 @@ class Training:
         scheduler: Scheduler,
         m: GPT2,
         data: Data,
-        step_graphs: Sequence[Graph],
+        steps: Steps,
         val_graphs: Sequence[Graph],
         sampler: Sampler,
         report: Console,
@@ -42,11 +43,11 @@ class Training:
         saver: Saver | None = None,
     ):
         self.flags, self.scheduler, self.m, self.data = flags, scheduler, m, data
-        self.step_graphs, self.val_graphs, self.sampler = step_graphs, val_graphs, sampler
+        self.steps, self.val_graphs, self.sampler = steps, val_graphs, sampler
         self.report, self.stop, self.saver = report, stop, saver
         self.learning_rate = LearningRate(flags.lr, flags.steps, flags.lr_schedule, flags.warmup, flags.final_lr)
         self.begin_step = self.step = 0
-        self.loss = 0.0
+        self.loss = self.norm = 0.0
         self.seconds: list[float] = []
         self._random = sampler.random.state  # as it was when the last step ended
         self._validated: tuple[int, float] | None = None  # the last one: after how many steps, and what it found
@@ -68,8 +69,8 @@ class Training:
     def run(self) -> None:
         """Train until the last step is done.
 
-        Ends early if a stop is requested, or if a loss is not finite: then a step that has begun is finished, and the model is of no more
-        use.
+        Ends early if a stop is requested, or if a loss or a norm is not finite, unless such steps are skipped: then a step that has begun
+        is finished, and the model is of no more use.
         """
         flags = self.flags
         while flags.steps:
@@ -100,13 +101,17 @@ class Training:
 
     @property
     def _is_over(self) -> bool:
-        return self.step >= self.last_step or self.stop.is_requested or not math.isfinite(self.loss)
+        return self.step >= self.last_step or self.stop.is_requested or self.has_diverged
 
     @property
     def last_step(self) -> int:
         """How many steps are done when the run ends: --steps, or fewer by --max-tokens."""
         flags = self.flags
-        return flags.steps if flags.max_tokens is None else min(flags.steps, -(-flags.max_tokens // self.m.batch.rows))
+        return flags.steps if flags.max_tokens is None else min(flags.steps, -(-flags.max_tokens // self.m.batch.tokens))
+
+    @property
+    def has_diverged(self) -> bool:
+        return not (math.isfinite(self.loss) and math.isfinite(self.norm))
 
     def _is_due(self, every: int) -> bool:
         return every != 0 and (self.step % every == 0 or self.step == self.last_step)
@@ -114,7 +119,7 @@ class Training:
     def _next_pause(self) -> int:
         """Return the step before which something else is due, or the most steps that can be recorded are done."""
         flags, step, last = self.flags, self.step, self.last_step
-        tasks = sum(len(graph.tasks) for graph in (self.step_graphs[0], self.saver and self.saver.graph) if graph)
+        tasks = self.steps.tasks + (len(self.saver.graph.tasks) if self.saver and self.saver.graph else 0)
         most = RECORD // tasks or 1 if isinstance(self.scheduler, Traced) else last
         return min([last, step + most, *(every * (step // every + 1) for every in (flags.val_every, flags.sample_every) if every)])
 
@@ -145,11 +150,11 @@ class Training:
         self.report.sample(self.step, ids, tokenizer.decode(ids), tokenizer.printable(ids))
 
     def _train(self, last: int) -> None:
-        """Do steps until `last` are done, a stop is requested or a loss is not finite; save what is due before the last."""
-        saver, first = self.saver, self.step
+        """Do steps until `last` are done, a stop is requested or one has diverged; save what is due before the last."""
+        saver, first, count = self.saver, self.step, self.steps.count
 
         def graphs() -> Iterator[Graph]:
-            for step in range(self.step, last):
+            for step in range(first, last):
                 if self.stop.is_requested:
                     return
                 if saver and saver.graph and self._may_save(step):
@@ -157,11 +162,13 @@ class Training:
                     yield saver.graph
                 elif saver and not saver.graph and step > first and self._may_save(step):
                     return  # for no step is to run meanwhile
-                self.data.train.next_batch(*self.m.inputs(step % 2))
-                self.m.set_hyper(step, self.learning_rate(step), self.flags.weight_decay, slot=step % 2)
-                yield self.step_graphs[step % 2]
+                for number in range(step * count, (step + 1) * count):
+                    slot, graph = self.steps.micro_batch(number)
+                    self.data.train.next_batch(*self.m.inputs(slot))
+                    self.m.set_hyper(step, self.learning_rate(step), self.flags.weight_decay, slot=slot)
+                    yield graph
 
-        pace = Pace(time.perf_counter())
+        pace, seconds, number = Pace(time.perf_counter()), 0.0, first * count
         with closing(self.scheduler.run_each(graphs())) as runs:
             for graph in runs:
                 if saver:
@@ -170,9 +177,20 @@ class Training:
                         continue
                     saver.poll()
                 ahead = 0.0 if saver and saver.is_copying else self.scheduler.ahead()  # of a step
-                self.seconds.append(pace.step(time.perf_counter(), ahead))
-                self.loss = self.m.loss_of(self.step % 2)
-                self.report.step(self.step, self.loss, self.learning_rate(self.step), self.seconds[-1])
-                self.step += 1
-                if not math.isfinite(self.loss):
+                seconds += pace.step(time.perf_counter(), ahead)
+                number += 1
+                if number % count:
+                    continue
+                self._end_step((number - 1) % len(self.m.slots), seconds)
+                seconds = 0.0
+                if self.has_diverged:
                     return
+
+    def _end_step(self, slot: int, seconds: float) -> None:
+        """Take what a step has found in its slot, and say it."""
+        loss, norm, skipped = self.m.loss_of(slot), self.m.norm_of(slot), self.m.skipped_of(slot)
+        if not skipped or self.m.options.on_nan == "stop":
+            self.loss, self.norm = loss, norm
+        self.seconds.append(seconds)
+        self.report.step(self.step, loss, norm, skipped, self.learning_rate(self.step), seconds)
+        self.step += 1
