@@ -14,7 +14,7 @@ from taskgpt.gpt2 import checkpoints
 from taskgpt.gpt2.generation import decoder as room
 from taskgpt.gpt2.generation import next_token
 from taskgpt.gpt2.generation.decoder import FEED_ROWS, Decoder
-from taskgpt.gpt2.generation.generate import Continuation, generate
+from taskgpt.gpt2.generation.generate import Continuation, Speed, generate
 from taskgpt.gpt2.generation.next_token import Choice, largest, most_likely, penalized
 from taskgpt.gpt2.generation.text_stream import TextStream
 from taskgpt.gpt2.model import GPT2
@@ -150,6 +150,22 @@ def test_one_graph_serves_all_steps():
 
 
 # Generating -----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_is_fed_once():
+    """Several continuations share it, also one that begins while another is under way; their tokens are the same as alone."""
+    prompt, other = some_ids(MODEL, 40), some_ids(MODEL, 20, seed=9)
+
+    def found(slots: int) -> tuple[list[list[int]], int]:
+        sequences = [Continuation(ids, most, (n,)) for n, (ids, most) in enumerate([(prompt, 12), (prompt, 3), (other, 9), (prompt, 9)])]
+        speed = Speed()
+        for _ in generate(make(slots=slots), run_graph, sequences, DRAWN, END, speed):
+            pass
+        return [each.ids for each in sequences], speed.prefill_tokens
+
+    alone, together = found(1), found(3)
+    assert together[0] == alone[0]
+    assert (alone[1], together[1]) == (3 * 39 + 19, 39 + 19)
 
 
 def uncached(model: Model, sequence: Continuation, choice: Choice, end: int) -> list[int]:

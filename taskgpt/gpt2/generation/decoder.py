@@ -72,6 +72,11 @@ class Decoder:
             self._write(rows[at : at + FEED_ROWS])
             run(self._feed)
 
+    def copy(self, slot: int, to: int, count: int) -> None:
+        """Copy the first `count` positions of a slot of the cache to another."""
+        for cache in (self.c.keys.array, self.c.values.array):
+            cache[:, :, to, :count] = cache[:, :, slot, :count]
+
     def step(self, run: Run, rows: Sequence[Row]) -> np.ndarray:
         """Put one token of each of some slots into the cache; return the logits of what follows, (rows, V), valid until the next step."""
         self._write(rows)

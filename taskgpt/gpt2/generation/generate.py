@@ -4,14 +4,15 @@
         sequence.ids[-1]                 # its newest token
         sequence.end = "stop"            # to end it here
 
-Who ends makes room for the next one that waits. A sequence draws from a random stream of its own, and logits do not depend on what else is
-decoded: so its tokens do not, either.
+Who ends makes room for the next one that waits; a prompt that is in the cache already is copied there. A sequence draws from a random
+stream of its own, and logits do not depend on what else is decoded: so its tokens do not, either.
 """
 
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -22,17 +23,20 @@ from taskgpt.gpt2.generation.next_token import Choice
 
 @dataclass
 class Continuation:
-    """A prompt and what follows it. `seed`: integers, of its random stream. `end`: why there is no more, "" while there is."""
+    """A prompt and what follows it, at most so many tokens. `seed`: integers, of its random stream; `end`: why there is no more, "" while
+    there is; `slot`: its place in the cache.
+    """
 
     prompt: Sequence[int]
     most: int
     seed: Sequence[int] = (0,)
     ids: list[int] = field(default_factory=list)
     end: str = ""
+    slot: int = -1
 
-    def __post_init__(self):
-        self.random = np.random.default_rng(list(self.seed))
-        self.slot = -1
+    @cached_property
+    def random(self) -> np.random.Generator:
+        return np.random.default_rng(list(self.seed))
 
     def add(self, token: int, end_of_text: int) -> None:
         """Add a token, or end before an end of text."""
@@ -45,7 +49,7 @@ class Continuation:
 
 @dataclass
 class Speed:
-    """Tokens and seconds of prefill, prompts but their last token, and of decoding, with the choice of the tokens."""
+    """Tokens and seconds of prefill, prompts but their last token, each prompt once; and of decoding, with the choice of the tokens."""
 
     prefill_tokens: int = 0
     prefill_s: float = 0.0
@@ -60,17 +64,23 @@ def generate(
 
     Prompts have at least one token and, with `most`, at most decoder.length. Raises UserError for logits that are no numbers.
     """
-    waiting, active, free = deque(waiting), [], list(range(decoder.slots))
+    waiting, active, free = deque(waiting), list[Continuation](), deque(range(decoder.slots))
     speed = speed or Speed()
     decoder.warm_up(run)
     while waiting or active:
         begin = time.perf_counter()
-        fresh = [waiting.popleft() for _ in range(min(len(waiting), len(free)))]
-        for each in fresh:
-            each.slot = free.pop(0)
-        rows = [(each.slot, at, token) for each in fresh for at, token in enumerate(each.prompt[:-1])]
+        begun = {tuple(each.prompt): each.slot for each in active if waiting and free}
+        rows, copies = [], []
+        while waiting and free:
+            active.append(each := waiting.popleft())
+            each.slot = free.popleft()
+            if (other := begun.setdefault(tuple(each.prompt), each.slot)) != each.slot:
+                copies.append((other, each.slot, len(each.prompt) - 1))
+            else:
+                rows += [(each.slot, at, token) for at, token in enumerate(each.prompt[:-1])]
         decoder.feed(run, rows)
-        active += fresh
+        for copy in copies:
+            decoder.copy(*copy)
         fed = time.perf_counter()
         last = [(each.slot, len(each.prompt) + len(each.ids) - 1, (each.ids or each.prompt)[-1]) for each in active]
         for each, logits in zip(active, decoder.step(run, last), strict=True):
