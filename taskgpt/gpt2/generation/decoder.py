@@ -22,13 +22,13 @@ from taskgpt.gpt2.generation.kernels import (
     matmul_residual_rows,
     matmul_rows,
 )
+from taskgpt.gpt2.generation.products import SIDE
 from taskgpt.gpt2.grid import blocks
 from taskgpt.gpt2.shape import Model
 from taskgpt.tasks import Arena, Graph, Kernel, TensorSpec, Tile
 
 FEED_ROWS = 64  # tokens that go into the cache at once: enough that arithmetic, not reading the weights, sets the time
 PIECE_BYTES = 1 << 19  # of a matrix in a task, at most: some 30 us of streaming, against 0.2 us that a task costs
-PIECE_ROWS = 4  # of a piece, a multiple: those that `products` takes at a time
 
 Row = tuple[int, int, int]  # slot, position, token
 Run = Callable[[Graph], None]
@@ -142,7 +142,7 @@ def pieces(outputs: int, inputs: int) -> list[slice]:
 def _piece(outputs: int, inputs: int) -> int:
     """Return the rows of a piece: of about the same size all, as workers wait for the last one."""
     count = -(-4 * outputs * inputs // PIECE_BYTES)
-    return -(-outputs // (count * PIECE_ROWS)) * PIECE_ROWS
+    return -(-outputs // (count * SIDE)) * SIDE
 
 
 def _specs(model: Model, slots: int, length: int) -> list[dict[str, TensorSpec]]:

@@ -9,7 +9,7 @@ import math
 import numba
 import numpy as np
 
-from taskgpt.gpt2.generation.products import products
+from taskgpt.gpt2.generation.products import SIDE, products
 from taskgpt.gpt2.kernels import gelu_forward, gelu_gate
 from taskgpt.gpt2.vector_math import exp_row
 from taskgpt.tasks import In, InOut, Scratch, dense, dims, kernel
@@ -110,7 +110,7 @@ def attention_rows(
     slots: In[R, np.int32],
     at: In[R, np.int32],
     count: In[1, np.int32],
-    scores: Scratch[1, L],
+    scores: Scratch[SIDE, L],
 ):
     """Put k and v of each row into the cache, at its slot and position; then atty = softmax(q @ keys.T / sqrt(D)) @ values, head by head.
 
@@ -138,22 +138,40 @@ def attention_rows_twin(atty, keys, values, q, k, v, slots, at, count, scores):
             for d in range(size):
                 key[d] = k[r, n * size + d]
                 value[d] = v[r, n * size + d]
-    for r in range(count[0]):
-        seen = at[r] + 1
+    start = 0
+    while start < count[0]:
+        stop, most = start, 0  # rows of one slot meet its keys together
+        while stop < min(start + SIDE, count[0]) and slots[stop] == slots[start]:
+            most = max(most, at[stop] + 1)
+            stop += 1
         for n in range(keys.shape[0]):
-            first, last = n * size, (n + 1) * size
-            products(scores[:, :seen], q[r : r + 1, first:last], keys[n, slots[r], :seen], 1)
-            row = dense(scores[0, :seen])
-            for t in range(seen):
-                row[t] *= scale
-            total = exp_row(row)[1]
-            o = dense(atty[r, first:last])
-            for d in range(size):
-                o[d] = ZERO
-            for t in range(seen):
-                value, weight = dense(values[n, slots[r], t]), row[t]
+            head = slice(n * size, (n + 1) * size)
+            products(scores[:, :most], q[start:stop, head], keys[n, slots[start], :most], stop - start)
+            for r in range(start, stop):
+                row = dense(scores[r - start, : at[r] + 1])
+                for t in range(row.shape[0]):
+                    row[t] *= scale
+                factor = ONE / exp_row(row)[1]
+                o = dense(atty[r, head])
+                _weighted_sum(o, row, values[n, slots[r]])
                 for d in range(size):
-                    o[d] += weight * value[d]
-            factor = ONE / total
-            for d in range(size):
-                o[d] *= factor
+                    o[d] *= factor
+        start = stop
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def _weighted_sum(out, weights, rows):
+    """out = weights @ rows, the rows in their order: four at a time, so that `out` is read and written a quarter as often."""
+    for d in range(out.shape[0]):
+        out[d] = ZERO
+    count = weights.shape[0]
+    whole = count - count % 4
+    for t in range(0, whole, 4):
+        w0, w1, w2, w3 = weights[t], weights[t + 1], weights[t + 2], weights[t + 3]
+        r0, r1, r2, r3 = dense(rows[t]), dense(rows[t + 1]), dense(rows[t + 2]), dense(rows[t + 3])
+        for d in range(out.shape[0]):
+            out[d] = out[d] + w0 * r0[d] + w1 * r1[d] + w2 * r2[d] + w3 * r3[d]
+    for t in range(whole, count):
+        row = dense(rows[t])
+        for d in range(out.shape[0]):
+            out[d] = out[d] + weights[t] * row[d]

@@ -18,7 +18,7 @@ from numba.extending import intrinsic
 _FLOAT, _INT, _SIZE, _BYTE = ir.FloatType(), ir.IntType(32), ir.IntType(64), ir.IntType(8)
 _LANES = 16
 _VECTOR = ir.VectorType(_FLOAT, _LANES)
-_SIDE = 4  # rows of each operand in a block: 16 sums, 4 rows of the matrix and one of the input fill the 32 registers of AVX-512
+SIDE = 4  # rows of each operand in a block: 16 sums, 4 rows of the matrix and one of the input fill the 32 registers of AVX-512
 _INTO_L2 = (0, 2, 1)  # of llvm.prefetch: to read, not into L1, data
 
 
@@ -90,17 +90,17 @@ def _in_halves(builder, lanes):
     return builder.extract_element(lanes, ir.Constant(_INT, 0))
 
 
-_one, _wide, _square = _dots(1, 1), _dots(1, _SIDE), _dots(_SIDE, _SIDE)
+_one, _wide, _square = _dots(1, 1), _dots(1, SIDE), _dots(SIDE, SIDE)
 
 
 @numba.njit(nogil=True, error_model="numpy")
 def products(out, inp, weight, count):
     """In a compiled twin: out[r, o] = inp[r] . weight[o] for the first `count` rows; the others stay."""
     outputs = weight.shape[0]
-    blocks = outputs - outputs % _SIDE if count > 1 else 0
-    for o in range(0, blocks, _SIDE):
-        squares = count - count % _SIDE
-        for r in range(0, squares, _SIDE):
+    blocks = outputs - outputs % SIDE if count > 1 else 0
+    for o in range(0, blocks, SIDE):
+        squares = count - count % SIDE
+        for r in range(0, squares, SIDE):
             _square(out, inp, weight, r, o)
         for r in range(squares, count):
             _wide(out, inp, weight, r, o)
