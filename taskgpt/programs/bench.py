@@ -88,8 +88,10 @@ def parser() -> argparse.ArgumentParser:
     add_graph(tokens, "gpt2-124m")
     add_scheduler(tokens, "native")
     tokens.add_argument("--batch-size", type=int, default=1, metavar="B", help="texts that are decoded together (default 1)")
-    tokens.add_argument("--context", type=int, default=64, metavar="N", help="tokens before the first that is decoded (default 64)")
-    tokens.add_argument("--tokens", type=int, default=64, metavar="N", help="tokens decoded in a turn (default 64)")
+    tokens.add_argument(
+        "--context", type=int, metavar="N", help="tokens before the first that is decoded (default 64, or half of the positions)"
+    )
+    tokens.add_argument("--tokens", type=int, metavar="N", help="tokens decoded in a turn (default 64, or what is left)")
 
     others = add("peers", peers.peers, 7, "PyTorch and JAX, where installed, train the same model")
     add_graph(others, "gpt2-124m")

@@ -21,6 +21,7 @@ from taskgpt.progress import Progress
 from taskgpt.schedulers.cores import usable_cores
 from taskgpt.tasks import Tensor
 
+TOKENS = 64  # before the first that is decoded, and decoded in a turn, where there is room
 STREAM_SECONDS = 0.3  # of streaming, in a round
 CHOICE = Choice(temperature=0.8, top_k=50)
 COLUMNS = {
@@ -40,9 +41,10 @@ def decode(flags: argparse.Namespace) -> None:
         in_range(f"--{flag.replace('_', '-')}", getattr(flags, flag))
     report = Report(flags)
     model = make_config(flags.graph).model
-    length = flags.context + flags.tokens
+    context = flags.context or min(TOKENS, max(1, model.max_seq_len // 2))
+    length = context + (flags.tokens or max(1, min(TOKENS, model.max_seq_len - context)))
     if length > model.max_seq_len:
-        raise UserError(f"--context {flags.context} and --tokens {flags.tokens}: the model has {model.max_seq_len} positions; choose less")
+        raise UserError(f"--context {context} and --tokens {length - context}: the model has {model.max_seq_len} positions; choose less")
     scheduler = named_scheduler(flags.scheduler, flags.workers)
     needed, free = Decoder.bytes_needed(model, flags.batch_size, length), machine.free_memory_bytes()
     if needed > free:
@@ -54,7 +56,7 @@ def decode(flags: argparse.Namespace) -> None:
     nbytes = sum(tensor.array.nbytes for tensor in weights)
     streams = stream_calls(weights, min(scheduler.workers, usable_cores()))
     random = np.random.default_rng(0)
-    prompt = random.integers(0, model.vocabulary, flags.context).tolist()
+    prompt = random.integers(0, model.vocabulary, context).tolist()
     streaming: list[float] = []
     decoding: list[float] = []
     with scheduler, Progress("measuring", flags.rounds + 1) as progress:
@@ -64,7 +66,7 @@ def decode(flags: argparse.Namespace) -> None:
             progress.show(number, f"round {number}/{flags.rounds}")
             streaming += machine.timed_together(streams, STREAM_SECONDS)
             tokens = [prompt[-1]] * flags.batch_size
-            for at in range(flags.context, length):
+            for at in range(context, length):
                 begin = time.perf_counter()
                 logits = decoder.step(scheduler.run, [(slot, at, token) for slot, token in enumerate(tokens)])
                 tokens = [CHOICE.next_token(row, prompt, random) for row in logits]
@@ -74,7 +76,7 @@ def decode(flags: argparse.Namespace) -> None:
                 decoding.clear()
     cache = 2 * decoder.c.keys.array[:, :, 0, 0].nbytes * flags.batch_size
     report.line("weights", f"{nbytes / 1e6:,.0f} MB of matrices, read once for a token, or for one of each of {flags.batch_size} texts")
-    report.line("cache", f"positions {flags.context} to {length - 1}: {cache * length / 1e6:,.1f} MB more at the last one")
+    report.line("cache", f"positions {context} to {length - 1}: {cache * length / 1e6:,.1f} MB more at the last one")
     report.line("scheduler", scheduler.describe())
     if nbytes < 2 * machine.cache_bytes():
         report.line("caches", "hold a large part of the weights, so nothing is streamed from memory")
