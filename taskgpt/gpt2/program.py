@@ -46,7 +46,7 @@ from taskgpt.gpt2.stored_updates import (
     add_part,
     decays,
     is_stored,
-    norm,
+    norm_of_gradient,
     norm_parameters,
     part,
     scaled_updates,
@@ -97,7 +97,7 @@ def training_step(spawn: Spawn, gpt: GPT2) -> None:
     step_loss(spawn, gpt)
     backward(spawn, gpt)
     if gpt.micro.is_last:
-        norm(spawn, gpt)
+        norm_of_gradient(spawn, gpt)
         if gpt.options.is_scaled:
             scaled_updates(spawn, gpt)
 

@@ -66,7 +66,7 @@ def adamw(spawn: Spawn, gpt: GPT2, parts: Iterable[tuple[int, str, Index]]) -> N
 # The norm of the whole gradient, and the updates that wait for it -----------------------------------------------------------------------
 
 
-def norm(spawn: Spawn, gpt: GPT2) -> None:
+def norm_of_gradient(spawn: Spawn, gpt: GPT2) -> None:
     """Compute the norm from the squares, and `scale`, if what becomes of the gradient depends on it."""
     spawn, s, w, options = partial(spawn, section=("update", -1)), gpt.s, gpt.w, gpt.options
     spawn(gradient_norm, s.norm[:], s.squares[:])
