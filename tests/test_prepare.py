@@ -302,6 +302,17 @@ def test_a_full_disk_keeps_what_is_done(tmp_path, monkeypatch):
     assert result(tmp_path / "out") == result(tmp_path / "whole")
 
 
+def test_training_waits_until_all_shards_are_there(tmp_path):
+    """A folder in which pieces still lie is refused, so that no run trains on a part of its text."""
+    (tmp_path / "x.txt").write_text("word " * 100)
+    prepare_texts([tmp_path / "x.txt"], tmp_path / "out", Settings())
+    (tmp_path / "out" / ".pieces").mkdir()
+    with pytest.raises(UserError, match=r"out: its token files are not all there: `taskgpt data prepare` is at work, or was interr"):
+        open_data(str(tmp_path / "out"), 1, 8, GPT2_VOCAB_SIZE)
+    prepare_texts([tmp_path / "x.txt"], tmp_path / "out", Settings())
+    assert open_data(str(tmp_path / "out"), 1, 8, GPT2_VOCAB_SIZE).train.num_tokens == 92
+
+
 def test_another_runs_work_is_never_taken(tmp_path, monkeypatch):
     """Other settings, another order, a changed, a new or a missing input: refused with what differs; before shards are there, they may be
     cut otherwise."""
@@ -460,6 +471,22 @@ def test_files_are_found_in_the_order_of_their_paths(tmp_path):
     (tmp_path / "link.txt").symlink_to(tmp_path / "a.txt")
     found = [os.path.relpath(path, tmp_path) for path in find_files([tmp_path], [".txt"])]
     assert found == ["a/b/c.txt", "a/z.txt", "a-b/c.txt", "a.txt", "link.txt"]
+
+
+def test_a_folder_that_cannot_be_looked_into_is_told(tmp_path, monkeypatch):
+    """Its texts would be missing, and nobody would know."""
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "x.txt").write_text("x")
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match="closed: cannot read: Permission denied; choose a folder that you may read"):
+        find_files([tmp_path], [".txt"])
 
 
 def test_memory_does_not_grow_with_the_document(tmp_path):

@@ -20,6 +20,7 @@ from taskgpt.gpt2.text.datasets import DATASETS, VAL_TOKENS, Dataset, prepare, s
 from taskgpt.gpt2.text.documents import END_OF_TEXT, decoded
 from taskgpt.gpt2.text.kinds import LOOK_BYTES, refuse_another_kind
 from taskgpt.gpt2.text.mixtures import Mixture, read_mixture
+from taskgpt.gpt2.text.preparation import PIECES
 from taskgpt.gpt2.text.tokenizer import BYTE_VOCAB_SIZE, GPT2_VOCAB_SIZE, Tokenizer, byte_tokenizer, gpt2_tokenizer, read_tokenizer
 from taskgpt.gpt2.text.tokens import Loader, TokenFile
 
@@ -167,6 +168,11 @@ def _open_files(spec: str, files: list[Path], sizes: Sizes) -> Data:
         found = f"{len(train)} and {len(val)} of them among {len(files)} files"
         raise UserError(
             f"data '{shorten(spec)}': looked for token files {TRAIN_FILES} and {VAL_FILES}, found {found}; give a text by its file"
+        )
+    if unfinished := next((file for file in train + val if (file.parent / PIECES).is_dir()), None):
+        raise UserError(
+            f"{shorten(unfinished.parent)}: its token files are not all there: `taskgpt data prepare` is at work, or was interrupted; "
+            "wait, or type that command again"
         )
     if both := set(train) & set(val):
         raise UserError(

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from taskgpt.errors import UserError, shorten
-from taskgpt.files import cannot_write, fill, read_json, replacing, write_whole
+from taskgpt.files import atomic_file, cannot_write, fill, read_json, write_whole
 from taskgpt.gpt2.text.datasets import _only_one, progress
 from taskgpt.gpt2.text.documents import ENCODINGS, SPAN_BYTES, Reading, Span, spans_of, tokens_of
 from taskgpt.gpt2.text.tokenizer import byte_tokenizer, tokenizer_bytes
@@ -34,7 +34,7 @@ from taskgpt.gpt2.text.tokens import MOST_TOKENS, TokenFile, TokenWriter
 
 MANIFEST, PIECES, SHARDS = "prepared.json", ".pieces", "tokens_*.bin"
 SHARD_NAME = re.compile(r"tokens_(train|val)_[0-9]{6,10}\.bin")
-VERSION = 1
+VERSION = 1  # of the manifest, and of how files are cut: another version's pieces have other ends
 MANIFEST_BYTES = 1 << 26  # some 500,000 inputs
 SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".parquet")
 SHARD_TOKENS = 100_000_000  # 200 MB, as llm.c's FineWeb
@@ -90,7 +90,7 @@ def prepare_texts(
         pieces = _tokenize(_grouped(spans), folder / PIECES, settings.reading, workers)
         shards = _assemble(pieces, folder, settings)
         if tokenizer is byte_tokenizer():  # without it, ids would be taken for another encoding's
-            with replacing(folder / "bytes_tokenizer.bin") as file:
+            with atomic_file(folder / "bytes_tokenizer.bin") as file:
                 file.write(tokenizer_bytes(tokenizer))
         _write(folder, dataclasses.replace(wanted, shards=shards))
         shutil.rmtree(folder / PIECES, ignore_errors=True)
@@ -102,7 +102,7 @@ def prepare_texts(
 def find_files(sources: Sequence[str | Path], suffixes: Sequence[str]) -> list[str]:
     """Return the files to read, absolute: sources in their order, files of a folder in the order of their paths. Hidden ones do not count.
 
-    Raises: UserError if a source is not there, if a folder has no such file, or if there is no file twice.
+    Raises: UserError if a folder may not be looked into, or has no such file, or if a file is given twice.
     """
     found: list[str] = []
     for source in map(os.path.abspath, sources):
@@ -110,7 +110,7 @@ def find_files(sources: Sequence[str | Path], suffixes: Sequence[str]) -> list[s
             found.append(source)
             continue
         inside = []
-        for folder, folders, names in os.walk(source):
+        for folder, folders, names in os.walk(source, onerror=_cannot_look):
             folders[:] = [name for name in folders if not name.startswith(".")]
             paths = [os.path.join(folder, name) for name in names if name.endswith(tuple(suffixes)) and not name.startswith(".")]
             inside += filter(os.path.isfile, paths)
@@ -121,6 +121,10 @@ def find_files(sources: Sequence[str | Path], suffixes: Sequence[str]) -> list[s
         twice = next(path for path in found if found.count(path) > 1)
         raise UserError(f"{shorten(twice)}: given twice; give each file once")
     return found
+
+
+def _cannot_look(error: OSError):
+    raise UserError(f"{shorten(error.filename)}: cannot read: {error.strerror}; choose a folder that you may read") from error
 
 
 # The manifest ---------------------------------------------------------------------------------------------------------------------------
