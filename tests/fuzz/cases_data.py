@@ -4,6 +4,7 @@ import gzip
 import json
 import struct
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pyarrow
@@ -12,7 +13,7 @@ from pyarrow import parquet
 from taskgpt.files import read_json, read_text
 from taskgpt.gpt2 import checkpoints
 from taskgpt.gpt2.shape import Model
-from taskgpt.gpt2.text import preparation
+from taskgpt.gpt2.text import documents, preparation
 from taskgpt.gpt2.text.data import open_data
 from taskgpt.gpt2.text.documents import Reading, spans_of, tokens_of
 from taskgpt.gpt2.text.mixtures import Mixture, read_mixture
@@ -112,6 +113,11 @@ def _read_documents(path: Path) -> None:
             pass
 
 
+def _read_in_small_spans(folder: Path) -> None:
+    with mock.patch.multiple(documents, SPAN_BYTES=100, FARTHEST=150):
+        _read_documents(folder / "text.txt")
+
+
 def _make_prepared(folder: Path) -> None:
     write_tokens(folder / "tokens_train_000001.bin", [i % 200 for i in range(300)])
     preparation._write(folder, PREPARED)
@@ -125,6 +131,7 @@ CASES = (
     Case("text_as_bytes", _make_text, lambda folder: open_data(str(folder / "text.txt"), 1, 8, 300)),
     Case("cursor", _make_cursor, _restore, names_file=False),
     Case("mixture", _make_mixture, lambda folder: read_mixture(read_text(folder / "mixture.txt")), names_file=False),
+    Case("text_in_spans", _make_text, _read_in_small_spans),
     Case("jsonl", lambda folder: (folder / "x.jsonl").write_bytes(LINES), lambda folder: _read_documents(folder / "x.jsonl")),
     Case(
         "jsonl_gzip",

@@ -67,8 +67,7 @@ def open_data(spec: str, batch_size: int, seq_len: int, vocab_size: int, say: Ca
     Text is in GPT-2's encoding if vocab_size has room for its 50,257 ids, else in bytes (257 ids); token files are taken as they are.
 
     Raises: UserError if nothing of that name exists or it may not be read, the text is empty or not UTF-8, a file is no good or too short
-    for one batch, or the vocabulary is too small; or as `read_mixture`, or if a mixture's
-    sources have different encodings.
+    for one batch, or the vocabulary is too small; or as `read_mixture`, or if a mixture's sources have different encodings.
     """
     sizes = Sizes(batch_size, seq_len, vocab_size)
     path = os.path.expanduser(spec)
