@@ -294,6 +294,20 @@ def test_transformers_leaves_the_same_tokens(processor):
             np.testing.assert_allclose(found, left[ids], rtol=1e-6)
 
 
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_transformers_generates_the_same(penalty, tmp_path):
+    """Its own greedy generation, from the folder that both read."""
+    torch = pytest.importorskip("torch", reason="compared with transformers: pip install torch transformers")
+    transformers = pytest.importorskip("transformers", reason="compared with transformers: pip install torch transformers")
+    checkpoints.save(tmp_path / "model", MODEL, drawn(MODEL))
+    prompt = torch.tensor([list(b"hello")])
+    settings = {"max_new_tokens": 60, "do_sample": False, "repetition_penalty": penalty, "eos_token_id": END, "pad_token_id": END}
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "model").eval()
+    wanted = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)[0, prompt.shape[1] :].tolist()
+    flags = ["--prompt", "hello", "--max-tokens", "60", "--temperature", "0", "--repetition-penalty", str(penalty)]
+    assert run(tmp_path, str(tmp_path / "model"), *flags)["texts"][0]["ids"] == [token for token in wanted if token != END]
+
+
 # Text -----------------------------------------------------------------------------------------------------------------------------------
 
 
