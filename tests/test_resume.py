@@ -160,12 +160,35 @@ def test_an_earlier_checkpoint_by_name(half, whole, capsys):
     assert untimed(half) == untimed(whole)
 
 
+@pytest.mark.parametrize("step", range(1, 12))
+def test_from_any_step(step, text, whole, tmp_path):
+    """Before a validation, between two, right after a sample: each checkpoint leads to the same end."""
+    run = tmp_path / "run"
+    trained(*TINY, "--data", text, "--steps", 12, "--out", run, "--save-every", 1, "--keep", 20)
+    assert main(["--resume", str(RunFolder(run).checkpoint(step))]) == 0
+    assert untimed(run) == untimed(whole)
+
+
 def test_a_log_cut_off_in_a_line(half, whole):
     """As a killed program leaves it; and with a step that no checkpoint holds."""
     with (half / "log.jsonl").open("a") as log:
         log.write('{"step": 7, "train_loss": 1.0, "ms": 1, "tokens_per_s": 1, "lr": 1}\n{"step": 8, "tra')
     trained("--resume", half)
     assert untimed(half) == untimed(whole)
+
+
+def test_killed_between_the_last_checkpoint_and_the_summary(whole, tmp_path):
+    """Nothing is left to train, and the log gets its end; where it has one, it stays as it is."""
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    log = run / "log.jsonl"
+    complete = log.read_bytes()
+    trained("--resume", run)
+    assert log.read_bytes() == complete
+    log.write_bytes(complete[: complete.rindex(b'{"summary"')])
+    summary = trained("--resume", run)
+    assert summary["parameters_sha256"] == records(whole)[-1]["summary"]["parameters_sha256"]
+    assert untimed(run) == untimed(whole)
 
 
 @pytest.mark.parametrize("options", [{}, {"kernels": "separate", "update": "separate", "skip_loss_z": 3.0}], ids=["fused", "separate"])

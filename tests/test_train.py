@@ -336,7 +336,7 @@ def test_a_checkpoint_that_finds_no_room_costs_nothing_else(text, tmp_path, caps
     flags = [*TINY, "--data", text, "--save", str(model), "--log", str(log), "--trace", str(trace)]
     assert main([*flags, "--steps", "1"]) == 0
     before = model.read_bytes()
-    room, fsync = iter([False]), os.fsync  # none for the checkpoint, which is written first
+    room, fsync = iter([True, True, False]), os.fsync  # for the log and its folder; none for the checkpoint, which comes next
 
     def full_once(descriptor):
         if not next(room, True):

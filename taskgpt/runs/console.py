@@ -15,7 +15,7 @@ from typing import Any
 
 from taskgpt.config import GraphConfig
 from taskgpt.errors import Interrupted, UserError, drop_output, shorten
-from taskgpt.files import parse_json
+from taskgpt.files import parse_json, replacing
 from taskgpt.gpt2.model import GPT2
 from taskgpt.gpt2.steps import Steps
 from taskgpt.lab import layout
@@ -63,6 +63,7 @@ class Console:
         self.validations: list[tuple[int, float]] = []
         self.samples: list[tuple[int, str]] = []
         self.rows = self.steps = self._steps_here = 0
+        self._is_cut_off = False  # the log that goes on: there is no summary at its end
         self.has_lost_log = self.has_lost_output = False
         self._progress: Progress | None = None
         self._seconds: deque[float] = deque(maxlen=LAST_STEPS)
@@ -105,18 +106,20 @@ class Console:
             if error.errno == errno.ENXIO:
                 raise UserError(f"--log {shorten(path)}: is a pipe that nobody reads; start its reader first") from None
             raise UserError(f"--log {shorten(path)}: cannot write: {error.strerror}; choose another place, where you may write") from None
-        self._log_name = shorten(path)
+        self._log_path, self._log_name = path, shorten(path)
 
     def _past(self, path: str, steps: int) -> list[bytes]:
         """Return what a log says of the steps before so many, and know again what it says of losses and samples."""
         past = []
+        self._is_cut_off = True
         with open(path, "rb") as file:
             for line in file:
                 try:
                     record = parse_json(line.decode())
-                    step = record.get("step", steps) if isinstance(record, dict) else steps
-                except (ValueError, RecursionError):  # the last line, cut off when the program was killed
+                    step = record.get("step", steps)
+                except (ValueError, AttributeError, RecursionError):  # the last line, cut off when the program was killed
                     break
+                self._is_cut_off = "summary" not in record
                 if type(step) is not int or step >= steps:
                     continue  # the summary of the part before, too
                 past.append(line)
@@ -236,19 +239,23 @@ class Console:
                 self.notes(["faster than sgemm, measured again: the machine is slower since then, or these tiles suit it better"])
         self.tell("memory", f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB at most")
         self.say(f"parameters sha256 {summary['parameters_sha256']}")
-        if is_wanted:
+        if is_wanted or self._is_cut_off:
             self._replace_log()
         elif self._held is not None:
             self.tell("log", f"no step ran; {self._log_name} stays as it was")
         self._write({"summary": summary})
 
     def _replace_log(self) -> None:
-        """Put this run's lines in the place of an earlier log."""
+        """Put this run's lines in the place of an earlier log, which is whole until then."""
         held, self._held = self._held, None
         if held is not None:
-            with suppress(OSError):  # who cannot truncate cannot write
-                self._log.truncate(0)
-            self._put(b"".join(held))
+            try:
+                with replacing(self._log_path) as file:
+                    file.writelines(held)
+                self._log.close()
+                self._log = open(self._log_path, "ab", buffering=0)  # noqa: SIM115 - open until the program ends
+            except OSError as error:
+                self._lose_log(error)
 
     def _write(self, record: dict[str, Any]) -> None:
         # JSON has no NaN: a diverged loss is null.
@@ -264,10 +271,13 @@ class Console:
             while self._log and lines:
                 lines = lines[self._log.write(lines) :]
         except OSError as error:
-            # The training is worth more than its log.
-            self.say(f"--log {self._log_name}: cannot write: {error.strerror}; going on without it")
-            self._log.close()
-            self._log, self.has_lost_log = None, True
+            self._lose_log(error)
+
+    def _lose_log(self, error: OSError) -> None:
+        """Go on without the log: the training is worth more."""
+        self.say(f"--log {self._log_name}: cannot write: {error.strerror}; going on without it")
+        self._log.close()
+        self._log, self.has_lost_log = None, True
 
 
 def told(found: Sequence[tuple[int, float]]) -> dict[str, float | int | None] | None:

@@ -192,15 +192,19 @@ def _difference(was: Any, now: Any, where: str = "") -> str:
 
 def _parsed(parser, identity: Identity, folder: RunFolder) -> argparse.Namespace:
     """Return the flags of the command that began a run. Raises UserError for what is no command of this version."""
+    where = f"{shorten(folder.path / RUN)}: argv"
     p = parser()
 
     def refuse(message: str) -> None:
-        raise UserError(f"{shorten(folder.path / RUN)}: argv: {message}; begin from its checkpoint with --init")
+        raise UserError(message)
 
     p.error = refuse
     if {"-h", "--help", "--version"} & {*identity.argv}:
-        refuse("no command that trains")
-    return p.parse_args(identity.argv)
+        raise UserError(f"{where}: no command that trains; begin from its checkpoint with --init")
+    try:
+        return p.parse_args(identity.argv)
+    except UserError as error:
+        raise UserError(f"{where}: {error}; begin from its checkpoint with --init") from None
 
 
 def _ask(message: str) -> bool:

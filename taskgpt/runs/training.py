@@ -49,7 +49,7 @@ class Training:
         self.begin_step = self.step = 0
         self.loss = self.norm = 0.0
         self.seconds: list[float] = []
-        self._random = sampler.random.state  # as it was when the last step ended
+        self._paused = 0, sampler.random.state  # after how many steps training last stood still, and the random numbers before it sampled
         self._validated: tuple[int, float] | None = None  # the last one: after how many steps, and what it found
         self._best_val_loss = math.inf
 
@@ -63,8 +63,8 @@ class Training:
     def about(self, step: int) -> About:
         """Return what a checkpoint after so many steps says, when the batch of the step after it has not been read."""
         val_loss = self._validated[1] if self._validated and self._validated[0] == step and math.isfinite(self._validated[1]) else None
-        sampler = format(self._random, "x")
-        return About(self.saver.run, step, self.m.model, self.data.train.cursor(), sampler, val_loss, now())
+        random = self._paused[1] if self._paused[0] == step else self.sampler.random.state  # a run that goes on samples here once more
+        return About(self.saver.run, step, self.m.model, self.data.train.cursor(), format(random, "x"), val_loss, now())
 
     def run(self) -> None:
         """Train until the last step is done.
@@ -74,7 +74,7 @@ class Training:
         """
         flags = self.flags
         while flags.steps:
-            self._random = self.sampler.random.state
+            self._paused = self.step, self.sampler.random.state
             if self._is_due(flags.val_every):
                 self._validate()
             if self.step and self._is_due(flags.sample_every) and not self.stop.is_requested:
