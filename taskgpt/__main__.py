@@ -15,6 +15,7 @@ PROGRAMS = {
     "sizes": "list the models with their parameters and memory",
     "convert": "convert a model between llm.c's and Hugging Face's formats",
     "show": "draw a graph, or write it as text, JSON, GraphML or DOT",
+    "plot": "draw the curves of training runs over each other",
     "trace": "report on traces, check them, convert them",
     "compare": "race schedulers, tiles and policies on a graph",
     "tune": "search for the fastest tiles and policy on this machine",
@@ -26,6 +27,7 @@ examples:
   taskgpt train --graph tiny
   taskgpt data prepare tinyshakespeare
   taskgpt show graph --graph tiny --format svg --output tiny.svg
+  taskgpt plot runs/a runs/b
   taskgpt trace check runs/native
   taskgpt compare --graph tiny --workers 1,2
   taskgpt VERB --help"""

@@ -18,8 +18,8 @@ lab.simulator lab.benchmarks
 lab.contests lab.roofline lab.run_page runs
 lab.named lab.dashboard lab.graph_formats
 lab.traces
-lab.report
-lab.layout lab.theme lab.machine lab.disturbance lab.pace config
+lab.report lab.curves
+lab.charts lab.drawing lab.layout lab.theme lab.machine lab.disturbance lab.pace config
 gpt2 schedulers.native schedulers.loops schedulers.threads schedulers.sequential schedulers.local_cluster __init__
 gpt2.text schedulers schedulers.records schedulers.dask_get
 files schedulers.prepare

@@ -94,13 +94,6 @@ def test_one_step_and_no_number(tmp_path):
     assert found == [3, False]
 
 
-def test_long_runs_are_thinned():
-    """To means of as many steps each, in order; short ones stay as they are."""
-    points = [(float(step), step % 2) for step in range(10)]
-    assert run_page.thinned(points, 10) == (points, 1)
-    assert run_page.thinned(points, 4) == ([(1, 1 / 3), (4, 2 / 3), (7, 1 / 3), (9, 1)], 3)
-
-
 def test_a_page_is_for_a_run_that_did_a_step(folder, tmp_path, capsys):
     """An earlier one stays; that none can be written is said before the work."""
     page = tmp_path / "run.html"

@@ -1,95 +1,136 @@
-"""A training run as one HTML page that opens from disk: losses, speed, efficiency, kernels, samples, settings. `train --report` writes it.
+"""A training run as one HTML page that opens from disk: losses, speed, efficiency, kernels, samples, settings.
 
-write("run.html", live, summary, "taskgpt train --graph tiny --report run.html")
+write("run.html", live, summary, "taskgpt train --graph tiny --report run.html")    # at the end of a run: `train --report`
+write_of_log("run.html", RunLog.read("runs/a"))                                      # long after it: `plot --report`
+
+A log knows nothing of kernels and efficiency; a page of it has neither.
 """
 
-import json
 import statistics
+import sys
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from taskgpt import palette
 from taskgpt.files import write_whole
-from taskgpt.lab import layout
+from taskgpt.lab import charts, layout
+from taskgpt.lab.charts import Thinned, line, told
+from taskgpt.lab.curves.run_log import COLUMNS, VALIDATION_COLUMNS, RunLog
 from taskgpt.lab.dashboard.live import Live
 from taskgpt.lab.theme import html_page
 
-MOST_POINTS = 2000  # of a line: a screen shows no more
 MOST_KERNELS = 12  # as bars; the others together
+NOT_IN_A_LOG = "Made from the log of the run, which has neither kernels nor parallel efficiency: train --report has them."
 
-_BODY, _STYLE = (Path(__file__).with_name(f"run_page.{kind}") for kind in ("html", "css"))
+_BODY, _STYLE = (Path(__file__).with_name(f"run_page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css"))
 
 
 def write(path: str | Path, live: Live, summary: dict[str, Any], command: str) -> None:
     """Write the page, whole or not at all. Raises UserError."""
-    parts = {
-        "TITLE": escape(live.title),
-        "FIGURES": _figures(live, summary),
-        "KERNELS": _kernels({name: ms / len(live.steps) for name, ms in live.kernel_ms.items()}),
-        "SAMPLES": _samples(live.samples),
-        "SETTINGS": "".join(_settings(summary, command)),
-        "DATA": json.dumps({"charts": _charts(live)}, separators=(",", ":")).replace("<", "\\u003c"),  # nothing ends the script early
+    points = Thinned(4)
+    for step, loss, speed, efficiency in live.steps:
+        points.add(step + 1, loss, speed, efficiency)
+    steps, losses, speeds, efficiencies = points.means()
+    efficiency = {
+        "caption": f"parallel efficiency: time in tasks / ({live.workers} workers x time){told(points)}",
+        "digits": 3,
+        "from0": True,
+        "lines": [line("efficiency", palette.VIOLET, steps, efficiencies)],
     }
-    body = _BODY.read_text(encoding="utf-8")
+    kernels = _kernels({name: ms / len(live.steps) for name, ms in live.kernel_ms.items()})
+    figures = _figures(summary) | {
+        "parallel efficiency": f"{statistics.median(efficiency for *_, efficiency in live.steps[1:] or live.steps):.3f}"
+    }
+    found = [*_charts(points, (steps, losses, speeds), np.array(live.validations).reshape(-1, 2).T), efficiency]
+    _write(
+        path, live.title, "Losses, speed and efficiency", figures, found, kernels, live.samples, _settings(summary, {"command": command})
+    )
+
+
+def write_of_log(path: str | Path, log: RunLog) -> None:
+    """Write the page of a log, whole or not at all. Raises UserError."""
+    summary = log.summary or {}
+    columns = dict(zip(COLUMNS, log.steps.means(), strict=True))
+    validations = [log.validations.means()[VALIDATION_COLUMNS.index(name)] for name in ("step", "validation")]
+    figures = _figures(
+        {"tokens_per_s": log.tokens_per_s, **summary, "steps": log.count, "train_loss": log.loss.told(), "val_loss": log.validation.told()}
+    )
+    run = {"log": str(log.path), **log.settings, "note": NOT_IN_A_LOG}
+    if not summary:
+        run["state"] = "the log has no summary: the run goes on, or was ended before it could write one"
+    found = _charts(log.steps, [columns[name] for name in ("step", "loss", "speed")], validations)
+    for name, title, digits in (("norm", "gradient norm", 3), ("lr", "learning rate", 6)):
+        if np.isfinite(columns[name]).any():
+            lines = [line(name, palette.VIOLET, columns["step"], columns[name])]
+            found.append({"caption": f"{title}{told(log.steps)}", "digits": digits, "lines": lines})
+    _write(path, _title(log), "Losses and speed", figures, found, "", list(log.samples), _settings(summary, run))
+
+
+def _write(path, title: str, what: str, figures: dict[str, str], found: list, kernels: str, samples: Sequence, settings: Iterable) -> None:
+    parts = {
+        "TITLE": escape(title),
+        "FIGURES": "".join(f"<div><b>{escape(value)}</b><span>{escape(name)}</span></div>" for name, value in figures.items()),
+        "WHAT": what,
+        "KERNELS": kernels,
+        "SAMPLES": _samples(samples),
+        "SETTINGS": "".join(settings),
+        "CHARTS": charts.html(found),
+    }
+    body = _BODY
     for name, text in parts.items():
         body = body.replace(f"<!--{name}-->", text)
-    write_whole(path, html_page(f"{live.title}: a run", _STYLE.read_text(encoding="utf-8"), body))
+    write_whole(path, html_page(f"{title}: a run", _STYLE + charts.CSS, body))
 
 
-def _charts(live: Live) -> list[dict[str, Any]]:
-    """Return what each chart shows: a caption, a unit, and lines, each with a name, a colour, points, and whether they stand alone."""
-    points, each = thinned([(step + 1, loss, speed, efficiency) for step, loss, speed, efficiency in live.steps])
-    told = f"; a point is a mean of {each} steps" if each > 1 else ""
-    steps, losses, speeds, efficiencies = zip(*points, strict=True)
+def _title(log: RunLog) -> str:
+    """Return what a run's own page would call it, the name of the log where there is no summary of it."""
+    graph, scheduler = ((log.summary or {}).get(name) for name in ("graph", "scheduler"))
+    batch = graph.get("batch") if isinstance(graph, dict) else None
+    if not (isinstance(batch, dict) and isinstance(scheduler, dict)):
+        return log.name
+    return f"{log.name}: {graph.get('name')}, B {batch.get('batch_size')}, T {batch.get('seq_len')}, {scheduler.get('name')}"
 
-    def line(name: str, colour: str, x: Iterable[float], y: Iterable[float], dots: bool = False) -> dict[str, Any]:
-        finite = [value if abs(value) < float("inf") else None for value in y]
-        return {"name": name, "colour": colour, "dots": dots, "points": list(zip(x, finite, strict=True))}
 
-    validations = live.validations
+def _charts(points: Thinned, columns: Sequence[Iterable[float]], validations: Iterable[Iterable[float]]) -> list[dict[str, Any]]:
+    """Return the charts of losses and speed."""
+    steps, losses, speeds = columns
     return [
         {
-            "caption": f"loss{told}",
+            "caption": f"loss{told(points)}",
             "digits": 4,
-            "lines": [
-                line("train", palette.BLUE, steps, losses),
-                line("validation", palette.ORANGE, [step for step, _ in validations], [loss for _, loss in validations], dots=True),
-            ],
+            "lines": [line("train", palette.BLUE, steps, losses), line("validation", palette.ORANGE, *validations, dots=True)],
         },
-        {"caption": f"tokens a second{told}", "digits": 0, "from0": True, "lines": [line("tok/s", palette.BLUE, steps, speeds)]},
         {
-            "caption": f"parallel efficiency: time in tasks / ({live.workers} workers x time){told}",
-            "digits": 3,
+            "caption": f"tokens a second{told(points)}",
+            "digits": 0,
             "from0": True,
-            "lines": [line("efficiency", palette.VIOLET, steps, efficiencies)],
+            "lines": [line("tok/s", palette.BLUE, steps, speeds)],
         },
     ]
 
 
-def thinned(points: Sequence[tuple[float, ...]], most: int = MOST_POINTS) -> tuple[list[tuple[float, ...]], int]:
-    """Return at most so many points, each the mean of as many that follow each other, and of how many."""
-    each = -(-len(points) // most)
-    parts = (points[at : at + each] for at in range(0, len(points), each))
-    return [tuple(statistics.fmean(column) for column in zip(*part, strict=True)) if each > 1 else part[0] for part in parts], each
-
-
-def _figures(live: Live, summary: dict[str, Any]) -> str:
-    """Return the run in numbers, as boxes."""
-    train, validation = summary["train_loss"], summary["val_loss"]
-    efficiency = statistics.median(efficiency for *_, efficiency in live.steps[1:] or live.steps)
-    found = {
-        "steps": f"{summary['steps']:,}",
-        "train loss": _loss(train["last"]),
-        **({"validation loss": _loss(validation["last"]), "best validation": _loss(validation["best"])} if validation else {}),
-        "ms a step, median": f"{summary['median_ms']:,.1f}",
-        "tokens a second": f"{summary['tokens_per_s']:,.0f}",
-        f"of sgemm on {summary['workers']} threads": f"{summary['share_of_sgemm']:.0%}",
-        "parallel efficiency": f"{efficiency:.3f}",
-        "memory at most": f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB",
-    }
-    return "".join(f"<div><b>{escape(value)}</b><span>{escape(name)}</span></div>" for name, value in found.items())
+def _figures(summary: dict[str, Any]) -> dict[str, str]:
+    """Return the run in numbers: those that the summary has."""
+    found = {"steps": f"{summary['steps']:,}"}
+    for key, name in (("train_loss", "train loss"), ("val_loss", "validation loss")):
+        if summary[key]:
+            found[name] = _loss(summary[key]["last"])
+    if summary["val_loss"]:
+        found["best validation"] = _loss(summary["val_loss"]["best"])
+    for key, name, form in (
+        ("median_ms", "ms a step, median", "{:,.1f}"),
+        ("tokens_per_s", "tokens a second", "{:,.0f}"),
+        ("share_of_sgemm", f"of sgemm on {summary.get('workers')} threads", "{:.0%}"),
+    ):
+        if _is_number(summary.get(key)):
+            found[name] = form.format(summary[key])
+    if _is_number(nbytes := summary.get("peak_memory_bytes")):
+        found["memory at most"] = f"{nbytes / 2**30:.2f} GiB"
+    return found
 
 
 def _loss(loss: float | None) -> str:
@@ -104,12 +145,13 @@ def _kernels(kernel_ms: dict[str, float]) -> str:
     if rest:
         shown.append((f"{len(rest)} others", sum(ms for _, ms in rest)))
     longest = max((ms for _, ms in shown), default=1.0)
-    return "".join(
+    bars = "".join(
         f'<tr><th scope="row">{escape(name)}</th>'
         f'<td class="length"><i style="width:{ms / longest:.1%};background:{colours.get(name, palette.REST)}"></i></td>'
         f"<td>{ms:,.2f} ms</td><td>{ms / total:.1%}</td></tr>"
         for name, ms in shown
     )
+    return f'<h2>Kernels</h2>\n<p class="dim">all workers\' time, mean of all steps</p>\n<table id="kernels">{bars}</table>'
 
 
 def _samples(samples: Sequence[tuple[int, str]]) -> str:
@@ -117,17 +159,22 @@ def _samples(samples: Sequence[tuple[int, str]]) -> str:
     return "".join(found) or "<p>none: <code>--sample-every 0</code></p>"
 
 
-def _settings(summary: dict[str, Any], command: str) -> Iterable[str]:
-    """Yield what ran and how, as tables."""
-    graph, disturbance = summary["graph"], summary["disturbance"]
-    run = {
-        "command": command,
-        "data": summary["data"],
-        "parameters sha256": summary["parameters_sha256"],
-        "other processes": f"{disturbance['other_cores']:.1f} of {disturbance['cores']} cores",
-        **disturbance["variables"],
-    }
-    tables = {"run": run, **{name: graph[name] for name in ("model", "batch", "tiles", "options")}}
-    for caption, values in (tables | {"scheduler": summary["scheduler"], "machine": summary["machine"]}).items():
-        rows = [[name, str(value)] for name, value in values.items()]
-        yield f'<div class="scroll">{layout.to_html({"caption": caption, "head": ["", ""], "rows": rows})}</div>'
+def _settings(summary: dict[str, Any], run: dict[str, str]) -> Iterable[str]:
+    """Yield what ran and how, as tables: those parts that the summary has."""
+    graph, disturbance = (_table(summary.get(name)) for name in ("graph", "disturbance"))
+    run = run | {name: summary[key] for key, name in (("data", "data"), ("parameters_sha256", "parameters sha256")) if key in summary}
+    if _is_number(other := disturbance.get("other_cores")):
+        run["other processes"] = f"{other:.1f} of {disturbance.get('cores')} cores"
+    run |= _table(disturbance.get("variables"))
+    tables = {"run": run, **{name: _table(graph.get(name)) for name in ("model", "batch", "tiles", "options")}}
+    for caption, values in (tables | {name: _table(summary.get(name)) for name in ("scheduler", "machine")}).items():
+        if rows := [[name, str(value)] for name, value in values.items()]:
+            yield f'<div class="scroll">{layout.to_html({"caption": caption, "head": ["", ""], "rows": rows})}</div>'
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def _table(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}

@@ -1,6 +1,5 @@
 """The pictures of a comparison, as SVG: times, where the workers' time went, scaling, and heat maps over tiles and over settings."""
 
-import io
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -10,26 +9,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.text import Text
 from matplotlib.ticker import PercentFormatter
 
 from taskgpt import palette
 from taskgpt.lab.contests.results import Result, Results
+from taskgpt.lab.drawing import INK, MARKERS, STYLE, WIDTH, to_svg
 
 IDLE = {cause: colour for cause, colour in palette.IDLE.items() if cause != "between"}
-MARKERS = "osD^vPX*"  # of lines: told apart without their colours
-INK = "#010203"  # stands for the page's own colour of text, light or dark: SVG's currentColor
-STYLE = {
-    "svg.fonttype": "none",  # text stays text
-    "font.size": 10,
-    "font.family": "sans-serif",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 10,
-    "legend.frameon": False,
-    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
-}
-WIDTH, ROW_INCHES = 8.5, 0.27  # of a picture, of a bar
+ROW_INCHES = 0.27  # of a bar
 
 
 _MAP_CAPTION = "Medians of ms a step; the fastest has a frame."
@@ -80,7 +67,7 @@ def bars(cells: Sequence[Result]) -> str:
         axes.annotate(f"{r.median:.4g}", (min(high, end), at), (5, 0), textcoords="offset points", va="center", fontsize=9)
     axes.set_xlabel("ms a step")
     axes.set_xlim(0, 1.1 * end)
-    return _svg(figure)
+    return to_svg(figure)
 
 
 def shares(cells: Sequence[Result]) -> str:
@@ -98,7 +85,7 @@ def shares(cells: Sequence[Result]) -> str:
     axes.set_xlim(0, 1)
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     figure.legend(loc="outside upper right", ncols=4)
-    return _svg(figure)
+    return to_svg(figure)
 
 
 def scaling(lines: dict[str, list[Result]], sequential_ms: float | None) -> str:
@@ -120,7 +107,7 @@ def scaling(lines: dict[str, list[Result]], sequential_ms: float | None) -> str:
     axes.set_ylim(bottom=0)
     axes.set_xticks(counts)
     figure.legend(loc="outside lower center", ncols=3, fontsize=9)
-    return _svg(figure)
+    return to_svg(figure)
 
 
 def heat_map(rows: Sequence[str], columns: Sequence[str], ms: np.ndarray, row_title: str, column_title: str) -> str:
@@ -140,7 +127,7 @@ def heat_map(rows: Sequence[str], columns: Sequence[str], ms: np.ndarray, row_ti
     axes.set_yticks(range(len(rows)), rows)
     axes.set_xlabel(column_title)
     axes.set_ylabel(row_title)
-    return _svg(figure)
+    return to_svg(figure)
 
 
 def _lines(cells: Sequence[Result]) -> dict[str, list[Result]]:
@@ -215,12 +202,3 @@ def _rows(cells: Sequence[Result]) -> tuple[Figure, Axes]:
     axes.set_yticks(range(len(cells)), [f"{_name(r, cells)}, {r.cell.workers}" for r in cells])
     axes.set_ylim(len(cells) - 0.4, -0.6)
     return figure, axes
-
-
-def _svg(figure: Figure) -> str:
-    """Return the SVG element; its names do not meet those of others on the page, and it is the same every time."""
-    text = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "".join(word.get_text() for word in figure.findobj(Text))}):
-        figure.savefig(text, format="svg", metadata={"Date": None}, transparent=True)
-    whole = text.getvalue()
-    return whole[whole.index("<svg") :].replace(INK, "currentColor")
