@@ -70,7 +70,7 @@ class Saver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
-        self._is_cancelled = kind is not None
+        self._is_cancelled = kind is not None and not issubclass(kind, Exception)  # what is being written is good, whatever else failed
         self.wait()
 
     def owe(self) -> None:
