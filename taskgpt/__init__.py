@@ -5,7 +5,7 @@ The map of the house; imports point one way, from the programs down to the tasks
     train.py programs/                  the verbs of `taskgpt`, a file each; train.py reads downwards like llm.c's main
     config.py files.py                  TOML files and flags to frozen dataclasses; how a file is read, and written whole
     errors.py palette.py                mistakes and signals; colours
-    progress.py                         how far whatever takes time is
+    progress.py downloads.py            how far whatever takes time is; what comes from the network, and the user's cache
     runs/         a training run: its loop, what a person sees of it, its end in numbers
     tasks/        room 1: kernels, accesses, tiles, graphs. Has heard of neither transformers nor threads
     schedulers/   room 2: ways to run a graph, a file or folder per value of --scheduler

@@ -45,7 +45,19 @@ from taskgpt.lab.named import overridden
 from taskgpt.lab.traces.formats import has_trace, save, verify_can_save
 from taskgpt.lab.traces.trace import RECORD, Traced
 from taskgpt.lab.tuning import tuned
-from taskgpt.programs.arguments import AUTO, Parser, add_changes, add_graph, add_scheduler, add_workers, count, part, positive, rate
+from taskgpt.programs.arguments import (
+    AUTO,
+    MODEL_HELP,
+    Parser,
+    add_changes,
+    add_graph,
+    add_scheduler,
+    add_workers,
+    count,
+    part,
+    positive,
+    rate,
+)
 from taskgpt.runs.console import Console, StopRequest
 from taskgpt.runs.saving import Every
 from taskgpt.runs.start import LATEST, Start, as_argv, opened
@@ -64,9 +76,7 @@ def parser() -> argparse.ArgumentParser:
     what = p.add_argument_group("what runs")
     add_graph(what, GRAPH)
     add_changes(what, has_auto=True)
-    what.add_argument(
-        "--init", metavar="MODEL", help="start from a checkpoint, llm.c's file or Hugging Face's folder, which gives the shape too"
-    )
+    what.add_argument("--init", metavar="MODEL", help=f"start from a model, which gives the shape too: {MODEL_HELP}")
     what.add_argument(
         "--resume",
         nargs="?",

@@ -25,10 +25,12 @@ from programs import started
 from test_tokens import batches, header
 
 import taskgpt
+from taskgpt import downloads
+from taskgpt.downloads import download
 from taskgpt.errors import UserError
 from taskgpt.gpt2.text import datasets
 from taskgpt.gpt2.text.data import open_data
-from taskgpt.gpt2.text.datasets import DATASETS, UNPACKED, download, prepare, write_tinystories
+from taskgpt.gpt2.text.datasets import DATASETS, UNPACKED, prepare, write_tinystories
 from taskgpt.gpt2.text.tokenizer import GPT2_VOCAB_SIZE, byte_tokenizer, gpt2_tokenizer
 from taskgpt.gpt2.text.tokens import TokenFile, TokenWriter, write_tokens
 from taskgpt.programs.data import main
@@ -160,12 +162,12 @@ def test_a_server_without_ranges_sends_all_again(cache, tmp_path, serve):
     part = tmp_path / "x.part"
     part.write_bytes(b"something else")
     serve(TEXT.encode(), ranges=False)
-    download(DATASETS["small"].url, part, len(TEXT), seconds=5)
+    download(DATASETS["small"].url, part, len(TEXT), "", seconds=5)
     assert part.read_text() == TEXT
     part.unlink()
     asked = serve(TEXT.encode(), ranges=False, drop_after=500)
     with pytest.raises(UserError, match=r"stopped sending; 500 of 2\d\d,\d+ bytes are here, run again to go on"):
-        download(DATASETS["small"].url, part, len(TEXT), seconds=5)
+        download(DATASETS["small"].url, part, len(TEXT), "", seconds=5)
     assert asked == [None, "bytes=500-"]
 
 
@@ -190,7 +192,7 @@ def test_no_answer_is_told(cache, capsys, serve):
 
 def test_a_silent_server_is_given_up_in_time(cache, monkeypatch):
     """An address that never answers costs the seconds that were given, and no more."""
-    monkeypatch.setattr(datasets.urllib.request, "urlopen", lambda *_, **__: threading.Event().wait())
+    monkeypatch.setattr(downloads.urllib.request, "urlopen", lambda *_, **__: threading.Event().wait())
     with pytest.raises(UserError, match=r"no answer within 0\.1 seconds"):
         prepare("small", seconds=0.1)
 
@@ -216,7 +218,7 @@ def test_runs_started_together_prepare_once(cache, serve):
         said.append(line)
         waits.set()
 
-    with datasets._only_one(cache / "small", print):
+    with downloads.only_one(cache / "small", print):
         second = threading.Thread(target=prepare, args=["small"], kwargs={"say": say})
         second.start()
         assert waits.wait(5)
@@ -603,7 +605,7 @@ def test_list_shows_what_is_where(cache, capsys):
 
 def test_ctrl_c_ends_with_code_130(tmp_path):
     """A real interrupt of the real program, while it waits for another run, ends with a line and code 130."""
-    with datasets._only_one(tmp_path, print):
+    with downloads.only_one(tmp_path, print):
         command = [sys.executable, "-um", "taskgpt", "data", "prepare", "tinyshakespeare", "--folder", str(tmp_path)]
         root = Path(taskgpt.__file__).parents[1]
         with started(command, cwd=root) as program:

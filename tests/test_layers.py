@@ -22,6 +22,7 @@ lab.report lab.curves
 lab.charts lab.drawing lab.layout lab.theme lab.machine lab.disturbance lab.pace config
 gpt2 schedulers.native schedulers.loops schedulers.threads schedulers.sequential schedulers.local_cluster __init__
 gpt2.text schedulers schedulers.records schedulers.dask_get
+downloads
 files schedulers.prepare
 tasks schedulers.cores errors lab
 palette progress

@@ -25,6 +25,10 @@ CHANGES = "; with changes: NAME:KEY=VALUE,..."
 INDENTS = {"initial_indent": "  ", "subsequent_indent": "      "}  # of a command
 LEAST_WIDTH = 11  # of help, where a terminal is narrower still; argparse's own
 AUTO = "auto"  # of --tiles: what tuning found
+MODEL_HELP = (
+    "a file of llm.c's, a file or folder of Hugging Face's, a run's folder; or gpt2, gpt2-medium, gpt2-large, gpt2-xl: OpenAI's weights, "
+    "downloaded into the cache, unless a file or folder here has that name"
+)
 SEVERAL = "`taskgpt compare` takes several"
 FLOAT32_MAX = 3.4e38  # a learning rate beyond it would be infinite
 Flags = argparse.ArgumentParser  # or a group of one

@@ -2,6 +2,7 @@
 
 taskgpt convert gpt2_124M.bin gpt2                # llm.c's file to a folder that transformers loads
 taskgpt convert gpt2 gpt2_124M.bin                # and back
+taskgpt convert gpt2-medium gpt2_355M.bin         # OpenAI's weights, downloaded once, if there is no such folder
 taskgpt convert gpt2/model.safetensors model.bin
 
 A name that ends in .bin is a file of llm.c's, version 3, float32; any other a folder with config.json and model.safetensors. What is read
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from taskgpt.errors import UserError, run_program, shorten
 from taskgpt.gpt2 import checkpoints
 from taskgpt.lab.machine import free_memory_bytes
-from taskgpt.programs.arguments import Parser
+from taskgpt.programs.arguments import MODEL_HELP, Parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run() -> int:
         p = Parser("taskgpt convert", __doc__)
-        p.add_argument("source", metavar="FROM", help="a checkpoint of llm.c's, or a folder or file of Hugging Face's")
+        p.add_argument("source", metavar="FROM", help=MODEL_HELP)
         p.add_argument("target", metavar="TO", help="name.bin for llm.c's format, a folder for Hugging Face's")
         flags = p.parse_args(argv)
         print(convert(flags.source, flags.target))

@@ -30,7 +30,7 @@ from taskgpt.lab import machine
 from taskgpt.lab.layout import field
 from taskgpt.lab.named import overridden
 from taskgpt.lab.report import compile_with_progress
-from taskgpt.programs.arguments import Parser, add_changes, add_graph, add_scheduler, add_workers, positive
+from taskgpt.programs.arguments import MODEL_HELP, Parser, add_changes, add_graph, add_scheduler, add_workers, positive
 from taskgpt.progress import Progress
 from taskgpt.schedulers import Scheduler, WorkerError, open_scheduler
 from taskgpt.tasks import AccessError, Graph, TaskError, TwinError
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run() -> int:
         p = Parser("taskgpt eval", __doc__)
-        p.add_argument("--init", required=True, metavar="MODEL", help="a checkpoint: llm.c's file or Hugging Face's folder")
+        p.add_argument("--init", required=True, metavar="MODEL", help=MODEL_HELP)
         p.add_argument("--data", default="tinyshakespeare", help="as `taskgpt train` takes it (default tinyshakespeare)")
         p.add_argument("--part", choices=PARTS, default="val", help="of the data (default val)")
         p.add_argument("--batches", type=positive, metavar="N", help="so many at most (default: all)")

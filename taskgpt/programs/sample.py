@@ -30,7 +30,7 @@ from taskgpt.lab import machine
 from taskgpt.lab.layout import field
 from taskgpt.lab.named import scheduler_of
 from taskgpt.lab.report import compile_with_progress
-from taskgpt.programs.arguments import Parser, add_scheduler, add_workers, count, part, positive, rate
+from taskgpt.programs.arguments import MODEL_HELP, Parser, add_scheduler, add_workers, count, part, positive, rate
 from taskgpt.progress import Progress
 from taskgpt.schedulers import Scheduler, WorkerError, open_scheduler
 from taskgpt.tasks import AccessError, TaskError, TwinError
@@ -43,7 +43,7 @@ BETWEEN = "\n---\n"  # two texts
 def parser() -> argparse.ArgumentParser:
     """Return the flags."""
     p = Parser("taskgpt sample", __doc__)
-    p.add_argument("--init", required=True, metavar="MODEL", help="a checkpoint: llm.c's file or Hugging Face's folder")
+    p.add_argument("--init", required=True, metavar="MODEL", help=MODEL_HELP)
     what = p.add_argument_group("what is continued")
     one = what.add_mutually_exclusive_group()
     one.add_argument("--prompt", default="", metavar="TEXT", help="the beginning; -: what standard input says (default: none)")

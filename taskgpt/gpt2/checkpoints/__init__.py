@@ -4,8 +4,8 @@
     checkpoints.load(path, model, parameters)    # parameters: name and array of each, as `GPT2.parameters` has them
     checkpoints.save(path, model, parameters)    # name.bin: llm.c's; a folder: Hugging Face's
 
-What a path names is told by what is there, or, where a file is to be made, by its name. A run's own checkpoints hold more than parameters,
-and a run alone makes them.
+What a path names is told by what is there, or, where a file is to be made, by its name. The names of OpenAI's models, where nothing here
+has them, are downloads (hub.py). A run's own checkpoints hold more than parameters, and a run alone makes them.
 """
 
 from collections.abc import Mapping
@@ -15,14 +15,18 @@ from types import ModuleType
 import numpy as np
 
 from taskgpt.errors import UserError, shorten
-from taskgpt.gpt2.checkpoints import huggingface, llmc, resumable
+from taskgpt.gpt2.checkpoints import hub, huggingface, llmc, resumable
 from taskgpt.gpt2.shape import Model
 
 Parameters = Mapping[str, np.ndarray]
 
 
 def read_shape(path: str | Path) -> Model:
-    """Return the shape of a checkpoint's model. Raises UserError for what is no checkpoint, truncated, or of another model than GPT-2."""
+    """Return the shape of a checkpoint's model, downloading it first if it is one of OpenAI's, by name, that is not here.
+
+    Raises UserError for what is no checkpoint, truncated, or of another model than GPT-2, or cannot be downloaded.
+    """
+    path = hub.located(path)
     return _kind(path).read_shape(path)
 
 
@@ -33,6 +37,7 @@ def empty(model: Model) -> dict[str, np.ndarray]:
 
 def load(path: str | Path, model: Model, parameters: Parameters) -> None:
     """Fill the parameters from a checkpoint of the model's shape. Raises UserError as `read_shape` does."""
+    path = hub.located(path)
     _kind(path).load(path, model, parameters)
 
 

@@ -5,32 +5,20 @@ run again: a download goes on where it stopped, and no file carries its final na
 other, so that only one of them does the work.
 """
 
-import hashlib
-import http.client
 import json
 import os
-import queue
 import random
 import shutil
-import sys
 import tarfile
-import threading
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-import platformdirs
-from filelock import FileLock, Timeout
-
+from taskgpt.downloads import SECONDS, download, only_one, progress, sha256_of, size_of, user_cache, verify_download
 from taskgpt.errors import UserError, did_you_mean, shorten
-from taskgpt.files import cannot_write, file_size
+from taskgpt.files import cannot_write
 from taskgpt.gpt2.text.tokenizer import gpt2_tokenizer
 from taskgpt.gpt2.text.tokens import TokenWriter, write_tokens
-from taskgpt.progress import Progress, megabytes, minutes
 
 VAL_TOKENS = 32768  # llm.c's validation part of tinyshakespeare
 UNPACKED = ".unpacked.tmp"
@@ -68,17 +56,6 @@ class Dataset:
         return all(os.path.isfile(folder / name) for name in (self.train, self.val))  # False, too, where one may not look
 
 
-def user_cache() -> Path:
-    """Return this package's folder in the user's cache. Raises: UserError if the system knows no place for one."""
-    try:
-        folder = Path(platformdirs.user_cache_dir("taskgpt", appauthor=False))
-    except RuntimeError:  # newer platformdirs; older ones return a path that is not absolute
-        folder = Path()
-    if not folder.is_absolute():
-        raise UserError(f"no cache folder: HOME is not set, and user {os.getuid()} has no home; set XDG_CACHE_HOME to a folder's full path")
-    return folder
-
-
 def split_sections(text: str) -> Iterator[str]:
     """Cut a text into llm.c's documents: a document ends with an empty line, which it keeps."""
     start = 0
@@ -104,14 +81,14 @@ def write_tinystories(archive: Path, folder: Path):
     try:
         shards = _unpack(archive, folder / UNPACKED)
         done = 0
-        with progress("tokenizing", sum(map(_size, shards))) as show:
+        with progress("tokenizing", sum(map(size_of, shards))) as show:
             for file_name, split in (("TinyStories_val.bin", shards[:1]), ("TinyStories_train.bin", shards[1:])):
                 with TokenWriter.open(folder / file_name) as writer:
                     for index, shard in enumerate(split):
                         stories = [entry["story"].strip() for entry in json.loads(shard.read_bytes())]
                         random.Random(1337 + index).shuffle(stories)
                         writer.append(gpt2_tokenizer().encode_documents(stories))
-                        show(done := done + _size(shard))
+                        show(done := done + size_of(shard))
     finally:
         shutil.rmtree(folder / UNPACKED, ignore_errors=True)
 
@@ -121,7 +98,7 @@ def _unpack(archive: Path, folder: Path) -> list[Path]:
     shutil.rmtree(folder, ignore_errors=True)  # what a killed run left
     try:
         folder.mkdir()
-        with archive.open("rb") as file, tarfile.open(fileobj=file, mode="r|gz") as tar, progress("unpacking", _size(archive)) as show:
+        with archive.open("rb") as file, tarfile.open(fileobj=file, mode="r|gz") as tar, progress("unpacking", size_of(archive)) as show:
             for member in tar:
                 name = PurePosixPath(member.name).name  # the last part only: an archive never chooses the folder
                 if member.isfile() and name.endswith(".json") and not name.startswith("."):
@@ -169,7 +146,9 @@ def find_dataset(name: str) -> Dataset:
     return DATASETS[name]
 
 
-def prepare(name: str, folder: Path | None = None, source: Path | None = None, *, seconds: float = 30, say: Callable[[str], None] = print):
+def prepare(
+    name: str, folder: Path | None = None, source: Path | None = None, *, seconds: float = SECONDS, say: Callable[[str], None] = print
+):
     """Write a dataset's token files into a folder (default: its own in the cache), unless they are there.
 
     Args: source: an already downloaded file to take instead of the network, left as it is. seconds: to wait for the server.
@@ -178,7 +157,7 @@ def prepare(name: str, folder: Path | None = None, source: Path | None = None, *
     dataset = find_dataset(name)
     folder = folder or dataset.folder
     if not dataset.is_in(folder):
-        with _only_one(folder, say):
+        with only_one(folder, say):
             if not dataset.is_in(folder):  # still: another run may have ended meanwhile
                 _prepare(dataset, folder, source, seconds)
                 say(f"{name}: wrote {folder / dataset.train} and {dataset.val} beside it")
@@ -192,125 +171,14 @@ def _prepare(dataset: Dataset, folder: Path, source: Path | None, seconds: float
             leftover.unlink()
     part = dataset.part(folder)
     if source is None:
-        download(dataset.url, part, dataset.num_bytes, seconds)
-    if (found := _sha256(source or part)) != dataset.sha256:
-        if source is None:
-            part.unlink()
-        what = (
-            f"{source}: this is not {dataset.name}'s {part.stem}" if source else f"{dataset.url}: the download was damaged and is deleted"
-        )
-        raise UserError(f"{what}: wanted SHA-256 {dataset.sha256}, got {found}; {'download it' if source else 'run'} again")
+        download(dataset.url, part, dataset.num_bytes, "without a network, fetch it elsewhere and give it with --from FILE", seconds)
+        verify_download(dataset.url, part, dataset.sha256)
+    elif (found := sha256_of(source)) != dataset.sha256:
+        what = f"{source}: this is not {dataset.name}'s {part.stem}"
+        raise UserError(f"{what}: wanted SHA-256 {dataset.sha256}, got {found}; download it again")
     dataset.write(source or part, folder)
     for file_name, wanted in dataset.token_sha256.items():
-        if (found := _sha256(folder / file_name)) != wanted:
+        if (found := sha256_of(folder / file_name)) != wanted:
             (folder / file_name).unlink()
             raise UserError(f"{folder / file_name}: deleted: SHA-256 {found}, but llm.c's is {wanted}; install another tiktoken")
     part.unlink(missing_ok=True)
-
-
-def download(url: str, part: Path, num_bytes: int, seconds: float):
-    """Fetch a URL of num_bytes into `part`, going on where an earlier try stopped if the server can.
-
-    A connection that drops is taken up again as long as each try gets further than the last. Args: seconds: to wait for the server.
-    Raises: UserError if the server does not answer or stops sending (what came is kept), or if the disk is full.
-    """
-    furthest = _size(part)
-    with progress("downloading", num_bytes, furthest) as show:
-        while (have := _size(part)) < num_bytes:
-            try:
-                _fetch(url, part, have, num_bytes, seconds, show)
-                reason = "the server stopped sending"
-            except urllib.error.HTTPError as error:
-                error.close()  # it is the response, too
-                if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
-                    part.unlink()  # the file at the server is now shorter than what came before
-                reason = f"the server answers {error.code} {error.reason}"
-            except (OSError, http.client.HTTPException) as error:
-                cause = getattr(error, "reason", error)  # urllib wraps what went wrong
-                reason = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
-            if _size(part) <= furthest:
-                if have := _size(part):
-                    raise UserError(f"{url}: {reason}; {have:,} of {num_bytes:,} bytes are here, run again to go on")
-                raise UserError(f"{url}: {reason}; without a network, fetch it elsewhere and give it with --from FILE")
-            furthest = _size(part)
-
-
-def _fetch(url: str, part: Path, have: int, num_bytes: int, seconds: float, show: Callable[[int], None]):
-    headers = {"User-Agent": "taskgpt"} | ({"Range": f"bytes={have}-"} if have else {})
-    with _answer(urllib.request.Request(url, headers=headers), seconds) as response:
-        resumed = response.status == http.HTTPStatus.PARTIAL_CONTENT
-        done = have if resumed else 0
-        try:
-            file = part.open("ab" if resumed else "wb", buffering=0)
-        except OSError as error:
-            raise cannot_write(part, error) from error
-        with file:
-            while done <= num_bytes and (block := response.read1(1 << 18)):
-                try:
-                    file.write(block)
-                except OSError as error:
-                    raise cannot_write(part, error) from error
-                done += len(block)
-                show(done)
-
-
-def _answer(request: urllib.request.Request, seconds: float) -> http.client.HTTPResponse:
-    # In a thread: urlopen's timeout counts for each of the server's addresses anew, and not for looking up its name, so that a machine
-    # behind a wall would wait for minutes. The thread is a daemon: it may be stuck in there when the program ends.
-    answers = queue.SimpleQueue()
-
-    def ask():
-        try:
-            answers.put(urllib.request.urlopen(request, timeout=seconds))
-        except Exception as error:
-            answers.put(error)
-
-    threading.Thread(target=ask, daemon=True).start()
-    try:
-        answer = answers.get(timeout=seconds)
-    except queue.Empty:
-        raise TimeoutError(f"no answer within {seconds:g} seconds") from None
-    if isinstance(answer, Exception):
-        raise answer
-    return answer
-
-
-@contextmanager
-def progress(label: str, total_bytes: int, done_bytes: int = 0) -> Iterator[Callable[..., None]]:
-    """Show how far a job is, yielding `show(done_bytes, words)`; at its end say how long it took."""
-    begin = time.monotonic()
-    with Progress(label, total_bytes, megabytes, done_bytes) as shown:
-        yield shown.show
-    print(f"{label}: {total_bytes / 1e6:,.1f} MB, done after {minutes(time.monotonic() - begin)}", file=sys.stderr, flush=True)
-
-
-@contextmanager
-def _only_one(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Make the folder and hold its lock: of runs started together one works and the others wait, then find its files."""
-    lock = FileLock(folder / ".lock")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            say(f"waiting for another run that writes into {folder}")
-            lock.acquire()
-    except OSError as error:
-        raise cannot_write(folder, error) from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
-
-
-def _sha256(path: Path) -> str:
-    try:
-        file_size(path)  # refuses what could be read for ever
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"{shorten(path)}: cannot read: {error.strerror or error}") from error

@@ -25,9 +25,9 @@ from pathlib import Path
 
 import numpy as np
 
+from taskgpt.downloads import only_one, progress
 from taskgpt.errors import UserError, shorten
 from taskgpt.files import atomic_file, cannot_write, fill, read_json, write_whole
-from taskgpt.gpt2.text.datasets import _only_one, progress
 from taskgpt.gpt2.text.documents import ENCODINGS, SPAN_BYTES, Reading, Span, spans_of, tokens_of
 from taskgpt.gpt2.text.tokenizer import byte_tokenizer, tokenizer_bytes
 from taskgpt.gpt2.text.tokens import MOST_TOKENS, TokenFile, TokenWriter
@@ -83,7 +83,7 @@ def prepare_texts(
     inputs = list(dict.fromkeys(f"{span.size} {span.mtime_ns} {span.path}" for span in spans))
     wanted = Manifest(VERSION, settings, inputs)
     tokenizer = ENCODINGS[settings.reading.encoding]()
-    with _only_one(folder, say):
+    with only_one(folder, say):
         if _begin(folder, wanted):
             say(f"already prepared in {folder}; to prepare it anew, delete that folder first")
             return

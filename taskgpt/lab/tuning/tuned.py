@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from taskgpt.config import GraphConfig, find_file, load_graph
+from taskgpt.downloads import user_cache
 from taskgpt.errors import UserError
 from taskgpt.files import cannot_write, fill, parse_toml, read_json, read_text, read_toml, write_whole
 from taskgpt.gpt2.shape import Tiles
-from taskgpt.gpt2.text.datasets import user_cache
 from taskgpt.lab import machine
 from taskgpt.lab.contests.cells import Changes
 
