@@ -14,6 +14,7 @@ from taskgpt.files import read_json, read_text
 from taskgpt.gpt2 import checkpoints
 from taskgpt.gpt2.shape import Model
 from taskgpt.gpt2.text import documents, preparation
+from taskgpt.gpt2.text.choices import read_choices
 from taskgpt.gpt2.text.data import open_data
 from taskgpt.gpt2.text.documents import Reading, spans_of, tokens_of
 from taskgpt.gpt2.text.mixtures import Mixture, read_mixture
@@ -38,6 +39,11 @@ def _make_tokenizer(folder: Path) -> None:
     pieces = [bytes([i]) * (i % 5) for i in range(200)]
     table = b"".join(bytes([len(piece)]) + piece for piece in pieces)
     (folder / "tokenizer.bin").write_bytes(_header(20240328, 2, len(pieces), 0) + table)
+
+
+def _make_choices(folder: Path) -> None:
+    words = [word for n in range(3) for word in (65535, 28, n, 1, 2, 3, 1, 2, 3, 2, 4, 5, 1, 6)]
+    (folder / "choices.bin").write_bytes(_header(20240522, 1, 3, 28) + struct.pack(f"<{len(words)}H", *words))
 
 
 def _make_folder(folder: Path) -> None:
@@ -126,6 +132,7 @@ def _make_prepared(folder: Path) -> None:
 CASES = (
     Case("token_file", _make_tokens, lambda folder: TokenFile(folder / "tokens.bin")[:].sum()),
     Case("tokenizer_file", _make_tokenizer, lambda folder: read_tokenizer(folder / "tokenizer.bin").decode(range(210))),
+    Case("choices", _make_choices, lambda folder: read_choices(folder / "choices.bin", 200)),
     Case("token_folder", _make_folder, lambda folder: open_data(str(folder), 1, 8, 200)),
     Case("text", _make_text, lambda folder: open_data(str(folder / "text.txt"), 1, 8, 50257)),
     Case("text_as_bytes", _make_text, lambda folder: open_data(str(folder / "text.txt"), 1, 8, 300)),

@@ -9,12 +9,13 @@ from taskgpt.errors import UserError, shorten
 
 LOOK_BYTES = 4096  # what is enough to see of a file
 CHECKPOINT, TOKENS, TOKENIZER = "an llm.c model checkpoint", "an llm.c token file", "an llm.c tokenizer"
+CHOICES = "an llm.c evaluation file (HellaSwag, MMLU)"
 LLMC = {  # by the word that llm.c's own formats begin with
     20240326: (CHECKPOINT, "give it to --init"),
     20240327: ("an llm.c debug state", ""),
     20240328: (TOKENIZER, "put it beside token files"),
     20240520: (TOKENS, "give its folder to --data, or a pattern that matches a train and a val file"),
-    20240522: ("an llm.c evaluation file (HellaSwag, MMLU), which holds no running text", ""),
+    20240522: (CHOICES, "give it to `taskgpt eval --choices`"),
     20240801: ("a token file of llm.c's llama-3 variant (uint32)", "tokenize the text for GPT-2 instead"),
 }
 BEGINNINGS = {
