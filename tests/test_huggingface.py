@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+from pages import ROOT, files
 from safetensors.numpy import load_file, save_file
 
 from taskgpt import train
@@ -262,6 +263,37 @@ def test_the_program(saved, tmp_path, capsys):
     for words in ([str(tmp_path / "ckpt.pt"), "x.bin"], [str(tmp_path / "none"), "x.bin"], [str(path), str(tmp_path / "none" / "x")]):
         assert convert(words) == 2
         assert capsys.readouterr().err.count("\n") == 1
+
+
+def as_nanogpt(model: Model, parameters: dict[str, np.ndarray], has_bias: bool) -> dict[str, np.ndarray]:
+    """Return the tensors of nanoGPT's state_dict, compiled, with its masks: matrices are (out, in), as ours."""
+    found = {"transformer.wte.weight": parameters["wte"][: model.vocabulary], "transformer.wpe.weight": parameters["wpe"]}
+    found |= {"transformer.ln_f.weight": parameters["lnfw"][0], "transformer.ln_f.bias": parameters["lnfb"][0]}
+    for l in range(model.layers):
+        found |= {f"transformer.h.{l}.{theirs}": parameters[ours][l] for ours, (theirs, _) in huggingface.OF_LAYER.items()}
+        found[f"transformer.h.{l}.attn.bias"] = np.tril(np.ones((1, 1, model.max_seq_len, model.max_seq_len), np.float32))
+    found["lm_head.weight"] = found["transformer.wte.weight"]
+    return {f"_orig_mod.{name}": array for name, array in found.items() if has_bias or not name.endswith(".bias") or ".attn.bias" in name}
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_nanogpt_is_refused_and_its_recipe_reads_it(tmp_path, monkeypatch, has_bias):
+    """ckpt.pt is named for what it is, and where the program stands that makes a folder of it; that one holds the same parameters."""
+    torch = pytest.importorskip("torch", reason="pip install torch transformers")
+    monkeypatch.chdir(tmp_path)
+    model, parameters = SHAPES["small"], drawn(SHAPES["small"])
+    names = {"n_layer": "layers", "n_head": "heads", "n_embd": "channels", "block_size": "max_seq_len", "vocab_size": "vocabulary"}
+    shape = {theirs: getattr(model, ours) for theirs, ours in names.items()} | {"bias": has_bias, "dropout": 0.0}
+    tensors = {name: torch.tensor(array) for name, array in as_nanogpt(model, parameters, has_bias).items()}
+    torch.save({"model": tensors, "model_args": shape, "iter_num": 7, "best_val_loss": torch.tensor(1.5), "config": {"lr": 1}}, "ckpt.pt")
+    with pytest.raises(UserError, match=r"PyTorch checkpoint .* never loaded.*docs/tutorials/gpt.md has a program for nanoGPT's"):
+        checkpoints.read_shape("ckpt.pt")
+    exec(files(ROOT / "docs" / "tutorials" / "gpt.md")["from_nanogpt.py"], {})
+    found, again = read("from-nanogpt")
+    assert found == model
+    if not has_bias:
+        parameters = {name: np.zeros_like(array) if name.endswith("b") else array for name, array in parameters.items()}
+    assert is_same(parameters, again)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -43,16 +43,17 @@ def numpy_file(save, *arrays) -> bytes:
     return file.getvalue()
 
 
+OF_A_PICKLE = "make a folder of it for --init: docs/tutorials/gpt.md has a program for nanoGPT's"
 TENSORS = json.dumps({"wte": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
 FILES = {  # name: (content, what the message says, what to do; None: what depends on what was wanted)
     "model.pt": (
         archive(**{"model/data.pkl": pickle.dumps(Bomb()), "model/version": b"3"}),
         "a PyTorch checkpoint .* never loaded.*",
-        None,
+        OF_A_PICKLE,
     ),
-    "script.pt": (archive(**{"script/data/0": bytes(16), "script/data.pkl": b""}), "a PyTorch checkpoint .* never loaded.*", None),
-    "pytorch_model.bin": (pickle.dumps(Bomb(), protocol=2), "a Python pickle .* never loaded.*", None),
-    "model.pkl": (pickle.dumps(Bomb(), protocol=5), "a Python pickle .* never loaded.*", None),
+    "script.pt": (archive(**{"script/data/0": bytes(16), "script/data.pkl": b""}), "a PyTorch checkpoint .* never loaded.*", OF_A_PICKLE),
+    "pytorch_model.bin": (pickle.dumps(Bomb(), protocol=2), "a Python pickle .* never loaded.*", OF_A_PICKLE),
+    "model.pkl": (pickle.dumps(Bomb(), protocol=5), "a Python pickle .* never loaded.*", OF_A_PICKLE),
     "model.safetensors": (
         struct.pack("<Q", len(TENSORS)) + TENSORS + bytes(4),
         "a safetensors model",
@@ -69,7 +70,7 @@ FILES = {  # name: (content, what the message says, what to do; None: what depen
     "book.pdf": (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n" + bytes(50), "a PDF document", "extract its text first"),
     "table.parquet": (b"PAR1\x15\x04" + bytes(50), "a Parquet table", None),
     "debug_state.bin": (header(20240327, 2), "an llm.c debug state", None),
-    "hellaswag_val.bin": (header(20240522, 1), r"an llm.c evaluation file \(HellaSwag, MMLU\), which holds no running text", None),
+    "hellaswag_val.bin": (header(20240522, 1), r"an llm.c evaluation file \(HellaSwag, MMLU\)", "give it to `taskgpt eval --choices`"),
 }
 READERS = {  # what is wanted: (reader, what to do)
     "an llm.c model checkpoint": (llmc.read_shape, "llm.c's train_gpt2.py writes one, also from Hugging Face's models"),

@@ -35,6 +35,7 @@ BEGINNINGS = {
     b"%PDF-": ("a PDF document", "extract its text first, for instance with pdftotext"),
 }
 NEVER_LOADED = "which is never loaded, as that could run anything"
+OF_A_PICKLE = "make a folder of it for --init: docs/tutorials/gpt.md has a program for nanoGPT's; transformers' save_pretrained writes one"
 BYTE_ORDER_MARKS = {b"\xff\xfe\0\0": "UTF-32LE", b"\0\0\xfe\xff": "UTF-32BE", b"\xff\xfe": "UTF-16LE", b"\xfe\xff": "UTF-16BE"}
 
 
@@ -58,10 +59,10 @@ def kind_of(beginning: bytes) -> tuple[str, str]:
     if beginning.startswith(b"PK\x03\x04"):  # a zip archive: the name of its first member tells which
         member = beginning[30 : 30 + int.from_bytes(beginning[26:28], "little")]
         if member.endswith((b"/data.pkl", b"/data/0")):  # the second begins a TorchScript archive
-            return f"a PyTorch checkpoint (a pickle in a zip archive), {NEVER_LOADED}", ""
+            return f"a PyTorch checkpoint (a pickle in a zip archive), {NEVER_LOADED}", OF_A_PICKLE
         return ("an archive of NumPy arrays (.npz)", "") if member.endswith(b".npy") else ("a zip archive", "unpack it first")
     if beginning[:1] == b"\x80" and beginning[1:2] in (b"\2", b"\3", b"\4", b"\5"):
-        return f"a Python pickle (as older PyTorch checkpoints are), {NEVER_LOADED}", ""
+        return f"a Python pickle (as older PyTorch checkpoints are), {NEVER_LOADED}", OF_A_PICKLE
     if beginning[5:10] == b'\0\0\0{"':  # the length of a header, as 8 bytes, then the header in JSON
         return "a safetensors model", "give it, or its folder, to --init or to `taskgpt convert`"
     return "", ""
