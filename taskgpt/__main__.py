@@ -10,7 +10,7 @@ from taskgpt.errors import begin_program, did_you_mean, run_program, shorten
 PROGRAMS = {
     "train": "train GPT-2",
     "sample": "generate text: continue prompts with a trained model",
-    "eval": "measure a model's loss, perplexity and bits per byte",
+    "eval": "measure a model's loss, or how often it chooses right",
     "data": "download a dataset, or list what is prepared",
     "sizes": "list the models with their parameters and memory",
     "convert": "convert a model between llm.c's and Hugging Face's formats",

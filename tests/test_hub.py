@@ -214,6 +214,9 @@ def test_no_network_is_told(server, folder, capsys, monkeypatch):
     assert f"into {folder}, or name a folder that has them" in message
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     assert "Connection refused; without a network" in refused(capsys, "gpt2")
+    for address in ("mirror", "file:///etc"):
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        assert f"HF_ENDPOINT={address}: wanted an address such as https://" in refused(capsys, "gpt2")
 
 
 def test_files_put_by_hand_are_taken(server, source, folder):

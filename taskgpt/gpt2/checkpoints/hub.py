@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from taskgpt.downloads import SECONDS, download, only_one, user_cache, verify_download
-from taskgpt.errors import shorten
+from taskgpt.errors import UserError, shorten
 from taskgpt.files import cannot_write
 
 HUB = "https://huggingface.co"
@@ -33,8 +33,11 @@ class Published:
 
     @property
     def url(self) -> str:
-        """What the names of its files are appended to."""
-        return f"{os.environ.get('HF_ENDPOINT', '').rstrip('/') or HUB}/openai-community/{self.name}/resolve/{self.revision}/"
+        """What the names of its files are appended to. Raises UserError if HF_ENDPOINT is no server's address."""
+        server = os.environ.get("HF_ENDPOINT") or HUB
+        if not server.startswith(("https://", "http://")):
+            raise UserError(f"HF_ENDPOINT={shorten(server)}: wanted an address such as {HUB}; correct it, or unset it")
+        return f"{server.rstrip('/')}/openai-community/{self.name}/resolve/{self.revision}/"
 
     @property
     def files(self) -> dict[str, str]:
@@ -108,7 +111,8 @@ def fetch(model: Published, seconds: float = SECONDS) -> None:
         for name, sha256 in model.files.items():
             if not os.path.isfile(model.folder / name):  # of an earlier try, or of another run, which ended meanwhile
                 _fetch(model, name, sha256, seconds)
-        _say(f"{model.name}: {TENSORS} has the published SHA-256; it stays in {model.folder}")
+                if name == TENSORS:
+                    _say(f"{model.name}: {TENSORS} has the published SHA-256; it stays in {model.folder}")
 
 
 def _fetch(model: Published, name: str, sha256: str, seconds: float) -> None:

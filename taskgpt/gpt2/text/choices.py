@@ -150,4 +150,5 @@ def judged(examples: Iterable[Example], scores: Iterator[Score]) -> Iterator[tup
     """
     for example in examples:
         found = list(islice(scores, len(example.completions)))
-        yield tuple(min(found, key=key) is found[example.label] for key in (lambda score: score.total, lambda score: score.mean))
+        right = found[example.label]
+        yield min(found, key=lambda score: score.total) is right, min(found, key=lambda score: score.mean) is right
