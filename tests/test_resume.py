@@ -215,20 +215,21 @@ def test_a_snapshot_runs_between_steps(options):
 # When ----------------------------------------------------------------------------------------------------------------------------------
 
 
-def test_signals_of_a_batch_system(text, tmp_path):
-    """SIGUSR1 has a checkpoint made, and training goes on; SIGTERM ends it with one."""
+@pytest.mark.parametrize("scheduler", [SCHEDULERS[0], SCHEDULERS[-1]], ids=lambda words: words[0])
+def test_signals_of_a_batch_system(scheduler, text, tmp_path):
+    """SIGUSR1 has a checkpoint made, and training goes on; SIGTERM ends it with one. They come to all processes of the run."""
     run = tmp_path / "run"
     argv = [sys.executable, "-u", "-m", "taskgpt.train", *TINY, "--data", text, "--steps", "1000000", "--out", str(run)]
-    with started(argv) as process:
+    with started([*argv, "--scheduler", *scheduler], start_new_session=True) as process:
         said = []
         while not (line := process.stdout.readline()).startswith("step 3/"):
             assert line, process.stderr.read()
-        process.send_signal(signal.SIGUSR1)
+        os.killpg(process.pid, signal.SIGUSR1)
         while not (line := process.stdout.readline()).startswith("checkpoint"):
             assert line, process.stderr.read()
         said.append(line)
         assert process.stdout.readline()
-        process.send_signal(signal.SIGTERM)
+        os.killpg(process.pid, signal.SIGTERM)
         out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (128 + signal.SIGTERM, "")
     assert "behind training" in said[0]

@@ -86,7 +86,8 @@ class Scheduler(InTurn):
         if self.settings.processes and hasattr(signal, "pthread_sigmask"):
             # A terminal sends Ctrl-C to every process, and SIGHUP when it closes; a batch system sends SIGTERM to all before it kills them.
             # What is started from here, and by that, inherits the mask and leaves them to the main process, which may yet save its work.
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP, signal.SIGINT, signal.SIGTERM})
+            # SIGUSR1, with which it says that the end is near, would end them.
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
         self._watch = _Watch()
         try:
             with dask.config.set(_CONFIG):
@@ -233,7 +234,7 @@ def _difference(kernel: Kernel) -> str:
 def _start_resource_tracker() -> None:
     """Start Python's own process that cleans up behind others, so that no signal to all processes ends it: it ignores only two of them."""
     if hasattr(signal, "pthread_sigmask"):
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP, signal.SIGUSR1})
         resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
