@@ -16,7 +16,7 @@ from programs import started
 from safetensors.numpy import load_file
 
 from taskgpt.__main__ import main as taskgpt
-from taskgpt.errors import UserError
+from taskgpt.errors import Interrupted, UserError
 from taskgpt.gpt2.checkpoints import resumable
 from taskgpt.gpt2.model import GPT2
 from taskgpt.gpt2.program import training_graph
@@ -25,9 +25,10 @@ from taskgpt.gpt2.snapshot import Snapshot
 from taskgpt.runs import folder as folders
 from taskgpt.runs import start as starts
 from taskgpt.runs.folder import RunFolder
-from taskgpt.runs.saving import Saver
+from taskgpt.runs.saving import Every, Saver
 from taskgpt.schedulers import open_scheduler
 from taskgpt.schedulers.native import Settings
+from taskgpt.tasks import TaskError
 from taskgpt.train import main
 
 SCHEDULERS = [["native", "--workers", "2"], ["sequential"], ["loops"], ["threads"], ["local-cluster", "--set", "processes=true"]]
@@ -454,6 +455,33 @@ def test_no_room_is_said_before_the_work(small_disk, text, capsys):
     """Where not even one checkpoint fits."""
     (small_disk / "filler").write_bytes(bytes(5 << 20))
     assert "the disk has" in refused(capsys, *TINY, "--data", text, "--out", small_disk / "run")
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), MemoryError(), ZeroDivisionError("a defect")])
+def test_what_the_writer_did_not_foresee(error, half, monkeypatch, capsys):
+    """What may pass is said, and training goes on; a defect ends the program, and is not left behind in a thread."""
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(resumable, "save", fail)
+    if isinstance(error, ZeroDivisionError):
+        with pytest.raises(ZeroDivisionError):
+            main(["--resume", str(half), "--save-every", "3"])
+    else:
+        assert main(["--resume", str(half), "--save-every", "3"]) == 2
+        captured = capsys.readouterr()
+        why = "Input/output error" if isinstance(error, OSError) else "out of memory"
+        assert f"step-00000009: {why}; the last one is {half}/step-00000007" in captured.out
+        assert captured.err.splitlines()[-1].endswith(f"step-00000012: {why}")
+
+
+def test_a_task_that_fails_does_not_cancel_a_checkpoint(half):
+    """What is being written then is all that is left; a second Ctrl-C cancels it."""
+    for kind, is_cancelled in ((TaskError, False), (Interrupted, True)):
+        saver = Saver(RunFolder(half), "run", None, None, Every(), 2, lambda line: None)
+        saver.__exit__(kind)
+        assert saver._is_cancelled is is_cancelled
 
 
 def test_no_memory_for_a_copy(half, whole, monkeypatch, capsys):

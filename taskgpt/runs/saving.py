@@ -65,6 +65,7 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._is_cancelled = False
         self._told: list[str] = []
+        self._defect: Exception | None = None
 
     def __enter__(self) -> "Saver":
         return self
@@ -129,8 +130,15 @@ class Saver:
         except resumable.Cancelled:
             pass
         except UserError as error:
-            self.error = error
-            self._told.append(f"{error}; {self.left}")
+            self._fail(error)
+        except (MemoryError, OSError) as error:  # of what is done beside writing
+            self._fail(UserError(f"{shorten(path)}: {getattr(error, 'strerror', None) or 'out of memory'}"))
+        except Exception as error:  # a defect, which is not to end in this thread unseen
+            self._defect = error
+
+    def _fail(self, error: UserError) -> None:
+        self.error = error
+        self._told.append(f"{error}; {self.left}")
 
     @property
     def left(self) -> str:
@@ -138,9 +146,12 @@ class Saver:
         return f"the last one is {shorten(self.newest)}" if self.newest else "there is none before it"
 
     def poll(self) -> None:
-        """Tell what has been written since the last time."""
+        """Tell what has been written since the last time. Raises what the thread has raised that nobody foresaw."""
         while self._told:
             self._tell(self._told.pop(0))
+        if self._defect:
+            defect, self._defect = self._defect, None
+            raise defect
 
     def wait(self) -> None:
         """Wait until nothing is being written."""
