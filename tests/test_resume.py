@@ -178,6 +178,15 @@ def test_a_log_cut_off_in_a_line(half, whole):
     assert untimed(half) == untimed(whole)
 
 
+def test_a_log_damaged_in_its_middle(half, whole):
+    """Only the line that is damaged is lost."""
+    lines = (half / "log.jsonl").read_text().splitlines(keepends=True)
+    (half / "log.jsonl").write_text("".join([*lines[:2], lines[2][:9] + "\n", *lines[3:]]))
+    trained("--resume", half)
+    told = untimed(whole)
+    assert untimed(half) == told[:2] + told[3:]
+
+
 def test_killed_between_the_last_checkpoint_and_the_summary(whole, tmp_path):
     """Nothing is left to train, and the log gets its end; where it has one, it stays as it is."""
     run = tmp_path / "run"

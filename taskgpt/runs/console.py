@@ -24,6 +24,7 @@ from taskgpt.lab.report import compile_with_progress
 from taskgpt.progress import Progress, minutes
 from taskgpt.tasks import Kernel
 
+RECORDS = b'{"step": ', b'{"summary": '  # how the lines of a log begin
 LAST_STEPS = 20  # whose median says how fast training is now, and when it will end
 
 
@@ -95,7 +96,8 @@ class Console:
         try:
             if os.path.isfile(path) and os.path.getsize(path):
                 with open(path, "rb") as file:
-                    if file.read(1) != b"{":
+                    head = file.read(max(map(len, RECORDS)))
+                    if not any(head.startswith(each[: len(head)]) for each in RECORDS):
                         raise UserError(f"--log {shorten(path)}: is there already and is no log; name another file")
                 self._held = [] if resumed is None else self._past(path, resumed)
             # A pipe without a reader would otherwise be waited for, and for ever.
@@ -109,7 +111,7 @@ class Console:
         self._log_path, self._log_name = path, shorten(path)
 
     def _past(self, path: str, steps: int) -> list[bytes]:
-        """Return what a log says of the steps before so many, and know again what it says of losses and samples."""
+        """Return what a log says of the steps before so many, and know again what it says of losses."""
         past = []
         self._is_cut_off = True
         with open(path, "rb") as file:
@@ -117,8 +119,9 @@ class Console:
                 try:
                     record = parse_json(line.decode())
                     step = record.get("step", steps)
-                except (ValueError, AttributeError, RecursionError):  # the last line, cut off when the program was killed
-                    break
+                except (ValueError, AttributeError, RecursionError):  # cut off when the program was killed, or the disk was full
+                    self._is_cut_off = True
+                    continue
                 self._is_cut_off = "summary" not in record
                 if type(step) is not int or step >= steps:
                     continue  # the summary of the part before, too
