@@ -192,17 +192,16 @@ def train(start: Start, argv: Sequence[str], report: Console, stop: StopRequest)
     prepare = check if flags.check else lambda graph: graph
     steps, val_graphs = Steps(m, prepare), [prepare(loss_graph(m, slot)) for slot in range(len(m.slots))]
     sampler = Sampler(m, prepare)
-    saver = (
-        start.saver(m, every, as_argv(flags, parser().parse_args([])), graph_config, data.fingerprint, report, stop)
-        if start.folder
-        else None
-    )
+    training = Training(flags, scheduler, m, data, steps, val_graphs, sampler, report, stop)
+    if start.about:
+        training.resume(start.about, start.best_val_loss)
+    if start.folder:
+        argv_kept = as_argv(flags, parser().parse_args([]))
+        training.saver = start.saver(m, every, argv_kept, graph_config, data.fingerprint, report, stop)
+    saver = training.saver
     graphs = [*val_graphs, *sampler.graphs, *([saver.graph] if saver and saver.graph else [])]
     report.compiling([*steps.kernels, *(kernel for graph in graphs for kernel in graph.kernels)])
 
-    training = Training(flags, scheduler, m, data, steps, val_graphs, sampler, report, stop, saver)
-    if start.about:
-        training.resume(start.about, start.best_val_loss)
     stop.can_wait = True  # from here on, as workers that start or end are not to be interrupted
     with scheduler, dashboard.serve(bare) if dashboard else nullcontext(), saver or nullcontext():
         report.begin(graph_config, scheduler.describe(), data.description, m, steps, flags.steps)

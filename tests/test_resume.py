@@ -149,6 +149,24 @@ def test_what_a_part_changed_holds_for_the_next(half, capsys):
     assert [each["lr"] for each in steps] == [1e-4] * 7 + [1e-3] * 13
 
 
+def test_a_command_given_many_times(half):
+    """What it says does not add up in run.json."""
+    for steps in (8, 9, 10):
+        trained("--resume", half, "--steps", steps, "--set", "idle=busy", "policy=oldest_first", "--tiles", "rows=16")
+    argv = json.loads((half / "run.json").read_text())["argv"]
+    assert [argv.count(word) for word in ("idle=busy", "policy=oldest_first", "rows=16")] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("named", ["link", "."])
+def test_a_checkpoint_by_a_link_or_from_inside(named, half, whole, tmp_path, monkeypatch):
+    """The run is the one that the checkpoint lies in."""
+    (tmp_path / "link").symlink_to(RunFolder(half).checkpoint(6))
+    monkeypatch.chdir(RunFolder(half).checkpoint(6) if named == "." else tmp_path)
+    assert main(["--resume", named]) == 0
+    assert untimed(half) == untimed(whole)
+    assert not (tmp_path / ".lock").exists()
+
+
 def test_an_earlier_checkpoint_by_name(half, whole, capsys):
     """What comes later is put aside, not lost."""
     trained("--resume", half, "--steps", 8, "--lr", 1)
@@ -270,7 +288,7 @@ def test_the_last_few_and_the_best_are_kept(tmp_path):
     state = {"wte": np.arange(6, dtype=np.float32)}
     with RunFolder(tmp_path / "run") as folder:
         for step, loss in enumerate([9.0, 3.0, None, 4.0, 5.0, None]):
-            about = resumable.About("run", step, SHAPE[0], {}, "0", loss, "now")
+            about = resumable.About("run", step, SHAPE[0], {}, "1", loss, "now")
             resumable.save(folder.checkpoint(step), about, state)
             folder.prune(2)
         assert [each.name for each in folder.checkpoints] == ["step-00000001", "step-00000004", "step-00000005"]
@@ -367,6 +385,39 @@ def test_of_another_run_or_model(half, text, tmp_path, capsys):
     assert "step-00000007: is a checkpoint of another run; take it away" in refused(capsys, "--resume", half)
 
 
+def test_what_is_refused_changes_nothing(half, text, tmp_path, capsys):
+    """No checkpoint is put aside, and run.json says what it said, when a command that names an earlier checkpoint is not carried out."""
+    run, there = (half / "run.json").read_text(), sorted(os.listdir(half))
+    other = tmp_path / "text.txt"
+    other.write_text(Path(text).read_text().replace("question", "answer"))
+    earlier = RunFolder(half).checkpoint(6)
+    assert "is a run on other data" in refused(capsys, "--resume", earlier, "--data", other)
+    assert "6 steps are done already, got --steps 5; give as many or more" in refused(capsys, "--resume", earlier, "--steps", 5)
+    assert "7 steps are done already, got --steps 0; " in refused(capsys, "--resume", half, "--steps", 0)
+    about = json.loads((earlier / resumable.ABOUT).read_text())["about"]
+    edited(earlier, train_data=about["train_data"] | {"place": 10**6})
+    assert "is behind the end of the data" in refused(capsys, "--resume", earlier, "--lr", 1)
+    assert (half / "run.json").read_text() == run
+    assert sorted(os.listdir(half)) == there
+
+
+def test_a_name_that_says_another_step(half, capsys):
+    """It would count as newer than it is, and stay when newer ones go."""
+    folder = RunFolder(half)
+    folder.checkpoint(7).rename(folder.checkpoint(99))
+    message = f"{half}/step-00000099: is a checkpoint after 7 steps; rename it to step-00000007"
+    assert refused(capsys, "--resume", half) == message
+    folder.checkpoint(99).rename(half / "abandoned-step-00000007")
+    assert "goes on from what is named step-...; rename it" in refused(capsys, "--resume", half / "abandoned-step-00000007")
+
+
+@pytest.mark.parametrize("sampler", ["zz", "", "0", "f" * 17, "-1", "0x1", "1\n"])
+def test_random_numbers_that_are_none(sampler, half, capsys):
+    """The file and the key are named."""
+    edited(RunFolder(half).checkpoint(7), sampler=sampler)
+    assert "checkpoint.json: about: sampler: wanted the hexadecimal digits" in refused(capsys, "--resume", half)
+
+
 def test_a_cursor_behind_the_end(half, capsys):
     """The data's own reader says what is wrong with it; nothing is changed."""
     content = json.loads((RunFolder(half).checkpoint(7) / resumable.ABOUT).read_text())["about"]["train_data"]
@@ -395,10 +446,15 @@ def test_run_json_is_not_trusted(half, capsys):
     }.items():
         (half / "run.json").write_text(json.dumps(good | {"argv": argv}))
         assert message in refused(capsys, "--resume", half)
-    written = half / "trace"
-    (half / "run.json").write_text(json.dumps(good | {"argv": [*good["argv"], f"--trace={written}", f"--report={written}.html"]}))
+    written, settings = half / "trace", half / "settings.json"
+    settings.write_text('{"a": 1}')
+    outputs = [f"--trace={written}", f"--report={written}.html", f"--save={written}.bin"]
+    (half / "run.json").write_text(json.dumps(good | {"argv": [*good["argv"], *outputs, f"--log={settings}"]}))
+    assert "is there already and is no log" in refused(capsys, "--resume", half)
+    assert settings.read_text() == '{"a": 1}'
+    (half / "run.json").write_text(json.dumps(good | {"argv": [*good["argv"], *outputs]}))
     trained("--resume", half)
-    assert not written.exists()
+    assert not list(half.glob("trace*"))
     for content in ("", "[]", '{"format": 2}', json.dumps(good | {"graph": {}}), json.dumps(good | {"argv": "x"})):
         (half / "run.json").write_text(content)
         assert str(half / "run.json") in refused(capsys, "--resume", half)

@@ -21,7 +21,8 @@ from taskgpt.runs.folder import RUN, Identity, RunFolder, newest_whole
 from taskgpt.runs.saving import Every, Saver
 
 LATEST = "latest"  # of --resume: the newest checkpoint in --out, or a new run if there is none
-NOT_CARRIED = ("out", "resume", "trace", "dashboard", "report", "check", "max_minutes", "max_tokens")  # from the command that began a run
+# Not taken from the command that began a run. Who copied the folder does not know it, and is not to write over files that it names.
+NOT_CARRIED = ("out", "resume", "save", "trace", "dashboard", "report", "check", "max_minutes", "max_tokens")
 NUMBERS = ("lr", "lr_schedule", "warmup", "final_lr", "weight_decay")  # flags that change what the steps to come compute
 FIXED = ("seed", "init")  # flags that a run has once and for all
 
@@ -77,7 +78,8 @@ class Start:
         losses = []
         for each in self.folder.checkpoints:
             with suppress(UserError):  # of a damaged one
-                losses.append(resumable.read_about(each).val_loss)
+                if (about := resumable.read_about(each)).step <= self.about.step:
+                    losses.append(about.val_loss)
         return min((loss for loss in losses if loss is not None), default=math.inf)
 
     def saver(self, m: GPT2, every: Every, argv: list[str], graph: GraphConfig, data: dict[str, Any], report, stop) -> Saver:
@@ -88,8 +90,10 @@ class Start:
         identity = dataclasses.replace(was, argv=argv, graph=graph) if was else Identity.new(argv, graph, data)
         if identity != was:
             self.folder.describe(identity)
-        is_room = every == Every() or m.nbytes + nbytes <= free_memory_bytes()
-        if not is_room:
+        if was:  # not before: a command that is refused leaves everything where it is
+            self._abandon_later(report)
+        is_room = m.nbytes + nbytes <= free_memory_bytes()
+        if not is_room and every != Every():
             report.tell(
                 "note", f"no {nbytes / 2**30:.1f} GiB of memory for a copy: training will stand still while a checkpoint is written"
             )
@@ -103,6 +107,13 @@ class Start:
         stop.consequence = saver.left
         return saver
 
+    def _abandon_later(self, report) -> None:
+        """Put aside the checkpoints that come later than what the run goes on from."""
+        there = self.folder.checkpoints
+        for later in there[there.index(self.checkpoint) + 1 :]:
+            left = self.folder.abandon(later)
+            report.say(f"{shorten(later)}: comes later than what the run goes on from; it is {shorten(left)} now")
+
 
 @contextmanager
 def opened(parser: Callable[[], argparse.ArgumentParser], argv: Sequence[str], say: Callable[[str], None]) -> Iterator[Start]:
@@ -115,6 +126,8 @@ def opened(parser: Callable[[], argparse.ArgumentParser], argv: Sequence[str], s
             return
         if flags.resume not in (None, LATEST) and not path.is_dir():
             raise UserError(f"--resume {shorten(flags.resume)}: no such folder; name a run's folder, or one of its checkpoints")
+        if flags.resume not in (None, LATEST) and not (path / RUN).exists():
+            raise UserError(f"{shorten(path)}: has no {RUN}, without which nothing goes on; get it back, or begin from it with --init")
         folder = stack.enter_context(RunFolder(path))
         flags.out, found, identity = str(path), folder.checkpoints, folder.identity
         if flags.resume is None and found:
@@ -127,7 +140,7 @@ def opened(parser: Callable[[], argparse.ArgumentParser], argv: Sequence[str], s
             return
         if identity is None:
             raise UserError(f"{shorten(path)}: has no {RUN}, without which nothing goes on; get it back, or begin from it with --init")
-        yield _resumed(parser, argv, flags, own, folder, identity, found, say)
+        yield _resumed(parser, argv, flags, own, folder, identity, found)
 
 
 def as_argv(flags: argparse.Namespace, default: argparse.Namespace) -> list[str]:
@@ -136,8 +149,13 @@ def as_argv(flags: argparse.Namespace, default: argparse.Namespace) -> list[str]
     for name, value in vars(flags).items():
         if name not in NOT_CARRIED and value != getattr(default, name):
             flag = f"--{name.replace('_', '-')}"
-            words += [flag, *value] if isinstance(value, list) else [f"{flag}={value}"]
+            words += [flag, *_once(value)] if isinstance(value, list) else [f"{flag}={value}"]
     return words
+
+
+def _once(words: list[str]) -> list[str]:
+    """Return each word once, where it stood last: a command that is given again adds its own to those that it gave before."""
+    return list(dict.fromkeys(reversed(words)))[::-1]
 
 
 def _folder_of(flags: argparse.Namespace) -> Path | None:
@@ -147,23 +165,33 @@ def _folder_of(flags: argparse.Namespace) -> Path | None:
             raise UserError("--resume latest: of which run? Name its folder, with --out or as --resume FOLDER")
         return None if flags.out is None else Path(flags.out)
     named = Path(flags.resume)
-    run = named.parent if (named / resumable.ABOUT).exists() else named
+    run = _run_of(named) if (named / resumable.ABOUT).exists() else named
     if flags.out is not None and Path(flags.out).resolve() != run.resolve():
         do = "a run goes on in its own folder; to branch off, take --init in the place of --resume"
         raise UserError(f"--resume {shorten(flags.resume)} --out {shorten(flags.out)}: {do}")
     return run
 
 
-def _resumed(parser, argv, flags, own, folder: RunFolder, identity: Identity, found: list[Path], say) -> Start:
+def _run_of(checkpoint: Path) -> Path:
+    """Return the folder that a checkpoint lies in, which may be named by a link to it, or by `.`."""
+    run = checkpoint.parent
+    return run if checkpoint.name and (run / RUN).exists() else checkpoint.resolve().parent
+
+
+def _resumed(parser, argv, flags, own, folder: RunFolder, identity: Identity, found: list[Path]) -> Start:
     """Return the start of a run that goes on, with the flags that it began with where the command says nothing else."""
     named = Path(flags.resume) / "" if flags.resume != LATEST else folder.path
     if (named / resumable.ABOUT).exists():
-        checkpoint = next(each for each in found if each.resolve() == named.resolve())
+        checkpoint = next((each for each in found if each.resolve() == named.resolve()), None)
+        if checkpoint is None:
+            raise UserError(f"--resume {shorten(flags.resume)}: a run goes on from what is named step-...; rename it")
         about = resumable.verify(checkpoint)
     elif not found:
         raise UserError(f"--resume {shorten(flags.resume)}: there is no checkpoint; give the command that began the run again")
     else:
         checkpoint, about = newest_whole(found, _ask)
+    if (name := folder.checkpoint(about.step).name) != checkpoint.name:  # else it would count as newer, or older, than it is
+        raise UserError(f"{shorten(checkpoint)}: is a checkpoint after {about.step:,} steps; rename it to {name}")
     began = _parsed(parser, identity, folder)
     default = parser().parse_args([])
     carried = vars(began) | {name: getattr(default, name) for name in NOT_CARRIED}
@@ -175,9 +203,8 @@ def _resumed(parser, argv, flags, own, folder: RunFolder, identity: Identity, fo
         if getattr(flags, name) != getattr(began, name):
             was, got = (shorten(getattr(each, name)) for each in (began, flags))
             raise UserError(f"{shorten(folder.path)}: is a run with --{name} {was}, got {got}; leave it out, or begin another run")
-    for later in found[found.index(checkpoint) + 1 :]:
-        left = folder.abandon(later)
-        say(f"{shorten(later)}: comes later than what the run goes on from; it is {shorten(left)} now")
+    if flags.steps < about.step:
+        raise UserError(f"{shorten(checkpoint)}: {about.step:,} steps are done already, got --steps {flags.steps}; give as many or more")
     return Start(flags, own, folder, identity, checkpoint, about, began)
 
 

@@ -40,11 +40,11 @@ class Training:
         sampler: Sampler,
         report: Console,
         stop: StopRequest,
-        saver: Saver | None = None,
     ):
         self.flags, self.scheduler, self.m, self.data = flags, scheduler, m, data
         self.steps, self.val_graphs, self.sampler = steps, val_graphs, sampler
-        self.report, self.stop, self.saver = report, stop, saver
+        self.report, self.stop = report, stop
+        self.saver: Saver | None = None  # which is set when nothing is left that could be refused: from then on the folder is its own
         self.learning_rate = LearningRate(flags.lr, flags.steps, flags.lr_schedule, flags.warmup, flags.final_lr)
         self.begin_step = self.step = 0
         self.loss = self.norm = 0.0

@@ -9,6 +9,7 @@ So a byte that differs anywhere is found. A folder of such folders, a run's, sta
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -46,6 +47,10 @@ class About:
     made: str
     format: int = FORMAT
     taskgpt: str = field(default_factory=lambda: version("taskgpt"))
+
+    def __post_init__(self):
+        if not re.fullmatch("(?=.*[1-9a-f])[0-9a-f]{1,16}", self.sampler):  # xorshift never leaves 0
+            raise ValueError(f"sampler: wanted the hexadecimal digits of 64 bits that are not all 0, got {as_written(self.sampler)}")
 
 
 @dataclass(frozen=True)
@@ -184,8 +189,9 @@ def read_shape(path: str | Path) -> Model:
 
 def load(path: str | Path, model: Model, parameters: Mapping[str, np.ndarray]) -> None:
     """Fill the parameters, having read all of the checkpoint. Raises UserError as `verify` does, or if it is another model's."""
-    verify(path)
-    load_state(path, parameters)
+    folder = _folder(path)  # once: the run may make another one meanwhile
+    verify(folder)
+    load_state(folder, parameters)
 
 
 def load_state(path: str | Path, state: Mapping[str, np.ndarray]) -> None:
