@@ -79,6 +79,16 @@ def test_what_is_written_is_read_back(tmp_path, shape):
     assert os.listdir(tmp_path) == ["model"]
 
 
+def test_others_may_read_it_as_the_umask_says(tmp_path):
+    """A model in a shared folder: the large file as the small one."""
+    before = os.umask(0o027)
+    try:
+        checkpoints.save(tmp_path / "model", SHAPES["one layer"], drawn(SHAPES["one layer"]))
+    finally:
+        os.umask(before)
+    assert {each.stat().st_mode & 0o777 for each in (tmp_path / "model").iterdir()} == {0o640}
+
+
 def test_both_formats_hold_the_same(saved, tmp_path):
     """From Hugging Face's to llm.c's and back: the same bits."""
     path, model, parameters = saved

@@ -115,6 +115,7 @@ def save(path: str | Path, model: Model, parameters: Mapping[str, np.ndarray]) -
         with replacing_folder(path) as folder:
             save_file(tensors, folder / FILE, {"format": "pt"})
             (folder / CONFIG).write_text(json.dumps(_as_config(model), indent=2) + "\n", encoding="utf-8")
+            shutil.copymode(folder / CONFIG, folder / FILE)  # which safetensors lets its owner alone read, whatever the umask says
     except OSError as error:
         raise cannot_write(path, error) from None
     except SafetensorError as error:
