@@ -2,7 +2,10 @@
 
 import json
 import os
+import shlex
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -17,6 +20,7 @@ from taskgpt.gpt2.model import GPT2
 from taskgpt.gpt2.program import forward, head_forward
 from taskgpt.gpt2.shape import Batch, Model, Options, Tiles
 from taskgpt.programs.convert import main as convert
+from taskgpt.programs.sample import main as sample
 from taskgpt.tasks import run_now
 
 SHAPES = {"small": Model(2, 4, 32, 300, 64), "one layer": Model(1, 1, 16, 130, 16), "wide": Model(3, 8, 64, 257, 32)}
@@ -327,3 +331,24 @@ def test_transformers_agrees(tmp_path, shape):
     assert found == model
     assert is_same(parameters, again)
     assert huggingface.FILE in os.listdir(tmp_path / "theirs")
+
+
+@pytest.mark.parametrize(("program", "folder", "vocabulary"), [("generate.py", "my-gpt2", 50257), ("generate_bytes.py", "mine", 257)])
+def test_the_programs_of_the_how_to_print_what_sample_does(program, folder, vocabulary, tmp_path, monkeypatch, capsys):
+    """As the page has them, GPT-2's with the tokenizer's files where the page puts them."""
+    pytest.importorskip("torch", reason="pip install torch transformers")
+    pytest.importorskip("transformers", reason="pip install torch transformers")
+    shown = files(ROOT / "docs" / "howto" / "transformers.md")
+    model = Model(2, 4, 32, vocabulary, 64)
+    checkpoints.save(tmp_path / folder, model, drawn(model))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    if folder == "my-gpt2":
+        copies = shown["tokenizer.sh"].replace("python", shlex.quote(sys.executable))
+        subprocess.run(["sh", "-e", "-c", copies], check=True)
+    exec(shown[program], {"__name__": "__main__"})
+    theirs = capsys.readouterr().out
+    words = ["--init", folder, "--prompt", "The sea", "--temperature", "0", "--max-tokens", "40"]
+    assert sample(words) == 0
+    assert capsys.readouterr().out == theirs
+    assert len(theirs) > len("The sea\n")

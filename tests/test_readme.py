@@ -78,9 +78,12 @@ def test_readme_is_short():
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory) -> Path:
-    """The folder where a reader types one command after another: some read what others wrote."""
+    """The folder where a reader types one command after another: some read what others wrote. `gpt2` is a small model there."""
     folder = tmp_path_factory.mktemp("here")
-    shutil.copy(README, folder / "my.txt")
+    text = folder / "my.txt"
+    text.write_text("\n".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CHANGELOG.md")), encoding="utf-8")
+    words = ["--graph", "tiny", "--set", "model.max_seq_len=256", "--steps", "0", "--data", str(text), "--save", str(folder / "gpt2")]
+    assert main(["train", *words]) == 0
     return folder
 
 
