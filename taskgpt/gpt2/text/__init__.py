@@ -6,6 +6,7 @@ mixtures.py    batches of several sources, mixed by weight
 datasets.py    tinyshakespeare and TinyStories: download, tokenize, keep
 documents.py   documents of texts, JSONL and Parquet, in spans
 preparation.py token files of any texts: in parallel, in shards, to go on with
+choices.py     multiple choice: llm.c's evaluation files
 data.py        what a run trains on, opened by one word
 kinds.py       what a file is, told by how it begins
 """
