@@ -133,6 +133,14 @@ def parser() -> argparse.ArgumentParser:
     )
     out.add_argument("--report", metavar="FILE.html", help="write a page of the run: losses, speed, efficiency, samples, settings")
     out.add_argument("--log", metavar="FILE.jsonl", help="write losses, samples and summary, one JSON object a line")
+    out.add_argument("--csv", metavar="FILE.csv", help="write losses, norms, learning rates and times as a table, a row a step")
+    out.add_argument(
+        "--tensorboard",
+        nargs="?",
+        const="",
+        metavar="DIR",
+        help="write TensorBoard's event files (default: in `tensorboard` of --out; needs taskgpt[tensorboard])",
+    )
     return p
 
 
@@ -186,8 +194,7 @@ def train(start: Start, argv: Sequence[str], report: Console, stop: StopRequest)
         checkpoints.load(flags.init, model, m.parameters)
     else:
         m.initialize(flags.seed)
-    if (log := flags.log or (start.folder and str(start.folder.log))) is not None:
-        report.open_log(log, start.about.step if start.about else None)
+    report.open_logs(start.logs())
 
     prepare = check if flags.check else lambda graph: graph
     steps, val_graphs = Steps(m, prepare), [prepare(loss_graph(m, slot)) for slot in range(len(m.slots))]

@@ -32,7 +32,7 @@ SMALL = {
     "decode": ("--graph", "tiny"),
     "peers": ("--graph", "tiny"),
 }
-WRITES = ("--out", "--trace", "--output", "--save", "--log", "--html", "--report")  # a file, or a folder
+WRITES = ("--out", "--trace", "--output", "--save", "--log", "--csv", "--html", "--report")  # a file, or a folder
 REPLACED = {"--graph", "--graphs", "--steps", "--workers", "--budget", "--rounds"}  # by what takes less time
 COMMANDS = list(dict.fromkeys(command for page in PAGES for command in commands(page)))
 FILES_READ = {word for command in COMMANDS for before, word in itertools.pairwise(shlex.split(command)) if before not in WRITES}

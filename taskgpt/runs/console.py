@@ -1,10 +1,7 @@
-"""What a person sees of a training run: lines, progress and a log; and what stops it: signals, or a reader who leaves."""
+"""What a person sees of a training run: lines and progress; its logs; and what stops it: signals, or a reader who leaves."""
 
 import dataclasses
-import errno
-import json
 import math
-import os
 import statistics
 import sys
 import time
@@ -14,17 +11,16 @@ from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 from taskgpt.config import GraphConfig
-from taskgpt.errors import Interrupted, UserError, drop_output, shorten
-from taskgpt.files import parse_json, replacing
+from taskgpt.errors import Interrupted, drop_output, shorten
 from taskgpt.gpt2.model import GPT2
 from taskgpt.gpt2.steps import Steps
 from taskgpt.lab import layout
 from taskgpt.lab.dashboard.live import Live
 from taskgpt.lab.report import compile_with_progress
 from taskgpt.progress import Progress, minutes
+from taskgpt.runs.logs import JsonLines, Log, Logs
 from taskgpt.tasks import Kernel
 
-RECORDS = b'{"step": ', b'{"summary": '  # how the lines of a log begin
 LAST_STEPS = 20  # whose median says how fast training is now, and when it will end
 
 
@@ -53,7 +49,7 @@ class Output:
 
 
 class Console:
-    """Everything the program says: lines on standard output, progress on standard error, JSON lines in the log; and what it keeps of it.
+    """Everything the program says: lines on standard output, progress on standard error, records in its logs; and what it keeps of it.
 
     losses, validations, samples: (steps done before, what was found).
     """
@@ -64,20 +60,17 @@ class Console:
         self.validations: list[tuple[int, float]] = []
         self.samples: list[tuple[int, str]] = []
         self.rows = self.steps = self._steps_here = 0
-        self._is_cut_off = False  # the log that goes on: there is no summary at its end
-        self.has_lost_log = self.has_lost_output = False
+        self.logs = Logs(self.say)
+        self.has_lost_output = False
         self._progress: Progress | None = None
         self._seconds: deque[float] = deque(maxlen=LAST_STEPS)
-        self._log = None
-        self._held: list[bytes] | None = None  # lines for a log in whose place an earlier one is
         self._live: Live | None = None
 
     def __enter__(self) -> "Console":
         return self
 
     def __exit__(self, *_) -> None:
-        if self._log:
-            self._log.close()
+        self.logs.close()
         if self.output.error:
             drop_output()
 
@@ -86,50 +79,17 @@ class Console:
         """False once the reader of standard output, `head` say, has left."""
         return not isinstance(self.output.error, BrokenPipeError)
 
-    def open_log(self, path: str, resumed: int | None = None) -> None:
-        """Begin the log; an earlier one stays until there is a first step to write in its place.
+    @property
+    def has_lost_log(self) -> bool:
+        return self.logs.has_lost
 
-        `resumed`: after how many steps the run goes on. Then the log goes on too, and what it says of steps from there on is written anew.
-
-        Raises UserError if it cannot be written, if something else than an earlier log is there, or if it is a pipe that nobody reads.
-        """
-        try:
-            if os.path.isfile(path) and os.path.getsize(path):
-                with open(path, "rb") as file:
-                    head = file.read(max(map(len, RECORDS)))
-                    if not any(head.startswith(each[: len(head)]) for each in RECORDS):
-                        raise UserError(f"--log {shorten(path)}: is there already and is no log; name another file")
-                self._held = [] if resumed is None else self._past(path, resumed)
-            # A pipe without a reader would otherwise be waited for, and for ever.
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK, 0o666)
-            os.set_blocking(descriptor, True)
-            self._log = open(descriptor, "wb", buffering=0)  # noqa: SIM115 - open until the program ends
-        except OSError as error:
-            if error.errno == errno.ENXIO:
-                raise UserError(f"--log {shorten(path)}: is a pipe that nobody reads; start its reader first") from None
-            raise UserError(f"--log {shorten(path)}: cannot write: {error.strerror}; choose another place, where you may write") from None
-        self._log_path, self._log_name = path, shorten(path)
-
-    def _past(self, path: str, steps: int) -> list[bytes]:
-        """Return what a log says of the steps before so many, and know again what it says of losses."""
-        past = []
-        self._is_cut_off = True
-        with open(path, "rb") as file:
-            for line in file:
-                try:
-                    record = parse_json(line.decode())
-                    step = record.get("step", steps)
-                except (ValueError, AttributeError, RecursionError):  # cut off when the program was killed, or the disk was full
-                    self._is_cut_off = True
-                    continue
-                self._is_cut_off = "summary" not in record
-                if type(step) is not int or step >= steps:
-                    continue  # the summary of the part before, too
-                past.append(line)
-                for key, known in (("train_loss", self.losses), ("val_loss", self.validations)):
-                    if key in record:
-                        known.append((step, record[key] if isinstance(record[key], float) else math.nan))
-        return past
+    def open_logs(self, logs: Iterable[Log]) -> None:
+        """Begin the logs, and know again what an earlier part of the run has told them."""
+        for log in logs:
+            self.logs.add(log)
+            if isinstance(log, JsonLines):
+                self.losses += log.losses
+                self.validations += log.validations
 
     def open_live(self, workers: int) -> Live:
         """Begin to keep what a dashboard shows."""
@@ -191,7 +151,7 @@ class Console:
     def validation(self, step: int, loss: float) -> None:
         self.validations.append((step, loss))
         self.say(f"val loss {loss:.6f}")
-        self._write({"step": step, "val_loss": loss})
+        self.logs.write({"step": step, "val_loss": loss})
         if self._live:
             self._live.validation(step, loss)
 
@@ -212,16 +172,16 @@ class Console:
             self._progress.show(step + 1, f"loss {loss:.3f}, {self.rows / smoothed:.0f} tok/s", left_s=left_s)
         why = skipped and f", skipped: {skipped}"
         self.say(f"step {step + 1}/{self.steps}: train loss {loss:.6f}, norm {norm:.4f}, lr {rate:.4g}{why} ({took})")
-        self._replace_log()
+        self.logs.begin()
         record = {"step": step, "train_loss": loss, "norm": norm, "lr": rate, "ms": seconds * 1e3, "tokens_per_s": speed}
-        self._write(record | ({"skipped": skipped} if skipped else {}))
+        self.logs.write(record | ({"skipped": skipped} if skipped else {}))
         if self._live:
             self._live.step(step, loss, speed, left_s)
 
     def sample(self, step: int, ids: list[int], text: str, printable: str) -> None:
         self.samples.append((step, printable))
         self.say(f"generating:\n---\n{printable}\n---")
-        self._write({"step": step, "sample": text, "ids": ids})
+        self.logs.write({"step": step, "sample": text, "ids": ids})
 
     def summary(self, summary: dict[str, Any], is_wanted: bool) -> None:
         """The last lines. `is_wanted`: False leaves an earlier log where no step has replaced it."""
@@ -242,45 +202,12 @@ class Console:
                 self.notes(["faster than sgemm, measured again: the machine is slower since then, or these tiles suit it better"])
         self.tell("memory", f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB at most")
         self.say(f"parameters sha256 {summary['parameters_sha256']}")
-        if is_wanted or self._is_cut_off:
-            self._replace_log()
-        elif self._held is not None:
-            self.tell("log", f"no step ran; {self._log_name} stays as it was")
-        self._write({"summary": summary})
-
-    def _replace_log(self) -> None:
-        """Put this run's lines in the place of an earlier log, which is whole until then."""
-        held, self._held = self._held, None
-        if held is not None:
-            try:
-                with replacing(self._log_path) as file:
-                    file.writelines(held)
-                self._log.close()
-                self._log = open(self._log_path, "ab", buffering=0)  # noqa: SIM115 - open until the program ends
-            except OSError as error:
-                self._lose_log(error)
-
-    def _write(self, record: dict[str, Any]) -> None:
-        # JSON has no NaN: a diverged loss is null.
-        record = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()}
-        line = json.dumps(record, allow_nan=False).encode() + b"\n"
-        if self._held is None:
-            self._put(line)
-        else:
-            self._held.append(line)
-
-    def _put(self, lines: bytes) -> None:
-        try:
-            while self._log and lines:
-                lines = lines[self._log.write(lines) :]
-        except OSError as error:
-            self._lose_log(error)
-
-    def _lose_log(self, error: OSError) -> None:
-        """Go on without the log: the training is worth more."""
-        self.say(f"--log {self._log_name}: cannot write: {error.strerror}; going on without it")
-        self._log.close()
-        self._log, self.has_lost_log = None, True
+        if is_wanted or any(log.is_cut_off for log in self.logs):
+            self.logs.begin()
+        for log in self.logs:
+            if log.is_waiting:
+                self.tell("log", f"no step ran; {shorten(log.where)} stays as it was")
+        self.logs.write({"summary": summary})
 
 
 def told(found: Sequence[tuple[int, float]]) -> dict[str, float | int | None] | None:

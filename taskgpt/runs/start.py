@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -18,8 +19,10 @@ from taskgpt.gpt2.model import GPT2
 from taskgpt.gpt2.snapshot import Snapshot
 from taskgpt.lab.machine import free_memory_bytes
 from taskgpt.runs.folder import RUN, Identity, RunFolder, newest_whole
+from taskgpt.runs.logs import Csv, JsonLines, Log, TensorBoard
 from taskgpt.runs.saving import Every, Saver
 
+EVENTS = "tensorboard"  # folder in a run's folder
 LATEST = "latest"  # of --resume: the newest checkpoint in --out, or a new run if there is none
 # Not taken from the command that began a run. Who copied the folder does not know it, and is not to write over files that it names.
 NOT_CARRIED = ("out", "resume", "save", "trace", "dashboard", "report", "check", "max_minutes", "max_tokens")
@@ -71,6 +74,20 @@ class Start:
 
     def _differs(self, name: str) -> bool:
         return getattr(self.flags, name) != getattr(self.began, name)
+
+    def logs(self) -> Iterator[Log]:
+        """Yield the logs that the flags ask for; those of an earlier part are gone on with. Raises UserError."""
+        flags, resumed = self.flags, self.about.step if self.about else None
+        if (log := flags.log or (self.folder and self.folder.log)) is not None:
+            yield JsonLines(log, resumed)
+        if flags.csv is not None:
+            if log is not None and os.path.realpath(log) == os.path.realpath(flags.csv):
+                raise UserError(f"--csv {shorten(flags.csv)}: is the log already; name another file")
+            yield Csv(flags.csv, resumed)
+        if flags.tensorboard == "" and self.folder is None:
+            raise UserError("--tensorboard: where to? Name a folder, or the run's with --out")
+        if flags.tensorboard is not None:
+            yield TensorBoard(flags.tensorboard or self.folder.path / EVENTS, resumed)
 
     @property
     def best_val_loss(self) -> float:
