@@ -221,7 +221,7 @@ def test_a_log_that_is_damaged_or_still_growing(tmp_path, capsys):
     assert "the steps begin again 1 times" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("value", ["1e999", "NaN", "1" * 400, '"x"', "null", "[]", "{}", "true", "-1e308"])
+@pytest.mark.parametrize("value", ["1e999", "NaN", "1" * 400, '"x"', "null", "[]", "{}", "true", "-1e308", "-2147483648"])
 def test_any_value_is_drawn_or_left_out(tmp_path, value):
     """Text, page and picture."""
     log = tmp_path / "run.jsonl"

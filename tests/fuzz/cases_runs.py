@@ -1,4 +1,4 @@
-"""What a run goes on from: its checkpoints, also with seals that are right, what run.json says, and its log."""
+"""What a run goes on from: its checkpoints, also with seals that are right, what run.json says, its logs; and curves of them."""
 
 import argparse
 import hashlib
@@ -11,9 +11,14 @@ from taskgpt.config import load_graph
 from taskgpt.errors import UserError
 from taskgpt.gpt2.checkpoints import resumable
 from taskgpt.gpt2.shape import Model
+from taskgpt.lab import run_page
+from taskgpt.lab.curves import terminal
+from taskgpt.lab.curves.panels import panels
+from taskgpt.lab.curves.run_log import read_all
 from taskgpt.runs import start
 from taskgpt.runs.console import Console
 from taskgpt.runs.folder import Identity, RunFolder
+from taskgpt.runs.logs import Csv, JsonLines
 from taskgpt.train import parser
 
 from . import Case
@@ -76,7 +81,23 @@ def _make_log(folder: Path) -> None:
 
 def _read_log(folder: Path) -> None:
     with Console() as console:
-        console.open_log(str(folder / "log.jsonl"), 3)
+        console.open_logs([JsonLines(folder / "log.jsonl", 3)])
+
+
+def _make_table(folder: Path) -> None:
+    (folder / "steps.csv").write_bytes(Csv.head + b"".join(b"%d,5.0,,1.0,1e-4,1.0,9.0,\n" % n for n in range(5)))
+
+
+def _read_table(folder: Path) -> None:
+    log = Csv(folder / "steps.csv", 3)
+    log.begin()
+    log.close()
+
+
+def _read_curves(folder: Path) -> None:
+    logs = read_all([folder])
+    terminal.draw(panels(logs, [], "step", None), 80)
+    run_page.write_of_log(folder / "run.html", logs[0])
 
 
 CASES = (
@@ -84,4 +105,6 @@ CASES = (
     Case("resumable_sealed", _make_checkpoint, _read_sealed),
     Case("run_json", _make_run, _read_run),
     Case("log", _make_log, _read_log),
+    Case("table", _make_table, _read_table),
+    Case("curves", _make_log, _read_curves),
 )

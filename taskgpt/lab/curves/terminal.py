@@ -101,7 +101,7 @@ def _mode() -> str:
 
 
 def _limits(values: np.ndarray, from0: bool) -> tuple[float, float]:
-    low, high = (0.0 if from0 else float(values.min())), float(values.max())
+    low, high = float(values.min(initial=0.0 if from0 else np.inf)), float(values.max())  # no line leaves the canvas: plotille follows it
     return (low, high) if high > low else (low - abs(low) / 20 - 1e-9, high + abs(high) / 20 + 1e-9)
 
 
