@@ -46,10 +46,10 @@ def shorten(text: object, most: int = 200) -> str:
     return text if len(text) <= most else f"{text[: most // 2 - 3]}...{text[-(most // 2) :]}"
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return `; did you mean 'x'?` for the nearest known word, else the list of known words."""
+def did_you_mean(word: str, known: Iterable[str], elsewhere: Iterable[str] = ()) -> str:
+    """Return `; did you mean 'x'?` for the nearest word, known here or elsewhere, else the list of those known here."""
     known = [str(k) for k in known]
-    near = difflib.get_close_matches(shorten(word), known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(shorten(word), [*known, *elsewhere], n=1, cutoff=0.5)
     return f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(known) or 'none'}"
 
 

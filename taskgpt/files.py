@@ -126,7 +126,7 @@ def fill(cls: type, table: Any, where: str, elsewhere: Sequence[str] = ()) -> An
     values = {}
     for key, value in table.items():
         if key not in fields:
-            raise UserError(f"{where}{shorten(key)}: unknown key{did_you_mean(key, [*fields, *elsewhere])}")
+            raise UserError(f"{where}{shorten(key)}: unknown key{did_you_mean(key, fields, elsewhere)}")
         values[key] = _checked(hints[key], value, f"{where}{key}")
         _verify_limits(values[key], fields[key].metadata, f"{where}{key}")
     for key, field in fields.items():

@@ -211,7 +211,7 @@ def train(start: Start, argv: Sequence[str], report: Console, stop: StopRequest)
 
     stop.can_wait = True  # from here on, as workers that start or end are not to be interrupted
     with scheduler, dashboard.serve(bare) if dashboard else nullcontext(), saver or nullcontext():
-        report.begin(graph_config, scheduler.describe(), data.description, m, steps, flags.steps)
+        report.begin(graph_config, scheduler.describe(), data.description, m, steps, training.last_step)
         if start.checkpoint:
             report.tell("resumed", f"from {shorten(start.checkpoint)}, after {start.about.step:,} steps")
         if dashboard:
@@ -219,7 +219,7 @@ def train(start: Start, argv: Sequence[str], report: Console, stop: StopRequest)
         report.notes([*changes, *disturbance.found(machine.usable_cores()).notes()])
         if flags.max_minutes is not None:
             stop.end_after(60 * flags.max_minutes)
-        with report.progress(flags.steps):
+        with report.progress(training.last_step):
             training.run()
         seconds = training.seconds
         failures = [why] if (why := divergence(training, m)) else []

@@ -36,6 +36,7 @@ from pathlib import Path
 
 from taskgpt.errors import UserError
 
+os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")  # pyarrow's own reserves more address space than a case may have
 SECONDS = 20  # of computing for one input, of which most take milliseconds: more is a hang
 SECONDS_WAITING = 5 * SECONDS
 LONGEST_MESSAGE = 1000  # characters
