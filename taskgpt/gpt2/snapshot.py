@@ -58,7 +58,7 @@ COPIES = {np.dtype(np.float32): copy_rows, np.dtype(np.float64): copy_numbers, n
 
 
 class Snapshot:
-    """Room for a copy of a model's state, and the `graph` that makes one. The memory is taken when the first copy is made."""
+    """Room for a copy of a model's state, and the `graph` that makes one. The memory is taken when it is first written to."""
 
     def __init__(self, gpt: GPT2):
         self.graph = Graph("snapshot")

@@ -1,8 +1,11 @@
 """When a run's checkpoints are made, and how: copied by tasks, written by a thread, while training goes on."""
 
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from taskgpt.gpt2.snapshot import Snapshot
 from taskgpt.lab.report import seconds_in
 from taskgpt.runs.folder import RunFolder
 
+NICE = 10  # of the thread that writes: a tenth of a core at least, all of one that idles
 BEST_S = 60  # between checkpoints that a best validation alone asks for: early in a run nearly every validation is the best
 
 
@@ -63,11 +67,14 @@ class Saver:
         self._last_s = time.monotonic()
         self._held: About | None = None
         self._thread: threading.Thread | None = None
-        self._is_cancelled = False
+        self._is_cancelled = self._is_touching = False
         self._told: list[str] = []
         self._defect: Exception | None = None
 
     def __enter__(self) -> "Saver":
+        if self._snapshot and self.every != Every():
+            self._is_touching = True
+            self._start(self._touch)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
@@ -107,10 +114,25 @@ class Saver:
     def write(self) -> None:
         """Write what was held and copied, in a thread of its own."""
         about, self._held = self._held, None
-        self._thread = threading.Thread(
-            target=self._write, args=(about, self._snapshot.state, "behind training"), name="taskgpt-checkpoint"
-        )
+        self._start(self._write, about, self._snapshot.state, "behind training")
+
+    def _start(self, work: Callable[..., None], *arguments: object) -> None:
+        """Have a thread work in the time that the workers leave, where the system knows priorities of threads: on Linux."""
+
+        def behind_training() -> None:
+            if sys.platform == "linux":
+                with suppress(OSError):
+                    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+            work(*arguments)
+
+        self._thread = threading.Thread(target=behind_training, name="taskgpt-checkpoint")
         self._thread.start()
+
+    def _touch(self) -> None:
+        """Take the memory of the copy from the system beforehand: the first copy would wait for it, longer than it copies."""
+        for array in self._snapshot.state.values():
+            if self._is_touching:
+                array.fill(0)
 
     def write_now(self, about: About) -> None:
         """Write a checkpoint from the model itself, which must not change meanwhile."""
@@ -155,6 +177,7 @@ class Saver:
 
     def wait(self) -> None:
         """Wait until nothing is being written."""
+        self._is_touching = False
         if self._thread is not None:
             self._thread.join()
             self._thread = None
