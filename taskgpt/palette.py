@@ -26,12 +26,16 @@ _FAMILY_COLOURS = {
     "encoder": BROWN,
     "gelu": YELLOW,
     "residual": GREY,
+    "copy": MINT,
 }
 _PHASE_COLOURS = {"forward": BLUE, "backward": ORANGE}  # loss and update are those of the families
 _SCHEDULER_COLOURS = {"native": BLUE, "loops": ORANGE, "sequential": GREY, "threads": VIOLET, "local-cluster": PINK}
 _FIXED = _FAMILY_COLOURS | _PHASE_COLOURS | _SCHEDULER_COLOURS
 # Kernels whose name begins with something else than their family.
-_FAMILIES = {**dict.fromkeys(("softmax", "crossentropy"), "loss"), **dict.fromkeys(("adamw", "linear", "wte", "wpe"), "update")}
+_FAMILIES = {
+    **dict.fromkeys(("softmax", "crossentropy"), "loss"),
+    **dict.fromkeys(("adamw", "linear", "wte", "wpe", "gradient", "sum"), "update"),
+}
 _RAMP = ("#24529C", "#5E6E86", "#8A8678", "#B9A862", "#EFD653")
 _BLACK, _WHITE = (0, 0, 0), (255, 255, 255)
 _SHADES = {"": (_BLACK, 0.0), "backward": (_BLACK, 0.35), "update": (_WHITE, 0.45)}  # what is mixed in, and how much of it

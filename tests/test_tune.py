@@ -293,7 +293,7 @@ def test_settings_are_changed_one_at_a_time_and_back():
 @pytest.mark.parametrize("name", available("graphs"))
 def test_a_graph_file_keeps_its_comments(name, tmp_path):
     """Other values in the same columns, and another first line; what is not changed stays letter for letter."""
-    changes = {"model.layers": 6, "model.heads": 1, "tiles.rows": 12345, "model.padded_vocabulary": 60032, "options.commutative": True}
+    changes = {"model.layers": 7, "model.heads": 1, "tiles.rows": 12345, "model.padded_vocabulary": 60032, "options.commutative": True}
     text = tuned.graph_text(name, changes, "# Tuned.")
     (tmp_path / "x.toml").write_text(text)
     found, shipped = load_graph(str(tmp_path / "x.toml")), load_graph(name, changes)
