@@ -248,7 +248,7 @@ def _parsed(parser, identity: Identity, folder: RunFolder) -> argparse.Namespace
     try:
         return p.parse_args(identity.argv)
     except UserError as error:
-        raise UserError(f"{where}: {error}; begin from its checkpoint with --init") from None
+        raise UserError(f"{where}: {shorten(error)}; begin from its checkpoint with --init") from None
 
 
 def _ask(message: str) -> bool:
