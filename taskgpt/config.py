@@ -50,10 +50,10 @@ def load_graph(name: str, overrides: dict[str, Any] | None = None, model: Model 
     model, and for sequences longer than the model's maximum.
     """
     path = find_file("graphs", name)
-    return graph_of(path.name, read_toml(path), overrides, model)
+    return graph_from(path.name, read_toml(path), overrides, model)
 
 
-def graph_of(name: str, tables: dict[str, Any], overrides: dict[str, Any] | None = None, model: Model | None = None) -> GraphConfig:
+def graph_from(name: str, tables: dict[str, Any], overrides: dict[str, Any] | None = None, model: Model | None = None) -> GraphConfig:
     """Return the configuration that a graph file's tables say, as `load_graph` does. `name` is what messages call it."""
     sections = {field.name: field.type for field in dataclasses.fields(GraphConfig) if field.name != "name"}
     changes = [(*key.partition("."), value) for key, value in (overrides or {}).items()]

@@ -138,6 +138,14 @@ def fill(cls: type, table: Any, where: str, elsewhere: Sequence[str] = ()) -> An
         raise UserError(f"{where.rstrip('.: ')}: {error}") from None
 
 
+def refuse_newer(content: Any, known: int, file: str | Path) -> None:
+    """Raise UserError for a table whose `format` is newer than what is known here. Tables of ours say who made them, as `taskgpt`."""
+    found = content.get("format") if isinstance(content, dict) else None
+    if type(found) is int and found > known:
+        by = as_written(content.get("taskgpt"))
+        raise UserError(f"{shorten(file)}: format {found}, wanted {known} at most: taskgpt {by} has made it; update taskgpt")
+
+
 def _checked(wanted: Any, value: Any, where: str) -> Any:
     """Return the value as the type that is wanted. Raises UserError."""
     allowed = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)

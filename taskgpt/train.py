@@ -169,7 +169,9 @@ def train(start: Start, argv: Sequence[str], report: Console, stop: StopRequest)
     disturbance = Disturbance()
     graph_config, scheduler_config = configure(start)
     model, batch = graph_config.model, graph_config.batch
-    verify_memory(graph_config)
+    needed = GPT2.bytes_needed(model, batch, graph_config.tiles, graph_config.options)
+    held, do = "parameters, gradients, moments and activations", "choose a smaller graph, --batch-size or --seq-len"
+    machine.verify_memory(graph_config.name, "training", needed, held, do)
     data = open_data(flags.data, batch.batch_size, batch.seq_len, model.vocabulary, report.say)
     changes = start.verify(graph_config, data.fingerprint) if start.about else []
     bare = scheduler = open_scheduler(scheduler_config.scheduler, scheduler_config.settings)
@@ -334,16 +336,6 @@ def micro_batches(tokens: int, batch: Batch) -> int:
         near = max(1, round(tokens / rows)) * rows
         raise UserError(f"--total-batch {tokens}: wanted a multiple of B * T = {B} * {T} = {rows} tokens, for example {near}")
     return tokens // batch.rows
-
-
-def verify_memory(config: GraphConfig) -> None:
-    """Raise UserError if the machine has not enough memory for the model: better than being killed in the first step."""
-    needed, free = GPT2.bytes_needed(config.model, config.batch, config.tiles, config.options), machine.free_memory_bytes()
-    if needed > free:
-        raise UserError(
-            f"{config.name}: training needs {needed / 2**30:.1f} GiB for parameters, gradients, moments and activations, this machine has "
-            f"{free / 2**30:.1f} GiB free; choose a smaller graph, --batch-size or --seq-len"
-        )
 
 
 def _left(path: str) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 import threadpoolctl
 
-from taskgpt.errors import address_space_bytes
+from taskgpt.errors import UserError, address_space_bytes
 from taskgpt.schedulers.cores import usable_cores
 from taskgpt.tasks import In, InOut, Out, dims, kernel
 from taskgpt.tasks.blas import gemm
@@ -166,6 +166,16 @@ def free_memory_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     except OSError:
         return free
     return free if limit == "max" else min(free, max(0, int(limit) - int(used)))
+
+
+def verify_memory(where: str, doing: str, nbytes: int, held: str = "", do: str = "") -> None:
+    """Raise UserError if so much memory is not free: better than being killed when it is touched.
+
+    where, doing: of whom the message speaks, and of what, `training` say; held: what the memory holds; do: what to do about it.
+    """
+    if nbytes > (free := free_memory_bytes()):
+        needed = f"{doing} needs {nbytes / 2**30:.1f} GiB{held and f' for {held}'}"
+        raise UserError(f"{where}: {needed}, this machine has {free / 2**30:.1f} GiB free{do and f'; {do}'}")
 
 
 def describe() -> dict[str, str]:

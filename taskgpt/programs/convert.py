@@ -12,9 +12,9 @@ may also be bfloat16, float16, or several files with an index. Pickles, such as 
 import sys
 from collections.abc import Sequence
 
-from taskgpt.errors import UserError, run_program, shorten
+from taskgpt.errors import run_program, shorten
 from taskgpt.gpt2 import checkpoints
-from taskgpt.lab.machine import free_memory_bytes
+from taskgpt.lab.machine import verify_memory
 from taskgpt.programs.arguments import MODEL_HELP, Parser
 
 
@@ -38,8 +38,7 @@ def convert(source: str, target: str) -> str:
     parameters = checkpoints.empty(model)  # which takes no memory before it is filled
     nbytes = sum(array.nbytes for array in parameters.values())
     checkpoints.verify_can_save(target, model, nbytes)
-    if 2 * nbytes > (free := free_memory_bytes()):  # once as ours, once as what is written
-        raise UserError(f"{shorten(source)}: converting needs {2 * nbytes / 2**30:.1f} GiB, this machine has {free / 2**30:.1f} GiB free")
+    verify_memory(shorten(source), "converting", 2 * nbytes)  # once as ours, once as what is written
     checkpoints.load(source, model, parameters)
     checkpoints.save(target, model, parameters)
     shape = f"L {model.layers}, NH {model.heads}, C {model.channels}, V {model.vocabulary}, T at most {model.max_seq_len}"

@@ -88,9 +88,7 @@ def evaluate(flags: argparse.Namespace) -> dict[str, Any]:
     chosen = first(examples, flags.batches, B)
     scheduler = open_scheduler(setup.scheduler, setup.settings)
     m = GPT2(model, config.batch, config.tiles, config.options, shared=scheduler.needs_shared_memory)
-    needed, free = m.p.nbytes + m.a.nbytes, machine.free_memory_bytes()  # the rest is not touched
-    if needed > free:
-        raise UserError(f"{flags.init}: evaluating needs {needed / 2**30:.1f} GiB, this machine has {free / 2**30:.1f} GiB free")
+    machine.verify_memory(flags.init, "evaluating", m.p.nbytes + m.a.nbytes)  # the rest is not touched
     checkpoints.load(flags.init, model, m.parameters)
     graphs = [loss_graph(m, slot) for slot in range(len(m.slots) if data else 1)]
     compile_with_progress(graphs[0].kernels)

@@ -92,10 +92,8 @@ def sample(flags: argparse.Namespace) -> int:
     sequences = continuations(flags, prompts, tokenizer, model.max_seq_len)
     scheduler = opened(flags)
     slots, length = min(flags.batch_size, len(sequences)), max(len(each.prompt) + each.most for each in sequences)
-    needed, free = Decoder.bytes_needed(model, slots, length), machine.free_memory_bytes()
-    if needed > free:
-        do = "choose a smaller --batch-size or --max-tokens"
-        raise UserError(f"{flags.init}: generating needs {needed / 2**30:.1f} GiB, this machine has {free / 2**30:.1f} GiB free; {do}")
+    do = "choose a smaller --batch-size or --max-tokens"
+    machine.verify_memory(flags.init, "generating", Decoder.bytes_needed(model, slots, length), do=do)
     decoder = Decoder(model, slots, length, shared=scheduler.needs_shared_memory)
     checkpoints.load(flags.init, model, decoder.parameters)
     compile_with_progress([kernel for graph in decoder.graphs for kernel in graph.kernels])

@@ -10,7 +10,7 @@ import json
 import shutil
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from taskgpt.config import GraphConfig
 from taskgpt.errors import UserError, shorten
-from taskgpt.files import cannot_write, fill, read_json, write_whole
+from taskgpt.files import cannot_write, fill, read_json, refuse_newer, write_whole
 from taskgpt.gpt2.checkpoints import resumable
 
 RUN, LOG, LOCK = "run.json", "log.jsonl", ".lock"
@@ -85,9 +85,7 @@ class RunFolder:
         if not file.exists():
             return None
         content = read_json(file)
-        made_by = content.get("format") if isinstance(content, dict) else None
-        if type(made_by) is int and made_by > FORMAT:
-            raise UserError(f"{shorten(file)}: format {made_by}, wanted {FORMAT} at most: a newer taskgpt has made it; update taskgpt")
+        refuse_newer(content, FORMAT, file)
         return fill(Identity, content, f"{shorten(file)}: ")
 
     def describe(self, identity: Identity) -> None:
@@ -116,16 +114,17 @@ class RunFolder:
             raise cannot_write(checkpoint, error) from None
         return left
 
-    def prune(self, keep: int) -> None:
-        """Remove all checkpoints but the last `keep`, and the one with the best validation."""
-        found = self.checkpoints
-        validated = []
-        for each in found:
+    def validated(self) -> Iterator[tuple[float, Path]]:
+        """Yield (validation loss, checkpoint) of those that have one, the newest last."""
+        for each in self.checkpoints:
             with suppress(UserError):  # a damaged one has no validation, and goes when its time has come
                 if (loss := resumable.read_about(each).val_loss) is not None:
-                    validated.append((loss, each))
-        best = min(validated, default=(0, None))[1]
-        for each in found[:-keep]:
+                    yield loss, each
+
+    def prune(self, keep: int) -> None:
+        """Remove all checkpoints but the last `keep`, and the one with the best validation."""
+        best = min(self.validated(), default=(0, None))[1]
+        for each in self.checkpoints[:-keep]:
             if each != best:
                 going = each.with_name(f".{each.name}.going")  # whoever is killed now leaves no part of one under its name
                 with suppress(OSError):

@@ -6,12 +6,12 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from taskgpt.config import GraphConfig, graph_of, load_graph
+from taskgpt.config import GraphConfig, graph_from, load_graph
 from taskgpt.errors import UserError, shorten
 from taskgpt.files import as_written, verify_room
 from taskgpt.gpt2.checkpoints import resumable
@@ -50,7 +50,7 @@ class Start:
         if name is not None:
             return load_graph(name, overrides)
         tables = dataclasses.asdict(self.identity.graph)
-        return graph_of(tables.pop("name"), tables, overrides)
+        return graph_from(tables.pop("name"), tables, overrides)
 
     def verify(self, graph: GraphConfig, data: dict[str, Any]) -> list[str]:
         """Return notes on what is computed otherwise than when the run began. Raises UserError for what makes another run of it."""
@@ -92,12 +92,9 @@ class Start:
     @property
     def best_val_loss(self) -> float:
         """The best validation of the checkpoints that the run keeps, infinity if none has one."""
-        losses = []
-        for each in self.folder.checkpoints:
-            with suppress(UserError):  # of a damaged one
-                if (about := resumable.read_about(each)).step <= self.about.step:
-                    losses.append(about.val_loss)
-        return min((loss for loss in losses if loss is not None), default=math.inf)
+        there = self.folder.checkpoints
+        kept = there[: there.index(self.checkpoint) + 1]
+        return min((loss for loss, each in self.folder.validated() if each in kept), default=math.inf)
 
     def saver(self, m: GPT2, every: Every, argv: list[str], graph: GraphConfig, data: dict[str, Any], report, stop) -> Saver:
         """Return what saves the run, which the folder knows from now on. Raises UserError if nothing could be saved now."""

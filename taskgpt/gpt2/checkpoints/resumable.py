@@ -21,7 +21,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from taskgpt.errors import UserError, shorten
-from taskgpt.files import as_written, cannot_write, file_size, fill, parse_json, read_bytes, replacing_folder
+from taskgpt.files import as_written, cannot_write, file_size, fill, parse_json, read_bytes, refuse_newer, replacing_folder
 from taskgpt.gpt2.shape import Model
 
 FORMAT = 1
@@ -159,11 +159,7 @@ def _read(folder: Path) -> _File:
         content = parse_json(data.decode())
     except (ValueError, RecursionError) as error:
         raise UserError(f"{shorten(file)}: not a JSON file: {shorten(error)}; {_OTHERWISE}") from None
-    about = content.get("about")
-    made_by = about.get("format") if isinstance(about, dict) else None
-    if type(made_by) is int and made_by > FORMAT:
-        by = as_written(about.get("taskgpt"))
-        raise UserError(f"{shorten(file)}: format {made_by}, wanted {FORMAT} at most: taskgpt {by} has made it; update taskgpt")
+    refuse_newer(content.get("about"), FORMAT, file)
     return fill(_File, content, f"{shorten(file)}: ")
 
 

@@ -46,9 +46,7 @@ def decode(flags: argparse.Namespace) -> None:
     if length > model.max_seq_len:
         raise UserError(f"--context {context} and --tokens {length - context}: the model has {model.max_seq_len} positions; choose less")
     scheduler = named_scheduler(flags.scheduler, flags.workers)
-    needed, free = Decoder.bytes_needed(model, flags.batch_size, length), machine.free_memory_bytes()
-    if needed > free:
-        raise UserError(f"{flags.graph}: decoding needs {needed / 2**30:.1f} GiB, this machine has {free / 2**30:.1f} GiB free")
+    machine.verify_memory(flags.graph, "decoding", Decoder.bytes_needed(model, flags.batch_size, length))
     decoder = Decoder(model, flags.batch_size, length, shared=scheduler.needs_shared_memory)
     fill(decoder)
     compile_with_progress([kernel for graph in decoder.graphs for kernel in graph.kernels])
