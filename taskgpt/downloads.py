@@ -12,7 +12,6 @@ import http.client
 import os
 import queue
 import re
-import shutil
 import sys
 import threading
 import time
@@ -26,7 +25,7 @@ import platformdirs
 from filelock import FileLock, Timeout
 
 from taskgpt.errors import UserError, shorten
-from taskgpt.files import cannot_write, file_size
+from taskgpt.files import cannot_write, file_size, verify_room
 from taskgpt.progress import Progress, megabytes, minutes
 
 SECONDS = 30  # to wait for a server
@@ -136,7 +135,7 @@ def _fetch(url: str, part: Path, have: int, total: _Total, seconds: float, show:
         done = have if resumed else 0
         total.learn(response.headers, done)
         try:
-            _verify_room(part, (total.num_bytes or 0) - have)
+            verify_room(part, (total.num_bytes or 0) - have, "{:,} bytes are still to come")  # better now than after an hour
             file = part.open("ab" if resumed else "wb", buffering=0)
         except OSError as error:
             raise cannot_write(part, error) from error
@@ -150,12 +149,6 @@ def _fetch(url: str, part: Path, have: int, total: _Total, seconds: float, show:
                 show(done, "", total.num_bytes)
         if total.num_bytes is None:  # the server closes the connection where the file ends, and says so in no other way
             total.num_bytes = done
-
-
-def _verify_room(part: Path, num_bytes: int):
-    """Raise UserError if the disk has no room for so many bytes more: better now than after an hour."""
-    if num_bytes > (free := shutil.disk_usage(part.parent).free):
-        raise UserError(f"{shorten(part.parent)}: {num_bytes:,} bytes are still to come, the disk has {free:,} left; free some space")
 
 
 def _answer(request: urllib.request.Request, seconds: float) -> http.client.HTTPResponse:

@@ -319,11 +319,11 @@ def verify_can_write(path: str | Path) -> None:
         raise cannot_write(path, error) from None
 
 
-def verify_room(path: str | Path, nbytes: int) -> None:
+def verify_room(path: str | Path, nbytes: int, why: str = "the checkpoint needs {:,} bytes") -> None:
     """Raise UserError if the disk of `path` has no room for so many bytes more. Raises OSError if its folder is not there."""
     free = shutil.disk_usage(Path(os.path.realpath(path)).parent).free
     if free < nbytes:
-        raise UserError(f"{shorten(path)}: the checkpoint needs {nbytes:,} bytes, the disk has {free:,} left; free some space")
+        raise UserError(f"{shorten(path)}: {why.format(nbytes)}, the disk has {free:,} left; free some space")
 
 
 def _is_stream(path: str | Path) -> bool:

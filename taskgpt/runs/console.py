@@ -210,16 +210,6 @@ class Console:
         self.logs.write({"summary": summary})
 
 
-def told(found: Sequence[tuple[int, float]]) -> dict[str, float | int | None] | None:
-    """Return first, last and best of losses, None where one is no number, and after how many steps the best was; None if there are none."""
-    if not found:
-        return None
-    finite = [(loss, step) for step, loss in found if math.isfinite(loss)]
-    best, best_step = min(finite, default=(None, None))
-    first, last = (loss if math.isfinite(loss) else None for loss in (found[0][1], found[-1][1]))
-    return {"first": first, "last": last, "best": best, "best_step": best_step}
-
-
 def _listed(told: dict[str, float | int | None], where: str, first: int) -> str:
     """Return losses in words, the best one with its step, whose numbers begin with `first`."""
     words = [f"{name} {'no number' if told[name] is None else format(told[name], '.6f')}" for name in ("first", "last", "best")]

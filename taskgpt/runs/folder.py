@@ -23,8 +23,9 @@ from taskgpt.config import GraphConfig
 from taskgpt.errors import UserError, shorten
 from taskgpt.files import cannot_write, fill, read_json, refuse_newer, write_whole
 from taskgpt.gpt2.checkpoints import resumable
+from taskgpt.lab.curves.run_log import LOG, RUN
 
-RUN, LOG, LOCK = "run.json", "log.jsonl", ".lock"
+LOCK = ".lock"
 FORMAT = 1
 
 

@@ -10,7 +10,7 @@ import psutil
 
 from taskgpt.gpt2.model import GPT2
 from taskgpt.lab import machine
-from taskgpt.runs.console import told
+from taskgpt.lab.curves.run_log import Losses
 
 SGEMM_TRIES = 4  # measurements of sgemm, where the first says that training was faster
 
@@ -27,7 +27,7 @@ def summarize(flags, graph_config, scheduler_config, workers, description, repor
     """Return what is worth knowing about a run; times leave out the first step, which touches all memory for the first time."""
     steady = seconds[1:] or seconds
     summary: dict[str, Any] = {"steps": len(seconds), "parameters_sha256": m.parameters_sha256()}
-    summary |= {"train_loss": told(report.losses), "val_loss": told(report.validations)}
+    summary |= {"train_loss": Losses.of(report.losses).told(), "val_loss": Losses.of(report.validations).told()}
     if seconds:
         median = statistics.median(steady)
         speed = step.flops / median / 1e9

@@ -13,9 +13,9 @@ from pathlib import Path
 from taskgpt.downloads import SECONDS, download, only_one, user_cache, verify_download
 from taskgpt.errors import UserError, shorten
 from taskgpt.files import cannot_write
+from taskgpt.gpt2.checkpoints.huggingface import CONFIG, FILE
 
 HUB = "https://huggingface.co"
-CONFIG, TENSORS = "config.json", "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Published:
     @property
     def files(self) -> dict[str, str]:
         """The SHA-256 of each file by its name; the small one is first, so that a server that has nothing is found out at once."""
-        return dict(zip((CONFIG, TENSORS), self.sha256, strict=True))
+        return dict(zip((CONFIG, FILE), self.sha256, strict=True))
 
     @property
     def is_there(self) -> bool:
@@ -111,13 +111,13 @@ def fetch(model: Published, seconds: float = SECONDS) -> None:
         for name, sha256 in model.files.items():
             if not os.path.isfile(model.folder / name):  # of an earlier try, or of another run, which ended meanwhile
                 _fetch(model, name, sha256, seconds)
-                if name == TENSORS:
-                    _say(f"{model.name}: {TENSORS} has the published SHA-256; it stays in {model.folder}")
+                if name == FILE:
+                    _say(f"{model.name}: {FILE} has the published SHA-256; it stays in {model.folder}")
 
 
 def _fetch(model: Published, name: str, sha256: str, seconds: float) -> None:
     part, url = model.folder / f"{name}.part", model.url + name
-    by_hand = f"without a network, put {CONFIG} and {TENSORS} of {model.url} into {shorten(model.folder)}, or name a folder that has them"
+    by_hand = f"without a network, put {CONFIG} and {FILE} of {model.url} into {shorten(model.folder)}, or name a folder that has them"
     download(url, part, None, by_hand, seconds, f"downloading {model.name}/{name}")
     verify_download(url, part, sha256)
     try:

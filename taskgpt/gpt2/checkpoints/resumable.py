@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from taskgpt.downloads import sha256_of
 from taskgpt.errors import UserError, shorten
 from taskgpt.files import as_written, cannot_write, file_size, fill, parse_json, read_bytes, refuse_newer, replacing_folder
 from taskgpt.gpt2.shape import Model
@@ -166,14 +167,11 @@ def _read(folder: Path) -> _File:
 def verify(path: str | Path) -> About:
     """Read all of a checkpoint, and return what it says of itself. Raises UserError if a single byte of it differs."""
     folder = _folder(path)
-    found, file, digest = _read(folder), folder / TENSORS, hashlib.sha256()
+    found, file = _read(folder), folder / TENSORS
     with _answered(file):
         if (size := file_size(file)) != found.tensors.bytes:  # which also refuses what has no end
             raise UserError(f"{shorten(file)}: damaged: wanted {found.tensors.bytes:,} bytes, got {size:,}; {_OTHERWISE}")
-        with file.open("rb", buffering=0) as tensors:
-            while chunk := tensors.read(_CHUNK):
-                digest.update(chunk)
-    if digest.hexdigest() != found.tensors.sha256:
+    if sha256_of(file) != found.tensors.sha256:
         raise UserError(f"{shorten(file)}: damaged: its SHA-256 is another than {ABOUT} says; {_OTHERWISE}")
     return found.about
 
