@@ -64,13 +64,19 @@ def untimed(run: Path) -> list[dict]:
 
 @pytest.fixture(autouse=True)
 def patient(monkeypatch):
-    """Have each checkpoint written before training goes on: which ones there are does not depend on the disk then."""
-    begin = Saver.write
+    """Have each checkpoint written before training goes on: which ones there are does not depend on the disk or on other threads then."""
+    enter, begin = Saver.__enter__, Saver.write
+
+    def entered(self: Saver) -> Saver:
+        enter(self)
+        self.wait()  # for the thread that takes the copy's memory: a checkpoint due meanwhile would be made later
+        return self
 
     def write(self: Saver) -> None:
         begin(self)
         self.wait()
 
+    monkeypatch.setattr(Saver, "__enter__", entered)
     monkeypatch.setattr(Saver, "write", write)
 
 
