@@ -14,7 +14,8 @@ FLOORS = """
 __main__ train programs
 programs.arguments
 lab.tuning
-lab.simulator lab.benchmarks
+lab.benchmarks
+lab.simulator
 lab.contests lab.roofline lab.run_page runs
 lab.named lab.dashboard lab.graph_formats
 lab.traces

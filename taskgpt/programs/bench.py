@@ -7,6 +7,7 @@
     taskgpt bench roofline --graphs gpt2-124m              # sgemm at the graph's own shapes, memory bandwidth, the floor
     taskgpt bench overhead --systems native dask.threaded  # empty tasks: microseconds a task
     taskgpt bench metg --patterns stencil_1d fft           # the shortest tasks that still use half of the machine
+    taskgpt bench contention --workers 2,16,64,128         # what workers cost each other: counted, on simulated cores
     taskgpt bench decode --graph gpt2-124m                 # a generated token, against streaming the weights
     taskgpt bench peers --graph gpt2-124m                  # PyTorch and JAX train the same model
 
@@ -20,7 +21,7 @@ from collections.abc import Callable, Sequence
 
 from taskgpt.errors import run_program
 from taskgpt.lab import roofline
-from taskgpt.lab.benchmarks import decode, peers, steps, task_bench
+from taskgpt.lab.benchmarks import contention, decode, peers, steps, task_bench
 from taskgpt.programs.arguments import (
     Parser,
     add_changes,
@@ -36,6 +37,7 @@ from taskgpt.schedulers import WorkerError
 from taskgpt.tasks import AccessError, TaskError, TwinError
 
 SCHEDULERS = ["sequential", "loops", "threads", "native"]
+NUMBERS_OF_WORKERS = {"roofline": "default 1, 2, 4, ... all cores", "contention": "default 2, 16, 64, 128"}
 METG_PATTERNS = ["trivial", "stencil_1d", "fft", "nearest", "random", "tree"]  # the chains of `overhead` say nothing more
 
 
@@ -55,12 +57,14 @@ def parser() -> argparse.ArgumentParser:
     p = Parser("taskgpt bench", __doc__)
     verbs = p.add_subparsers(required=True, metavar="VERB")
 
-    def add(name: str, run: Callable[[argparse.Namespace], None], rounds: int, help: str) -> argparse.ArgumentParser:
+    def add(name: str, run: Callable[[argparse.Namespace], None], rounds: int | None, help: str) -> argparse.ArgumentParser:
         verb = verbs.add_parser(name, help=help, doc=f"{help}\n\n{p.examples(name)}")
         verb.set_defaults(run=run, verb=name)
-        verb.add_argument("--rounds", type=int, default=rounds, metavar="N", help=f"rounds of all contestants in turns (default {rounds})")
-        several = name in ("step", "roofline")
-        add_workers(verb, "default 1, 2, 4, ... all cores" if name == "roofline" else "default: each one's own, or all cores", several)
+        if rounds is not None:  # else it is the same every time
+            verb.add_argument(
+                "--rounds", type=int, default=rounds, metavar="N", help=f"rounds of all contestants in turns (default {rounds})"
+            )
+        add_workers(verb, NUMBERS_OF_WORKERS.get(name, "default: each one's own, or all cores"), name in ("step", *NUMBERS_OF_WORKERS))
         verb.add_argument("--json", metavar="FILE", help="write every value measured")
         add_wide(verb)
         return verb
@@ -83,6 +87,14 @@ def parser() -> argparse.ArgumentParser:
     metg = add("metg", task_bench.metg, 3, "the shortest tasks that use half of the machine")
     add_task_bench(metg, METG_PATTERNS)
     metg.add_argument("--efficiency", type=float, default=0.5, metavar="E", help="part of the peak, above 0 and below 1 (default 0.5)")
+
+    shared = add("contention", contention.contention, None, "many workers, simulated: atomic operations, locks and wake-ups a task")
+    add_names(shared, "system", ["native"], "set-ups of native, or paths")
+    add_names(shared, "pattern", ["stencil_1d", "fork_join"], f"of {', '.join(task_bench.PATTERNS)} ", "")
+    shared.add_argument("--width", type=int, metavar="N", help="tasks in a row of the graph (default: as many as workers)")
+    shared.add_argument("--steps", type=int, default=20, metavar="N", help="rows (default 20)")
+    shared.add_argument("--task-us", type=float, default=contention.TASK_US, metavar="US", help="a task's length (default %(default)s)")
+    shared.add_argument("--machine", default="2x56", metavar="NAME", help="here, 2x56, or a path of a .toml file (default 2x56)")
 
     tokens = add("decode", decode.decode, 7, "a generated token, against streaming the weights from memory")
     add_graph(tokens, "gpt2-124m")

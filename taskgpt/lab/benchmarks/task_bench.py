@@ -25,7 +25,7 @@ from taskgpt.lab.report import Report, in_range, quartiles, seconds_of
 from taskgpt.progress import Progress
 from taskgpt.tasks import Arena, Call, Graph, In, Out, Task, TensorSpec, compile_kernels, kernel
 
-PATTERNS = ("trivial", "chains", "stencil_1d", "fft", "nearest", "random", "tree")
+PATTERNS = ("trivial", "chains", "stencil_1d", "fft", "nearest", "random", "tree", "fork_join")
 DASK = ("taskgpt.get", "dask.threaded", "distributed")  # beside our schedulers, the systems that take Dask graphs
 SYSTEMS = ("native", *DASK)
 RADIUS = 2  # of nearest and random: Task Bench's radix 5
@@ -36,12 +36,17 @@ LINE = 16  # float32: every task writes to a cache line of its own
 
 
 def width_at(pattern: str, width: int, t: int) -> int:
-    """Return the number of tasks in row t: a tree's rows double until they are `width` wide."""
+    """Return the number of tasks in row t: a tree's rows double until they are `width` wide; of fork_join's, every second has one task."""
+    if pattern == "fork_join":
+        return 1 if t % 2 == 0 else width
     return min(width, 1 << min(t, 62)) if pattern == "tree" else width
 
 
 def depends(pattern: str, width: int, t: int, i: int) -> list[int]:
-    """Return the columns of row t - 1 that task i of row t waits for, as Task Bench defines them (its `no_comm` is `chains`)."""
+    """Return the columns of row t - 1 that task i of row t waits for, as Task Bench defines them (its `no_comm` is `chains`).
+
+    `fork_join` is ours: one task releases a whole row, which one task waits for.
+    """
     if t == 0 or pattern == "trivial":
         return []
     if pattern == "chains":
@@ -57,6 +62,8 @@ def depends(pattern: str, width: int, t: int, i: int) -> list[int]:
         found = [j for j in range(i - RADIUS, i + RADIUS + 1) if j == i or zlib.crc32(f"{t} {i} {j}".encode()) < CONNECTED * 2**32]
     elif pattern == "tree":
         found = [i // 2]
+    elif pattern == "fork_join":
+        found = range(width)
     else:
         raise ValueError(f"no pattern '{pattern}'")
     return [j for j in found if 0 <= j < width_at(pattern, width, t - 1)]

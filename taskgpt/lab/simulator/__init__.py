@@ -4,5 +4,7 @@ machine_file.py   a machine of sockets and cores, from machines/
 task_costs.py     how long each task takes, and what it moves through memory
 events.py         a clock, on which workers take tasks and finish them
 simulated.py      schedulers on that clock, with the native scheduler's own queues
+stepped.py        the native scheduler's compiled functions, a step at a time
+contention.py     them on cores that send each other cache lines
 validation.py     predicted beside measured
 """

@@ -31,6 +31,9 @@ OVERHEADS_US = {
     "distributed_begin_us": 100.0,
     "distributed_task_us": 650.0,
     "distributed_batch_us": 5500.0,
+    "line_us": 0.06,
+    "far_line_us": 0.13,
+    "wake_us": 5.0,
 }
 
 
@@ -67,6 +70,9 @@ class Machine:
     distributed_begin_us: float = _overhead()  # distributed, likewise
     distributed_task_us: float = _overhead()
     distributed_batch_us: float = _overhead()  # distributed: between two messages to the workers
+    line_us: float = _overhead()  # until a core has a cache line that another one of its socket has written
+    far_line_us: float = _overhead()  # the same between sockets
+    wake_us: float = _overhead()  # until a thread that slept runs
 
     def __post_init__(self):
         if self.sgemm_busy_gflops > self.sgemm_gflops:
