@@ -110,9 +110,9 @@ def drawn(successors: dict[int, list[int]], priorities: dict[int, int] | None = 
     graph = Graph("drawn")
     for number in range(count):
         predecessors = tuple(sorted(a for a, each in successors.items() if number in each))
-        task = Task(number, (Call(step, (arena.own[number], milliseconds)),), ("", -1), predecessors)
+        task = Task(number, (Call(step, (arena.own[number], milliseconds)),), ("", -1))
         task.priority = (priorities or {}).get(number, 0)
-        graph.append(task)
+        graph.append(task, predecessors)
     return graph
 
 
@@ -178,7 +178,7 @@ class TestPolicies:
     def test_longest_path_first_measures(self):
         """Paths are as long as they took: after a few runs 1, which is slow, goes before 3."""
         graph = drawn(FORK)
-        graph.tasks[1].calls[0].arrays[1] = 40  # milliseconds
+        graph.tasks[1].calls = (Call(step, (graph.tasks[1].calls[0].args[0], 40)),)  # milliseconds
         with opened(workers=1, record=1000, policy="longest_path_first", immediate_successor=False) as scheduler:
             for _ in range(4):
                 scheduler.run(graph)

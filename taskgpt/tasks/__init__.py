@@ -7,6 +7,7 @@ cache.py            compiled twins are kept on disk, as long as nothing of that 
 tensor.py           tensors cut into grids, tiles, arenas (also shared between processes)
 task.py             calls, and tasks of one or more of them
 dependencies.py     what an access must wait for
+edges.py            which task waits for which, without what other edges imply
 task_graph.py       spawn: calls become tasks with dependencies
 coarsen.py          fewer, larger tasks
 scratch.py          working memory of kernels

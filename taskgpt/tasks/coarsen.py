@@ -15,7 +15,7 @@ import heapq
 import math
 from collections.abc import Callable, Iterable, Sequence
 
-from taskgpt.tasks.dependencies import without_implied
+from taskgpt.tasks.edges import Edges
 from taskgpt.tasks.task import Section, Task
 from taskgpt.tasks.task_graph import AnyGraph, TaskGraph
 
@@ -135,14 +135,15 @@ def _merge(graph: AnyGraph, groups: list[list[int]]) -> AnyGraph:
         if task.number not in group_of:
             around[task.number] = before(task)
     merged = graph.derived(f"{graph.name}, coarsened")
-    ancestors: list[int] = []
+    edges = Edges()
+    for at, group in enumerate(groups):
+        edges.add(set().union(*(before(graph.tasks[n]) for n in group)) - {at})
     for at, group in enumerate(groups):
         parts = [graph.tasks[n] for n in group]
-        predecessors = without_implied(set().union(*map(before, parts)) - {at}, ancestors)
         costliest = max(parts, key=lambda part: _seconds(graph, [part.number]))
-        task = Task(at, tuple(call for part in parts for call in part.calls), costliest.section, predecessors, costliest.name)
+        task = Task(at, tuple(call for part in parts for call in part.calls), costliest.section, costliest.name)
         task.flops, task.bytes = sum(part.flops for part in parts), sum(part.bytes for part in parts)
         task.locks = tuple(sorted({lock for part in parts for lock in part.locks}))
         task.priority = max(part.priority for part in parts)
-        merged.append(task)
+        merged.append(task, edges.before(at))
     return merged

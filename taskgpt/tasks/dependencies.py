@@ -1,60 +1,93 @@
-"""Dependencies: what an access of a cell must wait for, and which of these waits others imply.
+"""Dependencies: what an access of a cell must wait for, and how long paths through a graph take.
 
 A task waits for the last writer of every cell that it touches (RAW, WAW) and, if it writes, for the readers since (WAR).
 """
 
+import itertools
 import threading
 from collections.abc import Iterable, Sequence
 
 
 class CellHistory:
-    """The tasks that the next access of a cell must wait for."""
+    """The tasks that the next access of a cell must wait for. A graph has one for every cell, so it is small.
 
-    __slots__ = ("group", "lock", "readers", "serial", "writers")
-    _count = 0
+    `writers`: the last writer, or all tasks of a commutative group. `readers`: those since then. `group`: what every member of the open
+    commutative group waits for; None if there is none. `lock`: what excludes them from each other, with its serial number.
+    """
+
+    __slots__ = ("group", "lock", "readers", "writers")
 
     def __init__(self):
-        self.writers: set[int] = set()  # the last writer, or all tasks of a commutative group
-        self.readers: set[int] = set()  # since then
-        self.group: set[int] | None = None  # what every member of the open commutative group waits for
-        self.lock = threading.Lock()
-        self.serial = CellHistory._count = CellHistory._count + 1
+        self.writers: Sequence[int] = ()
+        self.readers: Sequence[_Readers] = ()
+        self.group: set[int] | None = None
+        self.lock: tuple[int, threading.Lock] | None = None
 
-    def copy(self) -> "CellHistory":
-        """Return the same state, to go on from; a commutative group ends here."""
-        twin = CellHistory()
-        twin.writers, twin.readers = set(self.writers), set(self.readers)
-        return twin
+    def write(self, writers: Sequence[int], waits: set[int]) -> None:
+        """Note writers that come now; add to `waits` what they wait for."""
+        waits.update(self.writers)
+        for readers in self.readers:
+            waits.update(readers.tasks)
+            readers.is_open = False
+        self.writers, self.readers, self.group = writers, (), None
 
-    def access(self, kind: str, number: int) -> set[int]:
-        """Note the access of a task; return the tasks it waits for."""
-        if kind == "commutative":
-            if self.group is None:
-                self.group = self.writers | self.readers
-                self.writers, self.readers = set(), set()
-            self.writers.add(number)
-            return self.group
-        self.group = None
+    def numbered_lock(self) -> tuple[int, threading.Lock]:
+        """Return the cell's lock and its serial number, made at the first call."""
+        if self.lock is None:
+            self.lock = next(_serials), threading.Lock()
+        return self.lock
+
+
+_serials = itertools.count(1)
+
+
+class _Readers:
+    """Tasks that read one tile, with nothing written to its cells in between: they all wait for the same, and the next writer for them."""
+
+    __slots__ = ("is_open", "tasks", "waits")
+
+    def __init__(self, cells: Iterable[CellHistory]):
+        self.is_open = True
+        self.tasks: list[int] = []
+        waits: set[int] = set()
+        for cell in cells:
+            waits.update(cell.writers)
+            if cell.readers:
+                cell.readers.append(self)
+            else:
+                cell.readers = [self]
+        self.waits = tuple(waits)
+
+
+class TileHistory:
+    """The cells that a tile touches, and who reads it: a row of cells that many tasks read is gone through once."""
+
+    __slots__ = ("cells", "readers")
+
+    def __init__(self, cells: Sequence[CellHistory]):
+        self.cells = cells
+        self.readers: _Readers | None = None
+
+    def access(self, kind: str, task: int, waits: set[int]) -> None:
+        """Note that a task accesses the tile; add to `waits` what it waits for: perhaps itself, if it accessed one of the cells before."""
         if kind == "in":
-            self.readers.add(number)
-            return set(self.writers)
-        waits = self.writers | self.readers
-        self.writers, self.readers = {number}, set()
-        return waits
-
-
-def without_implied(waits: Iterable[int], ancestors: list[int]) -> tuple[int, ...]:
-    """Return the next task's predecessors, less those that others of them already wait for: the transitive reduction, task by task.
-
-    `ancestors` has one integer per earlier task, a bit for each task that it waits for; the next task's is appended.
-    """
-    kept, implied = [], 0
-    for p in sorted(waits, reverse=True):
-        if not implied >> p & 1:
-            kept.append(p)
-            implied |= ancestors[p] | 1 << p
-    ancestors.append(implied)
-    return tuple(reversed(kept))
+            readers = self.readers
+            if readers is None or not readers.is_open:
+                readers = self.readers = _Readers(self.cells)
+            readers.tasks.append(task)
+            waits.update(readers.waits)
+        elif kind == "commutative":
+            for cell in self.cells:
+                if cell.group is None or cell.readers:
+                    group: set[int] = set()
+                    cell.write([], group)
+                    cell.group = group
+                cell.writers.append(task)
+                waits.update(cell.group)
+        else:
+            alone = (task,)
+            for cell in self.cells:
+                cell.write(alone, waits)
 
 
 def longest_path(predecessors: Sequence[Sequence[int]], took: Sequence[float]) -> list[int]:

@@ -106,6 +106,8 @@ class Kernel:
                 if not (isinstance(dim, int) or dim in known):
                     raise TypeError(f"{self.name}: scratch '{name}' asks for '{dim}', which no tile has")
         self._flops, self._bytes = self._formula("flops", flops), self._formula("bytes", bytes)
+        asked = {name for formula in (flops, bytes) if formula for name in inspect.signature(formula).parameters}
+        self.is_cost_of_shapes = not any(name in asked for name in self.parameters if name not in self.accesses)  # and of no constant
         self.__doc__ = body.__doc__
         self.__wrapped__ = body
 

@@ -11,6 +11,7 @@ import ctypes
 import itertools
 import struct
 import weakref
+from array import array
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,8 +23,9 @@ from numba.np.arrayobj import populate_array
 
 from taskgpt.tasks.cache import undisturbed
 from taskgpt.tasks.kernel import Kernel
-from taskgpt.tasks.scratch import scratch_layout
+from taskgpt.tasks.scratch import Shapes, scratch_layout
 from taskgpt.tasks.task import Call, this_thread
+from taskgpt.tasks.tensor import Tile
 
 _WORD = ir.IntType(64)
 _BYTE_POINTER = ir.IntType(8).as_pointer()
@@ -71,15 +73,37 @@ def take_exception(address: int) -> BaseException:
     return exception
 
 
-def words_of(call: Call) -> list[int]:
-    """Return the words of a call."""
+class Words:
+    """The words of calls, one after another in `words`. What tiles and scratch have in common between calls is worked out once."""
+
+    def __init__(self):
+        self.words = array("q")
+        self._known: dict[Tile | Shapes, tuple[int, ...]] = {}
+
+    def add(self, call: Call) -> None:
+        """Add the words of a call."""
+        for declared, argument in zip(call.kernel.parameters.values(), call.args, strict=True):
+            if isinstance(argument, Tile):
+                self.words.extend(self._known.get(argument) or self._know(argument, _words_of_tile))
+            else:
+                self.words.append(_bits_of(argument) if declared is float else int(argument))
+        if call.kernel.scratch:
+            self.words.extend(self._known.get(call.scratch_shapes) or self._know(call.scratch_shapes, _words_of_scratch))
+
+    def _know(self, what, words_of) -> tuple[int, ...]:
+        self._known[what] = words = tuple(words_of(what))
+        return words
+
+
+def _words_of_tile(tile: Tile) -> list[int]:
+    memory = tile.tensor.array
+    strides = [stride for span, stride in zip(tile.spans, memory.strides, strict=True) if isinstance(span, tuple)]
+    corner = sum(start * stride for (start, _), stride in zip(tile.ranges, memory.strides, strict=True))
+    return [memory.__array_interface__["data"][0] + corner, *tile.shape, *strides]
+
+
+def _words_of_scratch(shapes: Shapes) -> list[int]:
     words: list[int] = []
-    for declared, argument in zip(call.kernel.parameters.values(), call.arrays, strict=True):
-        if isinstance(argument, np.ndarray):
-            words += (argument.__array_interface__["data"][0], *argument.shape, *argument.strides)
-        else:
-            words.append(_bits_of(argument) if declared is float else int(argument))
-    shapes = call.scratch_shapes
     for (shape, dtype), offset in zip(shapes, scratch_layout(shapes)[0], strict=True):
         rows = np.empty(0, dtype).reshape(0, *shape[1:]) if len(shape) > 1 else np.empty(0, dtype)
         words += (offset, *shape, *rows.strides)

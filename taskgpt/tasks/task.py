@@ -8,6 +8,7 @@ import numpy as np
 
 from taskgpt.tasks.access import Access
 from taskgpt.tasks.blas_threads import one_blas_thread
+from taskgpt.tasks.edges import Edges
 from taskgpt.tasks.kernel import AccessError, Kernel, ShapeError, as_kernel, fits_64_bits
 from taskgpt.tasks.scratch import Shapes, scratch_arrays
 from taskgpt.tasks.tensor import Tile
@@ -37,14 +38,29 @@ class TaskError(RuntimeError):
 class Call:
     """A kernel and its arguments: tiles and constants, in the order of its parameters. Scratch is none of them."""
 
-    __slots__ = ("_scratch_shapes", "args", "arrays", "kernel")
+    __slots__ = ("_arrays", "_scratch_shapes", "args", "kernel")
 
     def __init__(self, kernel: Kernel, args: tuple):
         self.kernel = as_kernel(kernel)
         # NumPy's scalars become Python's, which do not widen float32 expressions: bodies and twins see one type.
-        self.args = args = tuple(a.item() if isinstance(a, np.generic) else a for a in args)
-        self.arrays = [a.array if isinstance(a, Tile) else a for a in args]
+        self.args = tuple([a.item() if isinstance(a, np.generic) else a for a in args])
+        # Made when they are first wanted: the arguments may be wrong, and a call that runs as compiled code needs no arrays.
+        self._arrays: list | None = None
         self._scratch_shapes: Shapes | None = None
+
+    @classmethod
+    def verified(cls, kernel: Kernel, args: tuple, scratch_shapes: Shapes) -> "Call":
+        """Return the call of what is known to be as the kernel declares it."""
+        call = cls.__new__(cls)
+        call.kernel, call.args, call._arrays, call._scratch_shapes = kernel, args, None, scratch_shapes
+        return call
+
+    @property
+    def arrays(self) -> list:
+        """The arguments, with arrays in place of tiles."""
+        if self._arrays is None:
+            self._arrays = [a.array if isinstance(a, Tile) else a for a in self.args]
+        return self._arrays
 
     def run(self) -> None:
         self.kernel.run(*self.arrays, *scratch_arrays(self.scratch_shapes))
@@ -63,16 +79,16 @@ class Call:
                     raise TypeError(f"{kernel.name}: '{name}' wants a constant of 64 bits, got one of {int(given).bit_length()}")
             elif not isinstance(given, Tile):
                 raise TypeError(f"{kernel.name}: '{name}' wants a tile, tensor[index], got {_told(given)}")
-            elif given.array.dtype != declared.dtype:
-                raise ShapeError(f"{kernel.name}: '{name}' wants {declared.dtype}, got {given} of {given.array.dtype}")
-            elif declared.is_written and not given.array.flags.writeable:
-                raise AccessError(f"{kernel.name} writes '{name}', and the memory of {given} is read-only")
+            elif given.tensor.array.dtype != declared.dtype:
+                raise ShapeError(f"{kernel.name}: '{name}' wants {declared.dtype}, got {given} of {given.tensor.array.dtype}")
+            elif declared.is_written:
+                verify_writeable(kernel, name, given)
         kernel.sizes({name: tile.shape for name, tile in self.tiles()})
 
     @property
     def scratch_shapes(self) -> Shapes:
         """(shape, type) of each scratch array, in the order of the kernel's signature."""
-        if self._scratch_shapes is None:  # not in __init__: the arguments may be wrong, and nobody has looked at them yet
+        if self._scratch_shapes is None:
             self._scratch_shapes = self.kernel.scratch_shapes(self.args)
         return self._scratch_shapes
 
@@ -98,6 +114,12 @@ class Call:
         return " ".join([self.kernel.name, *parts, *constants])
 
 
+def verify_writeable(kernel: Kernel, name: str, tile: Tile) -> None:
+    """Raise AccessError if nothing can be written where the kernel writes."""
+    if not tile.tensor.array.flags.writeable:
+        raise AccessError(f"{kernel.name} writes '{name}', and the memory of {tile} is read-only")
+
+
 def _told(given: object) -> str:
     return repr(given) if isinstance(given, (int, float, Tile)) else f"a {type(given).__name__}"
 
@@ -105,27 +127,40 @@ def _told(given: object) -> str:
 class Task:
     """One or more calls run in order, without a pause. A recorded task has one; `coarsen` makes tasks of several.
 
-    `number` counts in program order; `name` is the kernel's (of several, the costliest's). `predecessors` and `successors` are numbers of
-    other tasks of the same graph, ascending. `section` is (phase, layer). `flops` counts operations, `bytes` what the declarations say is
-    moved. `priority`: of ready tasks, native workers take those of the highest first.
+    `number` counts in program order; `name` is the kernel's (of several, the costliest's). `section` is (phase, layer). `flops` counts
+    operations, `bytes` what the declarations say is moved. `priority`: of ready tasks, native workers take those of the highest first.
+    `edges` are those of its graph.
     """
 
-    __slots__ = ("bytes", "calls", "flops", "locks", "name", "number", "predecessors", "priority", "section", "successors")
+    __slots__ = ("bytes", "calls", "edges", "flops", "locks", "name", "number", "priority", "section")
 
-    def __init__(self, number: int, calls: tuple[Call, ...], section: Section, predecessors: tuple[int, ...] = (), name: str = ""):
+    def __init__(self, number: int, calls: tuple[Call, ...], section: Section, name: str = ""):
         self.number = number
         self.calls = calls
         self.section = section
-        self.predecessors = predecessors
         self.name = name or calls[0].kernel.name
-        self.successors: list[int] = []
+        self.edges: Edges | None = None  # until it is in a graph
         self.locks: tuple[tuple[int, threading.Lock], ...] = ()  # in the order in which every task takes them: no deadlock
         self.flops = self.bytes = self.priority = 0
+
+    @property
+    def predecessors(self) -> tuple[int, ...]:
+        """The numbers of the tasks of the same graph that it waits for, ascending."""
+        return self.edges.before(self.number) if self.edges is not None else ()
+
+    @property
+    def successors(self) -> list[int]:
+        """The numbers of the tasks of the same graph that wait for it, ascending."""
+        return self.edges.after(self.number) if self.edges is not None else []
 
     @property
     def estimated_seconds(self) -> float:
         """Return what the task may take, until it has been measured: by a core's order of magnitude in operations and bytes a second."""
         return self.flops / 1e11 + self.bytes / 1e10
+
+    def __getstate__(self) -> tuple[None, dict]:
+        """Send a task by itself without the edges of its graph."""
+        return None, {slot: None if slot == "edges" else getattr(self, slot) for slot in Task.__slots__}
 
     def run(self) -> None:
         """Run the calls, with BLAS on one thread. Raises TaskError, naming the call, from whatever a kernel raises."""

@@ -9,15 +9,47 @@ in a worker process would be a copy.
 
 import threading
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Self, TypeVar
 
-from taskgpt.tasks.dependencies import CellHistory, longest_path, without_implied
-from taskgpt.tasks.kernel import AccessError, Kernel
-from taskgpt.tasks.task import Call, Section, Task, this_thread
-from taskgpt.tasks.tensor import GridError, Tensor
+import numpy as np
+
+from taskgpt.tasks.dependencies import CellHistory, TileHistory, longest_path
+from taskgpt.tasks.edges import Edges
+from taskgpt.tasks.kernel import AccessError, Kernel, as_kernel
+from taskgpt.tasks.scratch import Shapes
+from taskgpt.tasks.task import Call, Section, Task, this_thread, verify_writeable
+from taskgpt.tasks.tensor import GridError, Tensor, Tile
 
 AnyGraph = TypeVar("AnyGraph", bound="TaskGraph")  # of the kind that was given
+
+
+class _Place(TileHistory):
+    """What a graph knows of a tile: one object for all tiles of the same index, its history, and the number of its form."""
+
+    __slots__ = ("form", "tile")
+
+    def __init__(self, tile: Tile, cells: Sequence[CellHistory], form: int):
+        super().__init__(cells)
+        self.tile, self.form = tile, form
+
+
+class _Signature:
+    """What is the same for all calls of a kernel on tiles of the same forms: how it accesses them, what it costs, its scratch.
+
+    `kinds`: of the access to each tile. `written`: (number of the tile among its tiles, name of the parameter). `cost`: (FLOPs, bytes
+    moved), or None if constants have a say in it.
+    """
+
+    __slots__ = ("cost", "kinds", "scratch_shapes", "written")
+
+    def __init__(self, call: Call, allow_commutative: bool):
+        kernel = call.kernel
+        kinds = [access.kind for access in kernel.accesses.values()]
+        self.kinds = tuple("inout" if kind == "commutative" and not allow_commutative else kind for kind in kinds)
+        self.written = tuple((at, name) for at, (name, access) in enumerate(kernel.accesses.items()) if access.is_written)
+        self.cost: tuple[int, int] | None = call.cost() if kernel.is_cost_of_shapes else None
+        self.scratch_shapes: Shapes = call.scratch_shapes
 
 
 class TaskGraph:
@@ -26,20 +58,23 @@ class TaskGraph:
     `allow_commutative=True` lets tasks that declare Commutative on a tile run in any order, one at a time: faster, and the rounding of sums
     then depends on that order. Otherwise Commutative means InOut.
 
-    `runs`: what schedulers have under way of this graph, each run an object of theirs. While there is one, nothing can be recorded.
+    `edges`: those of the tasks, as arrays. `runs`: what schedulers have under way of this graph, each run an object of theirs. While there
+    is one, nothing can be recorded.
     """
 
     def __init__(self, name: str = "graph", allow_commutative: bool = False):
         self.name = name
         self.allow_commutative = allow_commutative
         self.tasks: list[Task] = []
+        self.edges = Edges()
         self.runs: set[object] = set()
         self._made_in = this_thread.at
         self._kernels: dict[Kernel, None] = {}  # in order of first use
-        self._cells: dict[tuple, CellHistory] = {}
-        self._tensors: dict[int, Tensor] = {}
-        self._ancestors: list[int] = []  # one bit per earlier task; only while recording
-        self._accesses: list[list[tuple[tuple, str]]] = []  # (cell, kind) of each task; only while recording
+        self._recorded = 0  # tasks that were spawned here: of those the graph knows what they access
+        self._cells: dict[Tensor, dict[tuple[int, ...], CellHistory]] = {}
+        self._places: dict[Tensor, dict[tuple, _Place]] = {}  # by the spans of the tile
+        self._forms: dict[tuple, int] = {}  # of tiles: shape and type, numbered
+        self._signatures: dict[tuple, _Signature] = {}  # by the kernel and, for each argument, its form or, of a constant, its type
 
     def spawn(self, kernel: Kernel, *args, section: Section = ("", -1), priority: int = 0) -> Task:
         """Record a call as the next task.
@@ -51,70 +86,111 @@ class TaskGraph:
         and, inside a task, for one that the task did not make.
         """
         self._verify_may_grow()
-        if len(self._ancestors) != len(self.tasks):
+        number = len(self.tasks)
+        if self._recorded != number:
             raise RuntimeError(f"graph '{self.name}' was not recorded here, and cannot go on recording; record a new one")
-        call = Call(kernel, args)
-        self._verify(call)
-        task = Task(len(self.tasks), (call,), section)
+        signature, places, args = self._look_up(as_kernel(kernel), args) or self._learn(Call(kernel, args))
+        self._verify_written(kernel, places, signature)
+        call = Call.verified(kernel, args, signature.scratch_shapes)
+        task = Task(number, (call,), section)
         task.priority = priority
+        task.flops, task.bytes = signature.cost or call.cost()
         waits: set[int] = set()
-        locked: list[CellHistory] = []
-        accesses: list[tuple[tuple, str]] = []
-        for name, tile in call.tiles():
-            kind = kernel.accesses[name].kind
-            if kind == "commutative" and not self.allow_commutative:
-                kind = "inout"
-            for position in tile.cells():
-                key = id(tile.tensor), position
-                cell = self._cells.get(key)
-                if cell is None:
-                    cell = self._cells[key] = CellHistory()
-                waits |= cell.access(kind, task.number)
-                accesses.append((key, kind))
-                if kind == "commutative":
-                    locked.append(cell)
-        waits.discard(task.number)  # a call with two tiles in one cell does not wait for itself
-        task.locks = tuple(sorted({(cell.serial, cell.lock) for cell in locked}))
-        task.predecessors = without_implied(waits, self._ancestors)
-        task.flops, task.bytes = call.cost()
-        self._accesses.append(accesses)
-        self.append(task)
+        for place, kind in zip(places, signature.kinds, strict=True):
+            place.access(kind, number, waits)
+            if kind == "commutative":
+                task.locks = tuple(sorted({*task.locks, *(cell.numbered_lock() for cell in place.cells)}))
+        waits.discard(number)  # a call with two tiles in one cell does not wait for itself
+        self.edges.add(waits)
+        self._add(task)
+        self._recorded += 1
         return task
+
+    def _look_up(self, kernel: Kernel, args: tuple) -> tuple[_Signature, list[_Place], tuple] | None:
+        """Return what is known of a call and of its tiles, and its arguments with these tiles in them; None for a new kind of call."""
+        places: list[_Place] = []
+        known: list = []
+        key: list = [kernel]
+        for argument in args:
+            if type(argument) is Tile:
+                if argument.tensor not in self._places:
+                    return None
+                place = self._places[argument.tensor].get(argument.spans) or self._place(argument)
+                places.append(place)
+                known.append(place.tile)
+                key.append(place.form)
+            else:
+                if isinstance(argument, np.generic):
+                    argument = argument.item()
+                elif type(argument) is int and argument.bit_length() > 63:
+                    return None  # not every integer fits
+                known.append(argument)
+                key.append(type(argument))
+        signature = self._signatures.get(tuple(key))
+        return None if signature is None else (signature, places, tuple(known))
+
+    def _learn(self, call: Call) -> tuple[_Signature, list[_Place], tuple]:
+        """Verify a call of a new kind, and know it from now on. Return what `_look_up` does."""
+        kernel = call.kernel
+        call.verify()
+        if kernel not in self._kernels:
+            kernel.verify_sources()
+        for _, tile in call.tiles():
+            self._know(tile.tensor)
+        known = [self._place(argument) if isinstance(argument, Tile) else argument for argument in call.args]
+        key = kernel, *(each.form if isinstance(each, _Place) else type(each) for each in known)
+        if key not in self._signatures:
+            self._signatures[key] = _Signature(call, self.allow_commutative)
+        places = [each for each in known if isinstance(each, _Place)]
+        return self._signatures[key], places, tuple(each.tile if isinstance(each, _Place) else each for each in known)
+
+    def _place(self, tile: Tile) -> _Place:
+        places, cells = self._places[tile.tensor], self._cells[tile.tensor]
+        place = places.get(tile.spans)
+        if place is None:
+            touched = []
+            for position in tile.cells():
+                cell = cells.get(position)
+                if cell is None:
+                    cell = cells[position] = CellHistory()
+                touched.append(cell)
+            form = tile.shape, tile.tensor.array.dtype
+            place = places[tile.spans] = _Place(tile, tuple(touched), self._forms.setdefault(form, len(self._forms)))
+        return place
+
+    def _verify_written(self, kernel: Kernel, places: Sequence[_Place], signature: _Signature) -> None:
+        """Raise AccessError if a written tile overlaps another or is read-only."""
+        for at, name in signature.written:
+            tile = places[at].tile
+            tensor = tile.tensor
+            verify_writeable(kernel, name, tile)
+            for other_at, other in enumerate(places):
+                if other.tile.tensor is tensor and other_at != at and tile.overlaps(other.tile):
+                    first, second = (list(kernel.accesses)[n] for n in sorted((at, other_at)))
+                    where = f"{kernel.name}: '{first}' and '{second}' overlap in {tensor.name}"
+                    raise AccessError(f"{where}; declare one InOut instead")
 
     def derived(self, name: str) -> Self:
         """Return an empty graph of the same kind, for other tasks that run the same calls."""
         return type(self)(name, self.allow_commutative)
 
-    def append(self, task: Task) -> None:
+    def append(self, task: Task, predecessors: Iterable[int]) -> None:
         """Add a task whose predecessors are known. Raises RuntimeError where `spawn` does for a graph that runs."""
         self._verify_may_grow()
-        for p in task.predecessors:
-            self.tasks[p].successors.append(task.number)
+        self.edges.add_exact(predecessors)
         self._add(task)
 
     def _add(self, task: Task) -> None:
+        task.edges = self.edges
         self.tasks.append(task)
-        self._kernels.update((call.kernel, None) for call in task.calls)
+        for call in task.calls:
+            self._kernels[call.kernel] = None
 
     def _verify_may_grow(self) -> None:
         if this_thread.at is not None and this_thread.at is not self._made_in:
             raise RuntimeError(f"tasks cannot spawn tasks yet: graph '{self.name}' was not made inside this one; record it before it runs")
         if self.runs:
             raise RuntimeError(f"graph '{self.name}' is being run, and the task would not be; spawn it before the run or after its end")
-
-    def _verify(self, call: Call) -> None:
-        kernel = call.kernel
-        call.verify()
-        if kernel not in self._kernels:
-            kernel.verify_sources()
-        tiles = list(call.tiles())
-        for at, (name, tile) in enumerate(tiles):
-            self._know(tile.tensor)
-            for other_name, other in tiles[:at]:
-                written = kernel.accesses[name].is_written or kernel.accesses[other_name].is_written
-                if written and tile.overlaps(other):
-                    where = f"{kernel.name}: '{other_name}' and '{name}' overlap in {tile.tensor.name}"
-                    raise AccessError(f"{where}; declare one InOut instead")
 
     def _know(self, tensor: Tensor) -> None:
         """Refuse a second grid over memory that another tensor of this graph already cuts."""
@@ -124,14 +200,15 @@ class TaskGraph:
                 f"'{tensor.name}' ({tensor}) and '{other.name}' ({other}) share memory: two grids over one buffer would hide "
                 "dependencies; index one tensor in both places"
             )
-        self._tensors[id(tensor)] = tensor  # keeps it alive, so that its id stays its own
+        self._cells.setdefault(tensor, {})
+        self._places.setdefault(tensor, {})
 
     def _other_grid(self, tensor: Tensor) -> Tensor | None:
         """Return a tensor of this graph that cuts the memory of the given one by another grid."""
-        if id(tensor) in self._tensors:
+        if tensor in self._cells:
             return None
         low, high = tensor.address_range()
-        for other in self._tensors.values():
+        for other in self._cells:
             other_low, other_high = other.address_range()
             if low < other_high and other_low < high:
                 return other
@@ -143,22 +220,38 @@ class TaskGraph:
         None where a graph was derived or sent, and knows no accesses, or where the two cut the same memory by other grids: then everything
         there waits for everything here.
         """
-        here, there = self.tasks, following.tasks
-        are_recorded = len(self._accesses) == len(here) and len(following._accesses) == len(there)
-        if not are_recorded or any(self._other_grid(tensor) for tensor in following._tensors.values()):
+        are_recorded = self._recorded == len(self.tasks) and following._recorded == len(following.tasks)
+        if not are_recorded or any(self._other_grid(tensor) for tensor in following._cells):
             return None
-        count = len(here)
-        cells = {key: cell.copy() for key, cell in self._cells.items()}
-        ancestors = self._ancestors.copy()
+        count = len(self.tasks)
+        both = Edges()
+        for task in self.tasks:
+            both.add(task.predecessors)
+        for task, waits in zip(following.tasks, self._waits_of(following), strict=True):
+            both.add(waits.union(count + p for p in task.predecessors))
         edges = []
-        for task, accesses in zip(there, following._accesses, strict=True):
-            waits = {count + p for p in task.predecessors}
-            for key, kind in accesses:
-                if key in cells:
-                    waits |= cells[key].access(kind, count + task.number)
-            waits.discard(count + task.number)
-            edges += [(p, task.number) for p in without_implied(waits, ancestors) if p < count]
+        for number in range(len(following.tasks)):
+            edges += [(p, number) for p in both.before(count + number) if p < count]
         return edges
+
+    def _waits_of(self, following: "TaskGraph") -> Iterator[set[int]]:
+        """Yield, for each task of a graph that runs after this one, those of this one that it must wait for if nothing else does."""
+        overwritten: set[CellHistory] = set()  # who comes after that waits for the task that did
+        for task in following.tasks:
+            waits: set[int] = set()
+            for call in task.calls:
+                for name, tile in call.tiles():
+                    kind = call.kernel.accesses[name].kind
+                    for position in tile.cells():
+                        cell = self._cells.get(tile.tensor, {}).get(position)
+                        if cell is None or cell in overwritten:
+                            continue
+                        waits.update(cell.writers)
+                        if kind != "in":
+                            waits.update(*(readers.tasks for readers in cell.readers))
+                        if kind != "in" and (kind != "commutative" or not following.allow_commutative):
+                            overwritten.add(cell)
+            yield waits
 
     def depths(self) -> list[int]:
         """Return the length of the longest path to each task; tasks of one depth do not depend on each other."""
@@ -199,17 +292,17 @@ class TaskGraph:
         return "\n".join(lines) + "\n"
 
     def __repr__(self) -> str:
-        edges = sum(len(task.predecessors) for task in self.tasks)
-        return f"{self.name}: {len(self.tasks)} tasks of {len(self.kernels)} kernels, {edges} edges, {self.flops / 1e9:.3g} GFLOP"
+        return f"{self.name}: {len(self.tasks)} tasks of {len(self.kernels)} kernels, {len(self.edges)} edges, {self.flops / 1e9:.3g} GFLOP"
 
     def __getstate__(self) -> dict:
         """Send what running needs: the tasks, and for each lock its number. Tasks that share a lock here will share one there."""
-        tasks = [{slot: getattr(task, slot) for slot in Task.__slots__ if slot != "locks"} for task in self.tasks]
+        tasks = [{slot: getattr(task, slot) for slot in Task.__slots__ if slot not in ("locks", "edges")} for task in self.tasks]
         locks = [[serial for serial, _ in task.locks] for task in self.tasks]
-        return {"name": self.name, "allow_commutative": self.allow_commutative, "tasks": tasks, "locks": locks}
+        return {"name": self.name, "allow_commutative": self.allow_commutative, "tasks": tasks, "locks": locks, "edges": self.edges}
 
     def __setstate__(self, state: dict) -> None:
         TaskGraph.__init__(self, state["name"], state["allow_commutative"])
+        self.edges = state["edges"]
         locks: defaultdict[int, threading.Lock] = defaultdict(threading.Lock)
         for fields, serials in zip(state["tasks"], state["locks"], strict=True):
             task = Task.__new__(Task)

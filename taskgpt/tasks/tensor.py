@@ -26,6 +26,9 @@ import numpy as np
 ALIGNMENT_BYTES = 64  # a cache line; the same offset in every process, so that BLAS takes the same path and gives the same bits
 
 
+Span = tuple[int, int] | int  # of an axis: (start, stop), or an integer, which drops the axis
+
+
 class GridError(ValueError):
     """A grid that cannot be, or two grids over one memory."""
 
@@ -112,51 +115,77 @@ class Tensor:
 class Tile:
     """A rectangle of a tensor. `array` is the view (integer indices drop their axis, as in NumPy); `tile[index]` is a tile within it.
 
+    `spans` has an entry for each axis of the tensor: (start, stop), or the integer of an axis that is dropped.
+
     Raises IndexError for an index that leaves the tensor, is no integer or slice, has a step, or selects nothing, and for an integer on the
     last axis: kernels may rely on elements of a row lying side by side.
     """
 
-    __slots__ = ("array", "index", "ranges", "tensor")
+    __slots__ = ("_array", "spans", "tensor")  # the view is made when it is first wanted: many tiles are recorded, and never seen by Python
 
     def __init__(self, tensor: Tensor, index):
         index = index if isinstance(index, tuple) else (index,)
         shape = tensor.array.shape
-        if len(index) > len(shape):
-            raise IndexError(f"tensor '{tensor.name}' has {len(shape)} axes, got {len(index)} indices")
-        index += (slice(None),) * (len(shape) - len(index))
-        self.tensor = tensor
-        self.ranges = tuple(_span(f"tensor '{tensor.name}'", axis, shape[axis], i) for axis, i in enumerate(index))
-        if not isinstance(index[-1], slice):
-            start, stop = self.ranges[-1]
+        if len(index) != len(shape):
+            if len(index) > len(shape):
+                raise IndexError(f"tensor '{tensor.name}' has {len(shape)} axes, got {len(index)} indices")
+            index += (slice(None),) * (len(shape) - len(index))
+        spans = tuple([_span(tensor, axis, shape[axis], i) for axis, i in enumerate(index)])
+        if not isinstance(spans[-1], tuple):
             axis = f"axis {len(shape) - 1} is the last and takes a slice, so that elements lie side by side"
-            raise IndexError(f"tensor '{tensor.name}': {axis}: {start}:{stop}, got {index[-1]!r}")
-        self.index = tuple(slice(*span) if isinstance(i, slice) else span[0] for i, span in zip(index, self.ranges, strict=True))
-        self.array = tensor.array[self.index]
+            raise IndexError(f"tensor '{tensor.name}': {axis}: {spans[-1]}:{spans[-1] + 1}, got {index[-1]!r}")
+        self._hold(tensor, spans)
+
+    def _hold(self, tensor: Tensor, spans: tuple) -> "Tile":
+        self.tensor = tensor
+        self.spans: tuple[Span, ...] = spans
+        self._array: np.ndarray | None = None
+        return self
+
+    @property
+    def array(self) -> np.ndarray:
+        if self._array is None:
+            self._array = self.tensor.array[self.index]
+        return self._array
+
+    @property
+    def index(self) -> tuple[int | slice, ...]:
+        return tuple(slice(*span) if isinstance(span, tuple) else span for span in self.spans)
+
+    @property
+    def ranges(self) -> tuple[tuple[int, int], ...]:
+        """(start, stop) of each axis of the tensor."""
+        return tuple(span if isinstance(span, tuple) else (span, span + 1) for span in self.spans)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.array.shape
+        return tuple(span[1] - span[0] for span in self.spans if isinstance(span, tuple))
 
     def cells(self) -> Iterator[tuple[int, ...]]:
         """Yield the grid position of every cell that this tile touches, wholly or in part."""
-        spans = []
+        touched = []
         for (start, stop), bounds in zip(self.ranges, self.tensor.bounds, strict=True):
-            spans.append(range(bisect_right(bounds, start) - 1, bisect_left(bounds, stop)))
-        return itertools.product(*spans)
+            touched.append(range(bisect_right(bounds, start) - 1, bisect_left(bounds, stop)))
+        return itertools.product(*touched)
 
     def __getitem__(self, index) -> "Tile":
-        index = index if isinstance(index, tuple) else (index,)
-        if len(index) > self.array.ndim:
-            raise IndexError(f"tile {self!r} has {self.array.ndim} axes, got {len(index)} indices")
-        inner, whole = list(index) + [slice(None)] * (self.array.ndim - len(index)), []
-        for own, (start, stop) in zip(self.index, self.ranges, strict=True):
-            if isinstance(own, slice):
-                axis = self.array.ndim - len(inner)
-                each = inner.pop(0)
-                first, last = _span(f"tile {self!r}", axis, stop - start, each)
-                own = slice(start + first, start + last) if isinstance(each, slice) else start + first
-            whole.append(own)
-        return Tile(self.tensor, tuple(whole))
+        inner = list(index) if isinstance(index, tuple) else [index]
+        axes = sum(isinstance(span, tuple) for span in self.spans)
+        if len(inner) > axes:
+            raise IndexError(f"tile {self!r} has {axes} axes, got {len(inner)} indices")
+        whole: list[Span] = []
+        axis = 0
+        for span in self.spans:
+            if isinstance(span, tuple):
+                if axis < len(inner):
+                    start, stop = span
+                    own = _span(self, axis, stop - start, inner[axis])
+                    span = (start + own[0], start + own[1]) if isinstance(own, tuple) else start + own
+                axis += 1
+            whole.append(span)
+        if not isinstance(span, tuple):
+            return Tile(self.tensor, tuple(slice(*each) if isinstance(each, tuple) else each for each in whole))  # which refuses it
+        return Tile.__new__(Tile)._hold(self.tensor, tuple(whole))
 
     def overlaps(self, other: "Tile") -> bool:
         """Return True if the two tiles have an element in common."""
@@ -164,16 +193,16 @@ class Tile:
 
     def __repr__(self) -> str:
         parts = []
-        for i, (start, stop), length in zip(self.index, self.ranges, self.tensor.array.shape, strict=True):
-            parts.append(":" if (start, stop) == (0, length) else f"{start}:{stop}" if isinstance(i, slice) else str(i))
+        for span, (start, stop), length in zip(self.spans, self.ranges, self.tensor.array.shape, strict=True):
+            parts.append(":" if (start, stop) == (0, length) else f"{start}:{stop}" if isinstance(span, tuple) else str(span))
         return f"{self.tensor.name}[{', '.join(parts)}]"
 
     def __reduce__(self):
         return Tile, (self.tensor, self.index)
 
 
-def _span(where: str, axis: int, length: int, index) -> tuple[int, int]:
-    """Return (start, stop) of what an integer or a slice selects of an axis."""
+def _span(where: Tensor | Tile, axis: int, length: int, index) -> Span:
+    """Return (start, stop) of what a slice selects of an axis, or the integer."""
     try:
         if not isinstance(index, slice):
             start = operator.index(index)
@@ -184,10 +213,14 @@ def _span(where: str, axis: int, length: int, index) -> tuple[int, int]:
         else:
             raise TypeError
     except TypeError:
-        raise IndexError(f"{where}: axis {axis} takes an integer or a slice without step, got {index!r}") from None
+        raise IndexError(f"{_told(where)}: axis {axis} takes an integer or a slice without step, got {index!r}") from None
     if not 0 <= start < stop <= length:
-        raise IndexError(f"{where}: axis {axis} has {length} elements, got {index!r}")
-    return start, stop
+        raise IndexError(f"{_told(where)}: axis {axis} has {length} elements, got {index!r}")
+    return (start, stop) if isinstance(index, slice) else start
+
+
+def _told(where: Tensor | Tile) -> str:
+    return f"tensor '{where.name}'" if isinstance(where, Tensor) else f"tile {where!r}"
 
 
 class Arena:

@@ -103,7 +103,7 @@ def record(pattern: str, width: int, steps: int, shared: bool = False) -> tuple[
         for i in range(width_at(pattern, width, t)):
             number = len(graph.tasks)
             call = Call(busy, (a.out[number, :1], a.iterations[:]))
-            graph.append(Task(number, (call,), ("", -1), tuple(before[j] for j in depends(pattern, width, t, i))))
+            graph.append(Task(number, (call,), ("", -1)), [before[j] for j in depends(pattern, width, t, i)])
             row.append(number)
         before = row
     compile_kernels(graph.kernels)

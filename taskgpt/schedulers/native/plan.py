@@ -8,8 +8,8 @@ import numpy as np
 
 from taskgpt.schedulers.native.queues import PRIORITY_LIMIT
 from taskgpt.schedulers.native.table import NOTHING
-from taskgpt.tasks import AccessError, Graph, TaskError, TwinError, compile_kernels
-from taskgpt.tasks.native_entry import has_native_entry, native_entry, python_entry, words_of
+from taskgpt.tasks import AccessError, Graph, Kernel, TaskError, TwinError, compile_kernels
+from taskgpt.tasks.native_entry import Words, has_native_entry, native_entry, python_entry
 from taskgpt.tasks.scratch import scratch_layout
 
 _LEAST_S = 1e-6  # a task takes, whatever it does
@@ -32,10 +32,9 @@ class Plan:
         self.tasks = len(tasks)
         calls = [call for task in tasks for call in task.calls]
         self.call_first = firsts(len(task.calls) for task in tasks)
-        self.successor_first = firsts(len(task.successors) for task in tasks)
-        self.successor = _int64([s for task in tasks for s in task.successors])
-        self.indegree = _int64([len(task.predecessors) for task in tasks])
-        self.sinks = sum(not task.successors for task in tasks)
+        self.successor_first, self.successor = graph.edges.successors()
+        self.indegree = np.diff(graph.edges.predecessors()[0])
+        self.sinks = int((np.diff(self.successor_first) == 0).sum())
         self._graph = weakref.ref(graph)
         self.runs = 0
         self.values: tuple[np.ndarray, int] | None = None
@@ -44,21 +43,24 @@ class Plan:
         self._lower_calls(calls)
         self._lower_locks(graph)
         self.priorities = self._priorities(graph)
-        self.scratch_bytes = max((scratch_layout(call.scratch_shapes)[1] for call in calls if call.kernel.scratch), default=0)
+        self.scratch_bytes = max((scratch_layout(shapes)[1] for shapes in {call.scratch_shapes for call in calls}), default=0)
 
     def _lower_calls(self, calls: list) -> None:
         self._kept_alive = calls[:]  # and with them the memory that the words name
+        entries: dict[Kernel, int] = {}
         self.call_entry = np.empty(len(calls), np.int64)
-        words, starts = [], np.empty(len(calls), np.int64)
+        words, starts = Words(), np.empty(len(calls), np.int64)
         for at, call in enumerate(calls):
-            starts[at] = len(words)
+            starts[at] = len(words.words)
             if has_native_entry(call):
-                self.call_entry[at] = native_entry(call.kernel)
-                words += words_of(call)
+                if call.kernel not in entries:
+                    entries[call.kernel] = native_entry(call.kernel)
+                self.call_entry[at] = entries[call.kernel]
+                words.add(call)
             else:
                 self.call_entry[at], callback = python_entry(call)
                 self._kept_alive.append(callback)
-        self._words = _int64(words)
+        self._words = np.array(words.words, np.int64)
         self.call_words = self._words.ctypes.data + 8 * starts
 
     def _lower_locks(self, graph: Graph) -> None:
