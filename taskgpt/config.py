@@ -18,7 +18,7 @@ from taskgpt.gpt2.model import GPT2
 from taskgpt.gpt2.shape import Batch, Model, Options, Tiles
 
 _PACKAGE = Path(__file__).resolve().parent
-MOST_TASKS = 10**6  # of a graph: recorded, they take 15 GB, and half an hour
+MOST_TASKS = 10**6  # of a graph: recorded, GPT-2's take 2 GB, and a minute
 _MOST_BYTES = 2**60  # of its tensors: no machine has them, and sizes still fit into 64 bits
 _ADDRESS = re.compile(r"[a-z]+://.*|[^/]*:\d+", re.IGNORECASE)  # tcp://10.0.0.1:8786, localhost:8786, [::1]:8786
 

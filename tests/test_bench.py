@@ -14,14 +14,14 @@ import pytest
 
 from taskgpt.gpt2.program import training_graph
 from taskgpt.lab import machine, report, roofline
-from taskgpt.lab.benchmarks import peer_setups, peers, task_bench
+from taskgpt.lab.benchmarks import peer_setups, peers, recording, task_bench
 from taskgpt.lab.benchmarks.peer_process import Start
 from taskgpt.lab.named import make, named_scheduler, prepare
 from taskgpt.lab.roofline import Product, product_of, products
 from taskgpt.lab.traces.trace import Trace
 from taskgpt.programs import trace
 from taskgpt.programs.bench import main
-from taskgpt.tasks import Call, In, InOut, Kernel, Out, Tensor, dims, kernel
+from taskgpt.tasks import Call, Graph, In, InOut, Kernel, Out, Tensor, dims, kernel
 
 R, C, OC = dims("R C OC")
 
@@ -110,6 +110,39 @@ def test_a_recorded_graph_has_exactly_the_edges_of_its_pattern(pattern, width):
 def test_an_unknown_pattern_is_refused():
     with pytest.raises(ValueError, match="no pattern 'ring'"):
         task_bench.depends("ring", 4, 1, 0)
+
+
+# What recording costs -------------------------------------------------------------------------------------------------------------------
+
+
+def test_recording_is_measured_in_tasks_and_bytes(tmp_path, capsys):
+    """A row for each program and size, of a graph file one; the tasks are those of the textbook, and the machine is said."""
+    rows = run(tmp_path, "record", "--tasks", "100,400", "--programs", "stencil", "cholesky", "tiny", "--rounds", "1")["rows"]
+    found = [(row["program"], row["tasks"]) for row in rows]
+    assert found == [("stencil", 100), ("stencil", 400), ("cholesky", 84), ("cholesky", 364), ("tiny", rows[-1]["tasks"])]
+    for row in rows:
+        assert 0 < row["loops_us"] < row["record_us"] and 0 < row["edges_us"] < row["record_us"] and 1 < row["edges_a_task"] < 5
+        assert 0 < row["process_gib"] < 4 and row["rounds"][0]["bytes"] >= 0
+    assert "bytes a" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", recording.PROGRAMS)
+def test_programs_to_record_compute_what_they_are_called_after(name):
+    """A step of the stencil waits for three points of the row before; a tile is factorised after all that is subtracted from it."""
+    graph = Graph()
+    recording.PROGRAMS[name](100)(graph.spawn)
+    if name == "stencil":
+        assert [task.predecessors for task in graph.tasks[10:13]] == [(0, 1), (0, 1, 2), (1, 2, 3)]
+    else:
+        assert [task.name for task in graph.tasks].count("factorise") == 7
+        assert len(graph.longest_path([1] * len(graph.tasks))) == 3 * 7 - 2
+
+
+def test_recordings_that_cannot_be(capsys):
+    """One line for what is no number of tasks, and for no program."""
+    for argv, said in (["--tasks", "many"], "--tasks: wanted whole numbers, got 'many'"), (["--programs", "fft"], "unknown graph 'fft'"):
+        assert main(["record", *argv]) == 2
+        assert said in capsys.readouterr().err
 
 
 # Systems and measurements ---------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from taskgpt.tasks.edges import Edges
+from taskgpt.tasks.edges import REACH, Edges
 
 
 @st.composite
@@ -86,6 +86,14 @@ def test_one_task_that_waits_for_all():
     assert independent.before(count) == tuple(range(count))
     chain = edges_of([set(), *({task} for task in range(count - 1)), set(range(count))])
     assert chain.before(count) == (count - 1,)
+
+
+def test_edges_from_far_back_stay():
+    """They are not worth the search: of a long chain the last task keeps its edge from the first, and loses that from a nearer one."""
+    count = REACH + 10
+    chain = edges_of([set(), *({task} for task in range(count - 1)), {0, count // 2, count - 1}])
+    assert chain.before(count) == (0, count - 1)
+    assert len(chain) == count + 1
 
 
 def test_exact_edges_stay():

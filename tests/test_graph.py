@@ -7,6 +7,7 @@ import pickle
 import random
 import sys
 import threading
+import tracemalloc
 from itertools import pairwise
 
 import dask
@@ -341,6 +342,35 @@ def test_edges_are_the_transitive_reduction_of_all_conflicts(program):
         assert task.predecessors == tuple(sorted(needed))
     for task in graph.tasks:
         assert task.successors == [other.number for other in graph.tasks if task.number in other.predecessors]
+
+
+@pytest.mark.parametrize("allow_commutative", [False, True])
+def test_recording_takes_memory_in_proportion_to_tasks(allow_commutative):
+    """A task takes as much in a large graph as in a small one, and less than 300 bytes: its call, its edges and its cells' histories too.
+
+    Two rows of 50 cells are written in turns, each cell from three of the other row.
+    """
+    x, y = tensor(50, 1), tensor(50, 1)
+
+    def bytes_a_task(steps: int) -> float:
+        graph = Graph(allow_commutative=allow_commutative)
+        tracemalloc.start()
+        for step in range(steps):
+            out, inp = (x, y) if step % 2 else (y, x)
+            for i in range(1, 49):
+                graph.spawn(average, out[i : i + 1], inp[i - 1 : i], inp[i : i + 1], inp[i + 1 : i + 2])
+        assert len(graph.edges) > len(graph.tasks)
+        taken = tracemalloc.get_traced_memory()[0] / len(graph.tasks)
+        tracemalloc.stop()
+        return taken
+
+    bytes_a_task(2)  # compiles
+    assert bytes_a_task(200) < 300 and bytes_a_task(800) < 1.1 * bytes_a_task(100)  # lists grow in steps
+
+
+@kernel
+def average(out: Out[N], left: In[N], middle: In[N], right: In[N]):
+    pass
 
 
 # --- what recording refuses

@@ -178,7 +178,8 @@ class TestPolicies:
     def test_longest_path_first_measures(self):
         """Paths are as long as they took: after a few runs 1, which is slow, goes before 3."""
         graph = drawn(FORK)
-        graph.tasks[1].calls = (Call(step, (graph.tasks[1].calls[0].args[0], 40)),)  # milliseconds
+        call = graph.tasks[1].calls[0]
+        call.args = call.args[0], 40  # milliseconds
         with opened(workers=1, record=1000, policy="longest_path_first", immediate_successor=False) as scheduler:
             for _ in range(4):
                 scheduler.run(graph)

@@ -6,6 +6,7 @@
     taskgpt bench step --schedulers loops native --rounds 2 --trace runs/bench       # for Perfetto, Paraver, ovni and `trace`
     taskgpt bench roofline --graphs gpt2-124m              # sgemm at the graph's own shapes, memory bandwidth, the floor
     taskgpt bench overhead --systems native dask.threaded  # empty tasks: microseconds a task
+    taskgpt bench record --tasks 10000 1000000             # recording graphs: microseconds and bytes a task
     taskgpt bench metg --patterns stencil_1d fft           # the shortest tasks that still use half of the machine
     taskgpt bench contention --workers 2,16,64,128         # what workers cost each other: counted, on simulated cores
     taskgpt bench decode --graph gpt2-124m                 # a generated token, against streaming the weights
@@ -21,7 +22,7 @@ from collections.abc import Callable, Sequence
 
 from taskgpt.errors import run_program
 from taskgpt.lab import roofline
-from taskgpt.lab.benchmarks import contention, decode, peers, steps, task_bench
+from taskgpt.lab.benchmarks import contention, decode, peers, recording, steps, task_bench
 from taskgpt.programs.arguments import (
     Parser,
     add_changes,
@@ -64,7 +65,9 @@ def parser() -> argparse.ArgumentParser:
             verb.add_argument(
                 "--rounds", type=int, default=rounds, metavar="N", help=f"rounds of all contestants in turns (default {rounds})"
             )
-        add_workers(verb, NUMBERS_OF_WORKERS.get(name, "default: each one's own, or all cores"), name in ("step", *NUMBERS_OF_WORKERS))
+        if name != "record":
+            told = NUMBERS_OF_WORKERS.get(name, "default: each one's own, or all cores")
+            add_workers(verb, told, name in ("step", *NUMBERS_OF_WORKERS))
         verb.add_argument("--json", metavar="FILE", help="write every value measured")
         add_wide(verb)
         return verb
@@ -84,6 +87,9 @@ def parser() -> argparse.ArgumentParser:
 
     empty = add("overhead", task_bench.overhead, 7, "empty tasks: microseconds a task")
     add_task_bench(empty, ["trivial", "chains", "stencil_1d"])
+    recorded = add("record", recording.record, 3, "recording graphs: microseconds and bytes a task; nothing runs")
+    add_names(recorded, "program", list(recording.PROGRAMS), f"{' or '.join(recording.PROGRAMS)}, and graph files, or paths")
+    add_names(recorded, "task", ["10000", "100000"], "about how many tasks those two have, several sizes", "")
     metg = add("metg", task_bench.metg, 3, "the shortest tasks that use half of the machine")
     add_task_bench(metg, METG_PATTERNS)
     metg.add_argument("--efficiency", type=float, default=0.5, metavar="E", help="part of the peak, above 0 and below 1 (default 0.5)")

@@ -39,8 +39,8 @@ def check(graph: AnyGraph) -> AnyGraph:
     checked = graph.derived(f"{graph.name}, checked")
     for task in graph.tasks:
         calls = tuple(CheckedCall(call.kernel.bounds_checked, call.args) for call in task.calls)
-        twin = Task(task.number, calls, task.section, task.name)
-        twin.flops, twin.bytes, twin.locks, twin.priority = task.flops, task.bytes, task.locks, task.priority
+        twin = Task(task.number, calls, task.section)
+        twin.locks, twin.priority = task.locks, task.priority
         checked.append(twin, task.predecessors)
     return checked
 

@@ -141,8 +141,7 @@ def _merge(graph: AnyGraph, groups: list[list[int]]) -> AnyGraph:
     for at, group in enumerate(groups):
         parts = [graph.tasks[n] for n in group]
         costliest = max(parts, key=lambda part: _seconds(graph, [part.number]))
-        task = Task(at, tuple(call for part in parts for call in part.calls), costliest.section, costliest.name)
-        task.flops, task.bytes = sum(part.flops for part in parts), sum(part.bytes for part in parts)
+        task = Task(at, tuple(call for part in parts for call in part.calls), costliest.section)
         task.locks = tuple(sorted({lock for part in parts for lock in part.locks}))
         task.priority = max(part.priority for part in parts)
         merged.append(task, edges.before(at))

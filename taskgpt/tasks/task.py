@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
+from typing import Self
 
 import numpy as np
 
@@ -35,25 +36,41 @@ class TaskError(RuntimeError):
         return failure
 
 
-class Call:
-    """A kernel and its arguments: tiles and constants, in the order of its parameters. Scratch is none of them."""
+class Signature:
+    """What calls of a kernel on tiles of the same shapes have in common, worked out when it is first wanted."""
 
-    __slots__ = ("_arrays", "_scratch_shapes", "args", "kernel")
+    __slots__ = ("cost", "kernel", "scratch_shapes")
+
+    def __init__(self, kernel: Kernel):
+        self.kernel = kernel
+        self.scratch_shapes: Shapes | None = None
+        self.cost: tuple[int, int] | None = None  # stays None where constants have a say in it
+
+
+class Call:
+    """A kernel and its arguments: tiles and constants, in the order of its parameters. Scratch is none of them.
+
+    A graph's calls share signatures. There are as many calls as tasks, so a call is small.
+    """
+
+    __slots__ = ("_arrays", "_signature", "args")
 
     def __init__(self, kernel: Kernel, args: tuple):
-        self.kernel = as_kernel(kernel)
+        self._signature = Signature(as_kernel(kernel))
         # NumPy's scalars become Python's, which do not widen float32 expressions: bodies and twins see one type.
         self.args = tuple([a.item() if isinstance(a, np.generic) else a for a in args])
-        # Made when they are first wanted: the arguments may be wrong, and a call that runs as compiled code needs no arrays.
-        self._arrays: list | None = None
-        self._scratch_shapes: Shapes | None = None
+        self._arrays: list | None = None  # not yet: the arguments may be wrong, and compiled code needs no arrays
 
     @classmethod
-    def verified(cls, kernel: Kernel, args: tuple, scratch_shapes: Shapes) -> "Call":
+    def verified(cls, signature: Signature, args: tuple) -> Self:
         """Return the call of what is known to be as the kernel declares it."""
         call = cls.__new__(cls)
-        call.kernel, call.args, call._arrays, call._scratch_shapes = kernel, args, None, scratch_shapes
+        call._signature, call.args, call._arrays = signature, args, None
         return call
+
+    @property
+    def kernel(self) -> Kernel:
+        return self._signature.kernel
 
     @property
     def arrays(self) -> list:
@@ -88,15 +105,29 @@ class Call:
     @property
     def scratch_shapes(self) -> Shapes:
         """(shape, type) of each scratch array, in the order of the kernel's signature."""
-        if self._scratch_shapes is None:
-            self._scratch_shapes = self.kernel.scratch_shapes(self.args)
-        return self._scratch_shapes
+        signature = self._signature
+        if signature.scratch_shapes is None:
+            signature.scratch_shapes = signature.kernel.scratch_shapes(self.args)
+        return signature.scratch_shapes
 
     def cost(self) -> tuple[int, int]:
         """Return (FLOPs, bytes moved), as the kernel says."""
-        sizes = self.kernel.sizes({name: tile.shape for name, tile in self.tiles()})
-        constants = {name: a for name, a in zip(self.kernel.parameters, self.args, strict=True) if not isinstance(a, Tile)}
-        return self.kernel.flops(sizes, constants), self.kernel.bytes(sizes, constants)
+        signature = self._signature
+        if signature.cost is not None:
+            return signature.cost
+        kernel = signature.kernel
+        sizes = kernel.sizes({name: tile.shape for name, tile in self.tiles()})
+        constants = {name: a for name, a in zip(kernel.parameters, self.args, strict=True) if not isinstance(a, Tile)}
+        cost = kernel.flops(sizes, constants), kernel.bytes(sizes, constants)
+        if kernel.is_cost_of_shapes:
+            signature.cost = cost
+        return cost
+
+    @property
+    def estimated_seconds(self) -> float:
+        """Return what the call may take, until it has been measured: by a core's order of magnitude in operations and bytes a second."""
+        flops, moved = self.cost()
+        return flops / 1e11 + moved / 1e10
 
     def __reduce__(self):
         return type(self), (self.kernel, self.args)
@@ -127,21 +158,40 @@ def _told(given: object) -> str:
 class Task:
     """One or more calls run in order, without a pause. A recorded task has one; `coarsen` makes tasks of several.
 
-    `number` counts in program order; `name` is the kernel's (of several, the costliest's). `section` is (phase, layer). `flops` counts
-    operations, `bytes` what the declarations say is moved. `priority`: of ready tasks, native workers take those of the highest first.
-    `edges` are those of its graph.
+    `number` counts in program order. `section` is (phase, layer). `priority`: of ready tasks, native workers take those of the highest
+    first. `edges` are those of its graph. A large graph is mostly its tasks and calls, so a task is small, too.
     """
 
-    __slots__ = ("bytes", "calls", "edges", "flops", "locks", "name", "number", "priority", "section")
+    __slots__ = ("_calls", "edges", "locks", "number", "priority", "section")
 
-    def __init__(self, number: int, calls: tuple[Call, ...], section: Section, name: str = ""):
+    def __init__(self, number: int, calls: tuple[Call, ...], section: Section):
         self.number = number
-        self.calls = calls
+        self._calls: Call | tuple[Call, ...] = calls[0] if len(calls) == 1 else calls  # a tuple of one takes 48 bytes
         self.section = section
-        self.name = name or calls[0].kernel.name
+        self.priority = 0
         self.edges: Edges | None = None  # until it is in a graph
         self.locks: tuple[tuple[int, threading.Lock], ...] = ()  # in the order in which every task takes them: no deadlock
-        self.flops = self.bytes = self.priority = 0
+
+    @property
+    def calls(self) -> tuple[Call, ...]:
+        calls = self._calls
+        return calls if isinstance(calls, tuple) else (calls,)
+
+    @property
+    def name(self) -> str:
+        """The kernel's; of several, that of the costliest call."""
+        calls = self.calls
+        return (calls[0] if len(calls) == 1 else max(calls, key=lambda call: call.estimated_seconds)).kernel.name
+
+    @property
+    def flops(self) -> int:
+        """Operations."""
+        return sum([call.cost()[0] for call in self.calls])
+
+    @property
+    def bytes(self) -> int:
+        """What the declarations say is moved."""
+        return sum([call.cost()[1] for call in self.calls])
 
     @property
     def predecessors(self) -> tuple[int, ...]:
@@ -155,8 +205,8 @@ class Task:
 
     @property
     def estimated_seconds(self) -> float:
-        """Return what the task may take, until it has been measured: by a core's order of magnitude in operations and bytes a second."""
-        return self.flops / 1e11 + self.bytes / 1e10
+        """Return what the task may take, until it has been measured: what its calls may."""
+        return sum([call.estimated_seconds for call in self.calls])
 
     def __getstate__(self) -> tuple[None, dict]:
         """Send a task by itself without the edges of its graph."""

@@ -9,7 +9,7 @@ in a worker process would be a copy.
 
 import threading
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Self, TypeVar
 
 import numpy as np
@@ -17,8 +17,7 @@ import numpy as np
 from taskgpt.tasks.dependencies import CellHistory, TileHistory, longest_path
 from taskgpt.tasks.edges import Edges
 from taskgpt.tasks.kernel import AccessError, Kernel, as_kernel
-from taskgpt.tasks.scratch import Shapes
-from taskgpt.tasks.task import Call, Section, Task, this_thread, verify_writeable
+from taskgpt.tasks.task import Call, Section, Signature, Task, this_thread, verify_writeable
 from taskgpt.tasks.tensor import GridError, Tensor, Tile
 
 AnyGraph = TypeVar("AnyGraph", bound="TaskGraph")  # of the kind that was given
@@ -34,22 +33,19 @@ class _Place(TileHistory):
         self.tile, self.form = tile, form
 
 
-class _Signature:
-    """What is the same for all calls of a kernel on tiles of the same forms: how it accesses them, what it costs, its scratch.
+class _Signature(Signature):
+    """How calls of a kernel on tiles of the same forms access them, too.
 
-    `kinds`: of the access to each tile. `written`: (number of the tile among its tiles, name of the parameter). `cost`: (FLOPs, bytes
-    moved), or None if constants have a say in it.
+    `kinds`: of the access to each tile. `written`: (number of the tile among its tiles, name of the parameter).
     """
 
-    __slots__ = ("cost", "kinds", "scratch_shapes", "written")
+    __slots__ = ("kinds", "written")
 
-    def __init__(self, call: Call, allow_commutative: bool):
-        kernel = call.kernel
+    def __init__(self, kernel: Kernel, allow_commutative: bool):
+        super().__init__(kernel)
         kinds = [access.kind for access in kernel.accesses.values()]
         self.kinds = tuple("inout" if kind == "commutative" and not allow_commutative else kind for kind in kinds)
         self.written = tuple((at, name) for at, (name, access) in enumerate(kernel.accesses.items()) if access.is_written)
-        self.cost: tuple[int, int] | None = call.cost() if kernel.is_cost_of_shapes else None
-        self.scratch_shapes: Shapes = call.scratch_shapes
 
 
 class TaskGraph:
@@ -71,7 +67,7 @@ class TaskGraph:
         self._made_in = this_thread.at
         self._kernels: dict[Kernel, None] = {}  # in order of first use
         self._recorded = 0  # tasks that were spawned here: of those the graph knows what they access
-        self._cells: dict[Tensor, dict[tuple[int, ...], CellHistory]] = {}
+        self._cells: dict[Tensor, defaultdict[tuple[int, ...], CellHistory]] = {}  # by their positions
         self._places: dict[Tensor, dict[tuple, _Place]] = {}  # by the spans of the tile
         self._forms: dict[tuple, int] = {}  # of tiles: shape and type, numbered
         self._signatures: dict[tuple, _Signature] = {}  # by the kernel and, for each argument, its form or, of a constant, its type
@@ -91,10 +87,8 @@ class TaskGraph:
             raise RuntimeError(f"graph '{self.name}' was not recorded here, and cannot go on recording; record a new one")
         signature, places, args = self._look_up(as_kernel(kernel), args) or self._learn(Call(kernel, args))
         self._verify_written(kernel, places, signature)
-        call = Call.verified(kernel, args, signature.scratch_shapes)
-        task = Task(number, (call,), section)
+        task = Task(number, (Call.verified(signature, args),), section)
         task.priority = priority
-        task.flops, task.bytes = signature.cost or call.cost()
         waits: set[int] = set()
         for place, kind in zip(places, signature.kinds, strict=True):
             place.access(kind, number, waits)
@@ -102,7 +96,9 @@ class TaskGraph:
                 task.locks = tuple(sorted({*task.locks, *(cell.numbered_lock() for cell in place.cells)}))
         waits.discard(number)  # a call with two tiles in one cell does not wait for itself
         self.edges.add(waits)
-        self._add(task)
+        task.edges = self.edges
+        self.tasks.append(task)
+        self._kernels[kernel] = None
         self._recorded += 1
         return task
 
@@ -113,9 +109,10 @@ class TaskGraph:
         key: list = [kernel]
         for argument in args:
             if type(argument) is Tile:
-                if argument.tensor not in self._places:
+                places_of = self._places.get(argument.tensor)
+                if places_of is None:
                     return None
-                place = self._places[argument.tensor].get(argument.spans) or self._place(argument)
+                place = places_of.get(argument.spans) or self._place(argument)
                 places.append(place)
                 known.append(place.tile)
                 key.append(place.form)
@@ -140,7 +137,7 @@ class TaskGraph:
         known = [self._place(argument) if isinstance(argument, Tile) else argument for argument in call.args]
         key = kernel, *(each.form if isinstance(each, _Place) else type(each) for each in known)
         if key not in self._signatures:
-            self._signatures[key] = _Signature(call, self.allow_commutative)
+            self._signatures[key] = _Signature(kernel, self.allow_commutative)
         places = [each for each in known if isinstance(each, _Place)]
         return self._signatures[key], places, tuple(each.tile if isinstance(each, _Place) else each for each in known)
 
@@ -148,14 +145,8 @@ class TaskGraph:
         places, cells = self._places[tile.tensor], self._cells[tile.tensor]
         place = places.get(tile.spans)
         if place is None:
-            touched = []
-            for position in tile.cells():
-                cell = cells.get(position)
-                if cell is None:
-                    cell = cells[position] = CellHistory()
-                touched.append(cell)
-            form = tile.shape, tile.tensor.array.dtype
-            place = places[tile.spans] = _Place(tile, tuple(touched), self._forms.setdefault(form, len(self._forms)))
+            form = self._forms.setdefault((tile.shape, tile.tensor.array.dtype), len(self._forms))
+            place = places[tile.spans] = _Place(tile, tuple(map(cells.__getitem__, tile.cells())), form)
         return place
 
     def _verify_written(self, kernel: Kernel, places: Sequence[_Place], signature: _Signature) -> None:
@@ -200,7 +191,7 @@ class TaskGraph:
                 f"'{tensor.name}' ({tensor}) and '{other.name}' ({other}) share memory: two grids over one buffer would hide "
                 "dependencies; index one tensor in both places"
             )
-        self._cells.setdefault(tensor, {})
+        self._cells.setdefault(tensor, defaultdict(CellHistory))
         self._places.setdefault(tensor, {})
 
     def _other_grid(self, tensor: Tensor) -> Tensor | None:
@@ -237,20 +228,22 @@ class TaskGraph:
     def _waits_of(self, following: "TaskGraph") -> Iterator[set[int]]:
         """Yield, for each task of a graph that runs after this one, those of this one that it must wait for if nothing else does."""
         overwritten: set[CellHistory] = set()  # who comes after that waits for the task that did
+        touched: dict[Tile, list[CellHistory]] = {}
         for task in following.tasks:
             waits: set[int] = set()
             for call in task.calls:
                 for name, tile in call.tiles():
+                    if tile not in touched:
+                        cells: Mapping = self._cells.get(tile.tensor, {})
+                        touched[tile] = [cells[position] for position in tile.cells() if position in cells]
                     kind = call.kernel.accesses[name].kind
-                    for position in tile.cells():
-                        cell = self._cells.get(tile.tensor, {}).get(position)
-                        if cell is None or cell in overwritten:
-                            continue
-                        waits.update(cell.writers)
-                        if kind != "in":
-                            waits.update(*(readers.tasks for readers in cell.readers))
-                        if kind != "in" and (kind != "commutative" or not following.allow_commutative):
-                            overwritten.add(cell)
+                    for cell in touched[tile]:
+                        if cell not in overwritten:
+                            waits.update(cell.writers)
+                            if kind != "in":
+                                waits.update(*(readers.tasks for readers in cell.readers))
+                    if kind != "in" and (kind != "commutative" or not following.allow_commutative):
+                        overwritten.update(touched[tile])
             yield waits
 
     def depths(self) -> list[int]:

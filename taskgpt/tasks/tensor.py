@@ -18,7 +18,7 @@ import threading
 import uuid
 import weakref
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -74,6 +74,7 @@ class Tensor:
     def __init__(self, name: str, array: np.ndarray, cuts: tuple = (), block: "_Block | None" = None):
         self.name = name
         self.array = array
+        self.shape = array.shape
         self.bounds = TensorSpec(array.shape, tuple(cuts), array.dtype).bounds()
         self.grid = tuple(len(b) - 1 for b in self.bounds)
         self._block = block
@@ -125,20 +126,23 @@ class Tile:
 
     def __init__(self, tensor: Tensor, index):
         index = index if isinstance(index, tuple) else (index,)
-        shape = tensor.array.shape
+        shape = tensor.shape
         if len(index) != len(shape):
             if len(index) > len(shape):
                 raise IndexError(f"tensor '{tensor.name}' has {len(shape)} axes, got {len(index)} indices")
             index += (slice(None),) * (len(shape) - len(index))
-        spans = tuple([_span(tensor, axis, shape[axis], i) for axis, i in enumerate(index)])
-        if not isinstance(spans[-1], tuple):
-            axis = f"axis {len(shape) - 1} is the last and takes a slice, so that elements lie side by side"
-            raise IndexError(f"tensor '{tensor.name}': {axis}: {spans[-1]}:{spans[-1] + 1}, got {index[-1]!r}")
+        spans = tuple(map(_span, index, shape))
+        if _NOTHING in spans:
+            raise _refused(f"tensor '{tensor.name}'", index, shape)
         self._hold(tensor, spans)
 
-    def _hold(self, tensor: Tensor, spans: tuple) -> "Tile":
+    def _hold(self, tensor: Tensor, spans: tuple[Span, ...]) -> "Tile":
+        if not isinstance(spans[-1], tuple):
+            last = spans[-1]
+            axis = f"axis {len(spans) - 1} is the last and takes a slice, so that elements lie side by side"
+            raise IndexError(f"tensor '{tensor.name}': {axis}: {last}:{last + 1}, got {last}")
         self.tensor = tensor
-        self.spans: tuple[Span, ...] = spans
+        self.spans = spans
         self._array: np.ndarray | None = None
         return self
 
@@ -164,32 +168,39 @@ class Tile:
     def cells(self) -> Iterator[tuple[int, ...]]:
         """Yield the grid position of every cell that this tile touches, wholly or in part."""
         touched = []
-        for (start, stop), bounds in zip(self.ranges, self.tensor.bounds, strict=True):
+        for span, bounds in zip(self.spans, self.tensor.bounds, strict=True):
+            start, stop = span if isinstance(span, tuple) else (span, span + 1)
             touched.append(range(bisect_right(bounds, start) - 1, bisect_left(bounds, stop)))
         return itertools.product(*touched)
 
     def __getitem__(self, index) -> "Tile":
-        inner = list(index) if isinstance(index, tuple) else [index]
-        axes = sum(isinstance(span, tuple) for span in self.spans)
-        if len(inner) > axes:
-            raise IndexError(f"tile {self!r} has {axes} axes, got {len(inner)} indices")
-        whole: list[Span] = []
-        axis = 0
+        inner = index if isinstance(index, tuple) else (index,)
+        spans: list[Span] = []
+        at = 0
         for span in self.spans:
             if isinstance(span, tuple):
-                if axis < len(inner):
+                if at < len(inner):
                     start, stop = span
-                    own = _span(self, axis, stop - start, inner[axis])
+                    own = _span(inner[at], stop - start)
+                    if own == _NOTHING:
+                        raise _refused(f"tile {self!r}", inner, self.shape)
                     span = (start + own[0], start + own[1]) if isinstance(own, tuple) else start + own
-                axis += 1
-            whole.append(span)
-        if not isinstance(span, tuple):
-            return Tile(self.tensor, tuple(slice(*each) if isinstance(each, tuple) else each for each in whole))  # which refuses it
-        return Tile.__new__(Tile)._hold(self.tensor, tuple(whole))
+                at += 1
+            spans.append(span)
+        if len(inner) > at:
+            raise IndexError(f"tile {self!r} has {at} axes, got {len(inner)} indices")
+        return Tile.__new__(Tile)._hold(self.tensor, tuple(spans))
 
     def overlaps(self, other: "Tile") -> bool:
         """Return True if the two tiles have an element in common."""
-        return self.tensor is other.tensor and all(a[0] < b[1] and b[0] < a[1] for a, b in zip(self.ranges, other.ranges, strict=True))
+        if self.tensor is not other.tensor:
+            return False
+        for own, others in zip(self.spans, other.spans, strict=True):
+            start, stop = own if isinstance(own, tuple) else (own, own + 1)
+            other_start, other_stop = others if isinstance(others, tuple) else (others, others + 1)
+            if stop <= other_start or other_stop <= start:
+                return False
+        return True
 
     def __repr__(self) -> str:
         parts = []
@@ -201,26 +212,32 @@ class Tile:
         return Tile, (self.tensor, self.index)
 
 
-def _span(where: Tensor | Tile, axis: int, length: int, index) -> Span:
-    """Return (start, stop) of what a slice selects of an axis, or the integer."""
+_NOTHING = (0, 0)
+
+
+def _span(index, length: int) -> Span:
+    """Return (start, stop) of what a slice selects of an axis, or the integer; _NOTHING if it is neither, or leaves the axis."""
     try:
-        if not isinstance(index, slice):
-            start = operator.index(index)
-            stop = start + 1
-        elif index.step in (None, 1):
+        if isinstance(index, slice):
             start = 0 if index.start is None else operator.index(index.start)
             stop = length if index.stop is None else operator.index(index.stop)
-        else:
-            raise TypeError
+            return (start, stop) if 0 <= start < stop <= length and index.step in (None, 1) else _NOTHING
+        place = operator.index(index)
     except TypeError:
-        raise IndexError(f"{_told(where)}: axis {axis} takes an integer or a slice without step, got {index!r}") from None
-    if not 0 <= start < stop <= length:
-        raise IndexError(f"{_told(where)}: axis {axis} has {length} elements, got {index!r}")
-    return (start, stop) if isinstance(index, slice) else start
+        return _NOTHING
+    return place if 0 <= place < length else _NOTHING
 
 
-def _told(where: Tensor | Tile) -> str:
-    return f"tensor '{where.name}'" if isinstance(where, Tensor) else f"tile {where!r}"
+def _refused(where: str, index: Sequence, shape: Sequence[int]) -> IndexError:
+    """Return what to raise for an index of which `_span` made nothing."""
+    found = enumerate(zip(index, shape, strict=False))
+    axis, (wrong, length) = next((axis, each) for axis, each in found if _span(*each) == _NOTHING)
+    if isinstance(wrong, slice):
+        is_one = wrong.step in (None, 1) and all(end is None or hasattr(end, "__index__") for end in (wrong.start, wrong.stop))
+    else:
+        is_one = hasattr(wrong, "__index__")
+    wanted = f"has {length} elements" if is_one else "takes an integer or a slice without step"
+    return IndexError(f"{where}: axis {axis} {wanted}, got {wrong!r}")
 
 
 class Arena:
