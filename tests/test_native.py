@@ -20,13 +20,14 @@ import kernels_for_tests as k
 import numpy as np
 import psutil
 import pytest
+from interleavings import Still, ends, interleavings, run_alone
 
 from taskgpt import config
 from taskgpt.errors import UserError
 from taskgpt.schedulers import open_scheduler
 from taskgpt.schedulers.native.policies import POLICIES
 from taskgpt.schedulers.native.queues import PRIORITY_LIMIT
-from taskgpt.schedulers.native.table import FAILED
+from taskgpt.schedulers.native.table import BOTTOM, FAILED, NOTHING, TOP
 from taskgpt.tasks import (
     Arena,
     Call,
@@ -694,10 +695,9 @@ class TestStress:
 
 
 class TestProtocols:
-    """Why the two protocols that workers and submitter share are right: models of them, in every interleaving of their atomic steps.
+    """Why what threads share is right, in every interleaving of their atomic steps: of models of them, or of their own code.
 
-    Atomics are sequentially consistent (LLVM's seq_cst), so that interleavings are all there is. That the code does what the models do is
-    for TestStress to find out.
+    That compiled code does what its source says is for TestStress to find out.
     """
 
     def test_an_edge_to_the_next_run_is_counted_down_once(self):
@@ -722,42 +722,96 @@ class TestProtocols:
         for shared in interleavings([worker, submitter], {"mark": 0, "pending": 0}):
             assert shared["pending"] == 0
 
-    def test_no_wake_up_is_lost(self):
-        """A worker falls asleep while a task is pushed: it sees the task, or the pusher sees the sleeper and wakes him."""
+    @staticmethod
+    def taker(still, function, times):
+        """A thread that takes so often from queue 0, and says what it got."""
 
-        def sleeper(shared):
-            shared["parked"] = 1
-            yield
-            if shared["size"] == 0:
-                shared["asleep"] = True
-                yield
+        def run():
+            for _ in range(times):
+                found = yield from getattr(still.code, function)(still.code.queue_of(still.t, 0))
+                if found != NOTHING:
+                    still.found.append(found)
 
-        def pusher(shared):
-            shared["size"] = 1
-            yield
-            if shared["parked"]:
-                yield
-                # The mutex: the sleeper holds it from before he parks until he sleeps.
-                shared["signalled"] = True
-                yield
+        return run
 
-        for shared in interleavings([sleeper, pusher], {"parked": 0, "size": 0, "asleep": False, "signalled": False}):
-            assert not shared["asleep"] or shared["signalled"]
+    @staticmethod
+    def pusher(still, function, instances):
+        def run():
+            for instance in instances:
+                yield from getattr(still.code, function)(still.code.queue_of(still.t, 0), instance)
 
+        return run
 
-def interleavings(threads, shared: dict):
-    """Yield the shared state at the end of every interleaving of generator functions, each of whose stretches is one atomic step."""
+    @pytest.mark.parametrize("own", ["take_newest", "take_oldest"])
+    def test_a_deque_gives_each_task_to_one(self, own):
+        """Its owner pushes two and takes, while two others take the oldest: each has one taker, and what is left is still there."""
+        with Still(workers=2, work_stealing=True) as still:
 
-    def explore(schedule: list[int]):
-        state = dict(shared)
-        running = [thread(state) for thread in threads]
-        alive = [True] * len(threads)
-        for at in schedule:
-            alive[at] = next(running[at], "end") != "end"
-        if not any(alive):
-            yield state
-        for at in range(len(threads)):
-            if alive[at]:
-                yield from explore([*schedule, at])
+            def owner():
+                yield from self.pusher(still, "put", [10, 11])()
+                yield from self.taker(still, own, 2)()
 
-    return explore([])
+            count = 0
+            thieves = [self.taker(still, "take_oldest", 1) for _ in range(2)]
+            for are_through in ends(still, [owner, *thieves]):
+                assert are_through
+                left = still._queue_words[0, BOTTOM] - still._queue_words[0, TOP]
+                assert len(still.found) == len(set(still.found)) == 2 - left
+                count += 1
+            assert count > 10
+
+    def test_an_inbox_loses_nothing(self):
+        """Two push, one each, while a third takes: what he did not get is there for the next who takes."""
+        with Still(workers=2) as still:
+            threads = [self.pusher(still, "drop_into", [10]), self.pusher(still, "drop_into", [11]), self.taker(still, "take_out", 3)]
+            queue = still.code.queue_of(still.t, 0)
+            seen = set()
+            for are_through in ends(still, threads):
+                assert are_through
+                seen.add(tuple(still.found))
+                still.found += [run_alone(still.code.take_out(queue)) for _ in range(2 - len(still.found))]
+                assert sorted(still.found) == [10, 11]
+            assert {(), (10,), (11,), (10, 11), (11, 10)} <= seen
+
+    @staticmethod
+    def worker(still, me, tasks):
+        """A worker, until it has had so many tasks."""
+
+        def run():
+            for _ in range(tasks):
+                found = NOTHING
+                while found == NOTHING:
+                    found = yield from still.code.take(still.t, me)
+                    if found == NOTHING:
+                        found = yield from still.code.wait_for_work(still.t, me)
+                still.found.append(found)
+
+        return run
+
+    @staticmethod
+    def submitter(still, instances):
+        def run():
+            for instance in instances:
+                yield from still.code.push(still.t, still.workers, instance)
+
+        return run
+
+    @pytest.mark.parametrize("stealing", [False, True])
+    @pytest.mark.parametrize("setup", [{"idle": "hybrid", "spins": 1}, {"idle": "idle"}], ids=["spins", "sleeps"])
+    def test_no_wake_up_is_lost(self, setup, stealing):
+        """A worker begins to wait, spins, goes on the watch or falls asleep, while a task is pushed: it gets the task."""
+        with Still(workers=1, work_stealing=stealing, **setup) as still:
+            for are_through in ends(still, [self.worker(still, 0, 1), self.submitter(still, [6])]):
+                assert are_through
+                assert still.found == [6]
+
+    @pytest.mark.parametrize("stealing", [False, True])
+    @pytest.mark.parametrize("setup", [{"idle": "hybrid", "spins": 1}, {"idle": "idle"}], ids=["spins", "sleeps"])
+    def test_no_wake_up_of_two_workers_is_lost(self, setup, stealing):
+        """Two workers, whatever they do when they have nothing, get the two tasks that are pushed: one each, in all orders in which a
+        thread that could go on is left at most twice."""
+        with Still(workers=2, work_stealing=stealing, **setup) as still:
+            threads = [self.worker(still, 0, 1), self.worker(still, 1, 1), self.submitter(still, [6, 8])]
+            for are_through in ends(still, threads, most_switches=2):
+                assert are_through
+                assert sorted(still.found) == [6, 8]

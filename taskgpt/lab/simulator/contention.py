@@ -31,7 +31,15 @@ OWN_NS = 1.0  # a line that the core has
 LOCKED_NS = 7.0  # an operation in one step, on a line that the core has: some 20 cycles
 RELAX_NS = 40.0  # a pause: 40 to 140 cycles
 CALL_NS = 500.0  # into the kernel and back, to yield the core or to wake somebody
-LOCKED = ("store", "fetch_add", "fetch_or", "exchange")  # sequentially consistent writes; loads cost nothing extra
+LOCKED = (
+    "store",
+    "fetch_add",
+    "fetch_or",
+    "fetch_and",
+    "exchange",
+    "compare_exchange",
+)  # sequentially consistent writes; loads cost nothing extra
+WARM_UP_NS = 20_000  # until all workers wait
 WRITES = (*LOCKED, "store_last")
 
 
@@ -123,10 +131,15 @@ class Cores:
     def start(self, number: int, steps: Steps) -> None:
         self._go_on(_Core(number, steps, self.now), None)
 
+    @property
+    def are_asleep(self) -> bool:
+        """Whether nobody will ever go on."""
+        return not self._due
+
     def run_until(self, is_over: Callable[[], bool]) -> None:
         """Run until that is so. Raises RuntimeError if all sleep."""
         while not is_over():
-            if not self._due:
+            if self.are_asleep:
                 raise RuntimeError("all simulated workers sleep, and tasks are left")
             self.now, _, core = heapq.heappop(self._due)
             name, arguments = core.step
@@ -138,8 +151,12 @@ class Cores:
     def _go_on(self, core: _Core, result: Any) -> None:
         """Have a core run until its next step, which is due then."""
         self._core = core
-        core.step = core.steps.send(result)
-        self._core = None
+        try:
+            core.step = core.steps.send(result)
+        except StopIteration:  # it is through with its work
+            return
+        finally:
+            self._core = None
         self._sequence += 1
         heapq.heappush(self._due, (core.now, self._sequence, core))
 
@@ -151,9 +168,10 @@ class Cores:
         core.now += LOCKED_NS if name in LOCKED else OWN_NS
         before = self._memory.do((name, arguments))
         self._counts.locked += name in LOCKED
-        if name == "exchange":
-            self._counts.acquired += before == 0
-            self._counts.failed += before != 0
+        if name in ("exchange", "compare_exchange"):
+            has_won = before == (arguments[2] if name == "compare_exchange" else 0)
+            self._counts.acquired += has_won
+            self._counts.failed += not has_won
         return before
 
     def _call_entry(self, core: _Core, entry: int, words: int, scratch: int, error: int) -> None:
@@ -233,22 +251,23 @@ class Contended(native.Scheduler):
         self._cores = Cores(machine, self._words, self.counts, lambda words: self._lasts[words])
         self._task_ns = task_us * 1e3
         self._lasts: dict[int, float] = {}
+        self._since_us = 0.0
 
     def _start(self) -> None:
         for function, signature in worker.SIGNATURES.items():
             compile_function(function, signature)
         self._make_table()
-        code = Stepped(self._words)
+        self._code = Stepped(self._words)
         for me in range(self.workers):
-            self._cores.start(me, code.work(self._address, me))
+            self._cores.start(me, self._code.work(self._address, me))
 
     def _stop(self) -> None:
         """No thread was started."""
 
     @property
     def span_us(self) -> float:
-        """How long the runs have taken, by the clock of the cores."""
-        return self._cores.now / 1e3
+        """How long the last run has taken, by the clock of the cores."""
+        return self._cores.now / 1e3 - self._since_us
 
     def run(self, graph: Graph) -> None:
         """Run the graph. No two tasks take the same time: from 3/4 to 5/4 of `task_us`, the same in every run."""
@@ -257,6 +276,13 @@ class Contended(native.Scheduler):
         times = self._task_ns * draw.uniform(0.75, 1.25, plan.tasks)
         self._lasts = dict(zip(plan.call_words.tolist(), times.tolist(), strict=True))
         super().run(graph)
+
+    def _begin(self, run: Any, is_next: bool) -> None:
+        """Have the submitting thread, on a core of its own, meet workers that wait."""
+        warm = self._cores.now + WARM_UP_NS
+        self._cores.run_until(lambda: self._cores.now >= warm or self._cores.are_asleep)
+        self._since_us = self._cores.now / 1e3
+        self._cores.start(self.workers, self._code.submit(self._address, run.slot, is_next))
 
     def _finish(self, run: Any) -> None:
         words = self._run_words[run.slot]

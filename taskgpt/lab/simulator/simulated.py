@@ -22,7 +22,7 @@ from taskgpt.lab.simulator.machine_file import Machine
 from taskgpt.schedulers import loops, native, sequential, threads
 from taskgpt.schedulers.native import worker
 from taskgpt.schedulers.native.plan import firsts
-from taskgpt.schedulers.native.table import NOTHING, SIZE
+from taskgpt.schedulers.native.table import NOTHING
 from taskgpt.schedulers.prepare import OncePerGraph
 from taskgpt.schedulers.records import RECORD_TYPE
 from taskgpt.tasks import Graph, Task
@@ -165,7 +165,7 @@ class Simulated(Clocked, native.Scheduler):
 
     def _abandon(self) -> None:
         """Forget all runs; there is no worker to wait for."""
-        self._queue_words[:, SIZE] = 0
+        worker.drop_all(self._address)
         self._forget_all()
 
 

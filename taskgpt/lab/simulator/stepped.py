@@ -21,13 +21,13 @@ from typing import Any
 
 from numba.core.registry import CPUDispatcher
 
-from taskgpt.schedulers.native import pointers, queues, table, worker
+from taskgpt.schedulers.native import heap, idle, pointers, queues, ring, table, worker
 
 Step = tuple[str, tuple]  # a primitive of pointers.py, and its arguments
 Steps = Generator[Step, Any, Any]
 
-MODULES = [table, queues, worker]
-ATOMIC = {"load", "store", "store_last", "fetch_add", "fetch_or", "exchange"}
+MODULES = [table, ring, heap, idle, queues, worker]
+ATOMIC = {"load", "store", "store_last", "fetch_add", "fetch_or", "fetch_and", "exchange", "compare_exchange"}
 WAITS = {"relax", "sched_yield", "mutex_lock", "mutex_unlock", "condition_wait", "condition_signal", "condition_broadcast"}
 STEPS = ATOMIC | WAITS | {"call_entry"}
 
@@ -77,6 +77,10 @@ class Memory:
             words.raw[index] = before + value[0]
         elif name == "fetch_or":
             words.raw[index] = before | value[0]
+        elif name == "fetch_and":
+            words.raw[index] = before & value[0]
+        elif name == "compare_exchange":
+            words.raw[index] = value[1] if before == value[0] else before
         elif name != "load":
             raise ValueError(f"no atomic operation '{name}'")
         return before

@@ -1,9 +1,14 @@
 """Our own scheduler, after nOS-V, read in this order:
 
 pointers.py   memory by address, atomics, the clock and threads that sleep, for compiled code
-queues.py     what the workers share; the policies that rank ready tasks; the queues that hold them
+table.py      what the workers share, and where it is
+ring.py       queues without waiting: deques and inboxes
+heap.py       instances in the order of their ranks
+idle.py       workers without work: the watch, cells, sleep
+queues.py     where ready tasks go, and who gets which
 worker.py     what a worker does, and what the submitting thread does to start, await and stop runs
 plan.py       a graph as flat arrays
+policies.py   which ready task goes first
 scheduler.py  the contract, kept: threads that are workers, runs that overlap
 """
 

@@ -91,7 +91,19 @@ def _read_modify_write(operation: str, meaning: str):
 
 fetch_add = _read_modify_write("add", "add the value")
 fetch_or = _read_modify_write("or", "set the bits of the value")
+fetch_and = _read_modify_write("and", "keep only the bits of the value")
 exchange = _read_modify_write("xchg", "write the value")
+
+
+@intrinsic
+def compare_exchange(typing_context, words, index, expected, value):
+    """Return words[index] and, if that is what was expected, write the value, in one step."""
+
+    def codegen(context, builder, signature, args):
+        found = builder.cmpxchg(builder.gep(args[0], [args[1]]), args[2], args[3], "seq_cst", "seq_cst")
+        return builder.extract_value(found, 0)
+
+    return types.int64(WORDS, types.int64, types.int64, types.int64), codegen
 
 
 @intrinsic

@@ -27,6 +27,10 @@ class Policy(NamedTuple):
     is_timed: bool = False  # the values depend on how long tasks take: they are timed in the first runs
     prefers_home: bool = False  # a worker looks for tasks of whose tiles it has itself written the largest part
 
+    def is_ranked(self, has_queues: bool) -> bool:
+        """Return True if a queue must know ranks. A worker's own queue has a newest task and an oldest without."""
+        return self.values is not None or self.prefers_home or (self.by_age < 0 and not has_queues)
+
 
 def latest_starts(plan: Plan) -> Values:
     """Return when each task must start for the graph to end in time, in ns, and that time: the length of its longest path."""

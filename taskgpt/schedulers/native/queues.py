@@ -1,42 +1,38 @@
-"""The queues that hold ready tasks, in the order of their ranks. Compiled; the simulator calls the same functions.
+"""The queues that hold ready tasks. Compiled; the simulator calls the same functions.
 
-A queue is a binary heap behind a lock of its own. Its keys are ranks: policies.py says how tasks get them.
+With a queue for each worker, and tasks that go by their age alone, a queue is a deque (ring.py), which needs no lock. Else it is an inbox,
+into which anybody pushes without waiting. Who takes needs its lock; if another has it, he waits in his cell (idle.py), where the holder
+hands him what is left. Where tasks have ranks (policies.py), who takes empties the inbox into a heap (heap.py) first.
 """
 
 from numba import types
 
-from taskgpt.schedulers.native.pointers import (
-    condition_signal,
-    exchange,
-    load,
-    mutex_lock,
-    mutex_unlock,
-    relax,
-    sched_yield,
-    store,
-    store_last,
-    words_at,
-)
+from taskgpt.schedulers.native.heap import insert, remove
+from taskgpt.schedulers.native.idle import claim, hand, rouse
+from taskgpt.schedulers.native.pointers import exchange, load, store, words_at
+from taskgpt.schedulers.native.ring import drop_into, is_deque_empty, is_inbox_empty, put, take_newest, take_oldest, take_out
 from taskgpt.schedulers.native.table import (
+    BOTTOM,
     BY_AGE,
     FAVOURITES,
     INSTANCES,
+    IS_RANKED,
     KEYS,
     LOCK,
-    MUTEX,
+    LOOK,
     NOTHING,
     OFFSET,
     OWN_PRIORITIES,
-    PARKED,
     PREFERS_HOME,
     PRIORITIES,
     QUEUES,
     RAN_ON,
     SEQUENCE,
     SIZE,
+    SPINNING,
+    TOP,
     VALUES,
-    WORK,
-    WORKERS,
+    WATCH,
     compiled,
     queue_of,
     run_of,
@@ -46,7 +42,6 @@ from taskgpt.schedulers.native.table import (
 PRIORITY_LIMIT = 1 << 14  # of a task's own priority, either way
 _PRIORITY_UNIT = 1 << 48  # more than any policy's rank: a nanosecond count of three days
 _WINDOW = 16  # ready tasks that a worker looks through for one of its own: as many keys as two cache lines hold
-_LOCK_SPINS = 100  # some 2 us: a queue is held for less, unless its owner has lost its core
 
 
 @compiled
@@ -76,22 +71,17 @@ def home_of(t, instance):
 
 @compiled
 def push(t, me, instance):
-    """Put a ready task into its queue, and wake a worker if one sleeps."""
+    """Put a ready task into its queue; have somebody look for it, if nobody is on the watch."""
     at = 0
     if t[QUEUES] > 1:
         home = home_of(t, instance) if t[PREFERS_HOME] != 0 else NOTHING
-        at = home if home != NOTHING else me if me < t[WORKERS] else task_of(instance) % t[QUEUES]
-    queue = queue_of(t, at)
-    lock(queue, LOCK)
-    key = rank(t, instance, queue[SEQUENCE])
-    queue[SEQUENCE] += 1
-    _sift_up(words_at(queue[KEYS]), words_at(queue[INSTANCES]), queue[SIZE], key, instance)
-    store(queue, SIZE, queue[SIZE] + 1)
-    store_last(queue, LOCK, 0)
-    if load(t, PARKED) > 0:
-        mutex_lock(t[MUTEX])
-        condition_signal(t[WORK])
-        mutex_unlock(t[MUTEX])
+        at = home if home != NOTHING else me
+    if _are_deques(t):
+        put(queue_of(t, at), instance)
+    else:
+        drop_into(queue_of(t, at), instance)
+    if load(t, WATCH) == 0:
+        rouse(t, at)
 
 
 @compiled
@@ -102,9 +92,10 @@ def take(t, me):
     if t[PRIORITIES] != 0 and count > 1:
         first = _best_queue(t, first)
     for i in range(count):
-        queue = queue_of(t, (first + i) % count)
-        if load(queue, SIZE) > 0:
-            instance = _pop(t, queue, me)
+        at = (first + i) % count
+        queue = queue_of(t, at)
+        if not _is_empty(t, queue):
+            instance = _take_from(t, me, at, queue)
             if instance != NOTHING:
                 return instance
     return NOTHING
@@ -112,37 +103,81 @@ def take(t, me):
 
 @compiled
 def is_anything_ready(t):
-    for at in range(t[QUEUES]):  # noqa: SIM110 - numba has no any()
-        if load(queue_of(t, at), SIZE) > 0:
+    """Return True if there is a task to take: not one behind a lock that is held, as who holds it shares out what is left."""
+    for at in range(t[QUEUES]):
+        queue = queue_of(t, at)
+        if not _is_empty(t, queue) and load(queue, LOCK) == 0:
             return True
     return False
 
 
 @compiled
-def _pop(t, queue, me):
-    lock(queue, LOCK)
-    size, instance = queue[SIZE], NOTHING
-    if size > 0:
-        keys, instances = words_at(queue[KEYS]), words_at(queue[INSTANCES])
-        at = _own_in_window(t, keys, instances, size, me) if t[PREFERS_HOME] != 0 and t[QUEUES] == 1 else 0
-        instance = instances[at]
-        size -= 1
-        key, moved = keys[size], instances[size]
-        if at < size:
-            if at > 0 and keys[(at - 1) >> 1] > key:
-                _sift_up(keys, instances, at, key, moved)
-            else:
-                _sift_down(keys, instances, at, size, key, moved)
-        store(queue, SIZE, size)
-    store_last(queue, LOCK, 0)
+def empty(t):
+    """Drop all instances. For one thread, while no other is at the queues."""
+    for at in range(t[QUEUES]):
+        queue = queue_of(t, at)
+        while not _are_deques(t) and take_out(queue) != NOTHING:
+            pass
+        queue[TOP], queue[SIZE] = queue[BOTTOM], 0
+
+
+@compiled
+def _take_from(t, me, at, queue):
+    if _are_deques(t):
+        return take_newest(queue) if at == me and t[BY_AGE] < 0 else take_oldest(queue)
+    if exchange(queue, LOCK, 1) != 0:
+        return NOTHING
+    instance = _pop(t, me, queue)
+    if instance != NOTHING:
+        _share_out(t, me, queue)
+    store(queue, LOCK, 0)
+    if load(t, WATCH) == 0 and not _is_empty(t, queue):
+        rouse(t, me)  # for who found the lock held
     return instance
 
 
 @compiled
-def _own_in_window(t, keys, instances, size, me):
+def _share_out(t, near, queue):
+    """Hand tasks of a queue whose lock is held to workers that spin, as long as there are both."""
+    while not _is_empty(t, queue):
+        worker = claim(t, near, SPINNING)
+        if worker == NOTHING:
+            return
+        instance = _pop(t, worker, queue)
+        hand(t, worker, LOOK if instance == NOTHING else instance)
+
+
+@compiled
+def _are_deques(t):
+    return t[QUEUES] > 1 and t[IS_RANKED] == 0
+
+
+@compiled
+def _is_empty(t, queue):
+    return is_deque_empty(queue) if _are_deques(t) else load(queue, SIZE) == 0 and is_inbox_empty(queue)
+
+
+@compiled
+def _pop(t, me, queue):
+    """Return what worker `me` is to run of a queue whose lock is held, or NOTHING."""
+    if t[IS_RANKED] == 0:
+        return take_out(queue)
+    instance = take_out(queue)
+    while instance != NOTHING:
+        insert(queue, rank(t, instance, queue[SEQUENCE]), instance)
+        queue[SEQUENCE] += 1
+        instance = take_out(queue)
+    if queue[SIZE] == 0:
+        return NOTHING
+    return remove(queue, _own_in_window(t, queue, me) if t[PREFERS_HOME] != 0 and t[QUEUES] == 1 else 0)
+
+
+@compiled
+def _own_in_window(t, queue, me):
     """Return the place of the oldest task whose home is this worker, among the first few; 0 if there is none."""
+    keys, instances = words_at(queue[KEYS]), words_at(queue[INSTANCES])
     best = NOTHING
-    for at in range(min(size, _WINDOW)):
+    for at in range(min(queue[SIZE], _WINDOW)):
         if (best == NOTHING or keys[at] < keys[best]) and keys[at] < keys[0] + _PRIORITY_UNIT // 2 and home_of(t, instances[at]) == me:
             best = at
     return max(best, 0)
@@ -160,41 +195,3 @@ def _best_queue(t, own):
             if i == 0 or key < least or load(queue_of(t, best), SIZE) == 0:
                 best, least = at, key
     return best
-
-
-@compiled
-def _sift_up(keys, instances, at, key, instance):
-    while at > 0:
-        parent = (at - 1) >> 1
-        if keys[parent] <= key:
-            break
-        keys[at], instances[at] = keys[parent], instances[parent]
-        at = parent
-    keys[at], instances[at] = key, instance
-
-
-@compiled
-def _sift_down(keys, instances, at, size, key, instance):
-    while True:
-        child = 2 * at + 1
-        if child >= size:
-            break
-        if child + 1 < size and keys[child + 1] < keys[child]:
-            child += 1
-        if key <= keys[child]:
-            break
-        keys[at], instances[at] = keys[child], instances[child]
-        at = child
-    keys[at], instances[at] = key, instance
-
-
-@compiled
-def lock(words, index):
-    while exchange(words, index, 1) != 0:
-        spins = 0
-        while load(words, index) != 0:
-            relax()
-            spins += 1
-            if spins == _LOCK_SPINS:
-                sched_yield()
-                spins = 0

@@ -24,6 +24,7 @@ from taskgpt.schedulers.native import worker
 from taskgpt.schedulers.native.plan import Plan, edges_to_next
 from taskgpt.schedulers.native.pointers import OPAQUE_WORDS
 from taskgpt.schedulers.native.policies import POLICIES
+from taskgpt.schedulers.native.ring import RING_HEAD
 from taskgpt.schedulers.prepare import IS_BUSY, OncePerGraph, OneAtATime, worker_count
 from taskgpt.schedulers.records import RECORD_TYPE
 from taskgpt.tasks import Graph, TaskError, one_blas_thread
@@ -139,26 +140,39 @@ class Scheduler(OneAtATime):
 
     def _make_table(self) -> None:
         """Lay out what the workers share, one block of memory."""
-        queues = self.workers if self._has_queues else 1
-        sizes = [r.TABLE_WORDS, 2 * r.RUN_WORDS, queues * r.QUEUE_WORDS, (self.workers + 1) * r.WORKER_WORDS, 3 * OPAQUE_WORDS]
-        starts = np.concatenate([[0], np.cumsum(sizes)])
+        queues = self.workers + 1 if self._has_queues else 1  # the last of several is the submitting thread's
+        groups = -(-self.workers // r.GROUP)
+        mutexes = 3 + 2 * self.workers  # and conditions
+        parts = [(1, r.TABLE_WORDS), (2, r.RUN_WORDS), (queues, r.QUEUE_WORDS), (groups, r.IDLE_WORDS)]
+        parts += [(self.workers + 1, r.WORKER_WORDS), (mutexes, OPAQUE_WORDS)]
+        starts = np.concatenate([[0], np.cumsum([count * words for count, words in parts])])
         self._memory = np.zeros(starts[-1] + 16, np.int64)
         words = self._memory[-self._memory.ctypes.data // 8 % 16 :]  # begins a pair of cache lines
         self._address = words.ctypes.data
-        table, runs, queue_words, workers, opaque = (words[a:b] for a, b in itertools.pairwise(starts))
-        self._table, self._run_words = table, runs.reshape(2, -1)
-        self._queue_words, self._worker_words = queue_words.reshape(queues, -1), workers.reshape(self.workers + 1, -1)
-        mutex, work, done = (opaque[at * OPAQUE_WORDS :].ctypes.data for at in range(3))
-        worker.initialize(mutex, work, done)
+        shaped = [words[a:b].reshape(-1, part[1]) for (a, b), part in zip(itertools.pairwise(starts), parts, strict=True)]
+        (table,), self._run_words, self._queue_words, idle, self._worker_words, opaque = shaped
+        self._table = table
+        mutex, go, done, *cells = (each.ctypes.data for each in opaque)
+        worker.initialize(mutex, go, done)
+        for each, cell_mutex, filled in zip(self._worker_words[:-1], cells[::2], cells[1::2], strict=True):
+            worker.initialize_cell(cell_mutex, filled)
+            each[[r.CELL, r.CELL_MUTEX, r.CELL_FILLED]] = r.NOTHING, cell_mutex, filled
         s = self.settings
         table[r.WORKERS], table[r.QUEUES] = self.workers, queues
         table[r.BY_AGE], table[r.PREFERS_HOME] = self._policy.by_age, self._policy.prefers_home
         table[r.IMMEDIATE] = s.immediate_successor
         table[r.SPINS] = {"busy": -1, "hybrid": s.spins, "idle": 0}[s.idle]
-        table[r.QUEUES_AT], table[r.RUNS_AT], table[r.WORKERS_AT] = queue_words.ctypes.data, runs.ctypes.data, workers.ctypes.data
-        table[r.MUTEX], table[r.WORK], table[r.DONE] = mutex, work, done
-        self._heap_room, self._scratch_bytes = 0, -1
-        self._room: list[np.ndarray] = []  # old heaps too: a worker may still look into one
+        for at, part in {
+            r.RUNS_AT: self._run_words,
+            r.QUEUES_AT: self._queue_words,
+            r.IDLE_AT: idle,
+            r.WORKERS_AT: self._worker_words,
+        }.items():
+            table[at] = part.ctypes.data
+        table[[r.MUTEX, r.GO, r.DONE]] = mutex, go, done
+        self._queue_room, self._scratch_bytes = 0, 0
+        self._room: list[np.ndarray] = []  # old queues too: a worker may still look into one
+        self._make_room(1, 0)
         self._records = np.zeros((self.workers, s.record), _ROW)
         self._counts_taken = np.zeros(self.workers, np.int64)
         if s.record:
@@ -242,11 +256,14 @@ class Scheduler(OneAtATime):
         if plan.functions != [kernel.function for kernel in graph.kernels]:
             plan = self._plans.renew(graph)  # a kernel has got another compiled twin
         edges = self._edges_between(before, graph, plan) if before and not before.is_over else None
-        if edges is None or not self._has_room(plan):
+        is_ranked = self._policy.is_ranked(self._has_queues) or plan.priorities is not None
+        if edges is None or not self._has_room(plan) or is_ranked != self._table[r.IS_RANKED]:
             before = None
             self._finish_all()
             self._forget_all()  # what an interrupt kept from being removed
-        self._make_room(plan)
+        if not self._has_room(plan):
+            self._make_room(2 * plan.tasks, plan.scratch_bytes)  # of two runs
+        self._table[r.IS_RANKED] = is_ranked  # now that all queues are empty, if it is another
         run = _Run(self._count, graph, plan, self._count % 2, owner)
         self._count += 1
         if before:
@@ -257,8 +274,11 @@ class Scheduler(OneAtATime):
         self._runs.append(run)
         graph.runs.add(run)
         self._table[r.PRIORITIES] = any(each.plan.priorities is not None for each in self._runs)
-        worker.submit(self._address, run.slot, before is not None)
+        self._begin(run, before is not None)
         return run
+
+    def _begin(self, run: _Run, is_next: bool) -> None:
+        worker.submit(self._address, run.slot, is_next)
 
     def _edges_between(self, before: _Run, graph: Graph, plan: Plan) -> tuple[np.ndarray, np.ndarray] | None:
         """Return which tasks of the run before those of the next one wait for; None: all for all."""
@@ -299,28 +319,32 @@ class Scheduler(OneAtATime):
         """Let the workers finish the tasks they are at, and forget the rest of all runs."""
         if not (self._runs or self._table[r.STOPPING]):
             return
-        worker.stop(self._address)  # now all sleep
-        self._queue_words[:, r.SIZE] = 0
+        worker.stop(self._address)  # now all stand still
+        worker.drop_all(self._address)
         if self._table[r.FAILED] and not self._has_told:
             self._has_told = True
             take_exception(int(self._table[r.FAILED]))  # which nobody will: it would never be freed
         self._forget_all()
-        self._table[[r.FAILED, r.STOPPING]] = 0  # last: an interrupt before this is made good by the next run
+        self._table[r.FAILED] = 0
+        worker.go_on(self._address)  # last: an interrupt before this is made good by the next run
 
     def _has_room(self, plan: Plan) -> bool:
-        return 2 * plan.tasks <= self._heap_room and plan.scratch_bytes <= self._scratch_bytes
+        return 2 * plan.tasks <= self._queue_room and plan.scratch_bytes <= self._scratch_bytes
 
-    def _make_room(self, plan: Plan) -> None:
-        """Let every queue hold all tasks of two runs, and every worker have the scratch that the kernels ask for. Nothing is under way."""
-        if self._has_room(plan):
-            return
-        room, scratch_bytes = max(self._heap_room, 2 * plan.tasks), max(self._scratch_bytes, plan.scratch_bytes)
-        heaps = np.zeros((len(self._queue_words), 2, room), np.int64)
+    def _make_room(self, tasks: int, scratch_bytes: int) -> None:
+        """Let every queue hold so many tasks, and every worker have so much scratch, as kernels ask for. Nothing is under way."""
+        room, scratch_bytes = max(self._queue_room, tasks), max(self._scratch_bytes, scratch_bytes)
+        slots = 1 << (room - 1).bit_length()
+        queues = len(self._queue_words)
+        heaps = np.zeros((queues, 2, room), np.int64)
+        rings = np.zeros((queues, 2, RING_HEAD + slots), np.int64)
+        rings[:, :, 0] = slots - 1
         scratch = np.zeros((self.workers, aligned(scratch_bytes) + ALIGNMENT_BYTES), np.uint8)
-        self._room += [heaps, scratch]
-        self._queue_words[:, [r.KEYS, r.INSTANCES]] = [[array.ctypes.data for array in pair] for pair in heaps]
+        self._room += [heaps, rings, scratch]
+        for places, blocks in (([r.KEYS, r.INSTANCES], heaps), ([r.DEQUE, r.INBOX], rings)):
+            self._queue_words[:, places] = [[array.ctypes.data for array in pair] for pair in blocks]
         self._worker_words[:-1, r.SCRATCH] = [aligned(each.ctypes.data) for each in scratch]
-        self._heap_room, self._scratch_bytes = room, scratch_bytes  # last: an interrupt before this is made good by the next run
+        self._queue_room, self._scratch_bytes = room, scratch_bytes  # last: an interrupt before this is made good by the next run
 
     def _write(self, run: _Run, before: _Run | None) -> None:
         """Write what the workers are to know of a run."""

@@ -1,7 +1,8 @@
 """The table: what compiled workers share, as int64 words, and the names of its parts.
 
-First comes what all share, then a part for each queue, each of the two runs, and each worker. What is written often lies on cache lines of
-its own, so that nobody waits for a line because of another's word. A number from an array's name is a place in its part: `t[WORKERS]`.
+First comes what all share, then a part for each queue, each of the two runs, each group of workers and each worker. What is written often
+lies on cache lines of its own, so that nobody waits for a line because of another's word. A number from an array's name is a place in its
+part: `t[WORKERS]`.
 
     instance   a ready task: of which run, and which task; 2 * task + slot, where slot is the run's place in the table, 0 or 1
 """
@@ -21,6 +22,7 @@ from taskgpt.schedulers.records import RECORD_TYPE
 compiled = njit(nogil=True, error_model="numpy")
 
 NOTHING = -1  # no task, no worker, no instance
+LOOK, ON_WATCH = -2, -3  # in a worker's cell: look for work; be the one on the watch
 
 
 def _lines(count: int) -> range:
@@ -28,19 +30,25 @@ def _lines(count: int) -> range:
     return range(0, (count + 1) * CACHE_LINE_WORDS, CACHE_LINE_WORDS)
 
 
-# What all share. Settings and addresses are written before the workers start; each other line has one kind of news.
-_SETTINGS, _STOP, _SLEEP, _FAILURE, TABLE_WORDS = _lines(4)
-WORKERS, QUEUES, BY_AGE, PREFERS_HOME, IMMEDIATE, SPINS, PRIORITIES, QUEUES_AT, RUNS_AT, WORKERS_AT, MUTEX, WORK, DONE = range(
-    _SETTINGS, _STOP
-)[:13]  # with more names than the line has words, there are too few values to unpack; so below
-STOPPING, CLOSING = range(_STOP, _SLEEP)[:2]
-PARKED = _SLEEP  # workers that sleep
+# What all share. Settings and addresses are written while no run is under way; each other line has one kind of news.
+_SETTINGS, _STOP, _ROUSE, _FAILURE, TABLE_WORDS = _lines(4)
+WORKERS, QUEUES, BY_AGE, IS_RANKED, PREFERS_HOME, IMMEDIATE, SPINS, PRIORITIES = range(_SETTINGS, _STOP)[:8]
+QUEUES_AT, RUNS_AT, WORKERS_AT, IDLE_AT, MUTEX, GO, DONE = range(_SETTINGS, _STOP)[8:15]
+# With more names than a line has words, there are too few values to unpack.
+STOPPING, CLOSING, STILL = range(_STOP, _ROUSE)[:3]  # STILL: workers that wait for GO
+WATCH, ROUSING = range(_ROUSE, _FAILURE)[:2]  # 1: a worker is on the watch; one has been woken who has not looked for work yet
 FAILED, FAILED_CALL = range(_FAILURE, TABLE_WORDS)[:2]
 
-# A queue: those who look whether it has something spin on LOCK, its owner writes the rest.
-_LOCK, _HEAP, QUEUE_WORDS = _lines(2)
-LOCK = _LOCK
-SIZE, SEQUENCE, KEYS, INSTANCES = range(_HEAP, QUEUE_WORDS)[:4]
+# A queue: a lock, the ends of a ring of instances, and a heap; each line has another writer.
+_TAKERS, _PUSHERS, _HEAP, QUEUE_WORDS = _lines(3)
+LOCK, TOP = range(_TAKERS, _PUSHERS)[:2]
+BOTTOM = _PUSHERS
+DEQUE, INBOX, SIZE, SEQUENCE, KEYS, INSTANCES = range(_HEAP, QUEUE_WORDS)[:6]
+
+# Which workers are idle, a bit each, of a group of workers.
+GROUP = 32
+_BITS, IDLE_WORDS = _lines(1)
+SPINNING, ASLEEP = range(_BITS, IDLE_WORDS)[:2]
 
 # A run of a graph. Addresses of arrays (0: none), first of the graph, then of this run; REMAINING is counted down by all.
 _ARRAYS, _, _COUNT, RUN_WORDS = _lines(3)
@@ -49,9 +57,10 @@ VALUES, OWN_PRIORITIES, FAVOURITES, LOCK_FIRST, LOCK_OF, LOCKS = range(_ARRAYS, 
 TASKS, NUMBER, OFFSET, PENDING, MARKS, READY_AT, RAN_ON, DURATIONS, NEXT_FIRST, NEXT = range(_ARRAYS, _COUNT)[12:22]
 REMAINING = _COUNT
 
-# A worker; one more stands for the thread that submits. The second line keeps its neighbour away.
-_OWN, _APART, WORKER_WORDS = _lines(2)
-CLOCK, CLOCK_NS, SCRATCH, ERROR, RECORD, RECORD_CAPACITY, RECORD_COUNT = range(_OWN, _APART)[:7]
+# A worker; one more stands for the thread that submits. On CELL he waits, alone, for what another worker hands over.
+_OWN, _CELL, WORKER_WORDS = _lines(2)
+CLOCK, CLOCK_NS, SCRATCH, ERROR, RECORD, RECORD_CAPACITY, RECORD_COUNT = range(_OWN, _CELL)[:7]
+CELL, CELL_MUTEX, CELL_FILLED = range(_CELL, WORKER_WORDS)[:3]  # a mutex and a condition to sleep on
 
 # What a worker records of a task: a row of RECORD_TYPE, but for the worker, whose rows they are.
 ROW_NAMES = RECORD_TYPE.names[:-1]
@@ -92,6 +101,11 @@ def run_of(t, instance):
 @compiled
 def worker_of(t, me):
     return words_at(t[WORKERS_AT] + me * (WORKER_WORDS * WORD_BYTES))
+
+
+@compiled
+def idle_of(t, group):
+    return words_at(t[IDLE_AT] + group * (IDLE_WORDS * WORD_BYTES))
 
 
 @compiled

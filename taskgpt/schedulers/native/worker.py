@@ -11,6 +11,7 @@ second of the two is the one to do it.
 
 from numba import types
 
+from taskgpt.schedulers.native.idle import accept, announce, begin_watch, end_watch, pause, rouse, sleep, wake_some, withdraw
 from taskgpt.schedulers.native.pointers import (
     REALTIME,
     WORD_BYTES,
@@ -34,11 +35,13 @@ from taskgpt.schedulers.native.pointers import (
     store_last,
     words_at,
 )
-from taskgpt.schedulers.native.queues import is_anything_ready, push, rank, take
+from taskgpt.schedulers.native.queues import empty, is_anything_ready, push, rank, take
 from taskgpt.schedulers.native.table import (
+    ASLEEP,
     CALL_ENTRY,
     CALL_FIRST,
     CALL_WORDS,
+    CELL,
     CLOCK,
     CLOCK_NS,
     CLOSING,
@@ -47,18 +50,20 @@ from taskgpt.schedulers.native.table import (
     ERROR,
     FAILED,
     FAILED_CALL,
+    GO,
     IMMEDIATE,
     INDEGREE,
     LOCK_FIRST,
     LOCK_OF,
     LOCKS,
+    LOOK,
     MARKS,
     MUTEX,
     NEXT,
     NEXT_FIRST,
     NOTHING,
     NUMBER,
-    PARKED,
+    ON_WATCH,
     PENDING,
     PRIORITIES,
     RAN_ON,
@@ -74,12 +79,14 @@ from taskgpt.schedulers.native.table import (
     ROW_TASK,
     ROW_WORDS,
     SCRATCH,
+    SPINNING,
     SPINS,
+    STILL,
     STOPPING,
     SUCCESSOR,
     SUCCESSOR_FIRST,
     TASKS,
-    WORK,
+    WATCH,
     WORKERS,
     compiled,
     instance_of,
@@ -92,7 +99,6 @@ from taskgpt.schedulers.native.table import (
 )
 
 FINISHED, SUBMITTED = 1, 2  # bits of a task's mark: it has run; the next run has been submitted
-_YIELD_EVERY = 64  # spins: where there are fewer cores than workers, the one that has work gets its turn after some 2 us
 
 
 # Workers --------------------------------------------------------------------------------------------------------------------------------
@@ -106,37 +112,70 @@ def work(table, me):
     while True:
         if load(t, STOPPING) != 0:
             instance = NOTHING  # dropped, with all that waits in the queues
-            if not wait_for_work(t):
+            if not _stand_still(t):
                 return
         if instance == NOTHING:
             instance = take(t, me)
-        if instance == NOTHING:
-            if not wait_for_work(t):
-                return
-        else:
-            instance = run_task(t, me, instance)
+        instance = wait_for_work(t, me) if instance == NOTHING else run_task(t, me, instance)
 
 
 @compiled
-def wait_for_work(t):
-    """Return True when there may be a ready task, False when the scheduler closes."""
+def wait_for_work(t, me):
+    """Return an instance when there is one, or NOTHING when there may be one or the workers are to stop."""
+    if begin_watch(t):
+        return _watch(t, me)
+    announce(t, me, SPINNING)
+    spins, is_over = 0, load(t, WATCH) == 0  # else who is on the watch has seen my bit when he leaves it
+    while not is_over and (t[SPINS] < 0 or spins < t[SPINS]) and load(worker_of(t, me), CELL) == NOTHING:
+        pause(spins)
+        spins += 1
+        is_over = load(t, STOPPING) != 0
+    if load(worker_of(t, me), CELL) == NOTHING and withdraw(t, me, SPINNING):
+        return NOTHING if is_over else _sleep(t, me)
+    handed = accept(t, me)
+    if handed == ON_WATCH:
+        return _watch(t, me)
+    return NOTHING if handed == LOOK else handed
+
+
+@compiled
+def _watch(t, me):
+    """The same, as the one on the watch."""
     spins = 0
     while (t[SPINS] < 0 or spins < t[SPINS]) and load(t, STOPPING) == 0:
-        if is_anything_ready(t):
-            return True
-        relax()
+        instance = take(t, me) if is_anything_ready(t) else NOTHING
+        if instance != NOTHING:
+            end_watch(t, me)
+            if is_anything_ready(t):  # pushed while there was a watch
+                rouse(t, me)
+            return instance
+        pause(spins)
         spins += 1
-        if spins % _YIELD_EVERY == 0:
-            sched_yield()
+    end_watch(t, me)
+    return NOTHING if load(t, STOPPING) != 0 else _sleep(t, me)
+
+
+@compiled
+def _sleep(t, me):
+    """The same, asleep. Who has got a task wakes two others if there is more, so that all are awake soon."""
+    announce(t, me, ASLEEP)
+    if not ((is_anything_ready(t) or load(t, STOPPING) != 0) and withdraw(t, me, ASLEEP)):
+        sleep(t, me)
+    instance = take(t, me)
+    if instance != NOTHING and is_anything_ready(t):
+        wake_some(t, me, 2)
+    return instance
+
+
+@compiled
+def _stand_still(t):
+    """Wait until the workers may go on; return False when the scheduler closes."""
     mutex_lock(t[MUTEX])
-    fetch_add(t, PARKED, 1)  # from here on, who pushes a task knows that somebody sleeps; so look once more
-    while load(t, CLOSING) == 0:
-        if load(t, STOPPING) != 0:
-            condition_broadcast(t[DONE])
-        elif is_anything_ready(t):
-            break
-        condition_wait(t[WORK], t[MUTEX])
-    fetch_add(t, PARKED, -1)
+    fetch_add(t, STILL, 1)
+    condition_broadcast(t[DONE])
+    while load(t, STOPPING) != 0 and load(t, CLOSING) == 0:
+        condition_wait(t[GO], t[MUTEX])
+    fetch_add(t, STILL, -1)
     mutex_unlock(t[MUTEX])
     return load(t, CLOSING) == 0
 
@@ -267,20 +306,27 @@ def _fail(t, me, instance, call):
     if t[FAILED] == 0:
         t[FAILED], t[FAILED_CALL] = worker_of(t, me)[ERROR], instance_of(call, slot_of(instance))
         store(t, STOPPING, 1)
-        condition_broadcast(t[WORK])
         condition_broadcast(t[DONE])
     mutex_unlock(t[MUTEX])
+    wake_some(t, 0, t[WORKERS])
 
 
 # The submitting thread ------------------------------------------------------------------------------------------------------------------
 
 
 @compiled
-def initialize(mutex, work, done):
+def initialize(mutex, go, done):
     """Make the mutex and the conditions."""
     mutex_init(mutex, 0)
-    condition_init(work, 0)
+    condition_init(go, 0)
     condition_init(done, 0)
+
+
+@compiled
+def initialize_cell(mutex, filled):
+    """Make what a worker sleeps on."""
+    mutex_init(mutex, 0)
+    condition_init(filled, 0)
 
 
 @compiled
@@ -334,13 +380,29 @@ def wait(table, slot, milliseconds):
 
 @compiled
 def stop(table):
-    """Have the workers finish the tasks they are at and take no other; return when all sleep."""
+    """Have the workers finish the tasks they are at and take no other; return when all stand still."""
+    t = words_at(table)
+    store(t, STOPPING, 1)
+    wake_some(t, 0, t[WORKERS])
+    mutex_lock(t[MUTEX])
+    while load(t, STILL) < t[WORKERS]:
+        condition_wait(t[DONE], t[MUTEX])
+    mutex_unlock(t[MUTEX])
+
+
+@compiled
+def drop_all(table):
+    """Forget all ready tasks. No worker may be at work."""
+    empty(words_at(table))
+
+
+@compiled
+def go_on(table):
+    """Have workers that stand still go on."""
     t = words_at(table)
     mutex_lock(t[MUTEX])
-    store(t, STOPPING, 1)
-    condition_broadcast(t[WORK])
-    while load(t, PARKED) < t[WORKERS]:
-        condition_wait(t[DONE], t[MUTEX])
+    store(t, STOPPING, 0)
+    condition_broadcast(t[GO])
     mutex_unlock(t[MUTEX])
 
 
@@ -351,15 +413,19 @@ def close(table):
     mutex_lock(t[MUTEX])
     store(t, CLOSING, 1)
     store(t, STOPPING, 1)
-    condition_broadcast(t[WORK])
+    condition_broadcast(t[GO])
     mutex_unlock(t[MUTEX])
+    wake_some(t, 0, t[WORKERS])
 
 
 SIGNATURES = {
     initialize: types.void(types.int64, types.int64, types.int64),
+    initialize_cell: types.void(types.int64, types.int64),
     work: types.void(types.int64, types.int64),
     submit: types.void(types.int64, types.int64, types.boolean),
     wait: types.boolean(types.int64, types.int64, types.int64),
     stop: types.void(types.int64),
+    drop_all: types.void(types.int64),
+    go_on: types.void(types.int64),
     close: types.void(types.int64),
 }
