@@ -5,7 +5,7 @@
     loops.py           fork-join: parallel loops with a barrier after each, what OpenMP does to llm.c
     threads.py         dask.threaded, on threads of this process
     local_cluster.py   dask.distributed on this machine, with its dashboard: worker threads or worker processes
-    cores.py           how many cores there are to use
+    cores.py           which cores there are to use: how many, which are free to bind to, which are near
     prepare.py         what they share: the number of workers, one run at a time, plans that are made once per graph
     records.py         when and where each task ran, on request
     dask_get/          taskgpt.get, for any Dask graph

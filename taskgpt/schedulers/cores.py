@@ -1,11 +1,15 @@
-"""How many cores this process may use: the default number of workers, everywhere."""
+"""Which cores this process may use: how many, the default number of workers everywhere; which are free to bind to, and which are near."""
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+
+import numpy as np
+
+ROOT = Path("/")
 
 
 def usable_cores() -> int:
@@ -56,3 +60,67 @@ def _quota_of(folder: Path) -> float:
         quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
         return max(0, int(quota)) / int(period)
     return 0
+
+
+# Which of them -------------------------------------------------------------------------------------------------------------------------
+
+
+def cores_to_bind(count: int, root: Path = ROOT) -> list[int]:
+    """Return the usable cores in the order of their memory nodes (Linux): those that no other process of this user has bound a thread to,
+    if there are `count` of them."""
+    node_of, _ = _nodes(root)
+    usable = sorted(os.sched_getaffinity(0), key=lambda core: (node_of.get(core, 0), core))
+    held = _held_cores(root)
+    free = [core for core in usable if core not in held]
+    return free if len(free) >= count else usable
+
+
+def near_first(cores: Sequence[int], root: Path = ROOT) -> np.ndarray:
+    """Return, for each of these cores, the places of all in `cores`: its own, then the nearest, of equally near ones the next after it."""
+    node_of, distance = _nodes(root)
+    nodes = [node_of.get(core) for core in cores]
+    count, places = len(cores), np.arange(len(cores))
+    far = {node: np.array([distance.get((node, other), 0) for other in nodes], np.int64) for node in set(nodes)}
+    return np.array([np.argsort(far[node] * count + (places - at) % count, kind="stable") for at, node in enumerate(nodes)], np.int64)
+
+
+def _nodes(root: Path) -> tuple[dict[int, int], dict[tuple[int, int], int]]:
+    """Return the memory node of each core, and the distance between nodes as the firmware says, 10 to itself; nothing where /sys is not."""
+    folders = {int(folder.name[4:]): folder for folder in (root / "sys/devices/system/node").glob("node[0-9]*")}
+    node_of: dict[int, int] = {}
+    distance: dict[tuple[int, int], int] = {}
+    for node, folder in sorted(folders.items()):
+        with suppress(OSError, ValueError):
+            node_of |= dict.fromkeys(_numbers((folder / "cpulist").read_text()), node)
+            far = map(int, (folder / "distance").read_text().split())
+            distance |= {(node, other): value for other, value in zip(sorted(folders), far, strict=False)}
+    return node_of, distance
+
+
+def _held_cores(root: Path) -> set[int]:
+    """Return the cores to which a process of this user, but not this one, has bound a thread that could run elsewhere: it and no other."""
+    held: set[int] = set()
+    for process in (root / "proc").glob("[0-9]*"):
+        with suppress(OSError, ValueError, StopIteration):
+            if int(process.name) == os.getpid() or process.stat().st_uid != os.getuid():
+                continue
+            whole = _allowed(process)
+            threads = [_allowed(thread) for thread in (process / "task").iterdir()]
+            held |= {core for thread in threads if len(thread) == 1 < len(whole) for core in thread}
+    return held
+
+
+def _allowed(task: Path) -> list[int]:
+    """Return the cores on which a process or thread may run. Raises OSError if it is gone."""
+    lines = (task / "status").read_text().splitlines()
+    return _numbers(next(line for line in lines if line.startswith("Cpus_allowed_list:")).partition(":")[2])
+
+
+def _numbers(text: str) -> list[int]:
+    """Return the numbers of a list as Linux writes it: 0-3,8."""
+    found: list[int] = []
+    for part in text.strip().split(","):
+        first, _, last = part.partition("-")
+        if first:
+            found += range(int(first), int(last or first) + 1)
+    return found

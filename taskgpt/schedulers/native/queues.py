@@ -20,6 +20,7 @@ from taskgpt.schedulers.native.table import (
     KEYS,
     LOCK,
     LOOK,
+    NEAR_AT,
     NOTHING,
     OFFSET,
     OWN_PRIORITIES,
@@ -92,13 +93,22 @@ def take(t, me):
     if t[PRIORITIES] != 0 and count > 1:
         first = _best_queue(t, first)
     for i in range(count):
-        at = (first + i) % count
+        at = _near(t, first, i)
         queue = queue_of(t, at)
         if not _is_empty(t, queue):
             instance = _take_from(t, me, at, queue)
             if instance != NOTHING:
                 return instance
     return NOTHING
+
+
+@compiled
+def _near(t, first, i):
+    """Return the queue that comes i-th from this one: by the distance of memory nodes, where workers are bound to cores."""
+    count = t[QUEUES]
+    if t[NEAR_AT] == 0 or first == count - 1:  # the last one is of no worker
+        return (first + i) % count
+    return words_at(t[NEAR_AT])[first * count + i]
 
 
 @compiled

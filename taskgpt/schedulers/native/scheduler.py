@@ -19,6 +19,7 @@ import numba
 import numpy as np
 
 from taskgpt.errors import UserError
+from taskgpt.schedulers.cores import cores_to_bind, near_first
 from taskgpt.schedulers.native import table as r
 from taskgpt.schedulers.native import worker
 from taskgpt.schedulers.native.plan import Plan, edges_to_next
@@ -170,6 +171,14 @@ class Scheduler(OneAtATime):
         }.items():
             table[at] = part.ctypes.data
         table[[r.MUTEX, r.GO, r.DONE]] = mutex, go, done
+        self._bound_to = []
+        if s.binding == "cores" and hasattr(os, "sched_setaffinity"):
+            found = cores_to_bind(self.workers)
+            self._bound_to = [found[me % len(found)] for me in range(self.workers)]
+        if self._bound_to and self._has_queues:
+            near = near_first(self._bound_to)
+            self._near = np.hstack([near, np.full((self.workers, 1), self.workers)])  # the submitting thread's queue comes last
+            table[r.NEAR_AT] = self._near.ctypes.data
         self._queue_room, self._scratch_bytes = 0, 0
         self._room: list[np.ndarray] = []  # old queues too: a worker may still look into one
         self._make_room(1, 0)
@@ -180,9 +189,8 @@ class Scheduler(OneAtATime):
             self._worker_words[:-1, r.RECORD_CAPACITY] = s.record
 
     def _be_worker(self, me: int) -> None:
-        if self.settings.binding == "cores" and hasattr(os, "sched_setaffinity"):
-            cores = sorted(os.sched_getaffinity(0))
-            os.sched_setaffinity(0, {cores[me % len(cores)]})  # this thread, not the process
+        if self._bound_to:
+            os.sched_setaffinity(0, {self._bound_to[me]})  # this thread, not the process
         worker.work(self._address, me)
 
     # Runs ---------------------------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ def _lines(count: int) -> range:
 # What all share. Settings and addresses are written while no run is under way; each other line has one kind of news.
 _SETTINGS, _STOP, _ROUSE, _FAILURE, TABLE_WORDS = _lines(4)
 WORKERS, QUEUES, BY_AGE, IS_RANKED, PREFERS_HOME, IMMEDIATE, SPINS, PRIORITIES = range(_SETTINGS, _STOP)[:8]
-QUEUES_AT, RUNS_AT, WORKERS_AT, IDLE_AT, MUTEX, GO, DONE = range(_SETTINGS, _STOP)[8:15]
+QUEUES_AT, RUNS_AT, WORKERS_AT, IDLE_AT, NEAR_AT, MUTEX, GO, DONE = range(_SETTINGS, _STOP)[8:16]
 # With more names than a line has words, there are too few values to unpack.
 STOPPING, CLOSING, STILL = range(_STOP, _ROUSE)[:3]  # STILL: workers that wait for GO
 WATCH, ROUSING = range(_ROUSE, _FAILURE)[:2]  # 1: a worker is on the watch; one has been woken who has not looked for work yet
