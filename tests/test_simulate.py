@@ -85,6 +85,14 @@ def test_a_chain_and_a_free_task_by_hand():
     assert sorted(spans(trace)) == [(0, 0, 0, 2), (1, 0, 2, 5), (2, 1, 0, 1)]
 
 
+def test_an_urgent_task_goes_first_whosever_queue_it_is_in():
+    """0 makes 1 ready, which is urgent, on the worker that ran it: he takes it before 3 and 4, which wait in the submitter's queue."""
+    graph = graph_of([[], [0], [], [], []])
+    graph.tasks[0].priority, graph.tasks[1].priority = 10, 5
+    starts = {row[0]: row[2] for row in spans(run("native", graph, machine(2), [1, 1, 3, 3, 3], work_stealing=True))}
+    assert starts == {0: 0, 2: 0, 1: 1, 3: 2, 4: 3}
+
+
 def test_bandwidth_is_shared_by_hand():
     """Two tasks of 2 s that move 8 GB each, on a socket of 4 GB/s: each wants 4, gets 2, and takes 4 s. On two sockets, 2 s."""
     x = Tensor("x", np.zeros(2, np.float32), (1,))

@@ -140,10 +140,16 @@ def _take_from(t, me, at, queue):
     instance = _pop(t, me, queue)
     if instance != NOTHING:
         _share_out(t, me, queue)
+    _give_back(t, me, queue)
+    return instance
+
+
+@compiled
+def _give_back(t, near, queue):
+    """Give a lock back; have somebody look for what is left, for those who found it held."""
     store(queue, LOCK, 0)
     if load(t, WATCH) == 0 and not _is_empty(t, queue):
-        rouse(t, me)  # for who found the lock held
-    return instance
+        rouse(t, near)
 
 
 @compiled
@@ -172,14 +178,20 @@ def _pop(t, me, queue):
     """Return what worker `me` is to run of a queue whose lock is held, or NOTHING."""
     if t[IS_RANKED] == 0:
         return take_out(queue)
+    _sort_in(t, queue)
+    if queue[SIZE] == 0:
+        return NOTHING
+    return remove(queue, _own_in_window(t, queue, me) if t[PREFERS_HOME] != 0 and t[QUEUES] == 1 else 0)
+
+
+@compiled
+def _sort_in(t, queue):
+    """Empty the inbox of a queue whose lock is held into its heap."""
     instance = take_out(queue)
     while instance != NOTHING:
         insert(queue, rank(t, instance, queue[SEQUENCE]), instance)
         queue[SEQUENCE] += 1
         instance = take_out(queue)
-    if queue[SIZE] == 0:
-        return NOTHING
-    return remove(queue, _own_in_window(t, queue, me) if t[PREFERS_HOME] != 0 and t[QUEUES] == 1 else 0)
 
 
 @compiled
@@ -200,6 +212,9 @@ def _best_queue(t, own):
     for i in range(t[QUEUES]):
         at = (own + i) % t[QUEUES]
         queue = queue_of(t, at)
+        if not is_inbox_empty(queue) and exchange(queue, LOCK, 1) == 0:
+            _sort_in(t, queue)
+            _give_back(t, at, queue)
         if load(queue, SIZE) > 0:
             key = load(words_at(queue[KEYS]), 0)
             if i == 0 or key < least or load(queue_of(t, best), SIZE) == 0:
