@@ -25,7 +25,7 @@ _ADDRESS = re.compile(r"[a-z]+://.*|[^/]*:\d+", re.IGNORECASE)  # tcp://10.0.0.1
 
 @dataclass(frozen=True)
 class GraphConfig:
-    """A graph file: what is computed. `tiles` may change the rounding; nothing else of a run does."""
+    """A graph file: what is computed. `tiles` changes bits only where BLAS multiplies."""
 
     name: str
     model: Model

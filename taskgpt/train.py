@@ -45,6 +45,7 @@ from taskgpt.lab.named import overridden
 from taskgpt.lab.traces.formats import has_trace, save, verify_can_save
 from taskgpt.lab.traces.trace import RECORD, Traced
 from taskgpt.lab.tuning import tuned
+from taskgpt.products import verify_callers
 from taskgpt.programs.arguments import (
     AUTO,
     MODEL_HELP,
@@ -198,6 +199,7 @@ def train(start: Start, argv: Sequence[str], report: Console, stop: StopRequest)
         m.initialize(flags.seed)
     report.open_logs(start.logs())
 
+    crowd = verify_callers(m.products, scheduler.workers)
     prepare = check if flags.check else lambda graph: graph
     steps, val_graphs = Steps(m, prepare), [prepare(loss_graph(m, slot)) for slot in range(len(m.slots))]
     sampler = Sampler(m, prepare)
@@ -218,7 +220,7 @@ def train(start: Start, argv: Sequence[str], report: Console, stop: StopRequest)
             report.tell("resumed", f"from {shorten(start.checkpoint)}, after {start.about.step:,} steps")
         if dashboard:
             report.tell("dashboard", dashboard.url)
-        report.notes([*changes, *disturbance.found(machine.usable_cores()).notes()])
+        report.notes([*changes, *crowd, *disturbance.found(machine.usable_cores()).notes()])
         if flags.max_minutes is not None:
             stop.end_after(60 * flags.max_minutes)
         with report.progress(training.last_step):

@@ -34,8 +34,8 @@ def expected() -> dict:
 
 @pytest.fixture
 def parity_model(request) -> GPT2:
-    """The parity case's model with its parameters, B = 4, T = 64; its gradients are stored. A parameter: options.kernels."""
-    options = Options("matrices", kernels=getattr(request, "param", "fused"), update="separate")
+    """The parity case's model with its parameters, B = 4, T = 64; its gradients are stored. A parameter: options."""
+    options = Options("matrices", update="separate", **getattr(request, "param", {}))
     m = GPT2(checkpoints.read_shape(PARITY / "model.bin"), Batch(4, 64), load_graph("tiny").tiles, options)
     checkpoints.load(PARITY / "model.bin", m.model, m.parameters)
     return m

@@ -24,7 +24,7 @@ lab.charts lab.drawing lab.layout lab.theme lab.machine lab.disturbance lab.pace
 gpt2 schedulers.native schedulers.loops schedulers.threads schedulers.sequential schedulers.local_cluster __init__
 gpt2.text schedulers schedulers.records schedulers.dask_get
 downloads
-files schedulers.prepare
+files schedulers.prepare products
 tasks schedulers.cores errors lab
 palette progress
 """

@@ -24,15 +24,21 @@ WAYS = {  # the graph file's fused kernels; llm.c's own; logits in blocks of row
     "": [],
     "separate": ["--set", "options.kernels=separate", "--set", "options.update=separate"],
     "logits in blocks": ["--set", "tiles.logits_rows=96"],
+    "blas": ["--set", "options.products=blas"],
+    "bf16": ["--set", "options.precision=bf16"],
 }
 RUNS = [
     *[(scheduler, "") for scheduler in SCHEDULERS],
     ("sequential", "separate"),
     ("loops-llmc", "separate"),
     ("loops", "logits in blocks"),
+    ("threads", "blas"),
+    ("sequential", "bf16"),
+    ("loops-llmc", "bf16"),
 ]
 ROWS = 4 * 64
-both_ways = pytest.mark.parametrize("parity_model", ["fused", "separate"], indirect=True)
+OPTIONS = {"fused": {}, "separate": {"kernels": "separate"}, "blas": {"products": "blas"}, "bf16": {"precision": "bf16"}}
+every_way = pytest.mark.parametrize("parity_model", OPTIONS.values(), ids=OPTIONS, indirect=True)
 
 
 def norm_relative(got: np.ndarray, want: np.ndarray) -> float:
@@ -52,31 +58,32 @@ def debug_state(parity_folder, parity_model):
     return floats[: ROWS * V].reshape(ROWS, V), float(floats[ROWS * V]), floats[ROWS * V + 1 :]
 
 
-@both_ways
+@every_way
 def test_logits_and_loss_agree_with_the_debug_state(parity_model, debug_state):
-    """The forward-only graph gives PyTorch's logits to 1e-5 (norm-relative), and its loss."""
+    """The forward-only graph gives PyTorch's logits to 1e-5 (norm-relative), and its loss; with products in bfloat16 to 1e-2."""
     logits, wanted_loss, _ = debug_state
     for task in loss_graph(parity_model).tasks:
         task.run()
-    assert norm_relative(parity_model.a.logits.array[0, :, : logits.shape[1]], logits) < 1e-5
-    assert parity_model.s.loss.array[0] == pytest.approx(wanted_loss, abs=1e-6)
+    is_bf16 = parity_model.options.precision == "bf16"
+    assert norm_relative(parity_model.a.logits.array[0, :, : logits.shape[1]], logits) < (1e-2 if is_bf16 else 1e-5)
+    assert parity_model.s.loss.array[0] == pytest.approx(wanted_loss, abs=1e-2 if is_bf16 else 1e-6)
 
 
-@both_ways
+@every_way
 def test_all_gradients_agree_with_the_debug_state(parity_model, debug_state):
-    """Each of the 16 tensors to 1e-5 (norm-relative); the padding rows of dwte are exactly zero."""
+    """Each of the 16 tensors to 1e-5 (norm-relative), with products in bfloat16 to 2e-2; the padding rows of dwte are exactly zero."""
     for task in training_graph(parity_model).tasks:
         task.run()
     gradients, at = debug_state[2], 0
     for name, tensor in parity_model.g.tensors.items():
         want = gradients[at : at + tensor.array.size].reshape(tensor.array.shape)
         at += tensor.array.size
-        assert norm_relative(tensor.array, want) < 1e-5, name
+        assert norm_relative(tensor.array, want) < (2e-2 if parity_model.options.precision == "bf16" else 1e-5), name
     assert at == len(gradients)
     assert not parity_model.g.dwte.array[parity_model.model.vocabulary :].any()
 
 
-@both_ways
+@every_way
 def test_without_a_graph_the_program_gives_the_same_bits(parity_model, debug_state):
     """Serial elision: given run_now as its spawn, the program simply runs."""
     for task in training_graph(parity_model).tasks:
@@ -91,15 +98,21 @@ def test_without_a_graph_the_program_gives_the_same_bits(parity_model, debug_sta
 
 @pytest.mark.parametrize(("scheduler", "way"), RUNS)
 def test_training_prints_what_llmc_printed(scheduler, way, parity_folder, expected, tmp_path, capsys):
-    """41 train losses and 5 validation losses within 5e-5, both sampled sequences id for id; then one more of each, after the last step."""
+    """41 train losses and 5 validation losses within 5e-5, both sampled sequences id for id; then one more of each, after the last step.
+
+    With products in bfloat16, losses are within 2e-2, and what is sampled is nobody's.
+    """
     log = tmp_path / "log.jsonl"
     flags = ["--graph", "tiny", "--init", str(parity_folder / "model.bin"), "--data", str(parity_folder), "--lr", "3e-3", "--steps", "41"]
     assert main([*flags, *WAYS[way], "--scheduler", scheduler, *SCHEDULERS[scheduler], "--log", str(log)]) == 0
     records = [json.loads(line) for line in log.read_text().splitlines()]
     train = [r["train_loss"] for r in records if "train_loss" in r]
     val = [r["val_loss"] for r in records if "val_loss" in r]
-    assert train == pytest.approx(expected["train"], abs=5e-5)
-    assert val[:-1] == pytest.approx(expected["val"], abs=5e-5)
+    close = 2e-2 if way == "bf16" else 5e-5
+    assert train == pytest.approx(expected["train"], abs=close)
+    assert val[:-1] == pytest.approx(expected["val"], abs=close)
+    if way == "bf16":
+        return
     sampled = [[int(i) for i in re.findall(r"\d+", text)] for text in expected["generated"]]
     assert [r["ids"] for r in records if "ids" in r][:-1] == sampled
     printed = capsys.readouterr().out

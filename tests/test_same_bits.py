@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from taskgpt.products.instruction_sets import of_this_machine
 from taskgpt.schedulers.native.policies import POLICIES
 from taskgpt.train import main
 
@@ -100,9 +101,46 @@ def test_check_changes_no_bit_and_finds_nothing(text, tmp_path, reference):
     assert train(text, tmp_path, "threads", 2, flags=["--check"]) == reference
 
 
-def test_seed_and_tiles_do_change_the_bits(text, tmp_path, reference):
-    """The hash is no constant: another seed gives other parameters, other tiles another rounding."""
+@pytest.fixture(scope="module", params=["blas", "bf16"])
+def another_way(request, text, tmp_path_factory):
+    """Return (settings, what program order gives) of the ways to multiply that are not the default."""
+    settings = ["options.products=blas"] if request.param == "blas" else ["options.precision=bf16"]
+    return settings, train(text, tmp_path_factory.mktemp("way"), settings=settings)
+
+
+@pytest.mark.parametrize(("scheduler", "workers"), [("native", 3), ("loops-llmc", 2), ("threads", 3), ("local-cluster-processes", 2)])
+def test_nor_with_other_products(scheduler, workers, text, tmp_path, another_way, reference):
+    """Each way to multiply has bits of its own, the same under every scheduler, and numbers near the others'."""
+    settings, wanted = another_way
+    assert train(text, tmp_path, scheduler, workers, settings) == wanted
+    assert wanted[0] != reference[0]
+    assert wanted[1] == pytest.approx(reference[1], abs=2e-2)
+
+
+TILES = [
+    ["tiles.rows=32", "tiles.vocabulary=64", "tiles.columns=48"],
+    ["tiles.rows=19", "tiles.columns=33", "tiles.pointwise_rows=7", "tiles.heads=1", "tiles.vocabulary=100"],
+    ["tiles.rows=100", "tiles.logits_rows=40", "options.update=separate"],
+]
+
+
+@pytest.mark.skipif(of_this_machine() is None, reason="BLAS multiplies here, and its bits depend on tiles")
+@pytest.mark.parametrize("tiles", TILES, ids=["smaller", "that divide nothing", "logits in blocks"])
+def test_nor_do_tiles(tiles, text, tmp_path, reference):
+    """Parameters and losses are the same however tensors are cut; of the norm, which adds up tile by tile, the last digits differ."""
+    digest, numbers = train(text, tmp_path, settings=tiles)
+    assert digest == reference[0]
+    assert numbers == pytest.approx(reference[1], abs=1e-5)
+    assert len(set(numbers) - set(reference[1])) <= 6  # the norms
+
+
+def test_seed_does_change_the_bits(text, tmp_path, reference):
+    """The hash is no constant."""
     assert train(text, tmp_path, flags=["--seed", "1"])[0] != reference[0]
-    tiled = train(text, tmp_path, settings=["tiles.rows=32", "tiles.vocabulary=64"])
-    assert tiled[0] != reference[0]
-    assert tiled[1] == pytest.approx(reference[1], abs=1e-4)
+
+
+def test_with_blas_tiles_change_the_rounding(text, tmp_path):
+    """BLAS adds in an order that depends on the shape."""
+    whole, tiled = (train(text, tmp_path, settings=["options.products=blas", *more]) for more in ([], TILES[1]))
+    assert whole[0] != tiled[0]
+    assert tiled[1] == pytest.approx(whole[1], abs=1e-4)

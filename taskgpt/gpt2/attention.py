@@ -13,8 +13,8 @@ import math
 import numpy as np
 
 from taskgpt.gpt2.vector_math import exp32, exp_row, row_sum
+from taskgpt.products import WORK, operand, product
 from taskgpt.tasks import In, Out, Scratch, dense, dims, kernel
-from taskgpt.tasks.blas import gemm
 
 T, S, H, N = dims("T S H N")
 _f = np.float32
@@ -32,7 +32,9 @@ def attention_forward(
     k: In[S, H],
     v: In[S, H],
     head_size: int,
+    products: int,
     scores: Scratch[BLOCK, S],
+    work: Scratch[WORK],
 ):
     """atty = softmax(q @ k.T / sqrt(head_size), over positions up to the query's own) @ v, head by head.
 
@@ -41,15 +43,15 @@ def attention_forward(
     masked = _masked(len(q), len(k))
     for n, at in enumerate(range(0, q.shape[1], head_size)):
         head = slice(at, at + head_size)
-        raw = np.where(masked, _f(-np.inf), q[:, head] @ k[:, head].T * _f(1 / math.sqrt(head_size)))
+        raw = np.where(masked, _f(-np.inf), operand(products, q[:, head]) @ operand(products, k[:, head]).T * _f(1 / math.sqrt(head_size)))
         att_max[:, n] = raw.max(axis=1)
         probabilities = np.exp(raw - att_max[:, n, None])
         att_rsum[:, n] = 1 / probabilities.sum(axis=1)
-        atty[:, head] = probabilities @ v[:, head] * att_rsum[:, n, None]
+        atty[:, head] = operand(products, probabilities) @ operand(products, v[:, head]) * att_rsum[:, n, None]
 
 
 @attention_forward.compiled
-def attention_forward_twin(atty, att_max, att_rsum, q, k, v, head_size, scores):
+def attention_forward_twin(atty, att_max, att_rsum, q, k, v, head_size, products, scores, work):
     queries, past = q.shape[0], k.shape[0] - q.shape[0]
     scale = _f(1 / math.sqrt(head_size))
     for n in range(q.shape[1] // head_size):
@@ -58,13 +60,15 @@ def attention_forward_twin(atty, att_max, att_rsum, q, k, v, head_size, scores):
             stop = min(start + BLOCK, queries)
             seen = past + stop
             block = scores[: stop - start, :seen]
-            gemm(block, q[start:stop, first:last], k[:seen, first:last], 0, 1, scale, ZERO)
+            product(products, block, q[start:stop, first:last], k[:seen, first:last], 0, 1, 0, work)
             for r in range(start, stop):
                 row = dense(block[r - start])
+                for t in range(past + r + 1):
+                    row[t] *= scale
                 row[past + r + 1 :] = MASKED
                 largest, total = exp_row(row)
                 att_max[r, n], att_rsum[r, n] = largest, ONE / total
-            gemm(atty[start:stop, first:last], block, v[:seen, first:last], 0, 0, ONE, ZERO)
+            product(products, atty[start:stop, first:last], block, v[:seen, first:last], 0, 0, 0, work)
             for r in range(start, stop):
                 row, factor = dense(atty[r, first:last]), att_rsum[r, n]
                 for c in range(head_size):
@@ -84,9 +88,11 @@ def attention_backward(
     att_max: In[T, N],
     att_rsum: In[T, N],
     head_size: int,
+    products: int,
     probabilities: Scratch[BLOCK, T],
     gradients: Scratch[BLOCK, T],
-    products: Scratch[H],
+    pairs: Scratch[H],
+    work: Scratch[WORK],
 ):
     """The gradients of q, k and v, given that of atty.
 
@@ -94,18 +100,22 @@ def attention_backward(
     dk = ds.T @ q / sqrt(head_size). The sum over a row of p * dp equals that of datty * atty (Dao et al. 2022), at no T x T cost.
     """
     masked, scale = _masked(len(q), len(k)), _f(1 / math.sqrt(head_size))
+    q, k, v, datty_operand = (operand(products, x) for x in (q, k, v, datty))
     for n, at in enumerate(range(0, q.shape[1], head_size)):
         head = slice(at, at + head_size)
         scores = np.where(masked, _f(-np.inf), q[:, head] @ k[:, head].T * scale)
         p = np.exp(scores - att_max[:, n, None]) * att_rsum[:, n, None]
-        dv[:, head] = p.T @ datty[:, head]
-        ds = p * (datty[:, head] @ v[:, head].T - (datty[:, head] * atty[:, head]).sum(axis=1, keepdims=True)) * scale
+        dv[:, head] = operand(products, p).T @ datty_operand[:, head]
+        ds = p * (datty_operand[:, head] @ v[:, head].T - (datty[:, head] * atty[:, head]).sum(axis=1, keepdims=True)) * scale
+        ds = operand(products, ds)
         dq[:, head] = ds @ k[:, head]
         dk[:, head] = ds.T @ q[:, head]
 
 
 @attention_backward.compiled
-def attention_backward_twin(dq, dk, dv, datty, atty, q, k, v, att_max, att_rsum, head_size, probabilities, gradients, products):
+def attention_backward_twin(
+    dq, dk, dv, datty, atty, q, k, v, att_max, att_rsum, head_size, products, probabilities, gradients, pairs, work
+):
     length = q.shape[0]
     scale = _f(1 / math.sqrt(head_size))
     for n in range(q.shape[1] // head_size):
@@ -113,25 +123,25 @@ def attention_backward_twin(dq, dk, dv, datty, atty, q, k, v, att_max, att_rsum,
         for start in range(0, length, BLOCK):
             stop = min(start + BLOCK, length)
             p, ds = probabilities[: stop - start, :stop], gradients[: stop - start, :stop]
-            gemm(p, q[start:stop, first:last], k[:stop, first:last], 0, 1, scale, ZERO)
-            gemm(ds, datty[start:stop, first:last], v[:stop, first:last], 0, 1, ONE, ZERO)
+            product(products, p, q[start:stop, first:last], k[:stop, first:last], 0, 1, 0, work)
+            product(products, ds, datty[start:stop, first:last], v[:stop, first:last], 0, 1, 0, work)
             for r in range(start, stop):
                 d_row, y_row = dense(datty[r, first:last]), dense(atty[r, first:last])
                 for c in range(head_size):
-                    products[c] = d_row[c] * y_row[c]
-                mean, largest, factor = row_sum(products[:head_size]), att_max[r, n], att_rsum[r, n]
+                    pairs[c] = d_row[c] * y_row[c]
+                mean, largest, factor = row_sum(pairs[:head_size]), att_max[r, n], att_rsum[r, n]
                 p_row, ds_row = dense(p[r - start]), dense(ds[r - start])
                 p_row[r + 1 :] = MASKED
                 for t in range(stop):
-                    p_row[t] = exp32(p_row[t] - largest) * factor
+                    p_row[t] = exp32(p_row[t] * scale - largest) * factor
                     ds_row[t] = p_row[t] * (ds_row[t] - mean) * scale
-            gemm(dq[start:stop, first:last], ds, k[:stop, first:last], 0, 0, ONE, ZERO)
+            product(products, dq[start:stop, first:last], ds, k[:stop, first:last], 0, 0, 0, work)
             # Keys before this block have a sum already; those of the block itself get their first contribution.
             if start > 0:
-                gemm(dk[:start, first:last], ds[:, :start], q[start:stop, first:last], 1, 0, ONE, ONE)
-                gemm(dv[:start, first:last], p[:, :start], datty[start:stop, first:last], 1, 0, ONE, ONE)
-            gemm(dk[start:stop, first:last], ds[:, start:], q[start:stop, first:last], 1, 0, ONE, ZERO)
-            gemm(dv[start:stop, first:last], p[:, start:], datty[start:stop, first:last], 1, 0, ONE, ZERO)
+                product(products, dk[:start, first:last], ds[:, :start], q[start:stop, first:last], 1, 0, 1, work)
+                product(products, dv[:start, first:last], p[:, :start], datty[start:stop, first:last], 1, 0, 1, work)
+            product(products, dk[start:stop, first:last], ds[:, start:], q[start:stop, first:last], 1, 0, 0, work)
+            product(products, dv[start:stop, first:last], p[:, start:], datty[start:stop, first:last], 1, 0, 0, work)
 
 
 def _masked(queries: int, keys: int) -> np.ndarray:

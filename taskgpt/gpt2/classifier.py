@@ -8,8 +8,8 @@ import numba
 import numpy as np
 
 from taskgpt.gpt2.vector_math import exp32, exp_row
+from taskgpt.products import WORK, operand, product
 from taskgpt.tasks import In, InOut, Out, Scratch, dense, dims, kernel
-from taskgpt.tasks.blas import gemm
 
 R, C, V = dims("R C V")
 _f = np.float32
@@ -17,14 +17,14 @@ ZERO, ONE = _f(0), _f(1)
 
 
 @kernel(flops=lambda R, V, C: 2 * R * V * C, tags=["llmc", "gemm"])
-def lmhead_forward(logits: Out[R, V], inp: In[R, C], wte: In[V, C]):
+def lmhead_forward(logits: Out[R, V], inp: In[R, C], wte: In[V, C], products: int, work: Scratch[WORK]):
     """logits = inp @ wte.T, for a block of the vocabulary."""
-    np.matmul(inp, wte.T, out=logits)
+    np.matmul(operand(products, inp), operand(products, wte).T, out=logits)
 
 
 @lmhead_forward.compiled
-def lmhead_forward_twin(logits, inp, wte):
-    gemm(logits, inp, wte, 0, 1, ONE, ZERO)
+def lmhead_forward_twin(logits, inp, wte, products, work):
+    product(products, logits, inp, wte, 0, 1, 0, work)
 
 
 @kernel(flops=lambda R, V: 4 * R * V, tags=["llmc"])

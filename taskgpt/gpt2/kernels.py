@@ -2,7 +2,8 @@
 
 Each NumPy body is the formula; the twin below it is what runs. Outputs come first, then inputs, then constants. A tag "llmc" marks the
 loops that carry an OpenMP pragma in llm.c (`train_gpt2.c`), for the loops scheduler's coverage; "gemm" marks what sgemm's speed bounds, and
-their flops count the product alone. Everything is float32, as in llm.c.
+their flops count the product alone. Everything is float32, as in llm.c; `products` says how products are computed, which may be by way of
+bfloat16 (see taskgpt.products), and `work` is what they need for it.
 
 Two kernels in one are named after both: matmul_gelu_forward is matmul_forward, then gelu_forward while the tile is in cache. They share
 their loops, and give the same bits.
@@ -14,8 +15,8 @@ import numba
 import numpy as np
 
 from taskgpt.gpt2.vector_math import exp32
-from taskgpt.tasks import Commutative, In, InOut, Out, dense, dims, kernel
-from taskgpt.tasks.blas import gemm
+from taskgpt.products import WORK, operand, product
+from taskgpt.tasks import Commutative, In, InOut, Out, Scratch, dense, dims, kernel
 
 R, C, OC, T, V = dims("R C OC T V")
 _f = np.float32
@@ -28,50 +29,54 @@ GELU_CUBE = _f(0.044715)
 
 
 @kernel(flops=lambda R, OC, C: 2 * R * OC * C, tags=["llmc", "gemm"])
-def matmul_forward(out: Out[R, OC], inp: In[R, C], weight: In[OC, C], bias: In[OC]):
+def matmul_forward(out: Out[R, OC], inp: In[R, C], weight: In[OC, C], bias: In[OC], products: int, work: Scratch[WORK]):
     """out = inp @ weight.T + bias."""
-    np.matmul(inp, weight.T, out=out)
+    np.matmul(operand(products, inp), operand(products, weight).T, out=out)
     out += bias
 
 
 @numba.njit(nogil=True, error_model="numpy")
-def _linear(out, inp, weight, bias):
+def _linear(out, inp, weight, bias, products, work):
     """The bias goes in first and the product is added to it: one pass over `out` less than adding it afterwards."""
     for r in range(out.shape[0]):
         row = dense(out[r])
         for c in range(row.shape[0]):
             row[c] = bias[c]
-    gemm(out, inp, weight, 0, 1, ONE, ONE)
+    product(products, out, inp, weight, 0, 1, 1, work)
 
 
 @matmul_forward.compiled
-def matmul_forward_twin(out, inp, weight, bias):
-    _linear(out, inp, weight, bias)
+def matmul_forward_twin(out, inp, weight, bias, products, work):
+    _linear(out, inp, weight, bias, products, work)
 
 
 @kernel(flops=lambda R, OC, C: 2 * R * OC * C, tags=["llmc", "gemm"])
-def matmul_gelu_forward(gelu: Out[R, OC], out: Out[R, OC], inp: In[R, C], weight: In[OC, C], bias: In[OC]):
+def matmul_gelu_forward(
+    gelu: Out[R, OC], out: Out[R, OC], inp: In[R, C], weight: In[OC, C], bias: In[OC], products: int, work: Scratch[WORK]
+):
     """out = inp @ weight.T + bias, gelu = gelu_forward(out)."""
-    matmul_forward.body(out, inp, weight, bias)
+    matmul_forward.body(out, inp, weight, bias, products, work)
     gelu_forward.body(gelu, out)
 
 
 @matmul_gelu_forward.compiled
-def matmul_gelu_forward_twin(gelu, out, inp, weight, bias):
-    _linear(out, inp, weight, bias)
+def matmul_gelu_forward_twin(gelu, out, inp, weight, bias, products, work):
+    _linear(out, inp, weight, bias, products, work)
     _gelu(gelu, out)
 
 
 @kernel(flops=lambda R, OC, C: 2 * R * OC * C, tags=["llmc", "gemm"])
-def matmul_residual_forward(out: Out[R, OC], residual: In[R, OC], inp: In[R, C], weight: In[OC, C], bias: In[OC]):
+def matmul_residual_forward(
+    out: Out[R, OC], residual: In[R, OC], inp: In[R, C], weight: In[OC, C], bias: In[OC], products: int, work: Scratch[WORK]
+):
     """out = residual + (inp @ weight.T + bias)."""
-    matmul_forward.body(out, inp, weight, bias)
+    matmul_forward.body(out, inp, weight, bias, products, work)
     out += residual
 
 
 @matmul_residual_forward.compiled
-def matmul_residual_forward_twin(out, residual, inp, weight, bias):
-    _linear(out, inp, weight, bias)
+def matmul_residual_forward_twin(out, residual, inp, weight, bias, products, work):
+    _linear(out, inp, weight, bias, products, work)
     for r in range(out.shape[0]):
         o, a = dense(out[r]), dense(residual[r])
         for c in range(o.shape[0]):
@@ -79,60 +84,60 @@ def matmul_residual_forward_twin(out, residual, inp, weight, bias):
 
 
 @kernel(flops=lambda R, OC, C: 2 * R * OC * C, tags=["llmc", "gemm"])
-def matmul_backward_input(dinp: Out[R, C], dout: In[R, OC], weight: In[OC, C]):
+def matmul_backward_input(dinp: Out[R, C], dout: In[R, OC], weight: In[OC, C], products: int, work: Scratch[WORK]):
     """dinp = dout @ weight."""
-    np.matmul(dout, weight, out=dinp)
+    np.matmul(operand(products, dout), operand(products, weight), out=dinp)
 
 
 @matmul_backward_input.compiled
-def matmul_backward_input_twin(dinp, dout, weight):
-    gemm(dinp, dout, weight, 0, 0, ONE, ZERO)
+def matmul_backward_input_twin(dinp, dout, weight, products, work):
+    product(products, dinp, dout, weight, 0, 0, 0, work)
 
 
 @kernel(flops=lambda R, OC, C: 2 * R * OC * C, tags=["llmc", "gemm"])
-def matmul_backward_input_add(dinp: Commutative[R, C], dout: In[R, OC], weight: In[OC, C]):
+def matmul_backward_input_add(dinp: Commutative[R, C], dout: In[R, OC], weight: In[OC, C], products: int, work: Scratch[WORK]):
     """dinp += dout @ weight: one block more of a sum over output columns."""
-    dinp += dout @ weight
+    dinp += operand(products, dout) @ operand(products, weight)
 
 
 @matmul_backward_input_add.compiled
-def matmul_backward_input_add_twin(dinp, dout, weight):
-    gemm(dinp, dout, weight, 0, 0, ONE, ONE)
+def matmul_backward_input_add_twin(dinp, dout, weight, products, work):
+    product(products, dinp, dout, weight, 0, 0, 1, work)
 
 
 @kernel(flops=lambda R, OC, C: 2 * R * OC * C, tags=["llmc", "gemm"])
-def matmul_gelu_backward(dinp: Out[R, C], dout: In[R, OC], weight: In[OC, C], inp: In[R, C]):
+def matmul_gelu_backward(dinp: Out[R, C], dout: In[R, OC], weight: In[OC, C], inp: In[R, C], products: int, work: Scratch[WORK]):
     """dinp = dout @ weight * d gelu(inp) / d inp: backward of a linear layer that takes gelu(inp)."""
-    matmul_backward_input.body(dinp, dout, weight)
+    matmul_backward_input.body(dinp, dout, weight, products, work)
     gelu_backward.body(dinp, inp)
 
 
 @matmul_gelu_backward.compiled
-def matmul_gelu_backward_twin(dinp, dout, weight, inp):
-    gemm(dinp, dout, weight, 0, 0, ONE, ZERO)
+def matmul_gelu_backward_twin(dinp, dout, weight, inp, products, work):
+    product(products, dinp, dout, weight, 0, 0, 0, work)
     _times_gelu_slope(dinp, inp)
 
 
 @kernel(flops=lambda R, OC, C: 2 * R * OC * C, tags=["llmc", "gemm"])
-def matmul_backward_weight(dweight: Out[OC, C], dout: In[R, OC], inp: In[R, C]):
+def matmul_backward_weight(dweight: Out[OC, C], dout: In[R, OC], inp: In[R, C], products: int, work: Scratch[WORK]):
     """dweight = dout.T @ inp, over all rows at once: no sum that could depend on an order."""
-    np.matmul(dout.T, inp, out=dweight)
+    np.matmul(operand(products, dout).T, operand(products, inp), out=dweight)
 
 
 @matmul_backward_weight.compiled
-def matmul_backward_weight_twin(dweight, dout, inp):
-    gemm(dweight, dout, inp, 1, 0, ONE, ZERO)
+def matmul_backward_weight_twin(dweight, dout, inp, products, work):
+    product(products, dweight, dout, inp, 1, 0, 0, work)
 
 
 @kernel(flops=lambda R, OC, C: 2 * R * OC * C, tags=["llmc", "gemm"])
-def matmul_backward_weight_add(dweight: InOut[OC, C], dout: In[R, OC], inp: In[R, C]):
+def matmul_backward_weight_add(dweight: InOut[OC, C], dout: In[R, OC], inp: In[R, C], products: int, work: Scratch[WORK]):
     """dweight += dout.T @ inp: one block of rows more."""
-    dweight += dout.T @ inp
+    dweight += operand(products, dout).T @ operand(products, inp)
 
 
 @matmul_backward_weight_add.compiled
-def matmul_backward_weight_add_twin(dweight, dout, inp):
-    gemm(dweight, dout, inp, 1, 0, ONE, ONE)
+def matmul_backward_weight_add_twin(dweight, dout, inp, products, work):
+    product(products, dweight, dout, inp, 1, 0, 1, work)
 
 
 @kernel(flops=lambda R, OC: R * OC, tags=["llmc"])

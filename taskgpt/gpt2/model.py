@@ -11,6 +11,7 @@ import numpy as np
 from taskgpt.gpt2.gradients import LOSS_OUTLIER, NORM_OUTLIER, NOT_FINITE, UPDATED, WINDOW
 from taskgpt.gpt2.grid import Grid
 from taskgpt.gpt2.shape import Batch, MicroBatch, Model, Options, Tiles
+from taskgpt.products import way_for
 from taskgpt.tasks import Arena, TensorSpec
 
 MATRICES = ("wte", "wpe", "qkvw", "attprojw", "fcw", "fcprojw")  # what weight decay is for; the rest are biases and norms
@@ -42,6 +43,11 @@ class GPT2:
         other = copy.copy(self)
         other.s, other.micro = self.slots[slot], micro
         return other
+
+    @property
+    def products(self) -> int:
+        """Return the way to multiply that the options name."""
+        return way_for(self.options.products, self.options.precision)
 
     @property
     def update(self) -> str:

@@ -151,14 +151,14 @@ def norm_forward(spawn: Spawn, gpt: GPT2, l: int, layer: str, inp: Tile, rows: s
 
 def linear_forward(spawn: Spawn, gpt: GPT2, l: int, layer: str, out: Tile, inp: Tile, rows: slice) -> None:
     for r, c, weight, bias in products(gpt, l, layer, rows):
-        spawn(matmul_forward, out[r, c], inp[r], weight, bias)
+        spawn(matmul_forward, out[r, c], inp[r], weight, bias, gpt.products)
 
 
 def linear_gelu_forward(spawn: Spawn, gpt: GPT2, l: int, rows: slice) -> None:
     fch, gelu, inp = gpt.a.fch[l], gpt.a.fch_gelu[l], gpt.a.ln2[l]
     if gpt.options.kernels == "fused":
         for r, c, weight, bias in products(gpt, l, "fc", rows):
-            spawn(matmul_gelu_forward, gelu[r, c], fch[r, c], inp[r], weight, bias)
+            spawn(matmul_gelu_forward, gelu[r, c], fch[r, c], inp[r], weight, bias, gpt.products)
     else:
         linear_forward(spawn, gpt, l, "fc", fch, inp, rows)
         for r in gpt.grid.pointwise(rows):
@@ -168,7 +168,7 @@ def linear_gelu_forward(spawn: Spawn, gpt: GPT2, l: int, rows: slice) -> None:
 def linear_residual_forward(spawn: Spawn, gpt: GPT2, l: int, layer: str, out: Tile, residual: Tile, inp: Tile, rows: slice) -> None:
     if gpt.options.kernels == "fused":
         for r, c, weight, bias in products(gpt, l, layer, rows):
-            spawn(matmul_residual_forward, out[r, c], residual[r, c], inp[r], weight, bias)
+            spawn(matmul_residual_forward, out[r, c], residual[r, c], inp[r], weight, bias, gpt.products)
     else:
         product = gpt.a.tensors[layer][l]
         linear_forward(spawn, gpt, l, layer, product, inp, rows)
@@ -192,7 +192,7 @@ def attend(spawn: Spawn, gpt: GPT2, l: int, rows: slice) -> None:
         for h, columns, (q, k, v) in gpt.grid.heads():
             spawn(
                 attention_forward, a.atty[l, r, columns], a.att_max[l, r, h], a.att_rsum[l, r, h],
-                a.qkv[l, r, q], a.qkv[l, seen, k], a.qkv[l, seen, v], gpt.model.head_size,
+                a.qkv[l, r, q], a.qkv[l, seen, k], a.qkv[l, seen, v], gpt.model.head_size, gpt.products,
             )  # fmt: skip
 
 
@@ -220,7 +220,7 @@ def head_forward(spawn: Spawn, gpt: GPT2, rows: slice, logits: Tile) -> None:
     norm_forward(spawn, gpt, 0, "lnf", stream(gpt, gpt.model.layers), rows)
     for r in gpt.grid.products(rows):
         for v in gpt.grid.vocabulary():
-            spawn(lmhead_forward, logits[within(rows, r), v], gpt.a.lnf[0, r], gpt.p.wte[v])
+            spawn(lmhead_forward, logits[within(rows, r), v], gpt.a.lnf[0, r], gpt.p.wte[v], gpt.products)
 
 
 def classify(spawn: Spawn, gpt: GPT2, rows: slice, logits: Tile) -> None:
@@ -264,11 +264,11 @@ def head_backward(spawn: Spawn, gpt: GPT2, rows: slice, dlogits: Tile) -> None:
         kernel = matmul_backward_input if v.start == 0 else matmul_backward_input_add
         for r in gpt.grid.products(rows):
             for c in gpt.grid.columns(gpt.model.channels):
-                spawn(kernel, dlnf[r, c], dlogits[within(rows, r), v], gpt.p.wte[v, c])
+                spawn(kernel, dlnf[r, c], dlogits[within(rows, r), v], gpt.p.wte[v, c], gpt.products)
     if is_stored(gpt, "wte"):
         kernel = matmul_backward_weight if rows.start == 0 and gpt.micro.is_first else matmul_backward_weight_add
         for v in gpt.grid.vocabulary():
-            spawn(kernel, gpt.g.dwte[v], dlogits[: rows.stop - rows.start, v], gpt.a.lnf[0, rows])
+            spawn(kernel, gpt.g.dwte[v], dlogits[: rows.stop - rows.start, v], gpt.a.lnf[0, rows], gpt.products)
 
 
 def within(rows: slice, r: slice) -> slice:
@@ -317,7 +317,7 @@ def block_backward(spawn: Spawn, gpt: GPT2, l: int) -> None:
 
 def linear_backward(spawn: Spawn, gpt: GPT2, l: int, layer: str, dinp: Tile, dout: Tile) -> None:
     for r, c, weight in input_products(gpt, l, layer):
-        spawn(matmul_backward_input, dinp[r, c], dout[r], weight)
+        spawn(matmul_backward_input, dinp[r, c], dout[r], weight, gpt.products)
 
 
 def gelu_linear_backward(spawn: Spawn, gpt: GPT2, l: int, dfch: Tile, dout: Tile) -> None:
@@ -325,7 +325,7 @@ def gelu_linear_backward(spawn: Spawn, gpt: GPT2, l: int, dfch: Tile, dout: Tile
     fch = gpt.a.fch[l]
     if gpt.options.kernels == "fused":
         for r, c, weight in input_products(gpt, l, "fcproj"):
-            spawn(matmul_gelu_backward, dfch[r, c], dout[r], weight, fch[r, c])
+            spawn(matmul_gelu_backward, dfch[r, c], dout[r], weight, fch[r, c], gpt.products)
     else:
         linear_backward(spawn, gpt, l, "fcproj", dfch, dout)
         for r in gpt.grid.pointwise(gpt.grid.all_rows):
@@ -354,6 +354,7 @@ def attend_backward(spawn: Spawn, gpt: GPT2, l: int, dqkv: Tile, datty: Tile) ->
             spawn(
                 attention_backward, dqkv[r, q], dqkv[r, k], dqkv[r, v], datty[r, columns], a.atty[l, r, columns],
                 a.qkv[l, r, q], a.qkv[l, r, k], a.qkv[l, r, v], a.att_max[l, r, h], a.att_rsum[l, r, h], gpt.model.head_size,
+                gpt.products,
             )  # fmt: skip
 
 
@@ -368,11 +369,12 @@ def weight_update(spawn: Spawn, gpt: GPT2, l: int, layer: str, dout: Tile, inp: 
         for at, c in enumerate(outputs):
             parameters = *state(gpt, weight, (l, c)), *state(gpt, bias, (l, c))
             squares = gpt.s.squares[gpt.grid.squares(layer, l * len(outputs) + at, 2)]
-            spawn(linear_update, *parameters, squares, dout[:, c], inp, gpt.s.hyper[:], decays(gpt, weight), decays(gpt, bias))
+            are_decayed = decays(gpt, weight), decays(gpt, bias)
+            spawn(linear_update, *parameters, squares, dout[:, c], inp, gpt.s.hyper[:], *are_decayed, gpt.products)
     else:
         kernel = matmul_backward_weight if gpt.micro.is_first else matmul_backward_weight_add
         for c in outputs:
-            spawn(kernel, gpt.g.tensors["d" + weight][l, c], dout[:, c], inp)
+            spawn(kernel, gpt.g.tensors["d" + weight][l, c], dout[:, c], inp, gpt.products)
         for c in outputs:
             spawn(matmul_backward_bias, part(gpt, bias)[l, c], dout[:, c])
         add_part(spawn, gpt, bias, [(slice(l, l + 1), c) for c in outputs])
@@ -405,7 +407,8 @@ def embedding_update(spawn: Spawn, gpt: GPT2, dencoded: Tile) -> None:
         for at, v in enumerate(vs):
             gradient_of = dlogits[:, v], gpt.a.lnf[0], dencoded, tokens
             squares = gpt.s.squares[gpt.grid.squares("wte", at, 1)]
-            spawn(wte_update, *state(gpt, "wte", v), squares, *gradient_of, gpt.s.hyper[:], v.start, decays(gpt, "wte"))
+            constants = v.start, decays(gpt, "wte"), gpt.products
+            spawn(wte_update, *state(gpt, "wte", v), squares, *gradient_of, gpt.s.hyper[:], *constants)
 
 
 def position_update(spawn: Spawn, gpt: GPT2, dencoded: Tile) -> None:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from taskgpt.gpt2.norms import NORMS, Norm
+from taskgpt.products.ways import PRECISIONS, PRODUCTS, way_for
 
 MOST = 2**31 - 1  # of any size: what the integers of llm.c's file headers hold
 
@@ -111,7 +112,10 @@ _LIMIT = {"default": 0.0, "metadata": {"at_least": 0, "at_most": MOST}}  # 0: no
 
 @dataclass(frozen=True)
 class Options:
-    """Choices. All but `kernels` and `update` change the numbers; these two change time and memory, and no bit."""
+    """Choices. All but `kernels` and `update` change the numbers; these two change time and memory, and no bit.
+
+    Raises ValueError for a precision that this machine cannot multiply in.
+    """
 
     weight_decay_on: str = field(metadata={"choices": ("matrices", "all")})
     commutative: bool = False
@@ -121,6 +125,11 @@ class Options:
     skip_loss_z: float = field(**_LIMIT)  # a step whose loss has a larger z-score updates nothing
     skip_norm_z: float = field(**_LIMIT)  # a step whose gradient norm has a larger z-score updates nothing
     on_nan: str = field(default="stop", metadata={"choices": ("stop", "skip")})  # after a loss or norm that is not finite
+    products: str = field(default=PRODUCTS[0], metadata={"choices": PRODUCTS})  # who multiplies matrices
+    precision: str = field(default=PRECISIONS[0], metadata={"choices": PRECISIONS})  # of what is multiplied; sums are float32
+
+    def __post_init__(self):
+        way_for(self.products, self.precision)
 
     @property
     def is_guarded(self) -> bool:

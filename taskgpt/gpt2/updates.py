@@ -11,8 +11,8 @@ import numpy as np
 from taskgpt.gpt2.gradients import sum_of_squares
 from taskgpt.gpt2.kernels import encoder_backward_wte, scatter_rows, sum_rows
 from taskgpt.gpt2.vector_math import row_squares
+from taskgpt.products import WORK, operand, product
 from taskgpt.tasks import In, InOut, Out, Scratch, dense, dims, kernel
-from taskgpt.tasks.blas import gemm
 
 R, C, OC, T, V = dims("R C OC T V")
 _f = np.float32
@@ -91,11 +91,13 @@ def linear_update(
     hyper: In[7],
     is_decayed: int,
     is_bias_decayed: int,
+    products: int,
     dweight: Scratch[OC, C],
     dbias: Scratch[OC],
+    work: Scratch[WORK],
 ):
     """matmul_backward_weight and matmul_backward_bias, then sum_of_squares and adamw_update of both."""
-    grad, bias_grad = dout.T @ inp, dout.sum(axis=0)
+    grad, bias_grad = operand(products, dout).T @ operand(products, inp), dout.sum(axis=0)
     sum_of_squares.body(squares[:1], grad)
     sum_of_squares.body(squares[1:], bias_grad)
     adamw_update.body(weight, m_weight, v_weight, grad, hyper, is_decayed)
@@ -104,9 +106,9 @@ def linear_update(
 
 @linear_update.compiled
 def linear_update_twin(
-    weight, m_weight, v_weight, bias, m_bias, v_bias, squares, dout, inp, hyper, is_decayed, is_bias_decayed, dweight, dbias
+    weight, m_weight, v_weight, bias, m_bias, v_bias, squares, dout, inp, hyper, is_decayed, is_bias_decayed, products, dweight, dbias, work
 ):
-    gemm(dweight, dout, inp, 1, 0, ONE, ZERO)
+    product(products, dweight, dout, inp, 1, 0, 0, work)
     squares[0] = _adamw_and_squares(weight, m_weight, v_weight, dweight, hyper, is_decayed)
     sum_rows(dbias, dout)
     squares[1] = row_squares(dbias)
@@ -126,18 +128,20 @@ def wte_update(
     hyper: In[7],
     first_token: int,
     is_decayed: int,
+    products: int,
     dwte: Scratch[V, C],
+    work: Scratch[WORK],
 ):
     """matmul_backward_weight for a block of the vocabulary, encoder_backward_wte on top of it, then sum_of_squares and adamw_update."""
-    grad = dlogits.T @ lnf
+    grad = operand(products, dlogits).T @ operand(products, lnf)
     encoder_backward_wte.body(grad, dencoded, tokens, first_token)
     sum_of_squares.body(squares, grad)
     adamw_update.body(wte, m, v, grad, hyper, is_decayed)
 
 
 @wte_update.compiled
-def wte_update_twin(wte, m, v, squares, dlogits, lnf, dencoded, tokens, hyper, first_token, is_decayed, dwte):
-    gemm(dwte, dlogits, lnf, 1, 0, ONE, ZERO)
+def wte_update_twin(wte, m, v, squares, dlogits, lnf, dencoded, tokens, hyper, first_token, is_decayed, products, dwte, work):
+    product(products, dwte, dlogits, lnf, 1, 0, 0, work)
     scatter_rows(dwte, dencoded, tokens, first_token)
     squares[0] = _adamw_and_squares(wte, m, v, dwte, hyper, is_decayed)
 

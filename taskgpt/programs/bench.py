@@ -5,6 +5,7 @@
     taskgpt bench step --schedulers loops loops:chunks=dynamic loops-llmc --rounds 10 --json result.json
     taskgpt bench step --schedulers loops native --rounds 2 --trace runs/bench       # for Perfetto, Paraver, ovni and `trace`
     taskgpt bench roofline --graphs gpt2-124m              # sgemm at the graph's own shapes, memory bandwidth, the floor
+    taskgpt bench products --graphs gpt2-124m              # our own products against BLAS at these shapes, in fp32 and bf16
     taskgpt bench overhead --systems native dask.threaded  # empty tasks: microseconds a task
     taskgpt bench record --tasks 10000 1000000             # recording graphs: microseconds and bytes a task
     taskgpt bench metg --patterns stencil_1d fft           # the shortest tasks that still use half of the machine
@@ -22,7 +23,7 @@ from collections.abc import Callable, Sequence
 
 from taskgpt.errors import run_program
 from taskgpt.lab import roofline
-from taskgpt.lab.benchmarks import contention, decode, peers, recording, steps, task_bench
+from taskgpt.lab.benchmarks import contention, decode, peers, products, recording, steps, task_bench
 from taskgpt.programs.arguments import (
     Parser,
     add_changes,
@@ -84,6 +85,10 @@ def parser() -> argparse.ArgumentParser:
     limits = add("roofline", roofline.roofline, 7, "sgemm, memory bandwidth, and the floor of a step")
     add_graphs(limits, ["gpt2-124m"])
     add_changes(limits, several=True, has_scheduler=False)
+
+    shapes = add("products", products.products, 7, "matrix products of our own against BLAS, at the shapes of graphs")
+    add_graphs(shapes, ["gpt2-124m"])
+    add_changes(shapes, several=True, has_scheduler=False)
 
     empty = add("overhead", task_bench.overhead, 7, "empty tasks: microseconds a task")
     add_task_bench(empty, ["trivial", "chains", "stencil_1d"])

@@ -5,7 +5,7 @@ taskgpt eval --init model.bin --data my.txt --part train     # the part that tra
 taskgpt eval --init model.bin --batches 50 --json eval.json  # the first 50 batches; numbers for a program
 taskgpt eval --init gpt2 --choices hellaswag_val.bin         # HellaSwag, as llm.c's dev/data/hellaswag.py writes it
 
-The graph file gives tiles and the batch, which change the rounding and the speed; --set batch.seq_len=1024 lets the model see further back.
+The graph file gives tiles and the batch, which change the speed; --set batch.seq_len=1024 lets the model see further back.
 For --choices, seq_len is what the longest example needs; each completion is a sequence of the batch, behind its context.
 """
 

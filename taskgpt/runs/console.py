@@ -17,6 +17,7 @@ from taskgpt.gpt2.steps import Steps
 from taskgpt.lab import layout
 from taskgpt.lab.dashboard.live import Live
 from taskgpt.lab.report import compile_with_progress
+from taskgpt.products import described
 from taskgpt.progress import Progress, minutes
 from taskgpt.runs.logs import JsonLines, Log, Logs
 from taskgpt.tasks import Kernel
@@ -141,6 +142,7 @@ class Console:
         tiles = ", ".join(f"{name} {size}" for name, size in dataclasses.asdict(config.tiles).items())
         self.tell("graph", f"{work}, {m.nbytes / 2**30:.2f} GiB of tensors")
         self.tell("tiles", tiles)
+        self.tell("products", described(m.products))
         if m.update != m.options.update:
             self.tell("update", f"{m.update}, because {m.options.separate_because(m.batch)}")
         self.tell("scheduler", scheduler)

@@ -87,6 +87,9 @@ class RunFolder:
             return None
         content = read_json(file)
         refuse_newer(content, FORMAT, file)
+        match content:
+            case {"graph": {"options": dict(options)}}:
+                options.setdefault("products", "blas")  # what runs had that began before there were others
         return fill(Identity, content, f"{shorten(file)}: ")
 
     def describe(self, identity: Identity) -> None:

@@ -11,6 +11,7 @@ import psutil
 from taskgpt.gpt2.model import GPT2
 from taskgpt.lab import machine
 from taskgpt.lab.curves.run_log import Losses
+from taskgpt.products import described
 
 SGEMM_TRIES = 4  # measurements of sgemm, where the first says that training was faster
 
@@ -53,6 +54,7 @@ def summarize(flags, graph_config, scheduler_config, workers, description, repor
         "data": description,
         "flags": vars(flags),
         "graph": dataclasses.asdict(graph_config),
+        "products": described(m.products),
         "scheduler": {
             "name": scheduler_config.name,
             "scheduler": scheduler_config.scheduler,

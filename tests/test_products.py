@@ -1,0 +1,187 @@
+"""Products of our own are right for every shape, and their bits depend on the operands alone."""
+
+import numpy as np
+import pytest
+
+from taskgpt.errors import UserError
+from taskgpt.products import BLAS, OWN_BF16, OWN_FP32, WORK, described, operand, product, verify_callers, way_for
+from taskgpt.products.blocks import multiplier
+from taskgpt.products.instruction_sets import AVX2, AVX512, AVX512_BF16, NEON, instruction_set_for, of_this_machine
+from taskgpt.products.machine_code import MachineCode
+from taskgpt.products.micro_kernels import BFLOAT16, FLOAT32
+
+pytestmark = pytest.mark.skipif(of_this_machine() is None, reason="no vector instructions that products of our own are written for")
+WAYS = {"fp32": OWN_FP32, "bf16": OWN_BF16}
+# What this machine can run: LLVM makes vectors of any length out of those that it has.
+SETS = {each.name: each for each in (AVX512, AVX2, NEON)}
+SOME = [(1, 1, 1), (8, 48, 384), (9, 49, 385), (64, 64, 64), (600, 50, 7), (33, 100, 900), (5, 16, 1000), (513, 17, 33)]
+
+
+def case(shape, transpose_a, transpose_b, seed=0, gap=3):
+    """Return (c, a, b): tiles inside larger arrays, whose other elements are NaN."""
+    M, N, K = shape
+    rng = np.random.default_rng([seed, *shape, transpose_a, transpose_b])
+    tiles = []
+    for rows, columns in ((M, N), (K, M) if transpose_a else (M, K), (N, K) if transpose_b else (K, N)):
+        whole = np.full((rows + 2, columns + gap), np.nan, np.float32)
+        tile = whole[1 : 1 + rows, 1 : 1 + columns] if gap else whole[1 : 1 + rows]
+        tile[...] = rng.standard_normal((rows, columns))
+        tiles.append(tile)
+    return tiles
+
+
+def work() -> np.ndarray:
+    return np.full(WORK, np.nan, np.float32)
+
+
+def op(x, is_transposed):
+    return x.T if is_transposed else x
+
+
+def is_right(way, shape, transpose_a, transpose_b, adds, gap=3) -> bool:
+    """Compare a product with float64, the operands rounded as it rounds them; what lies around C must be as it was."""
+    c, a, b = case(shape, transpose_a, transpose_b, gap=gap)
+    a64, b64 = (op(operand(way, x).astype(np.float64), t) for x, t in ((a, transpose_a), (b, transpose_b)))
+    wanted = a64 @ b64 + (c if adds else 0)
+    product(way, c, a, b, transpose_a, transpose_b, adds, work())
+    around = c.base.copy()
+    around[1 : 1 + c.shape[0], bool(gap) : bool(gap) + c.shape[1]] = np.nan
+    rounding = 2.0**-23 * (shape[2] + 2) * (abs(a64) @ abs(b64) + abs(wanted))
+    return bool((abs(c - wanted) <= rounding).all()) and bool(np.isnan(around).all())
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("adds", [0, 1])
+@pytest.mark.parametrize("transposed", [(0, 0), (0, 1), (1, 0), (1, 1)])
+def test_products_are_right(way, adds, transposed):
+    """All four transpositions, 60 of all shapes from 1 to 100, and shapes of more than one block."""
+    rng = np.random.default_rng([way, adds, *transposed])
+    for shape in [*rng.integers(1, 101, (60, 3)).tolist(), *SOME]:
+        assert is_right(way, shape, *transposed, adds), shape
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_rows_that_fall_on_one_another_are_right(way):
+    """Distances that are multiples of a page are read another way."""
+    assert is_right(way, (20, 50, 1024), 0, 1, 0, gap=0)
+    assert is_right(way, (20, 1024, 50), 0, 0, 1, gap=0)
+    assert is_right(way, (1024, 20, 50), 1, 0, 0, gap=0)
+
+
+@pytest.mark.parametrize("transposed", [(0, 0), (0, 1), (1, 0), (1, 1)])
+def test_bits_do_not_depend_on_tiles_nor_on_instructions(transposed):
+    """In float32, a sum is one chain in the order of K, however the product is cut, and whatever the vectors hold."""
+    ta, tb = transposed
+    c, a, b = case((70, 110, 900), ta, tb)
+    product(OWN_FP32, c, a, b, ta, tb, 0, work())
+    again = np.zeros_like(c)
+    for k in range(0, 900, 130):
+        for m in range(0, 70, 13):
+            for n in range(0, 110, 37):
+                part_a = a[k : k + 130, m : m + 13] if ta else a[m : m + 13, k : k + 130]
+                part_b = b[n : n + 37, k : k + 130] if tb else b[k : k + 130, n : n + 37]
+                product(OWN_FP32, again[m : m + 13, n : n + 37], part_a, part_b, ta, tb, int(k > 0), work())
+    assert np.array_equal(again, c)
+    for instructions in SETS.values():
+        again[...] = np.nan
+        multiplier(MachineCode(instructions), FLOAT32)(again, a, b, ta, tb, 0, work())
+        assert np.array_equal(again, c), instructions
+
+
+def test_a_chain_is_what_numpy_adds_one_by_one():
+    """c = fma(a[k], b[k], c) for k = 0, 1, 2...: with exact products, the same as rounding after each sum."""
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(-999, 999, (3, 500)).astype(np.float32), rng.integers(-999, 999, (500, 4)).astype(np.float32) / 7
+    b = operand(OWN_BF16, b)  # 8 bits times 10 bits are exact in 24
+    wanted, c = np.zeros((3, 4), np.float32), np.zeros((3, 4), np.float32)
+    for k in range(500):
+        wanted += a[:, k, None] * b[k]
+    product(OWN_FP32, c, a, b, 0, 0, 0, work())
+    assert np.array_equal(c, wanted)
+
+
+@pytest.mark.parametrize("instructions", SETS.values(), ids=SETS)
+def test_bfloat16_without_its_instruction_is_right(instructions):
+    """Two multiply-adds take its place."""
+    multiply = multiplier(MachineCode(instructions), BFLOAT16)
+    for transposed in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        for shape in SOME:
+            c, a, b = case(shape, *transposed)
+            wanted = op(operand(OWN_BF16, a), transposed[0]).astype(np.float64) @ op(operand(OWN_BF16, b), transposed[1])
+            multiply(c, a, b, *transposed, 0, work())
+            assert np.allclose(c, wanted, atol=1e-6 * shape[2], rtol=1e-5), (transposed, shape)
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("transposed", [(0, 0), (0, 1), (1, 0), (1, 1)])
+def test_nan_and_infinity_go_where_numpy_has_them(way, transposed):
+    """And nowhere else, in rows and columns at edges that are padded, with an odd K too."""
+    for shape in ((13, 53, 67), (8, 48, 64)):
+        for bad in (np.nan, np.inf, -np.inf):
+            c, a, b = case(shape, *transposed)
+            op(a, transposed[0])[shape[0] - 1, shape[2] - 1] = bad
+            op(b, transposed[1])[0, shape[1] - 1] = bad
+            with np.errstate(invalid="ignore"):
+                wanted = op(a, transposed[0]) @ op(b, transposed[1])
+            product(way, c, a, b, *transposed, 0, work())
+            for kind in (np.isnan, np.isposinf, np.isneginf):
+                assert np.array_equal(kind(c), kind(wanted))
+
+
+def test_subnormal_numbers_are_numbers():
+    """In float32 they are neither taken for 0 nor made 0."""
+    tiny = np.float32(1e-40)
+    c, a, b = np.zeros((9, 50), np.float32), np.full((9, 3), tiny), np.full((3, 50), 0.5, np.float32)
+    product(OWN_FP32, c, a, b, 0, 0, 0, work())
+    assert np.array_equal(c, np.full((9, 50), np.float32(tiny * 0.5) * 3))
+
+
+def test_rounding_is_to_the_nearest_then_to_the_even():
+    """A product with 1 shows what becomes of an operand: what bodies round it to."""
+    bits = np.random.default_rng(0).integers(0x00800000, 0x7F000000, 4000, dtype=np.uint32)
+    halves = np.array([0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF, 0xBF808000, 0xBF818000], np.uint32)  # ties and their neighbours
+    x = np.concatenate([bits, bits | np.uint32(0x80000000), halves]).view(np.float32)[None, :]
+    assert [hex(b) for b in operand(OWN_BF16, halves.view(np.float32)).view(np.uint32)] == [
+        "0x3f800000", "0x3f820000", "0x3f810000", "0x3f800000", "0xbf800000", "0xbf820000",
+    ]  # fmt: skip
+    for transposed in (0, 1):
+        c, b = np.empty(x.shape, np.float32), np.ascontiguousarray(op(x, transposed))
+        product(OWN_BF16, c, np.ones((1, 1), np.float32), b, 0, transposed, 0, work())
+        assert np.array_equal(c, operand(OWN_BF16, x))
+        d = np.empty(x.T.shape, np.float32)
+        product(OWN_BF16, d, np.ascontiguousarray(op(x.T, transposed)), np.ones((1, 1), np.float32), transposed, 0, 0, work())
+        assert np.array_equal(d.T, operand(OWN_BF16, x))
+
+
+# Which way ------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_machines_get_the_best_that_they_have():
+    """By the features of their processors, in LLVM's names."""
+    x86 = "x86_64-unknown-linux-gnu"
+    wide = {"avx2": True, "fma": True, "avx512f": True, "avx512bw": True}
+    assert instruction_set_for(wide | {"avx512bf16": True}, x86) == AVX512_BF16
+    assert instruction_set_for(wide, x86) == AVX512
+    assert instruction_set_for({"avx2": True, "fma": True}, x86) == AVX2
+    assert instruction_set_for({"avx2": True}, x86) is None
+    assert instruction_set_for({}, "arm64-apple-darwin23") == NEON
+
+
+def test_what_cannot_be_is_refused_and_what_can_has_words(monkeypatch):
+    """BLAS has no bfloat16; a machine without vectors has BLAS."""
+    assert (way_for("blas", "fp32"), way_for("own", "fp32"), way_for("own", "bf16")) == (BLAS, OWN_FP32, OWN_BF16)
+    assert described(OWN_FP32) == f"own fp32, {of_this_machine()}"
+    with pytest.raises(ValueError, match=r'precision = "bf16" needs products of our own: BLAS has none; set precision = "fp32"'):
+        way_for("blas", "bf16")
+    monkeypatch.setattr("taskgpt.products.ways.of_this_machine", lambda: None)
+    assert way_for("own", "fp32") == BLAS
+    with pytest.raises(ValueError, match="this machine has no AVX2, AVX-512 or NEON"):
+        way_for("own", "bf16")
+
+
+def test_blas_has_no_more_callers_than_it_can_bear():
+    """OpenBLAS breaks beyond 128; our own products take no lock and have no such number."""
+    assert verify_callers(OWN_FP32, 500) == verify_callers(BLAS, 8) == []
+    assert verify_callers(BLAS, 112) == ["OpenBLAS takes one lock at every product, for which 112 workers wait"]
+    with pytest.raises(UserError, match=r'129 workers: .* choose --workers 128 or less, or products = "own"'):
+        verify_callers(BLAS, 129)
