@@ -89,9 +89,9 @@ def _(out, at):
 
 
 @kernel
-def show_arguments(seen: Out[8], tile: In[N, N], whole: int, real: float, square: Scratch[N, 3], row: Scratch[5, np.int64]):
+def show_arguments(seen: Out[10], tile: In[N, N], whole: int, real: float, square: Scratch[N, 3], row: Scratch[5, np.int64]):
     """Write what a compiled twin is given."""
-    seen[:] = [tile.shape[0], tile[1, 2], whole, real, 2, 3 * len(tile), 4, 5]
+    seen[:] = [tile.shape[0], tile[1, 2], whole, real, 2, 3 * len(tile), 4, 5, 12, 8]
 
 
 @show_arguments.compiled
@@ -102,6 +102,7 @@ def _(seen, tile, whole, real, square, row):
     row[4] = 4
     seen[0], seen[1], seen[2], seen[3], seen[4] = tile.shape[0], tile[1, 2], whole, real, square.ndim
     seen[5], seen[6], seen[7] = square.sum(), row[4], row.shape[0]
+    seen[8], seen[9] = square.strides[0], row.strides[0]
 
 
 def drawn(successors: dict[int, list[int]], priorities: dict[int, int] | None = None, milliseconds: int = 0) -> Graph:
@@ -308,14 +309,14 @@ class TestOverlap:
 class TestCalls:
     def test_arguments(self):
         """Tiles with any strides, integers, floats (also when given as an integer) and scratch reach the compiled twin."""
-        arena = Arena({"seen": TensorSpec((2, 8), (1, None)), "tile": TensorSpec((9, 9), (3, 3))})
+        arena = Arena({"seen": TensorSpec((2, 10), (1, None)), "tile": TensorSpec((9, 9), (3, 3))})
         arena.tile.array[:] = np.arange(81).reshape(9, 9)
         graph = Graph()
         graph.spawn(show_arguments, arena.seen[0], arena.tile[3:6, 3:6], -7, 2.5)
         graph.spawn(show_arguments, arena.seen[1], arena.tile[:, :], 1 << 20, 3)
         with opened() as scheduler:
             scheduler.run(graph)
-        assert arena.seen.array.tolist() == [[3, 41, -7, 2.5, 2, 9, 4, 5], [9, 11, 1 << 20, 3, 2, 27, 4, 5]]
+        assert arena.seen.array.tolist() == [[3, 41, -7, 2.5, 2, 9, 4, 5, 12, 8], [9, 11, 1 << 20, 3, 2, 27, 4, 5, 12, 8]]
 
     def test_exception_in_compiled_code(self):
         """It arrives as its own type, with the task's name, and costs no memory."""

@@ -9,12 +9,12 @@ the twin raised: then `*error` is the exception, a reference that the caller own
 
 import ctypes
 import itertools
+import math
 import struct
 import weakref
 from array import array
 from collections.abc import Sequence
 
-import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -105,8 +105,8 @@ def _words_of_tile(tile: Tile) -> list[int]:
 def _words_of_scratch(shapes: Shapes) -> list[int]:
     words: list[int] = []
     for (shape, dtype), offset in zip(shapes, scratch_layout(shapes)[0], strict=True):
-        rows = np.empty(0, dtype).reshape(0, *shape[1:]) if len(shape) > 1 else np.empty(0, dtype)
-        words += (offset, *shape, *rows.strides)
+        # Not those of an empty array of NumPy's, of which the one of a single axis is 0.
+        words += (offset, *shape, *(dtype.itemsize * math.prod(shape[axis + 1 :]) for axis in range(len(shape))))
     return words
 
 
