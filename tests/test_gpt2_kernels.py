@@ -3,10 +3,13 @@
 import numba
 import numpy as np
 import pytest
+from llvmlite import ir
+from numba import types
 from numba.core.runtime import _nrt_python, rtsys
+from numba.extending import intrinsic
 
 from taskgpt.gpt2 import attention, classifier, gradients, kernels, norms, updates
-from taskgpt.gpt2.vector_math import exp32, exp_row, row_max, row_sum
+from taskgpt.gpt2.vector_math import exp32, exp_row, power_of_2, row_max, row_sum
 from taskgpt.products import BLAS, OWN_BF16, OWN_FP32
 from taskgpt.products.instruction_sets import of_this_machine
 from taskgpt.tasks import Kernel
@@ -22,8 +25,9 @@ SIZES = [
     {"R": 13, "C": 19, "OC": 23, "T": 5, "S": 9, "V": 37, "H": 2 * HEAD, "N": 2},
     {"R": 1, "C": 1, "OC": 1, "T": 1, "S": 1, "V": 1, "H": HEAD, "N": 1},
     {"R": 130, "C": 64, "OC": 48, "T": 65, "S": 130, "V": 160, "H": 3 * HEAD, "N": 3},
+    {"R": 7, "C": 3, "OC": 5, "T": 149, "S": 300, "V": 11, "H": 2 * 48, "N": 2},  # heads of whole vectors, more than one strip of attention
 ]
-RAGGED = SIZES[0]
+NAMES = ["ragged", "ones", "blocks", "strips"]
 
 
 def body(kernel: Kernel, *args) -> None:
@@ -45,7 +49,7 @@ def arguments(kernel: Kernel, sizes: dict, seed: int, products: int = BLAS) -> d
         "is_bias_decayed": 0,
         "first_position": 1,
         "seq_len": max(1, sizes["T"] - 1),
-        "head_size": HEAD,
+        "head_size": sizes["H"] // sizes["N"],
         "clip_norm": 0.5,
         "most_loss_z": 0.5,
         "most_norm_z": 0.5,
@@ -80,11 +84,11 @@ def arguments(kernel: Kernel, sizes: dict, seed: int, products: int = BLAS) -> d
         given["rstd"][:] = 1 / np.sqrt(given["inp"].var(axis=1) + 1e-5)
     if kernel.name == "attention_backward":
         names = ("atty", "att_max", "att_rsum", "q", "k", "v")
-        body(attention.attention_forward, *(given[n] for n in names), HEAD, products)
+        body(attention.attention_forward, *(given[n] for n in names), constants["head_size"], products)
     return given
 
 
-@pytest.mark.parametrize("sizes", SIZES, ids=["ragged", "ones", "blocks"])
+@pytest.mark.parametrize("sizes", SIZES, ids=NAMES)
 @pytest.mark.parametrize(("name", "way"), CASES, ids=lambda word: word)
 def test_the_twin_agrees_with_the_body(name, way, sizes):
     """Every element that the compiled twin writes is within float32 rounding of what the NumPy body computes in float64.
@@ -110,11 +114,12 @@ def allocation_stats():
     _nrt_python.memsys_disable_stats()
 
 
+@pytest.mark.parametrize("sizes", [SIZES[0], SIZES[3]], ids=[NAMES[0], NAMES[3]])
 @pytest.mark.parametrize(("name", "way"), CASES, ids=lambda word: word)
-def test_no_kernel_allocates(name, way, allocation_stats):
+def test_no_kernel_allocates(name, way, sizes, allocation_stats):
     """Working memory is declared: a compiled call makes nothing but numba's note of each array that it is given."""
     kernel = ALL[name]
-    given = arguments(kernel, RAGGED, seed=1, products=WAYS[way]).values()
+    given = arguments(kernel, sizes, seed=1, products=WAYS[way]).values()
     arrays = [*given, *scratch_arrays(kernel.scratch_shapes(given))]
     kernel(*given)
     before = allocation_stats().mi_alloc
@@ -313,6 +318,39 @@ def test_exp32_keeps_nan_and_the_limits():
     np.testing.assert_array_equal(out, np.array([np.nan, np.nan, np.inf, 0, np.inf, 0, 1, 1, 1], np.float32))
 
 
+@intrinsic
+def raise_2(typing_context, address):
+    """Replace 16 float32 at an address by the powers of 2."""
+
+    def codegen(context, build, signature, args):
+        place = build.inttoptr(args[0], ir.VectorType(ir.FloatType(), 16).as_pointer())
+        build.store(power_of_2(build, build.load(place, align=4)), place, align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+@numba.njit
+def raise_2_to_all(x):
+    for i in range(0, x.shape[0], 16):
+        raise_2(x[i:].ctypes.data)
+
+
+def test_powers_of_2_are_within_2e_7_over_all_float32():
+    """Against float64, up to 127; 0 where the result is no normal number, and of -inf; NaN stays NaN; 2**0 is exactly 1."""
+    x = np.concatenate([every_exponent(), np.linspace(-126.5, 127, 1_000_001).astype(np.float32)])
+    x = x[x <= 127]
+    x = np.concatenate([x, np.zeros(-len(x) % 16, np.float32)])
+    out = x.copy()
+    raise_2_to_all(out)
+    normal = x >= -126
+    assert np.abs(out[normal] / 2.0 ** x[normal].astype(np.float64) - 1).max() < 2e-7
+    assert (out[x < -126.5] == 0).all()
+    limits = np.array([np.nan, -np.nan, -np.inf, -1000, 0, -0.0, 1, -1] * 2, np.float32)
+    raise_2_to_all(limits)
+    np.testing.assert_array_equal(limits, np.array([np.nan, np.nan, 0, 0, 1, 1, 2, 0.5] * 2, np.float32))
+
+
 @numba.njit(error_model="numpy")
 def gate_of_all(out, x):
     for i in range(x.shape[0]):
@@ -364,7 +402,7 @@ def test_a_nan_logit_makes_the_loss_nan(at):
 
 def test_adamw_leaves_zero_parameters_without_gradient_at_zero():
     """So the padding rows of wte stay zero for ever, decay or not."""
-    given = arguments(updates.adamw_update, RAGGED, seed=2)
+    given = arguments(updates.adamw_update, SIZES[0], seed=2)
     for name in ("param", "m", "v", "grad"):
         given[name][:] = 0
     updates.adamw_update(*given.values())

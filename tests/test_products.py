@@ -9,6 +9,7 @@ from taskgpt.products.blocks import multiplier
 from taskgpt.products.instruction_sets import AVX2, AVX512, AVX512_BF16, NEON, instruction_set_for, of_this_machine
 from taskgpt.products.machine_code import MachineCode
 from taskgpt.products.micro_kernels import BFLOAT16, FLOAT32
+from taskgpt.products.packed import GRAIN, packed_products
 
 pytestmark = pytest.mark.skipif(of_this_machine() is None, reason="no vector instructions that products of our own are written for")
 WAYS = {"fp32": OWN_FP32, "bf16": OWN_BF16}
@@ -110,6 +111,33 @@ def test_bfloat16_without_its_instruction_is_right(instructions):
             wanted = op(operand(OWN_BF16, a), transposed[0]).astype(np.float64) @ op(operand(OWN_BF16, b), transposed[1])
             multiply(c, a, b, *transposed, 0, work())
             assert np.allclose(c, wanted, atol=1e-6 * shape[2], rtol=1e-5), (transposed, shape)
+
+
+@pytest.mark.parametrize("precision", [FLOAT32, BFLOAT16])
+@pytest.mark.parametrize("instructions", SETS.values(), ids=SETS)
+def test_packed_operands_are_multiplied_as_those_that_are_not(instructions, precision):
+    """Rows by columns and columns by columns, with whatever is left over of tiles, of pairs, and of the GRAIN of columns."""
+    code = MachineCode(instructions)
+    rows_of, columns_of, multiply_packed = packed_products(code, precision)
+    for M, N, K in [(1, 1, 1), (8, 48, 64), (13, 50, 33), (64, 64, 129), (40, 100, 48)]:
+        c, a, b = case((M, N, K), 0, 0)
+        multiplier(code, precision)(c, a, b, 0, 0, 0, work())
+        steps, columns, rows = K if precision == FLOAT32 else -(-K // 2), -(-N // GRAIN) * GRAIN, -(-M // GRAIN) * GRAIN
+        a_rows, a_columns, b_columns, again = (
+            np.full((n, m + 5), np.nan, np.float32)[:, :m] for n, m in ((M, steps), (steps, rows), (steps, columns), (M, columns))
+        )
+        rows_of(a_rows, a)
+        columns_of(a_columns, a, 1)
+        columns_of(b_columns, np.ascontiguousarray(b.T), 1)
+        for packed, is_transposed in ((a_rows, 0), (a_columns, 1)):
+            multiply_packed(again, packed, is_transposed, b_columns, 0)
+            assert np.array_equal(again[:, :N], c)
+            assert not again[:, N:].any()
+            multiply_packed(again, packed, is_transposed, b_columns, 1)
+            assert np.allclose(again[:, :N], 2 * c, rtol=1e-4, atol=1e-4)
+        columns_of(b_columns, b, 0)
+        multiply_packed(again, a_rows, 0, b_columns, 0)
+        assert np.array_equal(again[:, :N], c)
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)

@@ -6,6 +6,7 @@ model.py         the tensors
 program.py       a step as ordinary loops that spawn tasks; stored_updates.py, where gradients are stored and the norm is waited for
 steps.py         steps in one or more micro-batches, as a row of graphs
 kernels.py       matrix products, GELU, residual, embeddings; norms.py, attention.py, classifier.py, gradients.py, updates.py the others
+attention_strips.py  a head of attention in one pass, for products of our own
 vector_math.py   sums and exponentials that the compiler can vectorize
 learning_rate.py the learning rate of each step
 snapshot.py      a copy of a model in training, made by tasks

@@ -2,7 +2,8 @@
 
 The forward pass keeps two numbers per row and head, the largest score and 1 / sum of exp(score - largest). The backward pass computes the
 probabilities again from them: T^2 work in both directions, and memory that grows with T. Queries go in blocks, and a block meets only the
-keys up to its last query, so the masked half of the products is skipped.
+keys up to its last query, so the masked half of the products is skipped. Products of our own leave more to gain: attention_strips.py does
+all of a head that is made of whole vectors.
 
 Q, K and V are columns of one tensor: a tile of H columns holds N = H / head_size heads side by side. Queries may be the last T of S
 positions (sampling computes only the new rows).
@@ -12,8 +13,11 @@ import math
 
 import numpy as np
 
+from taskgpt.gpt2 import attention_strips
+from taskgpt.gpt2.attention_strips import COLUMNS, STRIP
 from taskgpt.gpt2.vector_math import exp32, exp_row, row_sum
-from taskgpt.products import WORK, operand, product
+from taskgpt.products import BLAS, WORK, operand, product
+from taskgpt.products.packed import GRAIN
 from taskgpt.tasks import In, Out, Scratch, dense, dims, kernel
 
 T, S, H, N = dims("T S H N")
@@ -35,6 +39,11 @@ def attention_forward(
     products: int,
     scores: Scratch[BLOCK, S],
     work: Scratch[WORK],
+    packed: Scratch[2, S, H],
+    blocks: Scratch[COLUMNS, H],
+    turned: Scratch[H, COLUMNS],
+    strips: Scratch[2 * STRIP * COLUMNS],
+    statistics: Scratch[3 * COLUMNS],
 ):
     """atty = softmax(q @ k.T / sqrt(head_size), over positions up to the query's own) @ v, head by head.
 
@@ -51,11 +60,17 @@ def attention_forward(
 
 
 @attention_forward.compiled
-def attention_forward_twin(atty, att_max, att_rsum, q, k, v, head_size, products, scores, work):
+def attention_forward_twin(atty, att_max, att_rsum, q, k, v, head_size, products, scores, work, packed, blocks, turned, strips, statistics):
     queries, past = q.shape[0], k.shape[0] - q.shape[0]
     scale = _f(1 / math.sqrt(head_size))
     for n in range(q.shape[1] // head_size):
         first, last = n * head_size, (n + 1) * head_size
+        if products != BLAS and head_size % GRAIN == 0:
+            attention_strips.forward(
+                products, atty[:, first:last], att_max[:, n], att_rsum[:, n], q[:, first:last], k[:, first:last], v[:, first:last], scale,
+                packed, blocks, turned, strips, statistics,
+            )  # fmt: skip
+            continue
         for start in range(0, queries, BLOCK):
             stop = min(start + BLOCK, queries)
             seen = past + stop
@@ -93,6 +108,11 @@ def attention_backward(
     gradients: Scratch[BLOCK, T],
     pairs: Scratch[H],
     work: Scratch[WORK],
+    packed: Scratch[5, T, H],
+    blocks: Scratch[3, COLUMNS, H],
+    turned: Scratch[2, H, COLUMNS],
+    strips: Scratch[5 * STRIP * COLUMNS],
+    statistics: Scratch[T, 3],
 ):
     """The gradients of q, k and v, given that of atty.
 
@@ -114,12 +134,20 @@ def attention_backward(
 
 @attention_backward.compiled
 def attention_backward_twin(
-    dq, dk, dv, datty, atty, q, k, v, att_max, att_rsum, head_size, products, probabilities, gradients, pairs, work
-):
+    dq, dk, dv, datty, atty, q, k, v, att_max, att_rsum, head_size, products, probabilities, gradients, pairs, work, packed, blocks, turned,
+    strips, statistics,
+):  # fmt: skip
     length = q.shape[0]
     scale = _f(1 / math.sqrt(head_size))
     for n in range(q.shape[1] // head_size):
         first, last = n * head_size, (n + 1) * head_size
+        if products != BLAS and head_size % GRAIN == 0:
+            attention_strips.backward(
+                products, dq[:, first:last], dk[:, first:last], dv[:, first:last], datty[:, first:last], atty[:, first:last],
+                q[:, first:last], k[:, first:last], v[:, first:last], att_max[:, n], att_rsum[:, n], scale, pairs, packed, blocks, turned,
+                strips, statistics,
+            )  # fmt: skip
+            continue
         for start in range(0, length, BLOCK):
             stop = min(start + BLOCK, length)
             p, ds = probabilities[: stop - start, :stop], gradients[: stop - start, :stop]

@@ -61,6 +61,36 @@ def exp32(typing_context, x):
     return types.float32(types.float32), codegen
 
 
+# 2**r = 1 + r * Q(r) on |r| <= 1/2, relative error under 3e-9: minimax by Remez' algorithm, from the highest power down.
+_COEFFICIENTS_OF_2 = (1.5594677561e-4, 1.3406643905e-3, 9.6176929748e-3, 5.5503105510e-2, 2.4022652783e-1, 6.9314721497e-1)
+_INTEGERS = 1.5 * 2**23 + 127  # added to a float32, leaves the nearest integer in the lowest bits, as an exponent has it
+
+
+def power_of_2(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """Return 2**x of a vector of float32 that are at most 127, as LLVM IR; relative error under 2e-7.
+
+    Half the instructions of exp32. NaN gives NaN and -inf gives 0, as does everything below -126.5.
+    """
+    lanes = x.type.count
+
+    def constant(value: float, kind: ir.Type = x.type):
+        return ir.Constant(kind, [float(np.float32(value)) if kind is x.type else value] * lanes)
+
+    def fma(a, b, c):
+        kind = ir.FunctionType(x.type, [x.type] * 3)
+        return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{lanes}f32"), [a, b, c])
+
+    x = builder.select(builder.fcmp_ordered("<", x, constant(-127)), constant(-127), x)  # whose exponent is that of 0
+    shifted = builder.fadd(x, constant(_INTEGERS))
+    r = builder.fsub(x, builder.fsub(shifted, constant(_INTEGERS)))
+    fraction = constant(_COEFFICIENTS_OF_2[0])
+    for coefficient in (*_COEFFICIENTS_OF_2[1:], 1):
+        fraction = fma(fraction, r, constant(coefficient))
+    words = ir.VectorType(_INT, lanes)
+    power = builder.shl(builder.bitcast(shifted, words), constant(23, words))
+    return builder.fmul(fraction, builder.bitcast(power, x.type))  # a product, and no sum of exponents, in which NaN could get lost
+
+
 _WIDTHS = (64, 8, 1)  # a row is read 64 elements at a time, its rest 8 at a time, the rest of that one by one
 
 

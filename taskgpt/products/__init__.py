@@ -5,6 +5,7 @@ micro_kernels.py     the innermost loops, as LLVM IR
 machine_code.py      these as functions that compiled code calls
 packing.py           operands as the innermost loops want them
 blocks.py            the loops around them, `product`
+packed.py            the same for kernels that pack operands themselves
 ways.py              which way to multiply: what a graph file says, and what a kernel's constant `products` is
 
 Three ways: SciPy's BLAS in float32; our own in float32; our own in bfloat16 with sums in float32. Each gives the same bits under every

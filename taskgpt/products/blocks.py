@@ -14,9 +14,10 @@ import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
-from taskgpt.products.instruction_sets import VECTORS, of_this_machine
-from taskgpt.products.machine_code import MachineCode
+from taskgpt.products.instruction_sets import VECTORS
+from taskgpt.products.machine_code import MachineCode, code_of_this_machine
 from taskgpt.products.micro_kernels import BFLOAT16, FLOAT32
+from taskgpt.products.packed import tile_multiplier
 from taskgpt.products.packing import ROW_STEPS, STEPS, packers
 from taskgpt.products.ways import BLAS, OWN_FP32
 from taskgpt.tasks.blas import gemm
@@ -35,17 +36,8 @@ def multiplier(code: MachineCode, precision: str):
     rows_of_tile, lanes = code.instructions.rows, code.instructions.lanes
     panel = max(rows_of_tile, lanes)  # rows of A side by side, where its columns are packed
     numbers = 1 if precision == FLOAT32 else 2  # numbers in an element
-    multiply_1, multiply_2, multiply_3 = (code.external(f"multiply_{precision}_{vectors}", 10) for vectors in (1, 2, 3))
+    multiply_tile = tile_multiplier(code, precision)
     pack_columns, pack_rows = packers(code, precision)
-
-    @numba.njit(nogil=True, error_model="numpy")
-    def micro_kernel(a, a_row, a_step, b, b_step, c, c_row, steps, rows, adds, width):
-        if width == 3 * lanes:
-            multiply_3(a, a_row, a_step, b, b_step, c, c_row, steps, rows, adds)
-        elif width == 2 * lanes:
-            multiply_2(a, a_row, a_step, b, b_step, c, c_row, steps, rows, adds)
-        else:
-            multiply_1(a, a_row, a_step, b, b_step, c, c_row, steps, rows, adds)
 
     @numba.njit(nogil=True, error_model="numpy")
     def multiply(c, a, b, transpose_a, transpose_b, adds, work):
@@ -63,9 +55,9 @@ def multiplier(code: MachineCode, precision: str):
                 mn = min(ROWS, rows - m)
                 if transpose_a:
                     for i in range(0, mn, panel):
-                        pack_columns(packed_a + 4 * i * steps, a, 0, k, kn, m + i, min(panel, mn - i), panel)
+                        pack_columns(packed_a + 4 * i * steps, panel, a, 0, k, kn, m + i, min(panel, mn - i), panel)
                 elif not a_in_place:
-                    pack_rows(packed_a, a, m, mn, k, kn)
+                    pack_rows(packed_a, ROW_STEPS, a, m, mn, k, kn)
                 for p in range(panels):
                     n = vectors * p // panels * lanes
                     width = vectors * (p + 1) // panels * lanes - n
@@ -74,7 +66,7 @@ def multiplier(code: MachineCode, precision: str):
                         b_at, b_step = b.ctypes.data + k * b.strides[0] + 4 * n, b.strides[0] // 4
                     else:
                         b_at, b_step = packed_b, width
-                        pack_columns(b_at, b, transpose_b, k, kn, n, nn, width)
+                        pack_columns(b_at, width, b, transpose_b, k, kn, n, nn, width)
                     for i in range(0, mn, rows_of_tile):
                         here = min(rows_of_tile, mn - i)
                         if transpose_a:
@@ -85,7 +77,7 @@ def multiplier(code: MachineCode, precision: str):
                             a_at, a_row, a_step = packed_a + 4 * i * ROW_STEPS, ROW_STEPS, 1
                         if nn == width:
                             c_at = c.ctypes.data + (m + i) * c.strides[0] + 4 * n
-                            micro_kernel(a_at, a_row, a_step, b_at, b_step, c_at, c.strides[0] // 4, steps, here, adds_now, width)
+                            multiply_tile(a_at, a_row, a_step, b_at, b_step, c_at, c.strides[0] // 4, steps, here, adds_now, width)
                         else:
                             at_edge(c, m + i, n, here, nn, a_at, a_row, a_step, b_at, b_step, edge, steps, adds_now, width)
 
@@ -97,7 +89,7 @@ def multiplier(code: MachineCode, precision: str):
             for i in range(rows):
                 for j in range(nn):
                     whole[i * width + j] = c[m + i, n + j]
-        micro_kernel(a, a_row, a_step, b, b_step, edge, width, steps, rows, adds, width)
+        multiply_tile(a, a_row, a_step, b, b_step, edge, width, steps, rows, adds, width)
         for i in range(rows):
             for j in range(nn):
                 c[m + i, n + j] = whole[i * width + j]
@@ -110,8 +102,7 @@ def _cannot_multiply(c, a, b, transpose_a, transpose_b, adds, work):
     raise NotImplementedError("this machine has none of the vector instructions that products of our own need")
 
 
-if _instructions := of_this_machine():
-    _code = MachineCode(_instructions)
+if _code := code_of_this_machine():
     _multiply_float32, _multiply_bfloat16 = multiplier(_code, FLOAT32), multiplier(_code, BFLOAT16)
 else:
     _multiply_float32 = _multiply_bfloat16 = _cannot_multiply

@@ -5,11 +5,12 @@ call other code than they were compiled for.
 """
 
 import hashlib
+from functools import cache
 
 from llvmlite import binding, ir
 from numba import types
 
-from taskgpt.products.instruction_sets import VECTORS, InstructionSet
+from taskgpt.products.instruction_sets import VECTORS, InstructionSet, of_this_machine
 from taskgpt.products.micro_kernels import BFLOAT16, FLOAT32, copy_row, copy_rows, micro_kernel, transpose
 
 _kept: list[binding.ExecutionEngine] = []  # as long as the process lives: compiled code calls what is in it
@@ -58,3 +59,10 @@ class MachineCode:
     def external(self, name: str, arguments: int) -> types.ExternalFunction:
         """Return a function of so many int64 arguments, to be called in compiled code."""
         return types.ExternalFunction(self.symbols[name], types.void(*[types.int64] * arguments))
+
+
+@cache
+def code_of_this_machine() -> MachineCode | None:
+    """Return the functions for the best instructions of this machine, None if it has none that products are written for."""
+    instructions = of_this_machine()
+    return MachineCode(instructions) if instructions else None

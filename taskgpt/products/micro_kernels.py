@@ -141,22 +141,22 @@ def transpose(module: ir.Module, name: str, instructions: InstructionSet, source
 def copy_rows(module: ir.Module, name: str, instructions: InstructionSet, vectors: int, source: str, precision: str) -> ir.Function:
     """Add to a module: of each step vectors * lanes elements, side by side; as bfloat16 a step is two rows, whose numbers become pairs.
 
-    Takes int64: address and distance of rows of the source; address of what is written; steps.
+    Takes int64: address and distance of rows of the source; address and distance of steps of what is written; steps.
     """
     lanes = instructions.lanes
-    function, build = _function(module, name, 4)
-    here, distance, there, steps = function.args
+    function, build = _function(module, name, 5)
+    here, distance, there, apart, steps = function.args
     with cgutils.for_range(build, steps) as loop:
         rows = 1 if precision == FLOAT32 else 2
         first = build.add(here, build.mul(distance, build.mul(loop.index, _SIZE(rows))))
-        to = build.add(there, build.mul(loop.index, _SIZE(_BYTES * vectors * lanes)))
+        to = build.add(there, build.mul(apart, loop.index))
         for j in range(vectors):
             at = build.add(first, _SIZE(j * lanes * (2 if source == BFLOAT16 else _BYTES)))
             if precision == FLOAT32:
                 each = _elements(build, instructions, at, source, precision)
             else:
-                pair = [_halves(build, instructions, place, lanes, source) for place in (at, build.add(at, distance))]
-                each = _shuffle(build, *pair, [k for i in range(lanes) for k in (i, i + lanes)])
+                pair = _halves(build, instructions, (at, build.add(at, distance)), source)
+                each = _shuffle(build, pair, pair, [k for i in range(lanes) for k in (i, i + lanes)])
             _store(build, each, build.add(to, _SIZE(j * lanes * _BYTES)))
     build.ret_void()
     return function
@@ -178,27 +178,28 @@ def _elements(build: ir.IRBuilder, instructions: InstructionSet, at: ir.Value, s
     """Read lanes elements, side by side at an address."""
     pairs = ir.VectorType(_INT, instructions.lanes)
     if precision == BFLOAT16:
-        return build.bitcast(_halves(build, instructions, at, 2 * instructions.lanes, source), pairs)
+        behind = build.add(at, _SIZE(instructions.lanes * (2 if source == BFLOAT16 else _BYTES)))
+        return build.bitcast(_halves(build, instructions, (at, behind), source), pairs)
     return build.load(build.inttoptr(at, pairs.as_pointer()), align=_BYTES)
 
 
-def _halves(build: ir.IRBuilder, instructions: InstructionSet, at: ir.Value, count: int, source: str) -> ir.Value:
-    """Read so many numbers, side by side at an address, as bfloat16."""
-    if source == BFLOAT16:
-        return build.load(build.inttoptr(at, ir.VectorType(_HALF, count).as_pointer()), align=2)
-    lanes, parts = instructions.lanes, []
-    for first in range(0, count, lanes):
-        place = build.inttoptr(build.add(at, _SIZE(_BYTES * first)), ir.VectorType(_FLOAT, lanes).as_pointer())
-        parts.append(_rounded(build, instructions, build.load(place, align=_BYTES)))
-    return parts[0] if len(parts) == 1 else _shuffle(build, *parts, list(range(count)))
+def _halves(build: ir.IRBuilder, instructions: InstructionSet, places: tuple[ir.Value, ir.Value], source: str) -> ir.Value:
+    """Read lanes numbers at each of two addresses as bfloat16; return the first ones and behind them the second."""
+    lanes = instructions.lanes
+    of_source = ir.VectorType(_HALF if source == BFLOAT16 else _FLOAT, lanes)
+    read = [build.load(build.inttoptr(at, of_source.as_pointer()), align=2 if source == BFLOAT16 else _BYTES) for at in places]
+    if source == FLOAT32 and instructions.has_bf16:
+        kind = ir.FunctionType(ir.VectorType(_HALF, 2 * lanes), [of_source] * 2)
+        return build.call(_declared(build.module, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", kind), read[::-1])
+    if source == FLOAT32:
+        read = [_rounded(build, instructions, each) for each in read]
+    return _shuffle(build, *read, list(range(2 * lanes)))
 
 
 def _rounded(build: ir.IRBuilder, instructions: InstructionSet, x: ir.Value) -> ir.Value:
-    """Return float32 as bfloat16, to the nearest, of two equally near to the even one."""
+    """Return float32 as bfloat16, to the nearest, of two equally near to the even one, where there is no instruction for it."""
     lanes = instructions.lanes
     halves, words = ir.VectorType(_HALF, lanes), ir.VectorType(_INT, lanes)
-    if instructions.has_bf16:
-        return build.call(_declared(build.module, "llvm.x86.avx512bf16.cvtneps2bf16.512", ir.FunctionType(halves, [x.type])), [x])
 
     def constant(value: int) -> ir.Constant:
         return ir.Constant(words, [value] * lanes)

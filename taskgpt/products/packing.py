@@ -1,7 +1,8 @@
 """Operands of a matrix product as the micro-kernels want them, made in the working memory of a worker.
 
 Columns: of each step of K `width` elements side by side, a multiple of the lanes; what lies beyond the operand's edge is 0, and is not
-stored in the product. Rows: the steps of each row side by side. An element is a float32 or a pair of bfloat16; see micro_kernels.py.
+stored in the product. Rows: the steps of each row side by side. `apart` is the distance of what is written, in elements: of steps, or of
+rows. An element is a float32 or a pair of bfloat16; see micro_kernels.py.
 """
 
 import numba
@@ -21,12 +22,12 @@ _ZERO = np.float32(0)
 def packers(code: MachineCode, precision: str):
     """Return (pack_columns, pack_rows) of float32 operands, which make elements of `precision`.
 
-    pack_columns(there, x, is_transposed, k, kn, n, nn, width): op(x)[k : k + kn, n : n + nn] to columns at the address `there`; op(x) is x,
-    or x.T if it is transposed. pack_rows(there, x, m, mm, k, kn): x[m : m + mm, k : k + kn] to rows at a distance of ROW_STEPS.
+    pack_columns(there, apart, x, is_transposed, k, kn, n, nn, width): op(x)[k : k + kn, n : n + nn] to columns at the address `there`;
+    op(x) is x, or x.T if it is transposed. pack_rows(there, apart, x, m, mm, k, kn): x[m : m + mm, k : k + kn] to rows.
     """
     lanes, numbers = code.instructions.lanes, 1 if precision == FLOAT32 else 2  # numbers in an element
     transpose = code.external(f"transpose_{FLOAT32}_{precision}", 5)
-    copy_1, copy_2, copy_3 = (code.external(f"copy_{FLOAT32}_{precision}_{vectors}", 4) for vectors in (1, 2, 3))
+    copy_1, copy_2, copy_3 = (code.external(f"copy_{FLOAT32}_{precision}_{vectors}", 5) for vectors in (1, 2, 3))
     copy_row = code.external(f"copy_row_{FLOAT32}_{precision}", 3)
 
     if precision == FLOAT32:
@@ -42,42 +43,42 @@ def packers(code: MachineCode, precision: str):
             return _bfloat16(first) | (_bfloat16(second) << types.uint32(16))
 
     @numba.njit(nogil=True, error_model="numpy")
-    def pack_edge(there, x, is_transposed, k, kn, n, nn, width, steps, lane):
+    def pack_edge(there, apart, x, is_transposed, k, kn, n, nn, steps, lane):
         """Pack one element after another: `steps` and `lane` are ranges of them."""
         to = _elements_at(there)
         for step in range(*steps):
             for j in range(*lane):
                 at, second = k + step * numbers, step * numbers + 1 < kn
                 if j >= nn:
-                    to[step * width + j] = 0
+                    to[step * apart + j] = 0
                 elif is_transposed:
-                    to[step * width + j] = element(x[n + j, at], x[n + j, at + 1] if numbers == 2 and second else _ZERO)
+                    to[step * apart + j] = element(x[n + j, at], x[n + j, at + 1] if numbers == 2 and second else _ZERO)
                 else:
-                    to[step * width + j] = element(x[at, n + j], x[at + 1, n + j] if numbers == 2 and second else _ZERO)
+                    to[step * apart + j] = element(x[at, n + j], x[at + 1, n + j] if numbers == 2 and second else _ZERO)
 
     @numba.njit(nogil=True, error_model="numpy")
-    def pack_columns(there, x, is_transposed, k, kn, n, nn, width):
+    def pack_columns(there, apart, x, is_transposed, k, kn, n, nn, width):
         distance, steps = x.strides[0], -(-kn // numbers)
         if is_transposed:
             times = kn // (lanes * numbers)
             for j in range(0, width, lanes):
                 whole = times if j + lanes <= nn else 0
-                transpose(x.ctypes.data + (n + j) * distance + 4 * k, distance, there + 4 * j, 4 * width, whole)
-                pack_edge(there, x, is_transposed, k, kn, n, nn, width, (whole * lanes, steps), (j, j + lanes))
+                transpose(x.ctypes.data + (n + j) * distance + 4 * k, distance, there + 4 * j, 4 * apart, whole)
+                pack_edge(there, apart, x, is_transposed, k, kn, n, nn, (whole * lanes, steps), (j, j + lanes))
         else:
             whole, source = kn // numbers if nn == width else 0, x.ctypes.data + k * distance + 4 * n
             if width == lanes:
-                copy_1(source, distance, there, whole)
+                copy_1(source, distance, there, 4 * apart, whole)
             elif width == 2 * lanes:
-                copy_2(source, distance, there, whole)
+                copy_2(source, distance, there, 4 * apart, whole)
             else:
-                copy_3(source, distance, there, whole)
-            pack_edge(there, x, is_transposed, k, kn, n, nn, width, (whole, steps), (0, width))
+                copy_3(source, distance, there, 4 * apart, whole)
+            pack_edge(there, apart, x, is_transposed, k, kn, n, nn, (whole, steps), (0, width))
 
     @numba.njit(nogil=True, error_model="numpy")
-    def pack_rows(there, x, m, mm, k, kn):
+    def pack_rows(there, apart, x, m, mm, k, kn):
         for i in range(mm):
-            here, to = x.ctypes.data + (m + i) * x.strides[0] + 4 * k, there + 4 * i * ROW_STEPS
+            here, to = x.ctypes.data + (m + i) * x.strides[0] + 4 * k, there + 4 * i * apart
             times = kn // (lanes * numbers)
             copy_row(here, to, times)
             for step in range(times * lanes, -(-kn // numbers)):
