@@ -49,7 +49,7 @@ def test_more_than_sgemm_is_measured_again_and_explained(rates, is_over, tmp_pat
     monkeypatch.setattr(machine, "sgemm_gflops", lambda _: 1000 * next(measured))
     monkeypatch.setenv("OPENBLAS_L2_SIZE", "1000")
     flags = ["--graph", "tiny", "--scheduler", "sequential", "--val-every", "0", "--sample-every", "0", "--steps", "1"]
-    assert train.main([*flags, "--data", __file__]) == 0
+    assert train.main([*flags, "--data", __file__, "--set", "options.products=blas"]) == 0
     out = capsys.readouterr().out
     assert next(measured, None) is None
     assert ("faster than sgemm" in out) == is_over

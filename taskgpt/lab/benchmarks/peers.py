@@ -23,6 +23,7 @@ from taskgpt.lab.benchmarks.peer_setups import Setup, setups
 from taskgpt.lab.contests.cells import product_of
 from taskgpt.lab.named import Prepared, named_scheduler, prepare
 from taskgpt.lab.report import Report, in_range, quartiles
+from taskgpt.products import OWN_BF16, described
 from taskgpt.progress import Progress
 from taskgpt.schedulers import Scheduler
 
@@ -30,7 +31,7 @@ from taskgpt.schedulers import Scheduler
 # peers(start, precisions) yields the library's ways to train.
 LIBRARIES = {"torch": "taskgpt.lab.benchmarks.peer_torch", "jax": "taskgpt.lab.benchmarks.peer_jax"}
 PAUSE_SECONDS = 0.3  # after every turn: threads of one library may spin for a while, waiting for more work
-LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}  # between first losses, theirs and ours in float32
+LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}  # between first losses, by the less precise of two
 COLUMNS = {
     "who": ("who", ""),
     "set-up": ("setup", ""),
@@ -122,13 +123,15 @@ def peers(flags: argparse.Namespace) -> None:
     (cell,) = product_of([flags.graph], flags.tiles, [flags.scheduler], [flags.workers], flags.set)
     with named_scheduler(cell.scheduler_word, cell.workers) as scheduler, ExitStack() as running:
         prepared = prepare(cell.graph_word, scheduler.needs_shared_memory)
-        report.line("taskgpt", f"float32 products at {machine.sgemm_gflops(scheduler.workers, *SHAPE):.0f} GFLOP/s")
+        sgemm = machine.sgemm_gflops(scheduler.workers, *SHAPE)
+        report.line("taskgpt", f"products {described(prepared.m.products)}; BLAS's sgemm at {sgemm:.0f} GFLOP/s")
         folder = Path(running.enter_context(tempfile.TemporaryDirectory(prefix="taskgpt-peers-")))
         start_of(prepared.m).save(folder)
         others = [other for name in LIBRARIES for other in installed(report, running, name, folder, scheduler.workers)]
         for path in folder.glob("*.npy"):  # half a gigabyte for GPT-2 124M, which nobody needs any more
             path.unlink()
-        ours = Contestant("taskgpt", cell.scheduler_word, "float32", our_step(scheduler, prepared), lambda: our_turn(scheduler, prepared))
+        precision = "bfloat16" if prepared.m.products == OWN_BF16 else "float32"
+        ours = Contestant("taskgpt", cell.scheduler_word, precision, our_step(scheduler, prepared), lambda: our_turn(scheduler, prepared))
         contestants = [ours, *(other for other in others if is_same_model(report, other, ours))]
         with Progress("measuring", flags.rounds * len(contestants)) as progress:
             for done, contestant in enumerate(contestants * flags.rounds):
@@ -194,7 +197,7 @@ def started(report: Report, process: PeerProcess, setup: Setup) -> Iterator[Cont
 
 def is_same_model(report: Report, other: Contestant, ours: Contestant) -> bool:
     """Compare the first losses; say it in one line if they differ by more than rounding."""
-    is_same = abs(other.first_loss - ours.first_loss) <= LOSS_TOLERANCE[other.precision]
+    is_same = abs(other.first_loss - ours.first_loss) <= max(LOSS_TOLERANCE[each.precision] for each in (other, ours))
     if not is_same:
         report.line(other.name, f"left out: its first loss is {other.first_loss:.6f}, ours {ours.first_loss:.6f}: not the same model")
     return is_same
