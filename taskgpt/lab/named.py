@@ -29,6 +29,7 @@ from taskgpt.gpt2.shape import Tiles
 from taskgpt.lab import machine
 from taskgpt.lab.report import compile_with_progress
 from taskgpt.lab.traces.trace import RECORD, Trace, Traced
+from taskgpt.products import verify_callers
 from taskgpt.schedulers import Scheduler, open_scheduler
 from taskgpt.tasks import Graph
 
@@ -45,7 +46,11 @@ class Prepared:
     graphs: list[Graph]  # one for each slot of the inputs, which steps take in turns
 
     def run(self, scheduler: Scheduler, steps: int) -> None:
-        """Run so many steps as training does: where the scheduler can, one begins while the one before still runs."""
+        """Run so many steps as training does: where the scheduler can, one begins while the one before still runs.
+
+        Raises UserError for more workers than BLAS can bear, if it multiplies.
+        """
+        verify_callers(self.m.products, scheduler.workers)
         for _ in scheduler.run_each(self.graphs[step % len(self.graphs)] for step in range(steps)):
             pass
 
