@@ -31,7 +31,8 @@ from numpy.lib.stride_tricks import as_strided
 
 from taskgpt.gpt2.vector_math import power_of_2, row_sum
 from taskgpt.products import OWN_FP32
-from taskgpt.products.packed import GRAIN, elements, multiply, pack_columns, pack_rows
+from taskgpt.products.packed import GRAIN, elements, even_part, multiply, pack_columns, pack_rows
+from taskgpt.products.vectors import constant, fma, spread
 from taskgpt.tasks import dense
 
 COLUMNS = 64  # of a strip, at most
@@ -57,8 +58,7 @@ def forward(way, atty, att_max, att_rsum, q, k, v, scale, packed, blocks, turned
     grains = -(-queries // GRAIN)
     parts = -(-grains * GRAIN // COLUMNS)
     for part in range(parts):
-        start = grains * part // parts * GRAIN
-        width = grains * (part + 1) // parts * GRAIN - start
+        start, width = even_part(part, parts, grains, GRAIN)
         count = min(width, queries - start)
         first = keys - queries + start  # position of the block's first query
         seen = first + count
@@ -137,8 +137,7 @@ def backward(way, dq, dk, dv, datty, atty, q, k, v, att_max, att_rsum, scale, pa
     grains = -(-length // GRAIN)
     parts = -(-grains * GRAIN // COLUMNS)
     for part in range(parts):
-        start = grains * part // parts * GRAIN
-        width = grains * (part + 1) // parts * GRAIN - start
+        start, width = even_part(part, parts, grains, GRAIN)
         count = min(width, length - start)
         k_columns, v_columns = _matrix(turned[0], depth, width), _matrix(turned[1], depth, width)
         k_steps = _matrix(blocks[2], elements(way, count), size)
@@ -215,7 +214,7 @@ def _online_softmax(typing_context, scores, rows, scale, largest, total, factor)
 
     def codegen(context, build, signature, args):
         scores, rows, scale, *statistics = args
-        scale, log2_e = _spread(build, scale), _constant(math.log2(math.e))
+        scale, log2_e = spread(build, scale, GRAIN), _constant(math.log2(math.e))
         largest, total, factor = (_at(build, address) for address in statistics)
         highest, sums = cgutils.alloca_once(build, _VECTOR), cgutils.alloca_once(build, _VECTOR)
 
@@ -239,10 +238,10 @@ def _online_softmax(typing_context, scores, rows, scale, largest, total, factor)
         build.store(_constant(0), sums)
         with cgutils.for_range(build, rows) as loop:
             place = of_row(loop.index)
-            p = power_of_2(build, _fma(build, _load(build, place), scale_of_2, minus_now))
+            p = power_of_2(build, fma(build, _load(build, place), scale_of_2, minus_now))
             build.store(p, place, align=4)
             build.store(build.fadd(build.load(sums), p), sums)
-        build.store(_fma(build, _load(build, total), shrunk, build.load(sums)), total, align=4)
+        build.store(fma(build, _load(build, total), shrunk, build.load(sums)), total, align=4)
         build.store(now, largest, align=4)
         build.store(shrunk, factor, align=4)
         return context.get_dummy_value()
@@ -259,15 +258,15 @@ def _gradients(typing_context, scores, slopes, rows, width, scale, statistics, a
 
     def codegen(context, build, signature, args):
         scores, slopes, rows, width, scale, statistics, apart = args
-        scale, log2_e = _spread(build, scale), _constant(math.log2(math.e))
+        scale, log2_e = spread(build, scale, GRAIN), _constant(math.log2(math.e))
         scale_of_2 = build.fmul(scale, log2_e)
         with cgutils.for_range(build, rows) as loop:
             places = [_at(build, statistics, build.mul(apart, loop.index), _SIZE(i), kind=ir.FloatType()) for i in range(3)]
-            largest, factor, mean = (_spread(build, _load(build, place)) for place in places)
+            largest, factor, mean = (spread(build, _load(build, place), GRAIN) for place in places)
             minus_largest, first = build.fneg(build.fmul(largest, log2_e)), build.mul(loop.index, _SIZE(COLUMNS))
             with cgutils.for_range_slice(build, _SIZE(0), width, _SIZE(GRAIN), _SIZE) as (column, _):
                 score, slope = (_at(build, address, first, column) for address in (scores, slopes))
-                p = build.fmul(power_of_2(build, _fma(build, _load(build, score), scale_of_2, minus_largest)), factor)
+                p = build.fmul(power_of_2(build, fma(build, _load(build, score), scale_of_2, minus_largest)), factor)
                 build.store(p, score, align=4)
                 build.store(build.fmul(build.fmul(p, build.fsub(_load(build, slope), mean)), scale), slope, align=4)
         return context.get_dummy_value()
@@ -287,19 +286,8 @@ def _load(build: ir.IRBuilder, pointer: ir.Value) -> ir.Value:
 
 
 def _constant(x: float) -> ir.Constant:
-    return ir.Constant(_VECTOR, [float(_f(x))] * GRAIN)
-
-
-def _spread(build: ir.IRBuilder, x: ir.Value) -> ir.Value:
-    """Return a vector of x."""
-    first = build.insert_element(ir.Constant(_VECTOR, ir.Undefined), x, ir.IntType(32)(0))
-    return build.shuffle_vector(first, first, ir.Constant(ir.VectorType(ir.IntType(32), GRAIN), [0] * GRAIN))
+    return constant(_VECTOR, float(_f(x)))
 
 
 def _larger(build: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
     return build.select(build.fcmp_ordered(">", a, b), a, b)
-
-
-def _fma(build: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
-    kind = ir.FunctionType(_VECTOR, [_VECTOR] * 3)
-    return build.call(cgutils.get_or_insert_function(build.module, kind, f"llvm.fma.v{GRAIN}f32"), [a, b, c])

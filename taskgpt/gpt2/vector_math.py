@@ -15,6 +15,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from taskgpt.products.vectors import fma
+
 _FLOAT, _INT, _SIZE = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 _LOWEST, _HIGHEST = -87.33654022216797, 88.3762588501  # below: the result would be subnormal; above: 2**n would leave the exponent's range
 _LN2_HIGH = 0.693359375  # 10 bits of ln 2: its product with n is exact
@@ -76,16 +78,12 @@ def power_of_2(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
     def constant(value: float, kind: ir.Type = x.type):
         return ir.Constant(kind, [float(np.float32(value)) if kind is x.type else value] * lanes)
 
-    def fma(a, b, c):
-        kind = ir.FunctionType(x.type, [x.type] * 3)
-        return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{lanes}f32"), [a, b, c])
-
     x = builder.select(builder.fcmp_ordered("<", x, constant(-127)), constant(-127), x)  # whose exponent is that of 0
     shifted = builder.fadd(x, constant(_INTEGERS))
     r = builder.fsub(x, builder.fsub(shifted, constant(_INTEGERS)))
     fraction = constant(_COEFFICIENTS_OF_2[0])
     for coefficient in (*_COEFFICIENTS_OF_2[1:], 1):
-        fraction = fma(fraction, r, constant(coefficient))
+        fraction = fma(builder, fraction, r, constant(coefficient))
     words = ir.VectorType(_INT, lanes)
     power = builder.shl(builder.bitcast(shifted, words), constant(23, words))
     return builder.fmul(fraction, builder.bitcast(power, x.type))  # a product, and no sum of exponents, in which NaN could get lost

@@ -3,6 +3,7 @@
 instruction_sets.py  what vector instructions this machine has, and the register tile that fills them
 micro_kernels.py     the innermost loops, as LLVM IR
 machine_code.py      these as functions that compiled code calls
+vectors.py           what these and other kernels on registers are written with
 packing.py           operands as the innermost loops want them
 blocks.py            the loops around them, `product`
 packed.py            the same for kernels that pack operands themselves

@@ -11,13 +11,11 @@ columns are side by side and there are too few rows to make up for a copy. The o
 
 import numba
 import numpy as np
-from numba import types
-from numba.extending import intrinsic
 
 from taskgpt.products.instruction_sets import VECTORS
 from taskgpt.products.machine_code import MachineCode, code_of_this_machine
-from taskgpt.products.micro_kernels import BFLOAT16, FLOAT32
-from taskgpt.products.packed import tile_multiplier
+from taskgpt.products.micro_kernels import BFLOAT16, FLOAT32, NUMBERS
+from taskgpt.products.packed import cannot_multiply, even_part, tile_multiplier
 from taskgpt.products.packing import ROW_STEPS, STEPS, packers
 from taskgpt.products.ways import BLAS, OWN_FP32
 from taskgpt.tasks.blas import gemm
@@ -35,15 +33,14 @@ def multiplier(code: MachineCode, precision: str):
     """Return the function that multiplies float32 tiles as elements of `precision`."""
     rows_of_tile, lanes = code.instructions.rows, code.instructions.lanes
     panel = max(rows_of_tile, lanes)  # rows of A side by side, where its columns are packed
-    numbers = 1 if precision == FLOAT32 else 2  # numbers in an element
+    numbers = NUMBERS[precision]
     multiply_tile = tile_multiplier(code, precision)
     pack_columns, pack_rows = packers(code, precision)
 
     @numba.njit(nogil=True, error_model="numpy")
     def multiply(c, a, b, transpose_a, transpose_b, adds, work):
         rows, columns, depth = c.shape[0], c.shape[1], a.shape[0] if transpose_a else a.shape[1]
-        packed_a = work.ctypes.data
-        packed_b, edge = packed_a + 4 * _A_ELEMENTS, packed_a + 4 * (_A_ELEMENTS + _B_ELEMENTS)
+        packed_a, packed_b, edge = work.ctypes.data, work.ctypes.data + 4 * _A_ELEMENTS, work[_A_ELEMENTS + _B_ELEMENTS :]
         a_in_place = numbers == 1 and not transpose_a and a.strides[0] % _SAME_PLACE_BYTES != 0
         b_in_place = numbers == 1 and not transpose_b and rows <= _FEW_ROWS
         vectors = -(-columns // lanes)
@@ -59,8 +56,7 @@ def multiplier(code: MachineCode, precision: str):
                 elif not a_in_place:
                     pack_rows(packed_a, ROW_STEPS, a, m, mn, k, kn)
                 for p in range(panels):
-                    n = vectors * p // panels * lanes
-                    width = vectors * (p + 1) // panels * lanes - n
+                    n, width = even_part(p, panels, vectors, lanes)
                     nn = min(width, columns - n)
                     if b_in_place and nn == width:
                         b_at, b_step = b.ctypes.data + k * b.strides[0] + 4 * n, b.strides[0] // 4
@@ -84,28 +80,22 @@ def multiplier(code: MachineCode, precision: str):
     @numba.njit(nogil=True, error_model="numpy")
     def at_edge(c, m, n, rows, nn, a, a_row, a_step, b, b_step, edge, steps, adds, width):
         """Multiply into the working memory, and store what is of C."""
-        whole = _floats_at(edge)
         if adds:
             for i in range(rows):
                 for j in range(nn):
-                    whole[i * width + j] = c[m + i, n + j]
-        multiply_tile(a, a_row, a_step, b, b_step, edge, width, steps, rows, adds, width)
+                    edge[i * width + j] = c[m + i, n + j]
+        multiply_tile(a, a_row, a_step, b, b_step, edge.ctypes.data, width, steps, rows, adds, width)
         for i in range(rows):
             for j in range(nn):
-                c[m + i, n + j] = whole[i * width + j]
+                c[m + i, n + j] = edge[i * width + j]
 
     return multiply
-
-
-@numba.njit(nogil=True, error_model="numpy")
-def _cannot_multiply(c, a, b, transpose_a, transpose_b, adds, work):
-    raise NotImplementedError("this machine has none of the vector instructions that products of our own need")
 
 
 if _code := code_of_this_machine():
     _multiply_float32, _multiply_bfloat16 = multiplier(_code, FLOAT32), multiplier(_code, BFLOAT16)
 else:
-    _multiply_float32 = _multiply_bfloat16 = _cannot_multiply
+    _multiply_float32 = _multiply_bfloat16 = cannot_multiply
 
 
 @numba.njit(nogil=True, error_model="numpy")
@@ -121,14 +111,3 @@ def product(way, c, a, b, transpose_a, transpose_b, adds, work):
         _multiply_float32(c, a, b, transpose_a, transpose_b, adds, work)
     else:
         _multiply_bfloat16(c, a, b, transpose_a, transpose_b, adds, work)
-
-
-@intrinsic
-def _floats_at(typing_context, address):
-    """Return the memory at an address as float32."""
-    pointer = types.CPointer(types.float32)
-
-    def codegen(context, builder, signature, args):
-        return builder.inttoptr(args[0], context.get_value_type(pointer))
-
-    return pointer(types.int64), codegen

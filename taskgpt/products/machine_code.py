@@ -17,16 +17,14 @@ _kept: list[binding.ExecutionEngine] = []  # as long as the process lives: compi
 
 
 def module_for(instructions: InstructionSet) -> ir.Module:
-    """Return all functions for an instruction set, under the names that `Functions` has."""
+    """Return all functions for an instruction set, each under the name that `MachineCode.external` takes."""
     module = ir.Module("taskgpt_products")
     for precision in (FLOAT32, BFLOAT16):
         for vectors in range(1, VECTORS + 1):
             micro_kernel(module, f"multiply_{precision}_{vectors}", instructions, vectors, precision)
-    for source, precision in ((FLOAT32, FLOAT32), (FLOAT32, BFLOAT16), (BFLOAT16, BFLOAT16)):
-        transpose(module, f"transpose_{source}_{precision}", instructions, source, precision)
-        copy_row(module, f"copy_row_{source}_{precision}", instructions, source, precision)
-        for vectors in range(1, VECTORS + 1):
-            copy_rows(module, f"copy_{source}_{precision}_{vectors}", instructions, vectors, source, precision)
+            copy_rows(module, f"copy_{precision}_{vectors}", instructions, vectors, precision)
+        transpose(module, f"transpose_{precision}", instructions, precision)
+        copy_row(module, f"copy_row_{precision}", instructions, precision)
     return module
 
 

@@ -12,8 +12,10 @@ from llvmlite import ir
 from numba.core import cgutils
 
 from taskgpt.products.instruction_sets import InstructionSet
+from taskgpt.products.vectors import constant, fma, shuffle, spread
 
 FLOAT32, BFLOAT16 = "f32", "bf16"
+NUMBERS = {FLOAT32: 1, BFLOAT16: 2}  # in an element
 UNROLL = 2  # steps in one turn of the loop
 _FLOAT, _HALF, _INT, _SIZE = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _BYTES = 4  # of an element
@@ -48,7 +50,7 @@ def micro_kernel(module: ir.Module, name: str, instructions: InstructionSet, vec
     build.branch(begin)
 
     build = ir.IRBuilder(begin)
-    start = {at: _phi(build, vector, (held[at], load), (ir.Constant(vector, [0.0] * instructions.lanes), entry)) for at in tile}
+    start = {at: _phi(build, vector, (held[at], load), (constant(vector, 0.0), entry)) for at in tile}
     build.cbranch(build.icmp_signed(">", in_body, _SIZE(0)), body, rest)
 
     def turn(block: ir.Block, before: ir.Block, first: ir.Value, sums: dict, times: int, stop: ir.Value, after: ir.Block) -> dict:
@@ -63,7 +65,7 @@ def micro_kernel(module: ir.Module, name: str, instructions: InstructionSet, vec
             a_of_k = build.mul(k, a_step)
             sofar = dict(sofar)
             for i in range(count):
-                own = _spread(build, build.load(build.gep(a_at[i], [a_of_k]), align=_BYTES), instructions.lanes)
+                own = spread(build, build.load(build.gep(a_at[i], [a_of_k]), align=_BYTES), instructions.lanes)
                 for j in range(vectors):
                     sofar[i, j] = _multiply_add(build, instructions, precision, own, row_b[j], sofar[i, j])
         following = build.add(step, _SIZE(times))
@@ -89,27 +91,26 @@ def micro_kernel(module: ir.Module, name: str, instructions: InstructionSet, vec
 def _multiply_add(build: ir.IRBuilder, instructions: InstructionSet, precision: str, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
     """Return c + a * b, lane by lane; of pairs of bfloat16, c + the product of their first + that of their second."""
     if precision == FLOAT32:
-        return _fma(build, a, b, c)
+        return fma(build, a, b, c)
     pairs = ir.VectorType(_INT, instructions.lanes)
     a, b = build.bitcast(a, pairs), build.bitcast(b, pairs)
     if instructions.has_bf16:
         # The signature of LLVM 15, which later ones translate.
         name, kind = "llvm.x86.avx512bf16.dpbf16ps.512", ir.FunctionType(c.type, [c.type, pairs, pairs])
-        return build.call(_declared(build.module, name, kind), [c, a, b])
+        return build.call(cgutils.get_or_insert_function(build.module, kind, name), [c, a, b])
     # A bfloat16 is the upper half of a float32.
-    sixteen, upper = (ir.Constant(pairs, [value] * instructions.lanes) for value in (16, 0xFFFF0000))
+    sixteen, upper = (constant(pairs, value) for value in (16, 0xFFFF0000))
     for half in (lambda x: build.shl(x, sixteen), lambda x: build.and_(x, upper)):
-        c = _fma(build, build.bitcast(half(a), c.type), build.bitcast(half(b), c.type), c)
+        c = fma(build, build.bitcast(half(a), c.type), build.bitcast(half(b), c.type), c)
     return c
 
 
 # Packing -------------------------------------------------------------------------------------------------------------------------------
 #
-# What is read, `source`, and what is written, `precision`, may differ: float32 is rounded to bfloat16 then, to the nearest, of two equally
-# near to the even one. Distances are in bytes.
+# What is read is float32. Written as bfloat16, it is rounded to the nearest, of two equally near to the even one. Distances are in bytes.
 
 
-def transpose(module: ir.Module, name: str, instructions: InstructionSet, source: str, precision: str) -> ir.Function:
+def transpose(module: ir.Module, name: str, instructions: InstructionSet, precision: str) -> ir.Function:
     """Add to a module: lanes rows become columns, lanes elements of each at a time.
 
     Takes int64: address and distance of rows of the source; address and distance of rows of what is written; how many times.
@@ -117,10 +118,10 @@ def transpose(module: ir.Module, name: str, instructions: InstructionSet, source
     lanes = instructions.lanes
     function, build = _function(module, name, 5)
     here, distance, there, apart, times = function.args
-    wide = _SIZE(lanes * (_BYTES if precision == source else 2 * _BYTES))
+    wide = _SIZE(lanes * _BYTES * NUMBERS[precision])
     with cgutils.for_range(build, times) as loop:
         first = build.add(here, build.mul(loop.index, wide))
-        rows = [_elements(build, instructions, build.add(first, build.mul(distance, _SIZE(i))), source, precision) for i in range(lanes)]
+        rows = [_elements(build, instructions, build.add(first, build.mul(distance, _SIZE(i))), precision) for i in range(lanes)]
         size = 1
         while size < lanes:  # blocks of 1, 2, 4, ... elements change places across the diagonal
             swapped = list(rows)
@@ -128,8 +129,8 @@ def transpose(module: ir.Module, name: str, instructions: InstructionSet, source
                 if not i & size:
                     upper = [at if not at & size else at - size + lanes for at in range(lanes)]
                     lower = [at + size if not at & size else at + lanes for at in range(lanes)]
-                    swapped[i] = _shuffle(build, rows[i], rows[i + size], upper)
-                    swapped[i + size] = _shuffle(build, rows[i], rows[i + size], lower)
+                    swapped[i] = shuffle(build, rows[i], rows[i + size], upper)
+                    swapped[i + size] = shuffle(build, rows[i], rows[i + size], lower)
             rows, size = swapped, 2 * size
         for i, each in enumerate(rows):
             row = build.add(build.mul(loop.index, _SIZE(lanes)), _SIZE(i))
@@ -138,7 +139,7 @@ def transpose(module: ir.Module, name: str, instructions: InstructionSet, source
     return function
 
 
-def copy_rows(module: ir.Module, name: str, instructions: InstructionSet, vectors: int, source: str, precision: str) -> ir.Function:
+def copy_rows(module: ir.Module, name: str, instructions: InstructionSet, vectors: int, precision: str) -> ir.Function:
     """Add to a module: of each step vectors * lanes elements, side by side; as bfloat16 a step is two rows, whose numbers become pairs.
 
     Takes int64: address and distance of rows of the source; address and distance of steps of what is written; steps.
@@ -147,68 +148,58 @@ def copy_rows(module: ir.Module, name: str, instructions: InstructionSet, vector
     function, build = _function(module, name, 5)
     here, distance, there, apart, steps = function.args
     with cgutils.for_range(build, steps) as loop:
-        rows = 1 if precision == FLOAT32 else 2
-        first = build.add(here, build.mul(distance, build.mul(loop.index, _SIZE(rows))))
+        first = build.add(here, build.mul(distance, build.mul(loop.index, _SIZE(NUMBERS[precision]))))
         to = build.add(there, build.mul(apart, loop.index))
         for j in range(vectors):
-            at = build.add(first, _SIZE(j * lanes * (2 if source == BFLOAT16 else _BYTES)))
+            at = build.add(first, _SIZE(j * lanes * _BYTES))
             if precision == FLOAT32:
-                each = _elements(build, instructions, at, source, precision)
+                each = _elements(build, instructions, at, precision)
             else:
-                pair = _halves(build, instructions, (at, build.add(at, distance)), source)
-                each = _shuffle(build, pair, pair, [k for i in range(lanes) for k in (i, i + lanes)])
+                pair = _halves(build, instructions, (at, build.add(at, distance)))
+                each = shuffle(build, pair, pair, [k for i in range(lanes) for k in (i, i + lanes)])
             _store(build, each, build.add(to, _SIZE(j * lanes * _BYTES)))
     build.ret_void()
     return function
 
 
-def copy_row(module: ir.Module, name: str, instructions: InstructionSet, source: str, precision: str) -> ir.Function:
+def copy_row(module: ir.Module, name: str, instructions: InstructionSet, precision: str) -> ir.Function:
     """Add to a module: elements side by side, lanes at a time. Takes int64: address, address of what is written, how many times."""
     function, build = _function(module, name, 3)
     here, there, times = function.args
-    wide = _SIZE(instructions.lanes * (_BYTES if precision == source else 2 * _BYTES))
+    wide = _SIZE(instructions.lanes * _BYTES * NUMBERS[precision])
     with cgutils.for_range(build, times) as loop:
-        each = _elements(build, instructions, build.add(here, build.mul(loop.index, wide)), source, precision)
+        each = _elements(build, instructions, build.add(here, build.mul(loop.index, wide)), precision)
         _store(build, each, build.add(there, build.mul(loop.index, _SIZE(instructions.lanes * _BYTES))))
     build.ret_void()
     return function
 
 
-def _elements(build: ir.IRBuilder, instructions: InstructionSet, at: ir.Value, source: str, precision: str) -> ir.Value:
+def _elements(build: ir.IRBuilder, instructions: InstructionSet, at: ir.Value, precision: str) -> ir.Value:
     """Read lanes elements, side by side at an address."""
     pairs = ir.VectorType(_INT, instructions.lanes)
     if precision == BFLOAT16:
-        behind = build.add(at, _SIZE(instructions.lanes * (2 if source == BFLOAT16 else _BYTES)))
-        return build.bitcast(_halves(build, instructions, (at, behind), source), pairs)
+        return build.bitcast(_halves(build, instructions, (at, build.add(at, _SIZE(instructions.lanes * _BYTES)))), pairs)
     return build.load(build.inttoptr(at, pairs.as_pointer()), align=_BYTES)
 
 
-def _halves(build: ir.IRBuilder, instructions: InstructionSet, places: tuple[ir.Value, ir.Value], source: str) -> ir.Value:
+def _halves(build: ir.IRBuilder, instructions: InstructionSet, places: tuple[ir.Value, ir.Value]) -> ir.Value:
     """Read lanes numbers at each of two addresses as bfloat16; return the first ones and behind them the second."""
-    lanes = instructions.lanes
-    of_source = ir.VectorType(_HALF if source == BFLOAT16 else _FLOAT, lanes)
-    read = [build.load(build.inttoptr(at, of_source.as_pointer()), align=2 if source == BFLOAT16 else _BYTES) for at in places]
-    if source == FLOAT32 and instructions.has_bf16:
-        kind = ir.FunctionType(ir.VectorType(_HALF, 2 * lanes), [of_source] * 2)
-        return build.call(_declared(build.module, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", kind), read[::-1])
-    if source == FLOAT32:
-        read = [_rounded(build, instructions, each) for each in read]
-    return _shuffle(build, *read, list(range(2 * lanes)))
+    lanes, numbers = instructions.lanes, ir.VectorType(_FLOAT, instructions.lanes)
+    read = [build.load(build.inttoptr(at, numbers.as_pointer()), align=_BYTES) for at in places]
+    if instructions.has_bf16:
+        name, kind = "llvm.x86.avx512bf16.cvtne2ps2bf16.512", ir.FunctionType(ir.VectorType(_HALF, 2 * lanes), [numbers] * 2)
+        return build.call(cgutils.get_or_insert_function(build.module, kind, name), read[::-1])
+    return shuffle(build, *(_rounded(build, each) for each in read), list(range(2 * lanes)))
 
 
-def _rounded(build: ir.IRBuilder, instructions: InstructionSet, x: ir.Value) -> ir.Value:
+def _rounded(build: ir.IRBuilder, x: ir.Value) -> ir.Value:
     """Return float32 as bfloat16, to the nearest, of two equally near to the even one, where there is no instruction for it."""
-    lanes = instructions.lanes
-    halves, words = ir.VectorType(_HALF, lanes), ir.VectorType(_INT, lanes)
-
-    def constant(value: int) -> ir.Constant:
-        return ir.Constant(words, [value] * lanes)
-
+    halves, words = ir.VectorType(_HALF, x.type.count), ir.VectorType(_INT, x.type.count)
     bits = build.bitcast(x, words)
-    is_odd = build.and_(build.lshr(bits, constant(16)), constant(1))
-    nearest = build.add(bits, build.add(is_odd, constant(0x7FFF)))
-    quiet = build.or_(bits, constant(0x400000))  # NaN stays NaN, whatever the half that goes held
-    return build.trunc(build.lshr(build.select(build.fcmp_unordered("uno", x, x), quiet, nearest), constant(16)), halves)
+    is_odd = build.and_(build.lshr(bits, constant(words, 16)), constant(words, 1))
+    nearest = build.add(bits, build.add(is_odd, constant(words, 0x7FFF)))
+    quiet = build.or_(bits, constant(words, 0x400000))  # NaN stays NaN, whatever the half that goes held
+    return build.trunc(build.lshr(build.select(build.fcmp_unordered("uno", x, x), quiet, nearest), constant(words, 16)), halves)
 
 
 # What LLVM's builder says in more words --------------------------------------------------------------------------------------------------
@@ -236,22 +227,3 @@ def _phi(build: ir.IRBuilder, kind: ir.Type, *incoming: tuple[ir.Value, ir.Block
     for value, block in incoming:
         phi.add_incoming(value, block)
     return phi
-
-
-def _spread(build: ir.IRBuilder, x: ir.Value, lanes: int) -> ir.Value:
-    vector = ir.VectorType(x.type, lanes)
-    first = build.insert_element(ir.Constant(vector, ir.Undefined), x, _INT(0))
-    return _shuffle(build, first, first, [0] * lanes)
-
-
-def _shuffle(build: ir.IRBuilder, a: ir.Value, b: ir.Value, order: list[int]) -> ir.Value:
-    return build.shuffle_vector(a, b, ir.Constant(ir.VectorType(_INT, len(order)), order))
-
-
-def _fma(build: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
-    kind = ir.FunctionType(c.type, [c.type] * 3)
-    return build.call(_declared(build.module, f"llvm.fma.v{c.type.count}f32", kind), [a, b, c])
-
-
-def _declared(module: ir.Module, name: str, kind: ir.FunctionType) -> ir.Function:
-    return module.globals.get(name) or ir.Function(module, kind, name)

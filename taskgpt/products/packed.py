@@ -16,6 +16,13 @@ from taskgpt.products.ways import OWN_FP32
 GRAIN = 16  # columns are a multiple of it: as many as the widest vectors hold
 
 
+@numba.njit(nogil=True, error_model="numpy")
+def even_part(part, parts, grains, grain):
+    """Return (first, width) of a part of so many grains, cut into parts that are as even as they can be; both in elements."""
+    first = grains * part // parts * grain
+    return first, grains * (part + 1) // parts * grain - first
+
+
 def tile_multiplier(code: MachineCode, precision: str):
     """Return the micro-kernel as a function that also takes the width of the tile: one, two, or three vectors."""
     lanes = code.instructions.lanes
@@ -59,8 +66,7 @@ def packed_products(code: MachineCode, precision: str):
         vectors = columns // lanes
         panels = -(-vectors // VECTORS)
         for p in range(panels):
-            n = vectors * p // panels * lanes
-            width = vectors * (p + 1) // panels * lanes - n
+            n, width = even_part(p, panels, vectors, lanes)
             for m in range(0, rows, rows_of_tile):
                 a_at, b_at, c_at = a.ctypes.data + 4 * m * a_row, b.ctypes.data + 4 * n, c.ctypes.data + 4 * (m * c_row + n)
                 multiply_tile(a_at, a_row, a_step, b_at, b_step, c_at, c_row, steps, min(rows_of_tile, rows - m), adds, width)
@@ -69,7 +75,7 @@ def packed_products(code: MachineCode, precision: str):
 
 
 @numba.njit(nogil=True, error_model="numpy")
-def _cannot_multiply(*_):
+def cannot_multiply(*_):
     raise NotImplementedError("this machine has none of the vector instructions that products of our own need")
 
 
@@ -77,7 +83,7 @@ if _code := code_of_this_machine():
     _rows_float32, _columns_float32, _multiply_float32 = packed_products(_code, FLOAT32)
     _rows_bfloat16, _columns_bfloat16, _multiply_bfloat16 = packed_products(_code, BFLOAT16)
 else:
-    _rows_float32 = _columns_float32 = _multiply_float32 = _rows_bfloat16 = _columns_bfloat16 = _multiply_bfloat16 = _cannot_multiply
+    _rows_float32 = _columns_float32 = _multiply_float32 = _rows_bfloat16 = _columns_bfloat16 = _multiply_bfloat16 = cannot_multiply
 
 
 @numba.njit(nogil=True, error_model="numpy")

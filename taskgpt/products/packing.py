@@ -12,7 +12,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from taskgpt.products.machine_code import MachineCode
-from taskgpt.products.micro_kernels import FLOAT32
+from taskgpt.products.micro_kernels import FLOAT32, NUMBERS
 
 STEPS = 384  # elements of K that are packed at a time
 ROW_STEPS = STEPS + 16  # distance of packed rows: such that they do not fall on one another in the first cache
@@ -25,10 +25,10 @@ def packers(code: MachineCode, precision: str):
     pack_columns(there, apart, x, is_transposed, k, kn, n, nn, width): op(x)[k : k + kn, n : n + nn] to columns at the address `there`;
     op(x) is x, or x.T if it is transposed. pack_rows(there, apart, x, m, mm, k, kn): x[m : m + mm, k : k + kn] to rows.
     """
-    lanes, numbers = code.instructions.lanes, 1 if precision == FLOAT32 else 2  # numbers in an element
-    transpose = code.external(f"transpose_{FLOAT32}_{precision}", 5)
-    copy_1, copy_2, copy_3 = (code.external(f"copy_{FLOAT32}_{precision}_{vectors}", 5) for vectors in (1, 2, 3))
-    copy_row = code.external(f"copy_row_{FLOAT32}_{precision}", 3)
+    lanes, numbers = code.instructions.lanes, NUMBERS[precision]
+    transpose = code.external(f"transpose_{precision}", 5)
+    copy_1, copy_2, copy_3 = (code.external(f"copy_{precision}_{vectors}", 5) for vectors in (1, 2, 3))
+    copy_row = code.external(f"copy_row_{precision}", 3)
 
     if precision == FLOAT32:
 
