@@ -2,7 +2,7 @@
 
 import argparse
 
-from taskgpt.errors import UserError, did_you_mean, shorten
+from taskgpt.errors import UserError, shorten
 from taskgpt.lab.benchmarks import task_bench
 from taskgpt.lab.named import named_config
 from taskgpt.lab.report import Report, in_range
@@ -33,10 +33,8 @@ def contention(flags: argparse.Namespace) -> None:
     in_range("--steps", flags.steps)
     if not 0 < flags.task_us <= 1e6:
         raise UserError(f"--task-us: wanted microseconds, above 0 and at most 1e6, got {flags.task_us}")
+    task_bench.verify_patterns(flags.patterns)
     machine, report, rows = Machine.load(flags.machine), Report(flags), []
-    for pattern in flags.patterns:
-        if pattern not in task_bench.PATTERNS:
-            raise UserError(f"--patterns: unknown pattern '{shorten(pattern)}'{did_you_mean(pattern, task_bench.PATTERNS)}")
     configs = {}
     for system in dict.fromkeys(flags.systems):
         for workers in flags.workers or WORKERS:

@@ -9,7 +9,7 @@ import argparse
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from statistics import median
@@ -33,6 +33,13 @@ CONNECTED = 0.25  # of random's edges, besides the one to the same column
 LINE = 16  # float32: every task writes to a cache line of its own
 
 # Patterns -------------------------------------------------------------------------------------------------------------------------------
+
+
+def verify_patterns(patterns: Iterable[str]) -> None:
+    """Raise UserError for a pattern that is none."""
+    for pattern in patterns:
+        if pattern not in PATTERNS:
+            raise UserError(f"--patterns: unknown pattern '{shorten(pattern)}'{did_you_mean(pattern, PATTERNS)}")
 
 
 def width_at(pattern: str, width: int, t: int) -> int:
@@ -213,9 +220,7 @@ def measure(flags: argparse.Namespace, heading: str, measurement: Callable[[Case
     """Take `measurement(case)()`, in seconds, of all patterns and systems in turns, round after round; print the table."""
     for flag in ("width", "steps", "rounds"):
         in_range(f"--{flag}", getattr(flags, flag))
-    for pattern in flags.patterns:
-        if pattern not in PATTERNS:
-            raise UserError(f"--patterns: unknown pattern '{shorten(pattern)}'{did_you_mean(pattern, PATTERNS)}")
+    verify_patterns(flags.patterns)
     report = Report(flags)
     workers = flags.workers or machine.usable_cores()
     width = flags.width or workers

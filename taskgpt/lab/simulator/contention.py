@@ -31,14 +31,7 @@ OWN_NS = 1.0  # a line that the core has
 LOCKED_NS = 7.0  # an operation in one step, on a line that the core has: some 20 cycles
 RELAX_NS = 40.0  # a pause: 40 to 140 cycles
 CALL_NS = 500.0  # into the kernel and back, to yield the core or to wake somebody
-LOCKED = (
-    "store",
-    "fetch_add",
-    "fetch_or",
-    "fetch_and",
-    "exchange",
-    "compare_exchange",
-)  # sequentially consistent writes; loads cost nothing extra
+LOCKED = ("store", "fetch_add", "fetch_or", "fetch_and", "exchange", "compare_exchange")  # loads in one step cost nothing extra
 WARM_UP_NS = 20_000  # until all workers wait
 WRITES = (*LOCKED, "store_last")
 
