@@ -28,6 +28,7 @@ from taskgpt.tasks import (
     In,
     InOut,
     Out,
+    Reduction,
     TaskError,
     Tensor,
     TensorSpec,
@@ -313,16 +314,29 @@ def pour(total: Commutative[R, C, np.uint64], inp: In[S, D, np.uint64]):
     total += digest(inp)
 
 
-KERNELS = [stir, fold, square, merge, exchange, pour]
+@kernel
+def gather(total: Reduction["+", R, C, np.uint64], inp: In[S, D, np.uint64]):
+    total += digest(inp)
+
+
+@kernel
+def mask(total: Reduction["or", R, C, np.uint64], inp: In[S, D, np.uint64]):
+    total |= digest(inp)
+
+
+KERNELS = [stir, fold, square, merge, exchange, pour, gather, gather, mask]
 
 
 def conflicts(earlier, later) -> bool:
     """RAW, WAR or WAW, from the definition: a common cell, written by one of the two."""
     return any(
-        a.tensor is b.tensor and set(a.cells()) & set(b.cells()) and (kernel_a.accesses[n].is_written or kernel_b.accesses[m].is_written)
-        for kernel_a, kernel_b in [(earlier.calls[0].kernel, later.calls[0].kernel)]
-        for n, a in earlier.calls[0].tiles()
-        for m, b in later.calls[0].tiles()
+        a.tensor is b.tensor
+        and set(a.cells()) & set(b.cells())
+        and (one.kernel.accesses[n].is_written or other.kernel.accesses[m].is_written)
+        for one in earlier.calls
+        for other in later.calls
+        for n, a in one.tiles()
+        for m, b in other.tiles()
     )
 
 
@@ -608,8 +622,8 @@ def test_coarsened_graphs_run_the_same_calls_with_the_same_bits(program, max_tas
     graph, got = run_program(program)
     merged = coarsen(graph, max_tasks, width)
     assert len(merged.tasks) <= max_tasks
-    number_of = {id(task.calls[0]): task.number for task in graph.tasks}
-    groups = [[number_of.pop(id(call)) for call in task.calls] for task in merged.tasks]
+    number_of = {id(call): task.number for task in graph.tasks for call in task.calls}
+    groups = [list(dict.fromkeys(number_of.pop(id(call)) for call in task.calls)) for task in merged.tasks]
     assert not number_of
     group_of = {number: at for at, group in enumerate(groups) for number in group}
     waited_for: list[set[int]] = []

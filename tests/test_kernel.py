@@ -105,14 +105,14 @@ def test_is_the_function_that_it_decorates():
 
 @pytest.mark.parametrize("annotation", [inspect.Parameter.empty, In, np.ndarray, "a tile", str, None])
 def test_every_parameter_declares_its_use(annotation):
-    """A parameter without In, Out, InOut, Commutative, Scratch, int or float is refused where the kernel is defined, by name."""
+    """A parameter without an access, int or float is refused where the kernel is defined, by name."""
 
     def careless(out: Out[R], inp):
         pass
 
     if annotation is not inspect.Parameter.empty:
         careless.__annotations__["inp"] = annotation if annotation != "a tile" else "str"
-    with pytest.raises(TypeError, match="careless: parameter 'inp' needs In, Out, InOut, Commutative, Scratch, int or float"):
+    with pytest.raises(TypeError, match="careless: parameter 'inp' needs an access, In, Out or InOut say, int or float"):
         kernel(careless)
 
 
@@ -584,6 +584,40 @@ def test_a_twin_that_does_not_compile(tmp_path, line, message):
     graph.spawn(wrong, tensor(3)[:])
     with pytest.raises(TaskError, match=r"task 0, wrong inout\(t\[:\]\): TwinError: " + pattern):
         graph.tasks[0].run()
+
+
+def test_a_body_is_its_own_twin():
+    """One text: Python's functions run it, and machine code does; what it declares is checked as of any twin."""
+
+    @kernel(compiled=True, flops=lambda R: 2 * R)
+    def axpy(y: InOut[R], x: In[R], a: float, work: Scratch[R]):
+        for n in range(y.shape[0]):
+            work[n] = a * x[n]
+            y[n] += work[n]
+
+    assert not axpy.is_compiled
+    by_twin, by_body, x = np.ones(3, np.float32), np.ones(3, np.float32), np.arange(3, dtype=np.float32)
+    axpy(by_twin, x, 2.0)
+    assert axpy.is_compiled and axpy.function is not axpy.body
+    axpy.body(by_body, x, 2.0, np.empty(3, np.float32))
+    assert by_twin.tolist() == by_body.tolist() == [1, 3, 5]
+    assert axpy.flops({"R": 3}, {"a": 2.0}) == 6
+
+    @kernel(compiled=True)
+    def cheat(out: Out[R], inp: In[R]):
+        inp[:] = 1
+
+    with pytest.raises(AccessError, match="cheat wrote 'inp', declared In"):
+        cheat.compile()
+
+    @kernel(compiled=True)
+    def wrong(x: InOut[R]):
+        x[0] = "a"
+
+    with pytest.raises(
+        TwinError, match=r"wrong: its body does not compile \(write a twin, or leave compiled=True out\): No implementation"
+    ):
+        wrong.compile()
 
 
 @pytest.mark.parametrize("is_checked", [False, True])

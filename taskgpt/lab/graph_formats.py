@@ -17,7 +17,7 @@ _FIELDS = {"kernel": "string", "phase": "string", "layer": "int", "flops": "long
 
 def _fields(task: Task) -> dict[str, Any]:
     phase, layer = task.section
-    call = str(task).partition(" ")[2] if len(task.calls) == 1 else f"{len(task.calls)} calls"
+    call = str(task).partition(" ")[2] if not task.is_merged else f"{len(task.calls)} calls"
     return {"kernel": task.name, "phase": phase, "layer": layer, "flops": task.flops, "bytes": task.bytes, "call": call}
 
 

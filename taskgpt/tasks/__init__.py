@@ -1,6 +1,7 @@
 """Room 1: kernels, accesses, tiles and graphs. It has heard of neither transformers nor threads.
 
-access.py           In / Out / InOut / Commutative / Scratch: what a kernel declares of a tile
+access.py           In / Out / InOut / Commutative / Concurrent / Reduction / Scratch: what a kernel declares of a tile
+combiners.py        what a reduction combines by
 kernel.py           @kernel: a NumPy body, its declaration, and its compiled twin
 sources.py          what a compiled twin is made from
 cache.py            compiled twins are kept on disk, as long as nothing of that has changed
@@ -8,6 +9,7 @@ tensor.py           tensors cut into grids, tiles, arenas (also shared between p
 task.py             calls, and tasks of one or more of them
 dependencies.py     what an access must wait for
 edges.py            which task waits for which, without what other edges imply
+reductions.py       copies of reduced tiles, and the kernels that combine them
 task_graph.py       spawn: calls become tasks with dependencies
 coarsen.py          fewer, larger tasks
 scratch.py          working memory of kernels
@@ -20,10 +22,11 @@ picture.py          the graph as a picture
 graph.py            Graph, all of that: what programs use
 """
 
-from taskgpt.tasks.access import Commutative, In, InOut, Out, Scratch, dims
+from taskgpt.tasks.access import Commutative, Concurrent, In, InOut, Out, Reduction, Scratch, dims
 from taskgpt.tasks.blas_threads import one_blas_thread
 from taskgpt.tasks.check import check
 from taskgpt.tasks.coarsen import by_section, coarsen, part
+from taskgpt.tasks.combiners import Combiner
 from taskgpt.tasks.graph import Graph
 from taskgpt.tasks.kernel import AccessError, Kernel, ShapeError, TwinError, compile_kernels, dense, kernel
 from taskgpt.tasks.task import Call, Section, Task, TaskError, run_now
@@ -33,13 +36,16 @@ __all__ = [
     "AccessError",
     "Arena",
     "Call",
+    "Combiner",
     "Commutative",
+    "Concurrent",
     "Graph",
     "GridError",
     "In",
     "InOut",
     "Kernel",
     "Out",
+    "Reduction",
     "Scratch",
     "Section",
     "ShapeError",

@@ -1,11 +1,13 @@
 """Accesses: the words in which a kernel declares what it does to each tile, `out: Out[R, OC], inp: In[R, C]`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numba
 import numpy as np
 from numba import types
+
+from taskgpt.tasks.combiners import Combiner, Operator, as_combiner
 
 
 class Dim(str):
@@ -19,11 +21,15 @@ def dims(names: str) -> list[Dim]:
 
 @dataclass(frozen=True)
 class Access:
-    """How a kernel uses one tile: `kind` (in, out, inout, commutative; scratch for no tile), its dimensions and its element type."""
+    """How a kernel uses one tile: `kind`, its dimensions and its element type; of a reduction also how it is combined.
+
+    `kind`: in, out, inout, commutative, concurrent or reduction; scratch for no tile.
+    """
 
     kind: str
     dims: tuple[Dim | int, ...]
     dtype: np.dtype
+    combiner: Operator | Combiner | None = None
 
     @property
     def is_read(self) -> bool:
@@ -46,7 +52,7 @@ class _Declaration(Any):  # to a type checker a tile is an array in a body, and 
     def __class_getitem__(cls, items) -> Access:
         """`In[R, C]`: a float32 tile of R x C; a NumPy type as last item names another type: `In[R, np.int32]`."""
         *sizes, last = items if isinstance(items, tuple) and items else (items,)
-        has_type = isinstance(last, type) and issubclass(last, np.generic)
+        has_type = isinstance(last, np.dtype) or (isinstance(last, type) and issubclass(last, np.generic))
         if not has_type:
             sizes.append(last)
         if not sizes or not all(isinstance(s, str) or (type(s) is int and s > 0) for s in sizes):
@@ -76,6 +82,30 @@ class Commutative(_Declaration):
     """Read and written; tasks that declare it may run in any order, one at a time. In program order unless the graph allows otherwise."""
 
     kind = "commutative"
+
+
+class Concurrent(_Declaration):
+    """Read and written by tasks that may run at the same time, as the program says: each has its own elements, or uses atomics."""
+
+    kind = "concurrent"
+
+
+class Reduction(_Declaration):
+    """Something is combined with what is there: `Reduction["+", N]` adds, `total[:] += ...`, and never asks for what it has become.
+
+    Before the dimensions stands "+", "*", "min", "max", "and", "or", or a Combiner. In a graph, neighbouring tasks on the same tile run at
+    the same time, on copies, which are then combined in an order that the program alone fixes: same bits under every scheduler.
+    """
+
+    kind = "reduction"
+
+    def __class_getitem__(cls, items) -> Access:
+        operator, *rest = items if isinstance(items, tuple) and items else (items,)
+        combiner = as_combiner(operator)
+        plain = super().__class_getitem__(tuple(rest))
+        if isinstance(combiner, Operator) and plain.dtype.kind not in combiner.kinds:
+            raise TypeError(f"Reduction[...]: '{combiner}' is not for {plain.dtype}; a Combiner of your own may be")
+        return replace(plain, combiner=combiner)
 
 
 class Scratch(_Declaration):

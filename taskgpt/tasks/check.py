@@ -9,7 +9,9 @@ kernel and parameter:
 Compiled twins run as `Kernel.bounds_checked`: numba checks every index, which nothing does otherwise. The border is for what numba does not
 see, gemm and other intrinsics, arrays of invented shapes: as wide as the tile itself, so that one block too many lands in it.
 
-A kernel that reads an Out tile or its scratch before writing it meets NaN, which then shows in the results. Costs ten copies of each tile.
+A kernel that reads an Out tile or its scratch before writing it meets NaN, which then shows in the results. A kernel with a Reduction runs
+twice more, on a tile that holds what changes nothing and on one that shows in every result: if it does not, the kernel overwrites. Costs
+ten copies of each tile. Concurrent tasks of one tensor run one at a time, because each brings back a whole tile.
 """
 
 import faulthandler
@@ -18,14 +20,18 @@ import os
 import select
 import signal
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator
 
 import numpy as np
 
+from taskgpt.tasks.combiners import Operator
+from taskgpt.tasks.dependencies import CellHistory
 from taskgpt.tasks.kernel import AccessError, Kernel
+from taskgpt.tasks.reductions import ReductionKernel
 from taskgpt.tasks.task import Call, Task
 from taskgpt.tasks.task_graph import AnyGraph
-from taskgpt.tasks.tensor import Tile
+from taskgpt.tasks.tensor import Tensor, Tile
 
 _LEAST_BORDER = 8  # elements
 _PATIENCE_S = 60  # for a child that runs one call, which takes less than a second or for ever
@@ -37,10 +43,15 @@ def check(graph: AnyGraph) -> AnyGraph:
     Its tasks raise TaskError from AccessError.
     """
     checked = graph.derived(f"{graph.name}, checked")
+    histories: defaultdict[Tensor, CellHistory] = defaultdict(CellHistory)
     for task in graph.tasks:
-        calls = tuple(CheckedCall(call.kernel.bounds_checked, call.args) for call in task.calls)
+        calls = tuple(
+            call if isinstance(call.kernel, ReductionKernel) else CheckedCall(call.kernel.bounds_checked, call.args) for call in task.calls
+        )
         twin = Task(task.number, calls, task.section)
-        twin.locks, twin.priority = task.locks, task.priority
+        shared = [tile.tensor for c in calls for name, tile in c.tiles() if c.kernel.accesses[name].kind == "concurrent"]
+        twin.locks = tuple(sorted({*task.locks, *(histories[tensor].numbered_lock() for tensor in shared)}))
+        twin.priority = task.priority
         checked.append(twin, task.predecessors)
     return checked
 
@@ -60,8 +71,29 @@ class CheckedCall(Call):
             self._run_on_copies(is_read_only=False)
             inputs = ", ".join(f"'{name}'" for name, access in self.kernel.accesses.items() if not access.is_written)
             raise AccessError(f"{self.kernel.name} wrote one of {inputs}, declared In, with the values that it had") from None
+        for name, access in self.kernel.accesses.items():
+            if isinstance(access.combiner, Operator):
+                self._verify_combined(name, access.combiner)
         for box in boxes:
             box.copy_back()
+
+    def _verify_combined(self, name: str, operator: Operator) -> None:
+        """Raise AccessError if a tile declared Reduction ends as it does when it begins with nothing, whatever it begins with."""
+        found = []
+        for begin in operator.neutral_of, operator.probe_of:
+            copies = _Copies(self)
+            inner = copies.boxes[name].inner
+            inner[...] = begin(inner.dtype)
+            self.kernel.run(*copies.arguments(is_read_only=True))
+            found.append(inner)
+        nothing, probed = found
+        wanted = nothing.copy()
+        with np.errstate(all="ignore"):
+            operator.combine(wanted, operator.probe_of(wanted.dtype), out=wanted)
+        wrong = (probed == nothing) & (wanted != nothing)
+        if wrong.any():
+            what = f"{wrong.sum()} of {wrong.size} elements of '{name}'"
+            raise AccessError(f"{self.kernel.name} overwrote {what}, declared Reduction: combine with what is there, by '{operator}'")
 
     def _run_on_copies(self, is_read_only: bool) -> list["_Box"]:
         copies = _Copies(self)

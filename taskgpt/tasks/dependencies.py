@@ -11,8 +11,9 @@ from collections.abc import Iterable, Sequence
 class CellHistory:
     """The tasks that the next access of a cell must wait for. A graph has one for every cell, so it is small.
 
-    `writers`: the last writer, or all tasks of a commutative group. `readers`: those since then. `group`: what every member of the open
-    commutative group waits for; None if there is none. `lock`: what excludes them from each other, with its serial number.
+    `writers`: the last writer, or all tasks of a group that do not wait for each other. `readers`: those since then. `group`: what every
+    member of the open group waits for; None if there is none. `lock`: what excludes commutative tasks from each other, with its serial
+    number.
     """
 
     __slots__ = ("group", "lock", "readers", "writers")
@@ -20,7 +21,7 @@ class CellHistory:
     def __init__(self):
         self.writers: Sequence[int] = ()
         self.readers: Sequence[_Readers] = ()
-        self.group: set[int] | None = None
+        self.group: _Commutative | _Concurrent | None = None
         self.lock: tuple[int, threading.Lock] | None = None
 
     def write(self, writers: Sequence[int], waits: set[int]) -> None:
@@ -39,6 +40,17 @@ class CellHistory:
 
 
 _serials = itertools.count(1)
+
+
+class _Commutative(set[int]):
+    """What tasks wait for that may come in any order, one at a time."""
+
+
+class _Concurrent(set[int]):
+    """What tasks wait for that may run at the same time."""
+
+
+_GROUPS: dict[str, type[_Commutative] | type[_Concurrent]] = {"commutative": _Commutative, "concurrent": _Concurrent}
 
 
 class _Readers:
@@ -76,10 +88,11 @@ class TileHistory:
                 readers = self.readers = _Readers(self.cells)
             readers.tasks.append(task)
             waits.update(readers.waits)
-        elif kind == "commutative":
+        elif kind in _GROUPS:
+            of_kind = _GROUPS[kind]
             for cell in self.cells:
-                if cell.group is None or cell.readers:
-                    group: set[int] = set()
+                if type(cell.group) is not of_kind or cell.readers:
+                    group = of_kind()
                     cell.write([], group)
                     cell.group = group
                 cell.writers.append(task)

@@ -7,6 +7,8 @@
     @matmul_forward.compiled
     def _(out, inp, weight): ...                     # the compiled twin (numba, nogil, cached on disk): what runs
 
+Where numba can compile the body as it stands, `@kernel(compiled=True)` makes it its own twin.
+
 The declaration is the only one: shapes are checked against it when a task is recorded, dependencies follow from it, and the twin is
 compiled for exactly its types. There an In tile has the type *read-only array*, so a twin that writes one does not compile. Working memory
 is declared too, last: `scores: Scratch[BLOCK, S]`. Whoever runs the kernel brings it, so that no kernel allocates.
@@ -94,7 +96,7 @@ class Kernel:
         for parameter in inspect.signature(body, eval_str=True).parameters.values():
             declared = parameter.annotation
             if not (isinstance(declared, Access) or declared in (int, float)):
-                raise TypeError(f"{self.name}: parameter '{parameter.name}' needs In, Out, InOut, Commutative, Scratch, int or float")
+                raise TypeError(f"{self.name}: parameter '{parameter.name}' needs an access, In, Out or InOut say, int or float")
             is_scratch = isinstance(declared, Access) and declared.kind == "scratch"
             if self.scratch and not is_scratch:
                 raise TypeError(f"{self.name}: parameter '{parameter.name}' stands after Scratch, which comes last")
@@ -168,10 +170,10 @@ class Kernel:
 
     def by_access(self, show: Callable[[str], str]) -> Iterator[tuple[str, list[str]]]:
         """Yield (kind, [show(parameter), ...]) for the kinds that occur, outputs first, as OmpSs-2 prints them."""
-        for kind in ("out", "inout", "commutative", "in"):
-            found = [show(name) for name, access in self.accesses.items() if access.kind == kind]
-            if found:
-                yield kind, found
+        for kind in ("out", "inout", "reduction", "commutative", "concurrent", "in"):
+            accesses = [(name, access) for name, access in self.accesses.items() if access.kind == kind]
+            if accesses:
+                yield kind, [show(name) if each.combiner is None else f"{each.combiner}: {show(name)}" for name, each in accesses]
 
     def compiled(self, twin: Callable) -> "Kernel":
         """Decorate the compiled twin: same parameters, must agree with the body. Compiled by `compile_kernels` or at the first call."""
@@ -286,7 +288,11 @@ class Kernel:
     def _explained(self, error: Exception, inputs: list[str]) -> Exception:
         """Return an AccessError if the twin did not compile because it writes tiles declared In, otherwise a TwinError."""
         if not _is_read_only_error(error):
-            return TwinError(f"{self.name}: its compiled twin does not compile: {reason_of(error)}")
+            is_body = getattr(self._twin, "py_func", None) is self.body
+            what = (
+                "its body does not compile (write a twin, or leave compiled=True out)" if is_body else "its compiled twin does not compile"
+            )
+            return TwinError(f"{self.name}: {what}: {reason_of(error)}")
         found = []  # numba does not say which array: see which of them, alone read-only, keeps the twin from compiling
         for name in inputs:
             try:
@@ -410,20 +416,33 @@ def kernel(body: Callable) -> Kernel: ...
 
 
 @overload
-def kernel(*, flops: Callable | None = None, bytes: Callable | None = None, tags: Iterable[str] = ()) -> Callable[[Callable], Kernel]: ...
+def kernel(
+    *, flops: Callable | None = None, bytes: Callable | None = None, tags: Iterable[str] = (), compiled: bool = False
+) -> Callable[[Callable], Kernel]: ...
 
 
 def kernel(
-    body: Callable | None = None, *, flops: Callable | None = None, bytes: Callable | None = None, tags: Iterable[str] = ()
+    body: Callable | None = None,
+    *,
+    flops: Callable | None = None,
+    bytes: Callable | None = None,
+    tags: Iterable[str] = (),
+    compiled: bool = False,
 ) -> Kernel | Callable[[Callable], Kernel]:
     """Decorate the NumPy body of a kernel.
 
-    `flops` and `bytes` take dimension names and constants and return the operations of a call and the bytes that it moves. `bytes` is for
-    kernels that touch only some elements of a tile: the declaration counts whole tiles.
+    `compiled=True` makes the body its own twin: one text for both, of what numba can compile. `flops` and `bytes` take dimension names and
+    constants and return the operations of a call and the bytes that it moves. `bytes` is for kernels that touch only some elements of a
+    tile: the declaration counts whole tiles.
     """
-    if body is None:
-        return lambda body: Kernel(body, flops, bytes, tags)
-    return Kernel(body)
+    if body is not None:
+        return Kernel(body)
+
+    def make(body: Callable) -> Kernel:
+        made = Kernel(body, flops, bytes, tags)
+        return made.compiled(body) if compiled else made
+
+    return make
 
 
 def compile_kernels(kernels: Iterable[Kernel], report: Callable[[int, int, Kernel, float, bool], None] | None = None) -> None:

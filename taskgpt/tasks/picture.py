@@ -25,9 +25,9 @@ def label(task: Task) -> str:
 
 
 def _name(task: Task) -> str:
-    """Return what is written on a task: its kernel and layer; of a task of several calls, its phase and layer."""
+    """Return what is written on a task: its kernel and layer; of a merged task, its phase and layer."""
     phase, layer = task.section
-    return f"{(phase or 'tasks') if len(task.calls) > 1 else task.name}{f' {layer}' if layer >= 0 else ''}"
+    return f"{(phase or 'tasks') if task.is_merged else task.name}{f' {layer}' if layer >= 0 else ''}"
 
 
 def _groups(graph: TaskGraph, colour_by: str) -> tuple[list[str], dict[str, str]]:

@@ -184,6 +184,11 @@ class Task:
         return (calls[0] if len(calls) == 1 else max(calls, key=lambda call: call.estimated_seconds)).kernel.name
 
     @property
+    def is_merged(self) -> bool:
+        """True if it has the calls of several tasks; False also for one call after those that begin a copy for it, see reductions.py."""
+        return sum("begins" not in call.kernel.tags for call in self.calls) > 1
+
+    @property
     def flops(self) -> int:
         """Operations."""
         return sum([call.cost()[0] for call in self.calls])

@@ -3,6 +3,9 @@
 Spawned into a graph, a call is recorded; the same program given `run_now` as its spawn runs at once, without any graph. Program order is
 one valid order, and every other order that the dependencies allow gives the same bits. Edges that others imply are left out.
 
+Neighbouring reductions into one tile become tasks on copies of it, and tasks that combine these: see reductions.py. Neither touches
+anything that schedulers, pictures and traces do not know already.
+
 Tasks do not spawn tasks yet: nothing is recorded into a graph while it runs, nor from inside a task into a graph from outside of it, which
 in a worker process would be a copy.
 """
@@ -14,13 +17,16 @@ from typing import Self, TypeVar
 
 import numpy as np
 
+from taskgpt.tasks.combiners import Combiner, Operator
 from taskgpt.tasks.dependencies import CellHistory, TileHistory, longest_path
 from taskgpt.tasks.edges import Edges
 from taskgpt.tasks.kernel import AccessError, Kernel, as_kernel
+from taskgpt.tasks.reductions import beginning, combining, copies_of, slots_of
 from taskgpt.tasks.task import Call, Section, Signature, Task, this_thread, verify_writeable
 from taskgpt.tasks.tensor import GridError, Tensor, Tile
 
 AnyGraph = TypeVar("AnyGraph", bound="TaskGraph")  # of the kind that was given
+_combining = threading.Lock()  # threads of a scheduler may look at one graph together
 
 
 class _Place(TileHistory):
@@ -36,16 +42,35 @@ class _Place(TileHistory):
 class _Signature(Signature):
     """How calls of a kernel on tiles of the same forms access them, too.
 
-    `kinds`: of the access to each tile. `written`: (number of the tile among its tiles, name of the parameter).
+    `kinds`: of the access to each tile. `written`: (number of the tile among its tiles, name of the parameter). `reductions`: (number of
+    the tile among its tiles, and among its arguments).
     """
 
-    __slots__ = ("kinds", "written")
+    __slots__ = ("kinds", "reductions", "written")
 
     def __init__(self, kernel: Kernel, allow_commutative: bool):
         super().__init__(kernel)
         kinds = [access.kind for access in kernel.accesses.values()]
         self.kinds = tuple("inout" if kind == "commutative" and not allow_commutative else kind for kind in kinds)
         self.written = tuple((at, name) for at, (name, access) in enumerate(kernel.accesses.items()) if access.is_written)
+        position = {name: at for at, name in enumerate(kernel.parameters)}
+        self.reductions = tuple((at, position[name]) for at, (name, access) in enumerate(kernel.accesses.items()) if access.combiner)
+        for access in kernel.accesses.values():
+            if access.combiner:
+                combining(access.combiner, access.dtype, len(access.dims))  # raises for a kernel that cannot
+
+
+class _Group:
+    """Neighbouring tasks that reduce into one tile, and are not combined yet."""
+
+    __slots__ = ("combiner", "place", "priority", "section", "slots", "tasks")
+
+    def __init__(self, place: _Place, combiner: Operator | Combiner):
+        self.place, self.combiner = place, combiner
+        self.slots = slots_of(place.tile)
+        self.tasks = 0
+        self.section: Section = ("", -1)  # of the last task
+        self.priority = 0  # the highest
 
 
 class TaskGraph:
@@ -54,15 +79,15 @@ class TaskGraph:
     `allow_commutative=True` lets tasks that declare Commutative on a tile run in any order, one at a time: faster, and the rounding of sums
     then depends on that order. Otherwise Commutative means InOut.
 
-    `edges`: those of the tasks, as arrays. `runs`: what schedulers have under way of this graph, each run an object of theirs. While there
-    is one, nothing can be recorded.
+    `tasks` and `edges`, as arrays, are asked for by whoever looks at the graph or runs it; then what was reduced is combined. `runs`: what
+    schedulers have under way of this graph, each run an object of theirs. While there is one, nothing can be recorded.
     """
 
     def __init__(self, name: str = "graph", allow_commutative: bool = False):
         self.name = name
         self.allow_commutative = allow_commutative
-        self.tasks: list[Task] = []
-        self.edges = Edges()
+        self._tasks: list[Task] = []
+        self._edges = Edges()
         self.runs: set[object] = set()
         self._made_in = this_thread.at
         self._kernels: dict[Kernel, None] = {}  # in order of first use
@@ -71,6 +96,20 @@ class TaskGraph:
         self._places: dict[Tensor, dict[tuple, _Place]] = {}  # by the spans of the tile
         self._forms: dict[tuple, int] = {}  # of tiles: shape and type, numbered
         self._signatures: dict[tuple, _Signature] = {}  # by the kernel and, for each argument, its form or, of a constant, its type
+        self._groups: dict[CellHistory, _Group] = {}  # those of reductions that are open
+        self._copies: dict[_Place, list[_Place]] = {}  # of tiles that are reduced, for the slots after the first
+
+    @property
+    def tasks(self) -> list[Task]:
+        if self._groups:
+            self._combine_all()
+        return self._tasks
+
+    @property
+    def edges(self) -> Edges:
+        if self._groups:
+            self._combine_all()
+        return self._edges
 
     def spawn(self, kernel: Kernel, *args, section: Section = ("", -1), priority: int = 0) -> Task:
         """Record a call as the next task.
@@ -82,12 +121,23 @@ class TaskGraph:
         and, inside a task, for one that the task did not make.
         """
         self._verify_may_grow()
-        number = len(self.tasks)
-        if self._recorded != number:
+        if self._recorded != len(self._tasks):
             raise RuntimeError(f"graph '{self.name}' was not recorded here, and cannot go on recording; record a new one")
         signature, places, args = self._look_up(as_kernel(kernel), args) or self._learn(Call(kernel, args))
         self._verify_written(kernel, places, signature)
-        task = Task(number, (Call.verified(signature, args),), section)
+        if self._groups:
+            self._combine_before(signature, places)
+        begin: list[Call] = []
+        if signature.reductions:
+            places, args = self._spread(signature, places, args, section, priority, begin)
+        return self._record(signature, places, args, section, priority, begin)
+
+    def _record(
+        self, signature: _Signature, places: Sequence[_Place], args: tuple, section: Section, priority: int, begin: Sequence[Call] = ()
+    ) -> Task:
+        """Add the task of a call; `begin` comes before it in the same task, and touches no other tiles."""
+        number = len(self._tasks)
+        task = Task(number, (*begin, Call.verified(signature, args)), section)
         task.priority = priority
         waits: set[int] = set()
         for place, kind in zip(places, signature.kinds, strict=True):
@@ -95,12 +145,78 @@ class TaskGraph:
             if kind == "commutative":
                 task.locks = tuple(sorted({*task.locks, *(cell.numbered_lock() for cell in place.cells)}))
         waits.discard(number)  # a call with two tiles in one cell does not wait for itself
-        self.edges.add(waits)
-        task.edges = self.edges
-        self.tasks.append(task)
-        self._kernels[kernel] = None
+        self._edges.add(waits)
+        task.edges = self._edges
+        self._tasks.append(task)
+        for call in begin:
+            self._kernels[call.kernel] = None
+        self._kernels[signature.kernel] = None
         self._recorded += 1
         return task
+
+    def _combine_before(self, signature: _Signature, places: Sequence[_Place]) -> None:
+        """End the groups of reductions that a call on these tiles does not go on with."""
+        combiners = [access.combiner for access in signature.kernel.accesses.values()]
+        ended: dict[_Group, None] = {}
+        for place, combiner in zip(places, combiners, strict=True):
+            for cell in place.cells:
+                group = self._groups.get(cell)
+                if group is not None and not (group.place is place and group.combiner is combiner):
+                    ended[group] = None
+        for group in ended:
+            self._combine(group)
+
+    def _spread(
+        self, signature: _Signature, places: Sequence[_Place], args: tuple, section: Section, priority: int, begin: list[Call]
+    ) -> tuple[list[_Place], tuple]:
+        """Return the tiles and arguments of a call, with its turn's slot for each tile that it reduces; add to `begin` what fills it."""
+        chosen, given = list(places), list(args)
+        accesses = list(signature.kernel.accesses.values())
+        for at, position in signature.reductions:
+            place, combiner = places[at], accesses[at].combiner
+            assert combiner is not None
+            if any(other is not place and not set(other.cells).isdisjoint(place.cells) for other in places):
+                continue  # what else the call does there has its place in the program's order, and so has this
+            group = self._groups.get(place.cells[0])
+            if group is None:
+                group = _Group(place, combiner)
+                self._groups.update(dict.fromkeys(place.cells, group))
+            slot, is_first = group.tasks % group.slots, group.tasks < group.slots
+            group.tasks += 1
+            group.section, group.priority = section, max(priority, group.priority)
+            if slot > 0:
+                copy = self._copies_of(place)[slot - 1]
+                chosen[at], given[position] = copy, copy.tile
+                if is_first:
+                    begin.append(Call(beginning(combiner, accesses[at].dtype, len(accesses[at].dims)), (copy.tile,)))
+        return chosen, tuple(given)
+
+    def _copies_of(self, place: _Place) -> list[_Place]:
+        if place not in self._copies:
+            copies = copies_of(place.tile)
+            self._add_grid(copies[0].tensor)
+            self._copies[place] = [self._place(tile) for tile in copies]
+        return self._copies[place]
+
+    def _combine_all(self) -> None:
+        with _combining:
+            for group in dict.fromkeys(self._groups.values()):
+                self._combine(group)
+
+    def _combine(self, group: _Group) -> None:
+        """End a group: record the tree of tasks that brings its slots into the tile."""
+        place = group.place
+        used = [place, *self._copies.get(place, ())][: min(group.tasks, group.slots)]
+        kernel = combining(group.combiner, place.tile.tensor.array.dtype, len(place.tile.shape))
+        distance = 1
+        while distance < len(used):
+            for at in range(0, len(used) - distance, 2 * distance):
+                tiles = used[at].tile, used[at + distance].tile
+                signature, places, args = self._look_up(kernel, tiles) or self._learn(Call(kernel, tiles))
+                self._record(signature, places, args, group.section, group.priority)
+            distance *= 2
+        for cell in place.cells:  # at last: until then other threads that look at the graph wait
+            del self._groups[cell]
 
     def _look_up(self, kernel: Kernel, args: tuple) -> tuple[_Signature, list[_Place], tuple] | None:
         """Return what is known of a call and of its tiles, and its arguments with these tiles in them; None for a new kind of call."""
@@ -168,12 +284,12 @@ class TaskGraph:
     def append(self, task: Task, predecessors: Iterable[int]) -> None:
         """Add a task whose predecessors are known. Raises RuntimeError where `spawn` does for a graph that runs."""
         self._verify_may_grow()
-        self.edges.add_exact(predecessors)
+        self._edges.add_exact(predecessors)
         self._add(task)
 
     def _add(self, task: Task) -> None:
-        task.edges = self.edges
-        self.tasks.append(task)
+        task.edges = self._edges
+        self._tasks.append(task)
         for call in task.calls:
             self._kernels[call.kernel] = None
 
@@ -191,6 +307,9 @@ class TaskGraph:
                 f"'{tensor.name}' ({tensor}) and '{other.name}' ({other}) share memory: two grids over one buffer would hide "
                 "dependencies; index one tensor in both places"
             )
+        self._add_grid(tensor)
+
+    def _add_grid(self, tensor: Tensor) -> None:
         self._cells.setdefault(tensor, defaultdict(CellHistory))
         self._places.setdefault(tensor, {})
 
@@ -242,7 +361,7 @@ class TaskGraph:
                             waits.update(cell.writers)
                             if kind != "in":
                                 waits.update(*(readers.tasks for readers in cell.readers))
-                    if kind != "in" and (kind != "commutative" or not following.allow_commutative):
+                    if kind not in ("in", "concurrent") and (kind != "commutative" or not following.allow_commutative):
                         overwritten.update(touched[tile])
             yield waits
 
@@ -261,6 +380,8 @@ class TaskGraph:
     @property
     def kernels(self) -> list[Kernel]:
         """The kernels used, in order of first use."""
+        if self._groups:
+            self._combine_all()
         return list(self._kernels)
 
     def verify_untouched(self) -> None:
@@ -268,7 +389,7 @@ class TaskGraph:
 
         Before every run: it costs 2 to 10 us a kernel, and 0.1 ms for each MB of arrays that it was compiled with.
         """
-        for kernel in self._kernels:
+        for kernel in self.kernels:
             kernel.verify_untouched()
 
     @property
@@ -295,7 +416,7 @@ class TaskGraph:
 
     def __setstate__(self, state: dict) -> None:
         TaskGraph.__init__(self, state["name"], state["allow_commutative"])
-        self.edges = state["edges"]
+        self._edges = state["edges"]
         locks: defaultdict[int, threading.Lock] = defaultdict(threading.Lock)
         for fields, serials in zip(state["tasks"], state["locks"], strict=True):
             task = Task.__new__(Task)
