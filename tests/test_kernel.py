@@ -117,7 +117,7 @@ def test_every_parameter_declares_its_use(annotation):
 
 
 @pytest.mark.parametrize(
-    "items", [3.5, (R, 0), (R, -1), (R, True), (R, float), (R, None), (np.int32, R), np.int32, ()], ids=lambda items: repr(items)
+    "items", [3.5, (R, 0), (R, -1), (R, True), (R, float), (R, None), (np.int32, R), np.int32, ((), R)], ids=lambda items: repr(items)
 )
 def test_an_access_is_dimensions_and_perhaps_a_type(items):
     """In[...] takes names or sizes, at least one, and at last a NumPy type; a slip shows where it is declared."""

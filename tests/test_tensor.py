@@ -136,7 +136,7 @@ def test_cells_are_those_of_the_elements(data):
     "index, message",
     [
         ((4,), "axis 0 has 4 elements, got 4"),
-        ((-1,), "axis 0 has 4 elements, got -1"),
+        ((-1,), "axis 0 counts from 0 to 3, got -1; its element is 3"),
         ((slice(0, 5),), r"axis 0 has 4 elements, got slice\(0, 5, None\)"),
         ((slice(-2, None),), "axis 0 has 4 elements"),
         ((slice(2, 2),), "axis 0 has 4 elements"),
@@ -178,7 +178,7 @@ def test_a_tile_within_a_tile():
     "index, message",
     [
         (3, "axis 0 has 3 elements, got 3"),
-        (-1, "axis 0 has 3 elements, got -1"),
+        (-1, "axis 0 counts from 0 to 2, got -1; its element is 2"),
         (slice(0, 4), "axis 0 has 3 elements"),
         ((0, slice(4, 4)), "axis 1 has 6 elements"),
         ((slice(0, 3, 2),), "axis 0 takes an integer or a slice without step"),

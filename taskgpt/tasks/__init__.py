@@ -3,11 +3,13 @@
 access.py           In / Out / InOut / Commutative / Concurrent / Reduction / Scratch: what a kernel declares of a tile
 combiners.py        what a reduction combines by
 kernel.py           @kernel: a NumPy body, its declaration, and its compiled twin
+shapes.py           what the names of dimensions stand for in a call
 sources.py          what a compiled twin is made from
 cache.py            compiled twins are kept on disk, as long as nothing of that has changed
 tensor.py           tensors cut into grids, tiles, arenas (also shared between processes)
 task.py             calls, and tasks of one or more of them
 dependencies.py     what an access must wait for
+grids.py            the cells of a graph's tensors
 edges.py            which task waits for which, without what other edges imply
 reductions.py       copies of reduced tiles, and the kernels that combine them
 task_graph.py       spawn: calls become tasks with dependencies
@@ -22,15 +24,16 @@ picture.py          the graph as a picture
 graph.py            Graph, all of that: what programs use
 """
 
-from taskgpt.tasks.access import Commutative, Concurrent, In, InOut, Out, Reduction, Scratch, dims
+from taskgpt.tasks.access import Commutative, Concurrent, In, InOut, Out, Reduction, Scratch, Several, dims
 from taskgpt.tasks.blas_threads import one_blas_thread
 from taskgpt.tasks.check import check
 from taskgpt.tasks.coarsen import by_section, coarsen, part
 from taskgpt.tasks.combiners import Combiner
 from taskgpt.tasks.graph import Graph
-from taskgpt.tasks.kernel import AccessError, Kernel, ShapeError, TwinError, compile_kernels, dense, kernel
+from taskgpt.tasks.kernel import AccessError, Kernel, TwinError, compile_kernels, dense, kernel
+from taskgpt.tasks.shapes import ShapeError
 from taskgpt.tasks.task import Call, Section, Task, TaskError, run_now
-from taskgpt.tasks.tensor import Arena, GridError, Tensor, TensorSpec, Tile
+from taskgpt.tasks.tensor import Arena, GridError, Tensor, TensorSpec, Tile, wrap
 
 __all__ = [
     "AccessError",
@@ -48,6 +51,7 @@ __all__ = [
     "Reduction",
     "Scratch",
     "Section",
+    "Several",
     "ShapeError",
     "Task",
     "TaskError",
@@ -65,4 +69,5 @@ __all__ = [
     "one_blas_thread",
     "part",
     "run_now",
+    "wrap",
 ]

@@ -23,13 +23,14 @@ def dims(names: str) -> list[Dim]:
 class Access:
     """How a kernel uses one tile: `kind`, its dimensions and its element type; of a reduction also how it is combined.
 
-    `kind`: in, out, inout, commutative, concurrent or reduction; scratch for no tile.
+    `kind`: in, out, inout, commutative, concurrent or reduction; scratch for no tile. `is_several`: of each of a list of tiles.
     """
 
     kind: str
     dims: tuple[Dim | int, ...]
     dtype: np.dtype
     combiner: Operator | Combiner | None = None
+    is_several: bool = False
 
     @property
     def is_read(self) -> bool:
@@ -42,7 +43,7 @@ class Access:
     @property
     def numba_type(self) -> types.Array:
         """One type per declaration, so that one compiled version serves every tile: rows of any distance, elements side by side."""
-        layout = "C" if len(self.dims) == 1 else "A"
+        layout = "C" if len(self.dims) <= 1 else "A"
         return types.Array(numba.from_dtype(self.dtype), len(self.dims), layout, readonly=not self.is_written)
 
 
@@ -50,11 +51,13 @@ class _Declaration(Any):  # to a type checker a tile is an array in a body, and 
     kind: str
 
     def __class_getitem__(cls, items) -> Access:
-        """`In[R, C]`: a float32 tile of R x C; a NumPy type as last item names another type: `In[R, np.int32]`."""
+        """`In[R, C]`: a float32 tile of R x C; a NumPy type as last item names another: `In[R, np.int32]`; `In[()]`: one number."""
         *sizes, last = items if isinstance(items, tuple) and items else (items,)
         has_type = isinstance(last, np.dtype) or (isinstance(last, type) and issubclass(last, np.generic))
         if not has_type:
             sizes.append(last)
+        if sizes == [()]:
+            return Access(cls.kind, (), np.dtype(last if has_type else np.float32))
         if not sizes or not all(isinstance(s, str) or (type(s) is int and s > 0) for s in sizes):
             raise TypeError(f"{cls.__name__}[...] takes dimension names or sizes, then perhaps a NumPy type; got {items!r}")
         return Access(cls.kind, tuple(sizes), np.dtype(last if has_type else np.float32))
@@ -102,10 +105,24 @@ class Reduction(_Declaration):
     def __class_getitem__(cls, items) -> Access:
         operator, *rest = items if isinstance(items, tuple) and items else (items,)
         combiner = as_combiner(operator)
+        if not rest:
+            raise TypeError(f"Reduction[...] takes dimensions after '{combiner}': Reduction['+', N], or Reduction['+', ()] of one number")
         plain = super().__class_getitem__(tuple(rest))
         if isinstance(combiner, Operator) and plain.dtype.kind not in combiner.kinds:
             raise TypeError(f"Reduction[...]: '{combiner}' is not for {plain.dtype}; a Combiner of your own may be")
         return replace(plain, combiner=combiner)
+
+
+class Several(Any):
+    """A list of tiles as one argument, each declared alike: `parts: Several[In[R, C]]`. The body gets a tuple of arrays, perhaps of none.
+
+    OmpSs-2's multidependencies. Such a kernel has no compiled twin. Its formulas may ask for the parameter: how many tiles there are.
+    """
+
+    def __class_getitem__(cls, declared) -> Access:
+        if not isinstance(declared, Access) or declared.is_several or declared.kind in ("reduction", "scratch"):
+            raise TypeError(f"Several[...] takes In, Out, InOut, Commutative or Concurrent of one tile, got {declared!r}")
+        return replace(declared, is_several=True)
 
 
 class Scratch(_Declaration):

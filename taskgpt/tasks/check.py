@@ -140,12 +140,22 @@ class _Copies:
 
     def __init__(self, call: Call):
         self.kernel, self.args = call.kernel, call.args
-        self.boxes = {name: _Box(call.kernel.accesses[name].kind, tile) for name, tile in call.tiles()}
+        self.boxes: dict[str, _Box] = {}  # by parameter; of a list by parameter[number]
+        for name, argument in zip(call.kernel.accesses, [a for a in call.args if isinstance(a, (Tile, tuple))], strict=True):
+            kind = call.kernel.accesses[name].kind
+            if isinstance(argument, Tile):
+                self.boxes[name] = _Box(kind, argument)
+            else:
+                self.boxes.update({f"{name}[{at}]": _Box(kind, tile) for at, tile in enumerate(argument)})
         self.scratch = {name: _Guarded(*each) for name, each in zip(call.kernel.scratch, call.scratch_shapes, strict=True)}
 
     def arguments(self, is_read_only: bool) -> list:
         given = zip(self.kernel.parameters, self.args, strict=True)
-        tiles = [self.boxes[name].view(is_read_only) if name in self.boxes else argument for name, argument in given]
+        views = {name: box.view(is_read_only) for name, box in self.boxes.items()}
+        tiles = []
+        for name, argument in given:
+            is_list = isinstance(argument, tuple)
+            tiles.append(tuple(views[f"{name}[{at}]"] for at in range(len(argument))) if is_list else views.get(name, argument))
         return [*tiles, *(each.inner for each in self.scratch.values())]
 
     def named(self) -> str:
@@ -177,18 +187,22 @@ class _Guarded:
     """Private memory that holds the pattern: `inner`, before and after it a border as large as itself, and after each row too."""
 
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype):
-        self.borders = [max(_LEAST_BORDER, n) for n in shape]
-        first, *others = (n + border for n, border in zip(shape, self.borders, strict=True))
-        self.pattern = np.full(1, _pattern(dtype), dtype).view(np.uint8)
+        self.shape = shape or (1,)  # a single number is a row of one
+        self.borders = [max(_LEAST_BORDER, n) for n in self.shape]
+        first, *others = (n + border for n, border in zip(self.shape, self.borders, strict=True))
+        self.pattern = (
+            np.full(1, _pattern(dtype), dtype).view(np.uint8) if dtype.kind in "cfbiu" else np.full(dtype.itemsize, 0xA5, np.uint8)
+        )
         # Whole elements: NumPy need not write the 6 bytes of a long double that hold nothing.
         self.block = np.tile(self.pattern, [first + self.borders[0], *others, 1]).view(dtype)[..., 0]
         self.starts = [self.borders[0]] + [0] * len(others)
-        self.inner = self.block[tuple(slice(start, start + n) for start, n in zip(self.starts, shape, strict=True))]
+        whole = self.block[tuple(slice(start, start + n) for start, n in zip(self.starts, self.shape, strict=True))]
+        self.inner = whole if shape else whole.reshape(())
 
     def _border(self) -> Iterator[np.ndarray]:
         yield self.block[: self.starts[0]]
         part = self.block[self.starts[0] :]
-        for axis, n in enumerate(self.inner.shape):
+        for axis, n in enumerate(self.shape):
             along = (slice(None),) * axis
             yield part[(*along, slice(n, None))]
             part = part[(*along, slice(0, n))]
@@ -208,7 +222,7 @@ class _Box(_Guarded):
         self.kind = kind
         self.tile = tile
         if kind != "out":
-            self.inner[...] = tile.array
+            _raw(self.inner)[...] = _raw(tile.array)
 
     def view(self, is_read_only: bool) -> np.ndarray:
         view = self.inner.view()
@@ -237,13 +251,13 @@ class _Box(_Guarded):
             self.tile.array[...] = self.inner
 
 
-def _pattern(dtype: np.dtype) -> complex | int:
-    """Return what stands where nothing was written: NaN, the smallest of signed and the largest of unsigned integers, True.
+def _raw(array: np.ndarray) -> np.ndarray:
+    """Return the array; of structures their bytes, for NumPy does not copy those between fields."""
+    return array.view(f"V{array.itemsize}") if array.dtype.kind == "V" else array
 
-    Raises TypeError for elements that are no numbers.
-    """
-    if dtype.kind not in "cfbiu":
-        raise TypeError(f"tiles of {dtype} cannot be checked: their elements are no numbers")
+
+def _pattern(dtype: np.dtype) -> complex | int:
+    """Return what stands in numbers that nobody wrote: NaN, the smallest of signed and the largest of unsigned integers, True."""
     if dtype.kind == "c":
         return complex(math.nan, math.nan)
     if dtype.kind == "f":

@@ -32,6 +32,12 @@ class CellHistory:
             readers.is_open = False
         self.writers, self.readers, self.group = writers, (), None
 
+    def copy(self) -> "CellHistory":
+        """Return the history of a piece of the cell."""
+        copy = CellHistory()
+        copy.writers, copy.readers, copy.group, copy.lock = self.writers[:], self.readers[:], self.group, self.lock
+        return copy
+
     def numbered_lock(self) -> tuple[int, threading.Lock]:
         """Return the cell's lock and its serial number, made at the first call."""
         if self.lock is None:

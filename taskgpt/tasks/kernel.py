@@ -20,7 +20,6 @@ a twin that uses an intrinsic (dense, gemm, exp32), itself or in a helper, canno
 import dis
 import inspect
 import itertools
-import math
 import pickle
 import sys
 import time
@@ -39,14 +38,11 @@ from numba.extending import intrinsic
 from taskgpt.tasks.access import Access
 from taskgpt.tasks.cache import bounds_checked, compile_kept, reason_of, undisturbed
 from taskgpt.tasks.scratch import Shapes, scratch_arrays
+from taskgpt.tasks.shapes import elements, sizes_of
 from taskgpt.tasks.sources import Sources
 
 # error_model="numpy": division by zero gives inf or nan, as in the body, and costs no branch.
 _njit = numba.njit(nogil=True, error_model="numpy")
-
-
-class ShapeError(ValueError):
-    """A tile does not have the shape or the type that its kernel declares."""
 
 
 class AccessError(RuntimeError):
@@ -179,6 +175,8 @@ class Kernel:
         """Decorate the compiled twin: same parameters, must agree with the body. Compiled by `compile_kernels` or at the first call."""
         if not inspect.isfunction(twin):
             raise TypeError(f"{self.name}.compiled decorates a plain function, and compiles it itself; {_what_is(twin)}")
+        if any(access.is_several for access in self.accesses.values()):
+            raise TypeError(f"{self.name}: a kernel with Several has no compiled twin, as its lists are of any length")
         names = [*self.parameters, *self.scratch]
         if list(inspect.signature(twin).parameters) != names:
             raise TypeError(f"{self.name}: the compiled twin must take {names}")
@@ -303,44 +301,36 @@ class Kernel:
         names = ", ".join(f"'{name}'" for name in found or inputs)
         return AccessError(f"{self.name} wrote {'' if found else 'one of '}{names}, declared In")
 
-    def sizes(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
-        """Return the size that each dimension name stands for, given the shape of each tile.
+    def sizes(self, shapes: dict[str, Any]) -> dict[str, int]:
+        """Return the size that each dimension name stands for; see shapes.sizes_of."""
+        return sizes_of(self.name, self.accesses, shapes)
 
-        Raises ShapeError if a tile has another number of dimensions, or if one name would stand for two sizes.
-        """
-        sizes: dict[str, int] = {}
-        origin: dict[str, str] = {}
-        for name, access in self.accesses.items():
-            shape = shapes[name]
-            if len(shape) != len(access.dims):
-                names = ", ".join(map(str, access.dims))
-                raise ShapeError(f"{self.name}: '{name}' wants {len(access.dims)} dimensions ({names}), got shape {shape}")
-            for dim, size in zip(access.dims, shape, strict=True):
-                wanted = dim if isinstance(dim, int) else sizes.setdefault(dim, size)
-                first = origin.setdefault(str(dim), name)
-                if size != wanted:
-                    said = "" if isinstance(dim, int) else f" as in '{first}'"
-                    raise ShapeError(f"{self.name}: '{name}' wants {dim} = {wanted}{said}, got shape {shape}")
-        return sizes
+    def shapes_of(self, args: Iterable) -> dict[str, Any]:
+        """Return what `sizes` is given, of arguments: tiles or arrays, lists of them, and constants."""
+        return {
+            name: tuple(each.shape for each in given) if self.accesses[name].is_several else given.shape
+            for name, given in zip(self.parameters, args, strict=True)
+            if name in self.accesses
+        }
 
     def scratch_shapes(self, args: Iterable) -> Shapes:
         """Return (shape, type) of each scratch array of a call with these arguments: tiles or arrays, and constants."""
         if not self.scratch:
             return ()
-        sizes = self.sizes({name: a.shape for name, a in zip(self.parameters, args, strict=True) if name in self.accesses})
+        sizes = self.sizes(self.shapes_of(args))
         return tuple((tuple(d if isinstance(d, int) else sizes[d] for d in a.dims), a.dtype) for a in self.scratch.values())
 
     def flops(self, sizes: dict[str, int], constants: dict[str, float]) -> int:
         """Return the floating-point operations of one call; one per written element for a kernel that does not say."""
         if self._flops:
             return self._flops({**sizes, **constants})
-        return sum(_elements(access, sizes) for access in self.accesses.values() if access.is_written)
+        return sum(elements(name, access, sizes) for name, access in self.accesses.items() if access.is_written)
 
     def bytes(self, sizes: dict[str, int], constants: dict[str, float]) -> int:
         """Return the bytes that one call moves; for a kernel that does not say, each tile once for reading and once for writing."""
         if self._bytes:
             return self._bytes({**sizes, **constants})
-        return sum(_elements(a, sizes) * a.dtype.itemsize * (a.is_read + a.is_written) for a in self.accesses.values())
+        return sum(elements(name, a, sizes) * a.dtype.itemsize * (a.is_read + a.is_written) for name, a in self.accesses.items())
 
     def _refuse_results(self, function: Callable, what: str) -> None:
         """Raise TypeError for a function that surely returns a value; the rest shows when it runs."""
@@ -363,7 +353,7 @@ class Kernel:
             return None
         names = tuple(inspect.signature(formula).parameters)
         known = {str(d): None for access in self.accesses.values() for d in access.dims if isinstance(d, str)}
-        known |= {name: None for name in self.parameters if name not in self.accesses}
+        known |= {name: None for name in self.parameters if name not in self.accesses or self.accesses[name].is_several}
         for name in names:
             if name not in known:
                 raise TypeError(f"{self.name}: {what} asks for '{name}'; the kernel has {', '.join(known)}")
@@ -405,10 +395,6 @@ def _is_value(instruction: dis.Instruction) -> bool:
 def _names(instruction: dis.Instruction) -> tuple[str, ...]:
     """Return the local variables of a load or a store: Python 3.13 has instructions of two."""
     return instruction.argval if isinstance(instruction.argval, tuple) else (instruction.argval,)
-
-
-def _elements(access: Access, sizes: dict[str, int]) -> int:
-    return math.prod(d if isinstance(d, int) else sizes[d] for d in access.dims)
 
 
 @overload

@@ -167,7 +167,6 @@ def _arguments(context, builder, kernel: Kernel, declared: Sequence[types.Type],
         shape = [next_word() for _ in range(each.ndim)]
         strides = [next_word() for _ in range(each.ndim)]
         item_bytes = context.get_constant(types.intp, context.get_abi_sizeof(context.get_data_type(each.dtype)))
-        shape, strides = cgutils.pack_array(builder, shape), cgutils.pack_array(builder, strides)
         populate_array(array, data=data, shape=shape, strides=strides, itemsize=item_bytes, meminfo=None)
         values.append(array._getvalue())
     return values

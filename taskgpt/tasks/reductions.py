@@ -72,12 +72,15 @@ def beginning(combiner: Operator | Combiner, dtype: np.dtype, axes: int) -> Kern
     def body(out):
         out[...] = value
 
+    def number(out):
+        out[()] = value
+
     def twin(out):
         for at in np.ndindex(out.shape):
             out[at] = value
 
     made = _make(body, {"out": Out}, f"begin_{combiner.name}", beginning, combiner, dtype, axes)
-    return made.compiled(twin) if _is_compiled(combiner, dtype) else made
+    return made.compiled(twin if axes else number) if _is_compiled(combiner, dtype) else made
 
 
 @lru_cache(maxsize=1024)
@@ -97,6 +100,9 @@ def combining(combiner: Operator | Combiner, dtype: np.dtype, axes: int) -> Kern
     def body(into, part):
         ufunc(into, part, out=into)
 
+    def number(into, part):
+        into[()] = scalar(into[()], part[()])
+
     def numbers(into, part):
         for at in range(into.shape[0]):
             into[at] = scalar(into[at], part[at])
@@ -108,12 +114,12 @@ def combining(combiner: Operator | Combiner, dtype: np.dtype, axes: int) -> Kern
                 row[column] = scalar(row[column], other[column])
 
     made = _make(body, {"into": InOut, "part": In}, f"combine_{combiner.name}", combining, combiner, dtype, axes)
-    return made.compiled(numbers if axes == 1 else rows) if _is_compiled(combiner, dtype) else made
+    return made.compiled((number, numbers)[axes] if axes < 2 else rows) if _is_compiled(combiner, dtype) else made
 
 
 def _make(body: Any, accesses: dict[str, Any], name: str, make: Any, combiner: Operator | Combiner, dtype: np.dtype, axes: int) -> Kernel:
     sizes = tuple(Dim(f"N{axis}") for axis in range(axes))
-    body.__annotations__ = {parameter: access[(*sizes, dtype)] for parameter, access in accesses.items()}
+    body.__annotations__ = {parameter: access[(*(sizes or ((),)), dtype)] for parameter, access in accesses.items()}
     body.__name__ = name
     return ReductionKernel(body, make, combiner, dtype, axes)
 

@@ -3,15 +3,16 @@
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
 from taskgpt.tasks.access import Access
 from taskgpt.tasks.blas_threads import one_blas_thread
 from taskgpt.tasks.edges import Edges
-from taskgpt.tasks.kernel import AccessError, Kernel, ShapeError, as_kernel, fits_64_bits
+from taskgpt.tasks.kernel import AccessError, Kernel, as_kernel, fits_64_bits
 from taskgpt.tasks.scratch import Shapes, scratch_arrays
+from taskgpt.tasks.shapes import ShapeError
 from taskgpt.tasks.tensor import Tile
 
 Section = tuple[str, int]  # phase and layer, ("forward", 3); layer -1 = none
@@ -58,7 +59,7 @@ class Call:
     def __init__(self, kernel: Kernel, args: tuple):
         self._signature = Signature(as_kernel(kernel))
         # NumPy's scalars become Python's, which do not widen float32 expressions: bodies and twins see one type.
-        self.args = tuple([a.item() if isinstance(a, np.generic) else a for a in args])
+        self.args = tuple([a.item() if isinstance(a, np.generic) else tuple(a) if isinstance(a, list) else a for a in args])
         self._arrays: list | None = None  # not yet: the arguments may be wrong, and compiled code needs no arrays
 
     @classmethod
@@ -76,7 +77,7 @@ class Call:
     def arrays(self) -> list:
         """The arguments, with arrays in place of tiles."""
         if self._arrays is None:
-            self._arrays = [a.array if isinstance(a, Tile) else a for a in self.args]
+            self._arrays = [_array_of(a) for a in self.args]
         return self._arrays
 
     def run(self) -> None:
@@ -94,13 +95,17 @@ class Call:
                     raise TypeError(f"{kernel.name}: '{name}' wants a constant ({declared.__name__}), got {_told(given)}")
                 if not fits_64_bits(given, declared):
                     raise TypeError(f"{kernel.name}: '{name}' wants a constant of 64 bits, got one of {int(given).bit_length()}")
-            elif not isinstance(given, Tile):
-                raise TypeError(f"{kernel.name}: '{name}' wants a tile, tensor[index], got {_told(given)}")
-            elif given.tensor.array.dtype != declared.dtype:
-                raise ShapeError(f"{kernel.name}: '{name}' wants {declared.dtype}, got {given} of {given.tensor.array.dtype}")
-            elif declared.is_written:
-                verify_writeable(kernel, name, given)
-        kernel.sizes({name: tile.shape for name, tile in self.tiles()})
+                continue
+            if declared.is_several and not isinstance(given, tuple):
+                raise TypeError(f"{kernel.name}: '{name}' wants a list of tiles, got {_told(given)}")
+            for tile in given if declared.is_several else (given,):
+                if not isinstance(tile, Tile):
+                    raise TypeError(f"{kernel.name}: '{name}' wants a tile, tensor[index], got {_told(tile)}")
+                if tile.tensor.array.dtype != declared.dtype:
+                    raise ShapeError(f"{kernel.name}: '{name}' wants {declared.dtype}, got {tile} of {tile.tensor.array.dtype}")
+                if declared.is_written:
+                    verify_writeable(kernel, name, tile)
+        kernel.sizes(kernel.shapes_of(self.args))
 
     @property
     def scratch_shapes(self) -> Shapes:
@@ -116,8 +121,8 @@ class Call:
         if signature.cost is not None:
             return signature.cost
         kernel = signature.kernel
-        sizes = kernel.sizes({name: tile.shape for name, tile in self.tiles()})
-        constants = {name: a for name, a in zip(kernel.parameters, self.args, strict=True) if not isinstance(a, Tile)}
+        sizes = kernel.sizes(kernel.shapes_of(self.args))
+        constants: dict[str, Any] = {name: a for name, a in zip(kernel.parameters, self.args, strict=True) if name not in kernel.accesses}
         cost = kernel.flops(sizes, constants), kernel.bytes(sizes, constants)
         if kernel.is_cost_of_shapes:
             signature.cost = cost
@@ -133,16 +138,29 @@ class Call:
         return type(self), (self.kernel, self.args)
 
     def tiles(self) -> Iterator[tuple[str, "Tile"]]:
-        """Yield (parameter, tile)."""
+        """Yield (parameter, tile), of a list each of its tiles."""
         for name, argument in zip(self.kernel.parameters, self.args, strict=True):
             if isinstance(argument, Tile):
                 yield name, argument
+            elif isinstance(argument, tuple):
+                for tile in argument:
+                    yield name, tile
 
     def __str__(self) -> str:
         given = dict(zip(self.kernel.parameters, self.args, strict=True))
-        parts = [f"{kind}({', '.join(found)})" for kind, found in self.kernel.by_access(lambda name: repr(given[name]))]
-        constants = [f"{name}={value}" for name, value in given.items() if not isinstance(value, Tile)]
+        parts = [f"{kind}({', '.join(found)})" for kind, found in self.kernel.by_access(lambda name: _shown(given[name]))]
+        constants = [f"{name}={value}" for name, value in given.items() if name not in self.kernel.accesses]
         return " ".join([self.kernel.name, *parts, *constants])
+
+
+def _array_of(argument):
+    if isinstance(argument, Tile):
+        return argument.array
+    return tuple([tile.array for tile in argument]) if isinstance(argument, tuple) else argument
+
+
+def _shown(argument: object) -> str:
+    return f"[{', '.join(map(repr, argument))}]" if isinstance(argument, tuple) else repr(argument)
 
 
 def verify_writeable(kernel: Kernel, name: str, tile: Tile) -> None:

@@ -12,7 +12,7 @@ in a worker process would be a copy.
 
 import threading
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Self, TypeVar
 
 import numpy as np
@@ -20,10 +20,11 @@ import numpy as np
 from taskgpt.tasks.combiners import Combiner, Operator
 from taskgpt.tasks.dependencies import CellHistory, TileHistory, longest_path
 from taskgpt.tasks.edges import Edges
+from taskgpt.tasks.grids import Grids
 from taskgpt.tasks.kernel import AccessError, Kernel, as_kernel
 from taskgpt.tasks.reductions import beginning, combining, copies_of, slots_of
 from taskgpt.tasks.task import Call, Section, Signature, Task, this_thread, verify_writeable
-from taskgpt.tasks.tensor import GridError, Tensor, Tile
+from taskgpt.tasks.tensor import Tensor, Tile
 
 AnyGraph = TypeVar("AnyGraph", bound="TaskGraph")  # of the kind that was given
 _combining = threading.Lock()  # threads of a scheduler may look at one graph together
@@ -42,20 +43,23 @@ class _Place(TileHistory):
 class _Signature(Signature):
     """How calls of a kernel on tiles of the same forms access them, too.
 
-    `kinds`: of the access to each tile. `written`: (number of the tile among its tiles, name of the parameter). `reductions`: (number of
-    the tile among its tiles, and among its arguments).
+    Of each tile: `names`, of its parameter; `accesses`, as declared; `kinds`, as done. `written`: (number among the tiles, name).
+    `reductions`: (number among the tiles, and among the arguments).
     """
 
-    __slots__ = ("kinds", "reductions", "written")
+    __slots__ = ("accesses", "kinds", "names", "reductions", "written")
 
-    def __init__(self, kernel: Kernel, allow_commutative: bool):
+    def __init__(self, call: Call, allow_commutative: bool):
+        kernel = call.kernel
         super().__init__(kernel)
-        kinds = [access.kind for access in kernel.accesses.values()]
+        self.names = tuple(name for name, _ in call.tiles())
+        self.accesses = tuple(kernel.accesses[name] for name in self.names)
+        kinds = [access.kind for access in self.accesses]
         self.kinds = tuple("inout" if kind == "commutative" and not allow_commutative else kind for kind in kinds)
-        self.written = tuple((at, name) for at, (name, access) in enumerate(kernel.accesses.items()) if access.is_written)
+        self.written = tuple((at, name) for at, name in enumerate(self.names) if self.accesses[at].is_written)
         position = {name: at for at, name in enumerate(kernel.parameters)}
-        self.reductions = tuple((at, position[name]) for at, (name, access) in enumerate(kernel.accesses.items()) if access.combiner)
-        for access in kernel.accesses.values():
+        self.reductions = tuple((at, position[name]) for at, name in enumerate(self.names) if self.accesses[at].combiner)
+        for access in self.accesses:
             if access.combiner:
                 combining(access.combiner, access.dtype, len(access.dims))  # raises for a kernel that cannot
 
@@ -92,7 +96,7 @@ class TaskGraph:
         self._made_in = this_thread.at
         self._kernels: dict[Kernel, None] = {}  # in order of first use
         self._recorded = 0  # tasks that were spawned here: of those the graph knows what they access
-        self._cells: dict[Tensor, defaultdict[tuple[int, ...], CellHistory]] = {}  # by their positions
+        self._grids = Grids()
         self._places: dict[Tensor, dict[tuple, _Place]] = {}  # by the spans of the tile
         self._forms: dict[tuple, int] = {}  # of tiles: shape and type, numbered
         self._signatures: dict[tuple, _Signature] = {}  # by the kernel and, for each argument, its form or, of a constant, its type
@@ -114,30 +118,31 @@ class TaskGraph:
     def spawn(self, kernel: Kernel, *args, section: Section = ("", -1), priority: int = 0) -> Task:
         """Record a call as the next task.
 
-        Raises ShapeError if a tile's shape or type is not as declared, GridError if its memory is also cut by another grid, AccessError if
+        Raises ShapeError if a tile's shape or type is not as declared, GridError if its memory has two grids, see grids.py, AccessError if
         a written tile overlaps another tile of the same call or is read-only, TypeError for what is no kernel or a wrong number or kind of
         arguments, TwinError for a kernel new to the graph that was compiled from what has changed since (what changes later, the run sees),
         RuntimeError for a graph that was derived or sent: it knows its edges, but not what its tasks access; for one that is being run,
         and, inside a task, for one that the task did not make.
         """
-        self._verify_may_grow()
+        if this_thread.at is not None or self.runs:
+            self._verify_may_grow()
         if self._recorded != len(self._tasks):
             raise RuntimeError(f"graph '{self.name}' was not recorded here, and cannot go on recording; record a new one")
-        signature, places, args = self._look_up(as_kernel(kernel), args) or self._learn(Call(kernel, args))
+        if type(kernel) is not Kernel:
+            as_kernel(kernel)
+        signature, places, args = self._look_up(kernel, args) or self._learn(Call(kernel, args))
         self._verify_written(kernel, places, signature)
         if self._groups:
             self._combine_before(signature, places)
-        begin: list[Call] = []
-        if signature.reductions:
-            places, args = self._spread(signature, places, args, section, priority, begin)
-        return self._record(signature, places, args, section, priority, begin)
+        if not signature.reductions:
+            return self._record(signature, places, (Call.verified(signature, args),), section, priority)
+        places, calls = self._spread(signature, places, args, section, priority)
+        return self._record(signature, places, calls, section, priority)
 
-    def _record(
-        self, signature: _Signature, places: Sequence[_Place], args: tuple, section: Section, priority: int, begin: Sequence[Call] = ()
-    ) -> Task:
-        """Add the task of a call; `begin` comes before it in the same task, and touches no other tiles."""
+    def _record(self, signature: _Signature, places: Sequence[_Place], calls: tuple[Call, ...], section: Section, priority: int) -> Task:
+        """Add a task. Its last call is of that signature, on those tiles; others before it touch no tiles but these."""
         number = len(self._tasks)
-        task = Task(number, (*begin, Call.verified(signature, args)), section)
+        task = Task(number, calls, section)
         task.priority = priority
         waits: set[int] = set()
         for place, kind in zip(places, signature.kinds, strict=True):
@@ -148,32 +153,29 @@ class TaskGraph:
         self._edges.add(waits)
         task.edges = self._edges
         self._tasks.append(task)
-        for call in begin:
-            self._kernels[call.kernel] = None
         self._kernels[signature.kernel] = None
         self._recorded += 1
         return task
 
     def _combine_before(self, signature: _Signature, places: Sequence[_Place]) -> None:
         """End the groups of reductions that a call on these tiles does not go on with."""
-        combiners = [access.combiner for access in signature.kernel.accesses.values()]
         ended: dict[_Group, None] = {}
-        for place, combiner in zip(places, combiners, strict=True):
+        for place, access in zip(places, signature.accesses, strict=True):
             for cell in place.cells:
                 group = self._groups.get(cell)
-                if group is not None and not (group.place is place and group.combiner is combiner):
+                if group is not None and not (group.place is place and group.combiner is access.combiner):
                     ended[group] = None
         for group in ended:
             self._combine(group)
 
     def _spread(
-        self, signature: _Signature, places: Sequence[_Place], args: tuple, section: Section, priority: int, begin: list[Call]
-    ) -> tuple[list[_Place], tuple]:
-        """Return the tiles and arguments of a call, with its turn's slot for each tile that it reduces; add to `begin` what fills it."""
-        chosen, given = list(places), list(args)
-        accesses = list(signature.kernel.accesses.values())
+        self, signature: _Signature, places: Sequence[_Place], args: tuple, section: Section, priority: int
+    ) -> tuple[list[_Place], tuple[Call, ...]]:
+        """Return the tiles of a call, with its turn's slot for each that it reduces, and the call after those that fill new slots."""
+        chosen, given, calls = list(places), list(args), []
         for at, position in signature.reductions:
-            place, combiner = places[at], accesses[at].combiner
+            place, access = places[at], signature.accesses[at]
+            combiner = access.combiner
             assert combiner is not None
             if any(other is not place and not set(other.cells).isdisjoint(place.cells) for other in places):
                 continue  # what else the call does there has its place in the program's order, and so has this
@@ -188,13 +190,15 @@ class TaskGraph:
                 copy = self._copies_of(place)[slot - 1]
                 chosen[at], given[position] = copy, copy.tile
                 if is_first:
-                    begin.append(Call(beginning(combiner, accesses[at].dtype, len(accesses[at].dims)), (copy.tile,)))
-        return chosen, tuple(given)
+                    calls.append(Call(beginning(combiner, access.dtype, len(access.dims)), (copy.tile,)))
+                    self._kernels[calls[-1].kernel] = None
+        return chosen, (*calls, Call.verified(signature, tuple(given)))
 
     def _copies_of(self, place: _Place) -> list[_Place]:
         if place not in self._copies:
             copies = copies_of(place.tile)
-            self._add_grid(copies[0].tensor)
+            self._grids.add(copies[0].tensor)
+            self._places[copies[0].tensor] = {}
             self._copies[place] = [self._place(tile) for tile in copies]
         return self._copies[place]
 
@@ -213,7 +217,7 @@ class TaskGraph:
             for at in range(0, len(used) - distance, 2 * distance):
                 tiles = used[at].tile, used[at + distance].tile
                 signature, places, args = self._look_up(kernel, tiles) or self._learn(Call(kernel, tiles))
-                self._record(signature, places, args, group.section, group.priority)
+                self._record(signature, places, (Call.verified(signature, args),), group.section, group.priority)
             distance *= 2
         for cell in place.cells:  # at last: until then other threads that look at the graph wait
             del self._groups[cell]
@@ -232,6 +236,13 @@ class TaskGraph:
                 places.append(place)
                 known.append(place.tile)
                 key.append(place.form)
+            elif type(argument) in (tuple, list):
+                found = self._look_up_list(argument)
+                if found is None:
+                    return None
+                places += found
+                known.append(tuple([place.tile for place in found]))
+                key.append(tuple([place.form for place in found]))
             else:
                 if isinstance(argument, np.generic):
                     argument = argument.item()
@@ -242,6 +253,11 @@ class TaskGraph:
         signature = self._signatures.get(tuple(key))
         return None if signature is None else (signature, places, tuple(known))
 
+    def _look_up_list(self, tiles: Sequence[Tile]) -> list[_Place] | None:
+        if not all(type(tile) is Tile and tile.tensor in self._places for tile in tiles):
+            return None
+        return [self._place(tile) for tile in tiles]
+
     def _learn(self, call: Call) -> tuple[_Signature, list[_Place], tuple]:
         """Verify a call of a new kind, and know it from now on. Return what `_look_up` does."""
         kernel = call.kernel
@@ -250,19 +266,29 @@ class TaskGraph:
             kernel.verify_sources()
         for _, tile in call.tiles():
             self._know(tile.tensor)
-        known = [self._place(argument) if isinstance(argument, Tile) else argument for argument in call.args]
-        key = kernel, *(each.form if isinstance(each, _Place) else type(each) for each in known)
-        if key not in self._signatures:
-            self._signatures[key] = _Signature(kernel, self.allow_commutative)
-        places = [each for each in known if isinstance(each, _Place)]
-        return self._signatures[key], places, tuple(each.tile if isinstance(each, _Place) else each for each in known)
+        places: list[_Place] = []
+        known: list = []
+        key: list = [kernel]
+        for argument in call.args:
+            if isinstance(argument, (Tile, tuple)):
+                found = [self._place(tile) for tile in (argument if isinstance(argument, tuple) else (argument,))]
+                places += found
+                tiles, forms = tuple(place.tile for place in found), tuple(place.form for place in found)
+                known.append(tiles if isinstance(argument, tuple) else tiles[0])
+                key.append(forms if isinstance(argument, tuple) else forms[0])
+            else:
+                known.append(argument)
+                key.append(type(argument))
+        if tuple(key) not in self._signatures:
+            self._signatures[tuple(key)] = _Signature(call, self.allow_commutative)
+        return self._signatures[tuple(key)], places, tuple(known)
 
     def _place(self, tile: Tile) -> _Place:
-        places, cells = self._places[tile.tensor], self._cells[tile.tensor]
+        places = self._places[tile.tensor]
         place = places.get(tile.spans)
         if place is None:
             form = self._forms.setdefault((tile.shape, tile.tensor.array.dtype), len(self._forms))
-            place = places[tile.spans] = _Place(tile, tuple(map(cells.__getitem__, tile.cells())), form)
+            place = places[tile.spans] = _Place(tile, self._grids.cells_of(tile), form)
         return place
 
     def _verify_written(self, kernel: Kernel, places: Sequence[_Place], signature: _Signature) -> None:
@@ -271,9 +297,10 @@ class TaskGraph:
             tile = places[at].tile
             tensor = tile.tensor
             verify_writeable(kernel, name, tile)
+            has_likes = tensor in self._grids.finest
             for other_at, other in enumerate(places):
-                if other.tile.tensor is tensor and other_at != at and tile.overlaps(other.tile):
-                    first, second = (list(kernel.accesses)[n] for n in sorted((at, other_at)))
+                if (other.tile.tensor is tensor or has_likes) and other_at != at and tile.overlaps(other.tile):
+                    first, second = (signature.names[n] for n in sorted((at, other_at)))
                     where = f"{kernel.name}: '{first}' and '{second}' overlap in {tensor.name}"
                     raise AccessError(f"{where}; declare one InOut instead")
 
@@ -300,29 +327,18 @@ class TaskGraph:
             raise RuntimeError(f"graph '{self.name}' is being run, and the task would not be; spawn it before the run or after its end")
 
     def _know(self, tensor: Tensor) -> None:
-        """Refuse a second grid over memory that another tensor of this graph already cuts."""
-        other = self._other_grid(tensor)
-        if other:
-            raise GridError(
-                f"'{tensor.name}' ({tensor}) and '{other.name}' ({other}) share memory: two grids over one buffer would hide "
-                "dependencies; index one tensor in both places"
-            )
-        self._add_grid(tensor)
-
-    def _add_grid(self, tensor: Tensor) -> None:
-        self._cells.setdefault(tensor, defaultdict(CellHistory))
-        self._places.setdefault(tensor, {})
-
-    def _other_grid(self, tensor: Tensor) -> Tensor | None:
-        """Return a tensor of this graph that cuts the memory of the given one by another grid."""
-        if tensor in self._cells:
-            return None
-        low, high = tensor.address_range()
-        for other in self._cells:
-            other_low, other_high = other.address_range()
-            if low < other_high and other_low < high:
-                return other
-        return None
+        """Take a tensor's grid in. Memory that another tensor cuts, too, goes by the finer of the two grids; if none is, it is refused."""
+        if tensor in self._grids:
+            return
+        other = self._grids.other(tensor)
+        if other is None:
+            self._grids.add(tensor)
+        else:
+            self._combine_all()
+            for each in self._grids.join(tensor, other):
+                for place in self._places[each].values():
+                    place.cells = self._grids.cells_of(place.tile)
+        self._places[tensor] = {}
 
     def edges_to(self, following: "TaskGraph") -> list[tuple[int, int]] | None:
         """Return (task here, task there) for the dependencies of a graph that runs right after this one, less those that others imply.
@@ -331,7 +347,7 @@ class TaskGraph:
         there waits for everything here.
         """
         are_recorded = self._recorded == len(self.tasks) and following._recorded == len(following.tasks)
-        if not are_recorded or any(self._other_grid(tensor) for tensor in following._cells):
+        if not are_recorded or any(self._grids.other(tensor) for tensor in following._grids):
             return None
         count = len(self.tasks)
         both = Edges()
@@ -353,8 +369,7 @@ class TaskGraph:
             for call in task.calls:
                 for name, tile in call.tiles():
                     if tile not in touched:
-                        cells: Mapping = self._cells.get(tile.tensor, {})
-                        touched[tile] = [cells[position] for position in tile.cells() if position in cells]
+                        touched[tile] = self._grids.touched(tile)
                     kind = call.kernel.accesses[name].kind
                     for cell in touched[tile]:
                         if cell not in overwritten:

@@ -20,56 +20,69 @@ import weakref
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
+_MOST_WORK = 10_000  # a millisecond, to find out whether arrays between each other's rows share memory
 ALIGNMENT_BYTES = 64  # a cache line; the same offset in every process, so that BLAS takes the same path and gives the same bits
 
 
 Span = tuple[int, int] | int  # of an axis: (start, stop), or an integer, which drops the axis
+Bounds = tuple[tuple[int, ...], ...]  # of the cells of each axis: where they begin, and where the last ends
+Cut = int | tuple[int, ...] | Sequence[int] | None  # see TensorSpec
 
 
 class GridError(ValueError):
-    """A grid that cannot be, or two grids over one memory."""
+    """A grid that cannot be, or two grids over one memory of which none refines the other."""
 
 
 @dataclass(frozen=True)
 class TensorSpec:
     """The shape of a tensor, and where its grid is cut.
 
-    `cuts` has an entry for each axis: None (one cell), n (a cut after every n elements; the last cell may be smaller), or a tuple of such n
-    (a cut wherever one of them asks for it).
+    `cuts` has an entry for each axis: None (one cell), n (a cut after every n elements; the last cell may be smaller), a tuple of such n
+    (a cut wherever one of them asks for it), or a list or a range of the places themselves: `range(1, 257, 64)` cuts before elements 1, 65,
+    129 and 193, so that the first cell is a border of one element.
     """
 
     shape: tuple[int, ...]
-    cuts: tuple[int | tuple[int, ...] | None, ...] = ()
+    cuts: tuple[Cut, ...] = ()
     dtype: np.dtype = field(default=np.dtype(np.float32))
 
-    def bounds(self) -> tuple[tuple[int, ...], ...]:
-        """Return the cell boundaries of each axis, from 0 to the axis' length. Raises GridError for a cut below 1."""
+    def bounds(self) -> Bounds:
+        """Return the cell boundaries of each axis, from 0 to its length. Raises GridError for a cut below 1 or outside of the axis."""
         cuts = self.cuts or (None,) * len(self.shape)
-        if not self.shape:
-            raise GridError("a tensor has at least one axis; a single number is a tensor of shape (1,)")
         if len(cuts) != len(self.shape):
             raise GridError(f"{len(cuts)} cuts for a tensor of {len(self.shape)} axes")
-        bounds = []
-        for length, cut in zip(self.shape, cuts, strict=True):
-            steps = cut if isinstance(cut, tuple) else (length if cut is None else cut,)
-            if not steps:
-                raise GridError("no cuts in an empty tuple; None leaves an axis whole")
-            if any(step < 1 for step in steps) and length > 0:
-                raise GridError(f"cannot cut an axis of {length} elements every {min(steps)}: a tile has at least 1 element")
-            points = set().union(*(range(0, length, step) for step in steps)) if length else {0}
-            bounds.append((*sorted(points), length))
-        return tuple(bounds)
+        return tuple(map(_bounds, self.shape, cuts))
 
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
+def _bounds(length: int, cut: Cut) -> tuple[int, ...]:
+    if isinstance(cut, (list, range, np.ndarray)):
+        places = sorted({operator.index(place) for place in cut})
+        if places and not 0 <= places[0] <= places[-1] <= length:
+            wrong = places[0] if places[0] < 0 else places[-1]
+            raise GridError(f"cannot cut an axis of {length} elements before element {wrong}")
+        return (0, *(place for place in places if 0 < place < length), length)
+    steps = cut if isinstance(cut, tuple) else (length if cut is None else cut,)
+    if not steps:
+        raise GridError("no cuts in an empty tuple; None leaves an axis whole")
+    if any(step < 1 for step in steps) and length > 0:
+        raise GridError(f"cannot cut an axis of {length} elements every {min(steps)}: a tile has at least 1 element")
+    points = set().union(*(range(0, length, step) for step in steps)) if length else {0}
+    return (*sorted(points), length)
+
+
 class Tensor:
-    """A named array with a grid. `array` is its memory; `tensor[index]` is a Tile."""
+    """A named array with a grid. `array` is its memory; `tensor[index]` is a Tile.
+
+    Raises GridError for a grid that cannot be, for rows whose elements do not lie side by side, and for elements that are Python objects.
+    """
 
     def __init__(self, name: str, array: np.ndarray, cuts: tuple = (), block: "_Block | None" = None):
         self.name = name
@@ -78,11 +91,21 @@ class Tensor:
         self.bounds = TensorSpec(array.shape, tuple(cuts), array.dtype).bounds()
         self.grid = tuple(len(b) - 1 for b in self.bounds)
         self._block = block
-        if array.size and array.strides[-1] != array.itemsize:
-            raise GridError(f"tensor '{name}': elements of the last axis must lie side by side, got strides {array.strides}")
+        if array.dtype.hasobject:
+            raise GridError(f"tensor '{name}': elements must be plain memory, and these are Python objects")
+        if array.size and array.ndim and array.shape[-1] > 1 and array.strides[-1] != array.itemsize:
+            order = "; in Fortran order, take the transpose, array.T" if array.flags.f_contiguous else "; take a copy, array.copy()"
+            raise GridError(f"tensor '{name}': elements of the last axis must lie side by side, got strides {array.strides}{order}")
 
     def __getitem__(self, index) -> "Tile":
         return Tile(self, index)
+
+    def cell(self, *position: int) -> "Tile":
+        """Return the tile that is one cell of the grid: `x.cell(2, 0)`. Raises IndexError for one that the grid does not have."""
+        is_one = len(position) == len(self.grid) and all(0 <= place < n for place, n in zip(position, self.grid, strict=True))
+        if not is_one:
+            raise IndexError(f"tensor '{self.name}' has a grid of {' x '.join(map(str, self.grid)) or 'one cell'}, got cell {position}")
+        return Tile(self, tuple(slice(bounds[at], bounds[at + 1]) for at, bounds in zip(position, self.bounds, strict=True)))
 
     def __repr__(self) -> str:
         return f"{self.name}{list(self.array.shape)} cut {' x '.join(map(str, self.grid))}"
@@ -104,6 +127,23 @@ class Tensor:
             raise TypeError(self.not_shared)
         return _Block.tensor, (self._block, self.name)
 
+    def is_like(self, other: "Tensor") -> bool:
+        """Return True if it is the same array in the same memory, perhaps under another name and with another grid."""
+        mine, others = self.array, other.array
+        if (mine.shape, mine.strides, mine.dtype) != (others.shape, others.strides, others.dtype):
+            return False
+        return mine.__array_interface__["data"][0] == others.__array_interface__["data"][0]
+
+    def shares_memory(self, other: "Tensor") -> bool:
+        """Return True if the two have an element in common; also where that is too hard to find out."""
+        (low, high), (other_low, other_high) = self.address_range(), other.address_range()
+        if high <= other_low or other_high <= low:
+            return False
+        try:
+            return np.shares_memory(self.array, other.array, max_work=_MOST_WORK)  # type: ignore[arg-type]  # any number, says its page
+        except np.exceptions.TooHardError:
+            return True
+
     def address_range(self) -> tuple[int, int]:
         """Return the first and the one-past-last byte address."""
         first = self.array.__array_interface__["data"][0]
@@ -119,7 +159,7 @@ class Tile:
     `spans` has an entry for each axis of the tensor: (start, stop), or the integer of an axis that is dropped.
 
     Raises IndexError for an index that leaves the tensor, is no integer or slice, has a step, or selects nothing, and for an integer on the
-    last axis: kernels may rely on elements of a row lying side by side.
+    last axis unless all are: kernels may rely on elements of a row lying side by side.
     """
 
     __slots__ = ("_array", "spans", "tensor")  # the view is made when it is first wanted: many tiles are recorded, and never seen by Python
@@ -137,7 +177,7 @@ class Tile:
         self._hold(tensor, spans)
 
     def _hold(self, tensor: Tensor, spans: tuple[Span, ...]) -> "Tile":
-        if not isinstance(spans[-1], tuple):
+        if spans and not isinstance(spans[-1], tuple) and any(isinstance(span, tuple) for span in spans):
             last = spans[-1]
             axis = f"axis {len(spans) - 1} is the last and takes a slice, so that elements lie side by side"
             raise IndexError(f"tensor '{tensor.name}': {axis}: {last}:{last + 1}, got {last}")
@@ -149,7 +189,7 @@ class Tile:
     @property
     def array(self) -> np.ndarray:
         if self._array is None:
-            self._array = self.tensor.array[self.index]
+            self._array = self.tensor.array[(*self.index, ...)]  # without the dots, integers alone would give a number, not its place
         return self._array
 
     @property
@@ -165,10 +205,10 @@ class Tile:
     def shape(self) -> tuple[int, ...]:
         return tuple(span[1] - span[0] for span in self.spans if isinstance(span, tuple))
 
-    def cells(self) -> Iterator[tuple[int, ...]]:
-        """Yield the grid position of every cell that this tile touches, wholly or in part."""
+    def cells(self, grid: Bounds | None = None) -> Iterator[tuple[int, ...]]:
+        """Yield the position of every cell that this tile touches, wholly or in part, of its tensor's grid or a finer one."""
         touched = []
-        for span, bounds in zip(self.spans, self.tensor.bounds, strict=True):
+        for span, bounds in zip(self.spans, grid or self.tensor.bounds, strict=True):
             start, stop = span if isinstance(span, tuple) else (span, span + 1)
             touched.append(range(bisect_right(bounds, start) - 1, bisect_left(bounds, stop)))
         return itertools.product(*touched)
@@ -191,9 +231,27 @@ class Tile:
             raise IndexError(f"tile {self!r} has {at} axes, got {len(inner)} indices")
         return Tile.__new__(Tile)._hold(self.tensor, tuple(spans))
 
+    def grown(self, *borders: int) -> "Tile":
+        """Return the tile with a border of so many elements on both sides of each axis, as far as the tensor goes.
+
+        One number is for all axes that the tile has; otherwise there is one for each.
+        """
+        axes = len(self.shape)
+        widths = borders * axes if len(borders) == 1 else borders
+        if len(widths) != axes or any(width < 0 for width in map(operator.index, widths)):
+            raise ValueError(f"tile {self!r} has {axes} axes, and borders are not negative; got {borders}")
+        width = iter(widths)
+        spans: list[Span] = []
+        for span, length in zip(self.spans, self.tensor.shape, strict=True):
+            if isinstance(span, tuple):
+                more = next(width)
+                span = max(0, span[0] - more), min(length, span[1] + more)
+            spans.append(span)
+        return Tile.__new__(Tile)._hold(self.tensor, tuple(spans))
+
     def overlaps(self, other: "Tile") -> bool:
-        """Return True if the two tiles have an element in common."""
-        if self.tensor is not other.tensor:
+        """Return True if the two tiles have an element in common; of two tensors they must be alike, see `Tensor.is_like`."""
+        if self.tensor is not other.tensor and not self.tensor.is_like(other.tensor):
             return False
         for own, others in zip(self.spans, other.spans, strict=True):
             start, stop = own if isinstance(own, tuple) else (own, own + 1)
@@ -236,8 +294,26 @@ def _refused(where: str, index: Sequence, shape: Sequence[int]) -> IndexError:
         is_one = wrong.step in (None, 1) and all(end is None or hasattr(end, "__index__") for end in (wrong.start, wrong.stop))
     else:
         is_one = hasattr(wrong, "__index__")
+        if is_one and -length <= operator.index(wrong) < 0:
+            return IndexError(f"{where}: axis {axis} counts from 0 to {length - 1}, got {wrong!r}; its element is {length + wrong}")
     wanted = f"has {length} elements" if is_one else "takes an integer or a slice without step"
     return IndexError(f"{where}: axis {axis} {wanted}, got {wrong!r}")
+
+
+def wrap(array: Any, cuts: Cut | tuple[Cut, ...] = (), name: str = "x") -> Tensor:
+    """Return a tensor on memory that is there: a NumPy array, a memoryview or another object with Python's buffer protocol, not copied.
+
+    `cuts` are those of TensorSpec; of an array of one axis the cut alone will do. Read-only memory makes a tensor that can only be read.
+    Raises TypeError for what has no memory to share, such as a list, and GridError as Tensor does.
+    """
+    if not isinstance(array, np.ndarray):
+        try:
+            array = np.asarray(memoryview(array))
+        except TypeError:
+            raise TypeError(f"wrap takes an array or a buffer, got a {type(array).__name__}; np.array() makes one") from None
+    cuts = () if cuts is None else cuts
+    is_one = array.ndim == 1 and not (isinstance(cuts, tuple) and len(cuts) < 2)
+    return Tensor(name, array, (cuts,) if is_one or not isinstance(cuts, tuple) else cuts)
 
 
 class Arena:

@@ -1,0 +1,78 @@
+"""Grids: the cells of all tensors that a graph has met, each with its history.
+
+Tensors may share memory if they are the same array and one grid is cut wherever the other is, too: then the cells of both are those of the
+finer one, for it tells apart whatever the other does.
+"""
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+from taskgpt.tasks.dependencies import CellHistory
+from taskgpt.tasks.tensor import Bounds, GridError, Tensor, Tile
+
+
+class Grids:
+    """`finest`: of tensors that share memory with others, the grid that all of them go by."""
+
+    def __init__(self):
+        self._cells: dict[Tensor, defaultdict[tuple[int, ...], CellHistory]] = {}  # by their positions; one for all that share memory
+        self.finest: dict[Tensor, Bounds] = {}
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        return tensor in self._cells
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self._cells)
+
+    def cells_of(self, tile: Tile) -> tuple[CellHistory, ...]:
+        """Return the cells that a tile touches; new ones of what nobody touched."""
+        return tuple(map(self._cells[tile.tensor].__getitem__, tile.cells(self.finest.get(tile.tensor))))
+
+    def touched(self, tile: Tile) -> list[CellHistory]:
+        """Return those of them that somebody touched; of a tensor that is not here, none."""
+        cells = self._cells.get(tile.tensor)
+        return [] if cells is None else [cells[at] for at in tile.cells(self.finest.get(tile.tensor)) if at in cells]
+
+    def add(self, tensor: Tensor) -> None:
+        """Add the grid of memory that no other tensor has."""
+        self._cells[tensor] = defaultdict(CellHistory)
+
+    def other(self, tensor: Tensor) -> Tensor | None:
+        """Return a tensor that shares memory with one that is not here."""
+        if tensor in self._cells:
+            return None
+        return next((other for other in self._cells if tensor.shares_memory(other)), None)
+
+    def join(self, tensor: Tensor, other: Tensor) -> Sequence[Tensor]:
+        """Add the grid of memory that another tensor has, too; return the tensors whose cells are others now, finer ones.
+
+        Raises GridError unless one of the grids refines the other.
+        """
+        known = self.finest.get(other, other.bounds)
+        pairs = [(set(mine), set(theirs)) for mine, theirs in zip(tensor.bounds, known, strict=False)]
+        refined: list[Tensor] = []
+        if not tensor.is_like(other) or not (all(a <= b for a, b in pairs) or all(a >= b for a, b in pairs)):
+            raise GridError(
+                f"'{tensor.name}' ({tensor}) and '{other.name}' ({other}) share memory: two grids over one buffer would hide dependencies, "
+                "unless both are of the whole array, and one is cut wherever the other is; index one tensor in both places"
+            )
+        if not all(a <= b for a, b in pairs):
+            refined = self._refine(other, known, tensor.bounds)
+            known = tensor.bounds
+        self._cells[tensor] = self._cells[other]
+        self.finest[tensor] = self.finest[other] = known
+        return refined
+
+    def _refine(self, tensor: Tensor, bounds: Bounds, finer: Bounds) -> list[Tensor]:
+        """Cut the cells of a tensor and of those that share its memory further: each piece has the history of the whole."""
+        whole = self._cells[tensor]
+        pieces: defaultdict[tuple[int, ...], CellHistory] = defaultdict(CellHistory)
+        for position, history in whole.items():
+            ends = [(cuts[at], cuts[at + 1]) for at, cuts in zip(position, bounds, strict=True)]
+            axes = [range(cuts.index(start), cuts.index(stop)) for cuts, (start, stop) in zip(finer, ends, strict=True)]
+            pieces.update({piece: history.copy() for piece in itertools.product(*axes)})
+        sharing = [each for each, cells in self._cells.items() if cells is whole]
+        for each in sharing:
+            self._cells[each], self.finest[each] = pieces, finer
+        return sharing
