@@ -6,6 +6,7 @@ kernel.py           @kernel: a NumPy body, its declaration, and its compiled twi
 shapes.py           what the names of dimensions stand for in a call
 sources.py          what a compiled twin is made from
 cache.py            compiled twins are kept on disk, as long as nothing of that has changed
+symbols.py          functions that are compiled once for all twins, in linked.py what sources.py knows of them
 tensor.py           tensors cut into grids, tiles, arenas (also shared between processes)
 task.py             calls, and tasks of one or more of them
 dependencies.py     what an access must wait for

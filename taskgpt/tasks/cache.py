@@ -43,6 +43,8 @@ def compile_kept(function: Callable, signature: Any, name: str | None = None) ->
     """
     sources = Sources(function.py_func)
     name = name or function.py_func.__qualname__
+    for linked in sources.linked:  # before it is loaded: LLVM ends the process where it finds a symbol unknown
+        linked.link()
     if not _set_cache(function, sources, name):
         _prepare(sources)
     function.compile(signature)
@@ -117,11 +119,14 @@ def undisturbed(work: Callable[[], Any]) -> Any:
 
 
 @contextlib.contextmanager
-def bounds_checked() -> Iterator[None]:
-    """Let numba check indices in all that it compiles meanwhile, helpers too, as NUMBA_BOUNDSCHECK=1 does. Within `undisturbed`."""
+def bounds_checked(are_checked: bool = True) -> Iterator[None]:
+    """Let numba check indices in all that it compiles meanwhile, helpers too, as NUMBA_BOUNDSCHECK=1 does, or in none of it.
+
+    Within `undisturbed`.
+    """
     with global_compiler_lock:  # what other threads compile is none of ours
         before = numba.config.BOUNDSCHECK
-        numba.config.BOUNDSCHECK = 1
+        numba.config.BOUNDSCHECK = 1 if are_checked else None
         try:
             yield
         finally:

@@ -27,6 +27,8 @@ import numpy as np
 from llvmlite import ir
 from numba import extending, types
 
+from taskgpt.tasks.linked import Linked
+
 try:  # private to numba; `_are_registries_known` looks whether they are what this module takes them for
     from numba.core import entrypoints, imputils
     from numba.core.dispatcher import Dispatcher
@@ -55,7 +57,8 @@ class Sources:
     Attributes: `parts`, (what, content) in an order that the program gives; `lines`, where in its file each function stands, which machine
     code tells where it raises; `everywhere`, the sources of what is registered with numba for operators, libraries' functions and the like,
     to which any code may come; `unknown`, why the machine code cannot be kept, if it cannot; `helpers`, the dispatchers that it calls,
-    directly or not; `has_intrinsics`, whether an intrinsic is among what it calls.
+    directly or not; `linked`, what it calls by a symbol, whose sources are among `parts`, too; `has_intrinsics`, whether an intrinsic is
+    among what it calls.
     """
 
     def __init__(self, function: Callable, is_everywhere: bool = False):
@@ -63,6 +66,7 @@ class Sources:
         self.lines: list[str] = []
         self.unknown: list[str] = []
         self.helpers: list[Dispatcher] = []
+        self.linked: list[Linked] = []
         self.has_intrinsics = False
         self._open: list[object] = []  # the functions and containers that are being visited
         self._names: dict[tuple[int, str], tuple[dict, str, object]] = {}  # (namespace, name, what it stands for)
@@ -79,8 +83,8 @@ class Sources:
         for each in self.everywhere.values():
             self.unknown += each.unknown
             self.helpers += [helper for helper in each.helpers if helper not in self.helpers]
-            self._names.update(each._names)
-            self._insides.update(each._insides)
+            self.linked += [linked for linked in each.linked if linked not in self.linked]
+            self._watch_all_of(each)
         self._namespaces = tuple(zip(*self._names.values(), strict=True)) or ((), (), ())
 
     def digest(self) -> str:
@@ -167,6 +171,10 @@ class Sources:
     def _watch_names(self, namespace: dict, names: Iterable[str]) -> None:
         self._names.update(((id(namespace), name), (namespace, name, namespace.get(name, _NOTHING))) for name in names)
 
+    def _watch_all_of(self, other: "Sources") -> None:
+        self._names.update(other._names)
+        self._insides.update(other._insides)
+
     def _watch(self, value: object) -> None:
         self._insides[id(value)] = value, _inside(value)
 
@@ -234,6 +242,8 @@ class Sources:
         if isinstance(definition, FunctionType):
             self.has_intrinsics = True
             return f"intrinsic {self._visit(definition)} {_text_of((value._prefer_literal, sorted(value._ctor_kwargs.items())))}"
+        if isinstance(value, Linked):
+            return self._take_in(value)
         if isinstance(value, FunctionType):
             return self._visit(value)  # run when an intrinsic is compiled; or, with NUMBA_DISABLE_JIT, a helper
         if isinstance(value, np.ufunc) and getattr(np, value.__name__, None) is value:
@@ -247,6 +257,17 @@ class Sources:
         if isinstance(value, type) and issubclass(value, tuple) and hasattr(value, "_fields"):
             return f"{_name_of(value)} {value._fields}"
         return self._no_content(value, name)
+
+    def _take_in(self, linked: Linked) -> str:
+        """Take in what is called by a symbol, once: not with its helpers, which are compiled apart."""
+        if linked not in self.linked:
+            inner = Sources(getattr(linked.function, "py_func", linked.function), is_everywhere=True)
+            self.linked.append(linked)
+            self.parts += inner.parts
+            self.lines += inner.lines
+            self.unknown += inner.unknown
+            self._watch_all_of(inner)
+        return f"linked {linked.name} {self.linked.index(linked)} {linked.signature}"
 
     def _no_content(self, value: object, name: str) -> str:
         self.unknown.append(f"'{name}' is a {_name_of(type(value))}, whose changes a cache would not see")
