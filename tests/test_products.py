@@ -1,21 +1,39 @@
 """Products of our own are right for every shape, and their bits depend on the operands alone."""
 
+import re
+import subprocess
+import sys
+from functools import cache
+
 import numpy as np
 import pytest
+from llvmlite import binding
 
 from taskgpt.errors import UserError
 from taskgpt.products import BLAS, OWN_BF16, OWN_FP32, WORK, described, operand, product, verify_callers, way_for
 from taskgpt.products.blocks import multiplier
 from taskgpt.products.instruction_sets import AVX2, AVX512, AVX512_BF16, NEON, instruction_set_for, of_this_machine
-from taskgpt.products.machine_code import MachineCode
+from taskgpt.products.machine_code import MachineCode, features_for, module_for
 from taskgpt.products.micro_kernels import BFLOAT16, FLOAT32
 from taskgpt.products.packed import GRAIN, packed_products
+from taskgpt.tasks.sources import Sources
 
 pytestmark = pytest.mark.skipif(of_this_machine() is None, reason="no vector instructions that products of our own are written for")
 WAYS = {"fp32": OWN_FP32, "bf16": OWN_BF16}
 # What this machine can run: LLVM makes vectors of any length out of those that it has.
 SETS = {each.name: each for each in (AVX512, AVX2, NEON)}
 SOME = [(1, 1, 1), (8, 48, 384), (9, 49, 385), (64, 64, 64), (600, 50, 7), (33, 100, 900), (5, 16, 1000), (513, 17, 33)]
+
+
+@cache
+def code_for(instructions) -> MachineCode:
+    return MachineCode(instructions)
+
+
+@cache
+def multiply_with(instructions, precision):
+    """Compiling takes seconds: once for all tests."""
+    return multiplier(code_for(instructions), precision)
 
 
 def case(shape, transpose_a, transpose_b, seed=0, gap=3):
@@ -85,7 +103,7 @@ def test_bits_do_not_depend_on_tiles_nor_on_instructions(transposed):
     assert np.array_equal(again, c)
     for instructions in SETS.values():
         again[...] = np.nan
-        multiplier(MachineCode(instructions), FLOAT32)(again, a, b, ta, tb, 0, work())
+        multiply_with(instructions, FLOAT32)(again, a, b, ta, tb, 0, work())
         assert np.array_equal(again, c), instructions
 
 
@@ -104,7 +122,7 @@ def test_a_chain_is_what_numpy_adds_one_by_one():
 @pytest.mark.parametrize("instructions", SETS.values(), ids=SETS)
 def test_bfloat16_without_its_instruction_is_right(instructions):
     """Two multiply-adds take its place."""
-    multiply = multiplier(MachineCode(instructions), BFLOAT16)
+    multiply = multiply_with(instructions, BFLOAT16)
     for transposed in ((0, 0), (0, 1), (1, 0), (1, 1)):
         for shape in SOME:
             c, a, b = case(shape, *transposed)
@@ -117,11 +135,10 @@ def test_bfloat16_without_its_instruction_is_right(instructions):
 @pytest.mark.parametrize("instructions", SETS.values(), ids=SETS)
 def test_packed_operands_are_multiplied_as_those_that_are_not(instructions, precision):
     """Rows by columns and columns by columns, with whatever is left over of tiles, of pairs, and of the GRAIN of columns."""
-    code = MachineCode(instructions)
-    rows_of, columns_of, multiply_packed = packed_products(code, precision)
+    rows_of, columns_of, multiply_packed = packed_products(code_for(instructions), precision)
     for M, N, K in [(1, 1, 1), (8, 48, 64), (13, 50, 33), (64, 64, 129), (40, 100, 48)]:
         c, a, b = case((M, N, K), 0, 0)
-        multiplier(code, precision)(c, a, b, 0, 0, 0, work())
+        multiply_with(instructions, precision)(c, a, b, 0, 0, 0, work())
         steps, columns, rows = K if precision == FLOAT32 else -(-K // 2), -(-N // GRAIN) * GRAIN, -(-M // GRAIN) * GRAIN
         a_rows, a_columns, b_columns, again = (
             np.full((n, m + 5), np.nan, np.float32)[:, :m] for n, m in ((M, steps), (steps, rows), (steps, columns), (M, columns))
@@ -181,6 +198,65 @@ def test_rounding_is_to_the_nearest_then_to_the_even():
         assert np.array_equal(d.T, operand(OWN_BF16, x))
 
 
+# What is refused, and what it is made from ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", [BLAS, *WAYS.values()], ids=["blas", *WAYS])
+def test_without_elements_there_is_a_product_all_the_same(way):
+    """Nothing where C has none; where K is 0 the sum of nothing, as NumPy has it, or what was there."""
+    for M, N, K in ((0, 5, 7), (5, 0, 7), (0, 0, 0)):
+        product(way, np.empty((M, N), np.float32), np.ones((M, K), np.float32), np.ones((K, N), np.float32), 0, 0, 0, work())
+    for transposed in (0, 1):
+        a, b = np.empty((0, 9), np.float32), np.empty((0, 50), np.float32)
+        c = np.full((9, 50), np.nan, np.float32)
+        product(way, c, op(a, not transposed), op(b, transposed), transposed, transposed, 0, work())
+        assert not c.any()
+        c[...] = 3
+        product(way, c, op(a, not transposed), op(b, transposed), transposed, transposed, 1, work())
+        assert (c == 3).all()
+
+
+@pytest.mark.parametrize("way", [BLAS, *WAYS.values()], ids=["blas", *WAYS])
+def test_what_does_not_fit_is_refused(way):
+    """Before anything is written beyond a tile: shapes, columns apart from each other, too little to work with."""
+    c, a, b = np.zeros((8, 48), np.float32), np.ones((8, 64), np.float32), np.ones((64, 48), np.float32)
+    for tiles in ((c[:7], a, b), (c[:, :9], a, b), (c, a[:, :9], b), (c, a, b[:, :9]), (c, a.T, b), (c, a, b.T)):
+        with pytest.raises(ValueError, match=r"product\(\) wants c \(M, N\), op\(a\) \(M, K\)"):
+            product(way, *tiles, 0, 0, 0, work())
+    with pytest.raises(ValueError, match=r"work of Scratch\[WORK\]"):
+        product(way, c, a, b, 0, 0, 0, work()[:-1])
+    for tiles, transposed in (((c, a.T, b), (1, 0)), ((c, a, b.T), (0, 1)), ((c[:, ::2], a, b[:, :24]), (0, 0))):
+        with pytest.raises(ValueError, match=r"elements of a row side by side; to transpose an operand, set its flag"):
+            product(way, *tiles, *transposed, 0, work())
+    assert not c.any()
+    product(way, c[:, :1], a[:, ::99], b[::99, ::99], 0, 0, 0, work())  # one column, however far from the next
+    assert c.sum() == 8
+
+
+def test_another_micro_kernel_is_another_source(monkeypatch):
+    """Its symbols have other names, and what calls them another digest: nothing that was kept is taken for it."""
+    instructions = of_this_machine()
+    before, digest = code_for(instructions), Sources(multiply_with(instructions, FLOAT32).py_func).digest()
+    assert Sources(multiplier(MachineCode(instructions), FLOAT32).py_func).digest() == digest
+    monkeypatch.setattr("taskgpt.products.micro_kernels.UNROLL", 4)
+    after = MachineCode(instructions)
+    assert not set(before.symbols.values()) & set(after.symbols.values())
+    assert Sources(multiplier(after, FLOAT32).py_func).digest() != digest
+
+
+def test_programs_that_multiply_nothing_do_not_wait_for_micro_kernels():
+    """They are made when a kernel that multiplies is compiled or loaded, not at import."""
+    program = (
+        "import taskgpt.train, taskgpt.programs.plot\n"
+        "from taskgpt.gpt2.kernels import gelu_forward, matmul_backward_input\n"
+        "from taskgpt.products.machine_code import code_of_this_machine\n"
+        "for kernel in None, gelu_forward, matmul_backward_input:\n"
+        "    kernel and kernel.compile()\n"
+        "    print(code_of_this_machine.cache_info().currsize)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split() == ["0", "0", "1"]
+
+
 # Which way ------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -193,6 +269,20 @@ def test_machines_get_the_best_that_they_have():
     assert instruction_set_for({"avx2": True, "fma": True}, x86) == AVX2
     assert instruction_set_for({"avx2": True}, x86) is None
     assert instruction_set_for({}, "arm64-apple-darwin23") == NEON
+
+
+def test_on_arm_they_are_fused_multiply_adds_of_vectors(capfd):
+    """LLVM, which knows other processors too, takes all of it, has nothing to say, and calls nothing."""
+    binding.initialize_all_targets()
+    binding.initialize_all_asmprinters()
+    triple = "aarch64-unknown-linux-gnu"
+    module = module_for(NEON)
+    module.triple = triple
+    target = binding.Target.from_triple(triple).create_target_machine(cpu="generic", features=features_for(triple, "+neon"), opt=3)
+    text = target.emit_assembly(binding.parse_assembly(str(module)))
+    assert text.count("fmla") > 400
+    assert not re.search(r"\bbl\b", text)
+    assert capfd.readouterr().err == ""
 
 
 def test_what_cannot_be_is_refused_and_what_can_has_words(monkeypatch):

@@ -11,14 +11,16 @@ columns are side by side and there are too few rows to make up for a copy. The o
 
 import numba
 import numpy as np
+from numba import types
 
 from taskgpt.products.instruction_sets import VECTORS
 from taskgpt.products.machine_code import MachineCode, code_of_this_machine
 from taskgpt.products.micro_kernels import BFLOAT16, FLOAT32, NUMBERS
 from taskgpt.products.packed import cannot_multiply, even_part, tile_multiplier
-from taskgpt.products.packing import ROW_STEPS, STEPS, packers
+from taskgpt.products.packing import INT, READ, ROW_STEPS, STEPS, WRITTEN, packers
 from taskgpt.products.ways import BLAS, OWN_FP32
 from taskgpt.tasks.blas import gemm
+from taskgpt.tasks.symbols import by_symbol
 
 ROWS = 512  # of A that are packed at a time
 _A_ELEMENTS, _B_ELEMENTS, _EDGE_ELEMENTS = ROWS * ROW_STEPS, STEPS * 64, 16 * 64  # enough for any register tile
@@ -52,9 +54,9 @@ def multiplier(code: MachineCode, precision: str):
                 mn = min(ROWS, rows - m)
                 if transpose_a:
                     for i in range(0, mn, panel):
-                        pack_columns(packed_a + 4 * i * steps, panel, a, 0, k, kn, m + i, min(panel, mn - i), panel)
+                        pack_columns((packed_a + 4 * i * steps, panel, a, 0, k, kn, m + i, min(panel, mn - i), panel))
                 elif not a_in_place:
-                    pack_rows(packed_a, ROW_STEPS, a, m, mn, k, kn)
+                    pack_rows((packed_a, ROW_STEPS, a, m, mn, k, kn))
                 for p in range(panels):
                     n, width = even_part(p, panels, vectors, lanes)
                     nn = min(width, columns - n)
@@ -62,7 +64,7 @@ def multiplier(code: MachineCode, precision: str):
                         b_at, b_step = b.ctypes.data + k * b.strides[0] + 4 * n, b.strides[0] // 4
                     else:
                         b_at, b_step = packed_b, width
-                        pack_columns(b_at, width, b, transpose_b, k, kn, n, nn, width)
+                        pack_columns((b_at, width, b, transpose_b, k, kn, n, nn, width))
                     for i in range(0, mn, rows_of_tile):
                         here = min(rows_of_tile, mn - i)
                         if transpose_a:
@@ -92,22 +94,44 @@ def multiplier(code: MachineCode, precision: str):
     return multiply
 
 
-if _code := code_of_this_machine():
-    _multiply_float32, _multiply_bfloat16 = multiplier(_code, FLOAT32), multiplier(_code, BFLOAT16)
-else:
-    _multiply_float32 = _multiply_bfloat16 = cannot_multiply
+@numba.njit(nogil=True, error_model="numpy")
+def _has_rows(x):
+    """Return True if the elements of each row lie side by side."""
+    return x.strides[1] == 4 or x.shape[1] <= 1
+
+
+@by_symbol("product", way=INT, c=WRITTEN, a=READ, b=READ, transpose_a=INT, transpose_b=INT, adds=INT, work=types.float32[::1])
+def _product():
+    code = code_of_this_machine()
+    multiply_float32, multiply_bfloat16 = (multiplier(code, each) if code else cannot_multiply for each in (FLOAT32, BFLOAT16))
+
+    @numba.njit(nogil=True, error_model="numpy")
+    def multiply(way, c, a, b, transpose_a, transpose_b, adds, work):
+        rows, depth = (a.shape[1], a.shape[0]) if transpose_a else a.shape
+        steps, columns = (b.shape[1], b.shape[0]) if transpose_b else b.shape
+        if rows != c.shape[0] or columns != c.shape[1] or depth != steps or work.shape[0] < WORK:
+            raise ValueError("product() wants c (M, N), op(a) (M, K), op(b) (K, N), and work of Scratch[WORK]")
+        if rows == 0 or columns == 0 or depth == 0:
+            if not adds:
+                c[...] = _ZERO
+            return
+        if not (_has_rows(c) and _has_rows(a) and _has_rows(b)):
+            raise ValueError("product() wants elements of a row side by side; to transpose an operand, set its flag")
+        if way == BLAS:
+            gemm(c, a, b, transpose_a, transpose_b, _ONE, _ONE if adds else _ZERO)
+        elif way == OWN_FP32:
+            multiply_float32(c, a, b, transpose_a, transpose_b, adds, work)
+        else:
+            multiply_bfloat16(c, a, b, transpose_a, transpose_b, adds, work)
+
+    return multiply
 
 
 @numba.njit(nogil=True, error_model="numpy")
 def product(way, c, a, b, transpose_a, transpose_b, adds, work):
     """In a compiled twin: c = op(a) @ op(b), or c += op(a) @ op(b) if `adds`, for float32 tiles; op(x) = x.T where the flag is 1.
 
-    Shapes: c (M, N), op(a) (M, K), op(b) (K, N), not checked; work: Scratch[WORK]. `way` is one of BLAS, OWN_FP32, OWN_BF16, of
-    which the last rounds a and b to bfloat16.
+    Shapes: c (M, N), op(a) (M, K), op(b) (K, N), otherwise it raises ValueError; work: Scratch[WORK]. `way` is one of BLAS, OWN_FP32,
+    OWN_BF16, of which the last rounds a and b to bfloat16.
     """
-    if way == BLAS:
-        gemm(c, a, b, transpose_a, transpose_b, _ONE, _ONE if adds else _ZERO)
-    elif way == OWN_FP32:
-        _multiply_float32(c, a, b, transpose_a, transpose_b, adds, work)
-    else:
-        _multiply_bfloat16(c, a, b, transpose_a, transpose_b, adds, work)
+    _product((way, c, a, b, transpose_a, transpose_b, adds, work))

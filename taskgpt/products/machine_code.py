@@ -1,4 +1,4 @@
-"""The micro-kernels of this machine as functions that compiled code can call: made once, when this file is imported.
+"""The micro-kernels of this machine as functions that compiled code can call: made when something that multiplies is compiled or loaded.
 
 Their names carry a digest of what they were made from, so that compiled kernels, which are kept on disk with these names in them, never
 call other code than they were compiled for.
@@ -28,6 +28,11 @@ def module_for(instructions: InstructionSet) -> ir.Module:
     return module
 
 
+def features_for(processor: str, features: str) -> str:
+    """Return what LLVM is to know of a processor's features: vectors of 512 bits are meant, also where it would rather take two of 256."""
+    return features + ",-prefer-256-bit" if processor.startswith("x86") else features  # others it would name as unknown, on stderr
+
+
 class MachineCode:
     """The functions of `module_for`, compiled for this machine, which must have the instructions.
 
@@ -40,8 +45,7 @@ class MachineCode:
         binding.initialize_native_target()
         binding.initialize_native_asmprinter()
         target = binding.Target.from_default_triple()
-        # Vectors of 512 bits are meant, also where LLVM would rather take two of 256.
-        features = binding.get_host_cpu_features().flatten() + ",-prefer-256-bit"
+        features = features_for(binding.get_process_triple(), binding.get_host_cpu_features().flatten())
         target_machine = target.create_target_machine(cpu=binding.get_host_cpu_name(), features=features, opt=3)
         names = [function.name for function in module.functions if not function.is_declaration]
         parsed = binding.parse_assembly(str(module))

@@ -10,8 +10,9 @@ import numba
 from taskgpt.products.instruction_sets import VECTORS
 from taskgpt.products.machine_code import MachineCode, code_of_this_machine
 from taskgpt.products.micro_kernels import BFLOAT16, FLOAT32
-from taskgpt.products.packing import packers
+from taskgpt.products.packing import INT, READ, WRITTEN, packers
 from taskgpt.products.ways import OWN_FP32
+from taskgpt.tasks.symbols import by_symbol
 
 GRAIN = 16  # columns are a multiple of it: as many as the widest vectors hold
 
@@ -48,7 +49,7 @@ def packed_products(code: MachineCode, precision: str):
 
     @numba.njit(nogil=True, error_model="numpy")
     def pack_rows(packed, x):
-        rows_packer(packed.ctypes.data, packed.strides[0] // 4, x, 0, x.shape[0], 0, x.shape[1])
+        rows_packer((packed.ctypes.data, packed.strides[0] // 4, x, 0, x.shape[0], 0, x.shape[1]))
 
     @numba.njit(nogil=True, error_model="numpy")
     def pack_columns(packed, x, is_transposed):
@@ -56,7 +57,7 @@ def packed_products(code: MachineCode, precision: str):
         for n in range(0, columns, VECTORS * lanes):
             width = min(VECTORS * lanes, columns - n)
             at, here = packed.ctypes.data + 4 * n, max(0, min(width, wanted - n))
-            columns_packer(at, packed.strides[0] // 4, x, is_transposed, 0, depth, n, here, width)
+            columns_packer((at, packed.strides[0] // 4, x, is_transposed, 0, depth, n, here, width))
 
     @numba.njit(nogil=True, error_model="numpy")
     def multiply(c, a, is_transposed, b, adds):
@@ -79,11 +80,52 @@ def cannot_multiply(*_):
     raise NotImplementedError("this machine has none of the vector instructions that products of our own need")
 
 
-if _code := code_of_this_machine():
-    _rows_float32, _columns_float32, _multiply_float32 = packed_products(_code, FLOAT32)
-    _rows_bfloat16, _columns_bfloat16, _multiply_bfloat16 = packed_products(_code, BFLOAT16)
-else:
-    _rows_float32 = _columns_float32 = _multiply_float32 = _rows_bfloat16 = _columns_bfloat16 = _multiply_bfloat16 = cannot_multiply
+def _of_both(which: int):
+    """Return what `packed_products` returns under this number, for float32 and for bfloat16."""
+    code = code_of_this_machine()
+    return [packed_products(code, each)[which] if code else cannot_multiply for each in (FLOAT32, BFLOAT16)]
+
+
+@by_symbol("pack_rows", way=INT, packed=WRITTEN, x=READ)
+def _pack_rows():
+    of_float32, of_bfloat16 = _of_both(0)
+
+    @numba.njit(nogil=True, error_model="numpy")
+    def pack(way, packed, x):
+        if way == OWN_FP32:
+            of_float32(packed, x)
+        else:
+            of_bfloat16(packed, x)
+
+    return pack
+
+
+@by_symbol("pack_columns", way=INT, packed=WRITTEN, x=READ, is_transposed=INT)
+def _pack_columns():
+    of_float32, of_bfloat16 = _of_both(1)
+
+    @numba.njit(nogil=True, error_model="numpy")
+    def pack(way, packed, x, is_transposed):
+        if way == OWN_FP32:
+            of_float32(packed, x, is_transposed)
+        else:
+            of_bfloat16(packed, x, is_transposed)
+
+    return pack
+
+
+@by_symbol("multiply_packed", way=INT, c=WRITTEN, a=READ, is_transposed=INT, b=READ, adds=INT)
+def _multiply():
+    of_float32, of_bfloat16 = _of_both(2)
+
+    @numba.njit(nogil=True, error_model="numpy")
+    def multiply(way, c, a, is_transposed, b, adds):
+        if way == OWN_FP32:
+            of_float32(c, a, is_transposed, b, adds)
+        else:
+            of_bfloat16(c, a, is_transposed, b, adds)
+
+    return multiply
 
 
 @numba.njit(nogil=True, error_model="numpy")
@@ -95,10 +137,7 @@ def elements(way, numbers):
 @numba.njit(nogil=True, error_model="numpy")
 def pack_rows(way, packed, x):
     """packed (M, elements) = x (M, K), as rows."""
-    if way == OWN_FP32:
-        _rows_float32(packed, x)
-    else:
-        _rows_bfloat16(packed, x)
+    _pack_rows((way, packed, x))
 
 
 @numba.njit(nogil=True, error_model="numpy")
@@ -107,10 +146,7 @@ def pack_columns(way, packed, x, is_transposed):
 
     How many columns `packed` has must be a multiple of GRAIN.
     """
-    if way == OWN_FP32:
-        _columns_float32(packed, x, is_transposed)
-    else:
-        _columns_bfloat16(packed, x, is_transposed)
+    _pack_columns((way, packed, x, is_transposed))
 
 
 @numba.njit(nogil=True, error_model="numpy")
@@ -119,7 +155,4 @@ def multiply(way, c, a, is_transposed, b, adds):
 
     Shapes: a (M, elements), or (elements, M) if is_transposed; b (elements, N) of columns; N a multiple of GRAIN; not checked.
     """
-    if way == OWN_FP32:
-        _multiply_float32(c, a, is_transposed, b, adds)
-    else:
-        _multiply_bfloat16(c, a, is_transposed, b, adds)
+    _multiply((way, c, a, is_transposed, b, adds))

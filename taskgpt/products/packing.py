@@ -13,17 +13,20 @@ from numba.extending import intrinsic
 
 from taskgpt.products.machine_code import MachineCode
 from taskgpt.products.micro_kernels import FLOAT32, NUMBERS
+from taskgpt.tasks.symbols import by_symbol
 
+# Of what is called by a symbol: numbers, and tiles.
+INT, WRITTEN, READ = types.int64, types.Array(types.float32, 2, "A"), types.Array(types.float32, 2, "A", readonly=True)
 STEPS = 384  # elements of K that are packed at a time
 ROW_STEPS = STEPS + 16  # distance of packed rows: such that they do not fall on one another in the first cache
 _ZERO = np.float32(0)
 
 
 def packers(code: MachineCode, precision: str):
-    """Return (pack_columns, pack_rows) of float32 operands, which make elements of `precision`.
+    """Return (pack_columns, pack_rows) of float32 operands, which make elements of `precision`; see symbols.py on how to call them.
 
-    pack_columns(there, apart, x, is_transposed, k, kn, n, nn, width): op(x)[k : k + kn, n : n + nn] to columns at the address `there`;
-    op(x) is x, or x.T if it is transposed. pack_rows(there, apart, x, m, mm, k, kn): x[m : m + mm, k : k + kn] to rows.
+    pack_columns((there, apart, x, is_transposed, k, kn, n, nn, width)): op(x)[k : k + kn, n : n + nn] to columns at the address `there`;
+    op(x) is x, or x.T if it is transposed. pack_rows((there, apart, x, m, mm, k, kn)): x[m : m + mm, k : k + kn] to rows.
     """
     lanes, numbers = code.instructions.lanes, NUMBERS[precision]
     transpose = code.external(f"transpose_{precision}", 5)
@@ -85,7 +88,11 @@ def packers(code: MachineCode, precision: str):
                 at, second = k + step * numbers, step * numbers + 1 < kn
                 _elements_at(to)[step] = element(x[m + i, at], x[m + i, at + 1] if numbers == 2 and second else _ZERO)
 
-    return pack_columns, pack_rows
+    columns = {"k": INT, "kn": INT, "n": INT, "nn": INT, "width": INT}
+    return (
+        by_symbol(f"columns_{precision}", there=INT, apart=INT, x=READ, is_transposed=INT, **columns)(lambda: pack_columns),
+        by_symbol(f"rows_{precision}", there=INT, apart=INT, x=READ, m=INT, mm=INT, k=INT, kn=INT)(lambda: pack_rows),
+    )
 
 
 @intrinsic
