@@ -1,11 +1,13 @@
 """The limits that speeds are stated against: measured in a moment, on no more threads than can run."""
 
 import time
+from functools import partial
 
 import numpy as np
 import pytest
 
 from taskgpt.lab import machine
+from taskgpt.products import BLAS, way_for
 
 
 def test_sgemm_is_measured():
@@ -25,14 +27,15 @@ def test_more_threads_than_cores_are_not_started(monkeypatch):
 
 @pytest.mark.parametrize("transpose_a", (0, 1))
 @pytest.mark.parametrize("transpose_b", (0, 1))
-def test_what_is_measured_is_a_product(transpose_a, transpose_b):
-    """The twin computes what its body says, operands transposed or not."""
+@pytest.mark.parametrize("way", (BLAS, way_for("own", "fp32")))
+def test_what_is_measured_is_a_product(transpose_a, transpose_b, way):
+    """The twin computes what its body says, operands transposed or not, by BLAS or by our own."""
     a, b = np.arange(6, dtype=np.float32).reshape(2, 3), np.arange(12, dtype=np.float32).reshape(3, 4)
     out, wanted = np.zeros((2, 4), np.float32), a @ b
     operands = np.ascontiguousarray(a.T) if transpose_a else a, np.ascontiguousarray(b.T) if transpose_b else b
-    for product in (machine.product, machine.product.body):
+    for product in (machine.product, partial(machine.product.body, work=None)):
         out[:] = 0
-        product(out, *operands, transpose_a, transpose_b, 2)
+        product(out, *operands, transpose_a, transpose_b, way, 2)
         assert out.tolist() == wanted.tolist()
 
 

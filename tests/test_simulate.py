@@ -13,12 +13,15 @@ from hypothesis import strategies as st
 
 from taskgpt.config import find_file, load_scheduler
 from taskgpt.errors import UserError
+from taskgpt.gpt2.program import training_graph
 from taskgpt.lab import machine as this
+from taskgpt.lab.named import make
 from taskgpt.lab.simulator import validation
 from taskgpt.lab.simulator.machine_file import Machine
 from taskgpt.lab.simulator.simulated import Costs, ms_a_step, simulated
-from taskgpt.lab.simulator.task_costs import Rates, traffic
+from taskgpt.lab.simulator.task_costs import Rates, Speeds, traffic
 from taskgpt.lab.traces.trace import Trace, Traced
+from taskgpt.products import BLAS, way_for
 from taskgpt.programs import trace as trace_program
 from taskgpt.programs.simulate import main as simulate
 from taskgpt.schedulers import open_scheduler
@@ -295,9 +298,22 @@ def test_rates_give_back_what_they_were_made_of():
     graph = Graph()
     for first, last in ((0, 2), (2, 6)):
         graph.spawn(work, x[first:last])
-    estimate = Rates.of(graph, [1.0, 5.0], lambda _: 1.0).estimate(graph)
+    estimate = Rates.of(graph, [1.0, 5.0], lambda *_: 1.0).estimate(graph)
     assert estimate.sum() == pytest.approx(6)
     assert estimate[1] == pytest.approx(2 * estimate[0])
+
+
+def test_rates_of_products_are_those_of_their_own_way(monkeypatch):
+    """BLAS is slower at some shapes than at others, our own at other ones: each is measured as the graph's tasks multiply, once."""
+    asked = []
+    monkeypatch.setattr(this, "product_gflops", lambda way, *_, **shape: asked.append((way, *shape.values())) or 1.0 + way)
+    found = {}
+    for products in ("own", "blas"):
+        graph = training_graph(make(f"tiny:options.products={products}"))
+        found[products] = Rates.of(graph, np.ones(len(graph.tasks)), Speeds(0.01)).by_kernel["matmul_gelu_forward"]
+    assert {way for way, *_ in asked} == {BLAS, way_for("own", "fp32")}
+    assert len(asked) == len(set(asked))
+    assert found["own"] == pytest.approx((1 + way_for("own", "fp32")) * found["blas"])
 
 
 def test_the_program(tmp_path, capsys):

@@ -22,6 +22,8 @@ from taskgpt.lab.report import Report
 from taskgpt.lab.tuning import tuned
 from taskgpt.lab.tuning.races import FASTER, MARGIN, SLOWER, Search, Track, final_verdict, verdict
 from taskgpt.lab.tuning.tilings import KEYS, Forecast, Space
+from taskgpt.products import BLAS, OWN_FP32
+from taskgpt.products.instruction_sets import AVX512
 from taskgpt.programs import tune as program
 from taskgpt.programs.tune import main as tune
 from taskgpt.train import main as train
@@ -65,6 +67,18 @@ def test_a_ladder_cuts_and_has_the_shipped_size(space):
             assert sizes[-1] >= extents[key]
         else:
             assert all(space.model.heads % size == 0 for size in sizes if size != shipped)
+
+
+def test_sizes_are_multiples_of_what_products_compute_at_a_time(monkeypatch):
+    """Of our own: rows of whole register tiles, columns of whole vectors, from three of them on. Of BLAS: multiples of 16."""
+    monkeypatch.setattr("taskgpt.products.ways.of_this_machine", lambda: AVX512)
+    config = make_config("gpt2-124m:batch.seq_len=72")
+    own, blas = Space.here(config, 2), Space.here(make_config("gpt2-124m:options.products=blas,batch.seq_len=72"), 2)
+    assert (own.way, blas.way) == (OWN_FP32, BLAS)
+    assert own.ladders()["rows"] == [40, 48, 72, 96, 144, 256, 288]
+    assert blas.ladders()["rows"] == [32, 48, 80, 96, 144, 256, 288]
+    assert own.ladders()["columns"] == [48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 3072]
+    assert blas.ladders()["columns"] == own.ladders()["columns"][1:]
 
 
 @given(spaces())

@@ -16,25 +16,27 @@ import psutil
 import threadpoolctl
 
 from taskgpt.errors import UserError, address_space_bytes
+from taskgpt.products import BLAS, WORK, operand
+from taskgpt.products import product as multiply
 from taskgpt.schedulers.cores import usable_cores
-from taskgpt.tasks import In, InOut, Out, dims, kernel
-from taskgpt.tasks.blas import gemm
+from taskgpt.tasks import In, InOut, Out, Scratch, dims, kernel
 
 A, B, M, N, K, L = dims("A B M N K L")
 BANDWIDTH_BYTES = 1 << 29  # of memory that bandwidth is measured on, all threads together; more where caches are larger than a quarter
 
 
 @kernel
-def product(out: Out[M, N], a: In[A, K], b: In[B, L], transpose_a: int, transpose_b: int, times: int):
+def product(out: Out[M, N], a: In[A, K], b: In[B, L], transpose_a: int, transpose_b: int, way: int, times: int, work: Scratch[WORK]):
     """out = op(a) @ op(b), so many times; op transposes where its flag is 1."""
+    a, b = operand(way, a), operand(way, b)
     for _ in range(times):
         np.matmul(a.T if transpose_a else a, b.T if transpose_b else b, out=out)
 
 
 @product.compiled
-def product_twin(out, a, b, transpose_a, transpose_b, times):
+def product_twin(out, a, b, transpose_a, transpose_b, way, times, work):
     for _ in range(times):
-        gemm(out, a, b, transpose_a, transpose_b, np.float32(1), np.float32(0))
+        multiply(way, out, a, b, transpose_a, transpose_b, 0, work)
 
 
 @kernel
@@ -84,6 +86,11 @@ def triad_twin(x, y, z, times):
 def sgemm_gflops(
     threads: int, M: int = 256, N: int = 768, K: int = 3072, transpose_a: int = 0, transpose_b: int = 1, seconds: float = 0.3
 ) -> float:
+    """Return GFLOP/s of BLAS's sgemm; see product_gflops."""
+    return product_gflops(BLAS, threads, M, N, K, transpose_a, transpose_b, seconds)
+
+
+def product_gflops(way: int, threads: int, M: int, N: int, K: int, transpose_a: int, transpose_b: int, seconds: float) -> float:
     """Return GFLOP/s of (M, K) @ (K, N) float32 products running on `threads` threads at once, one BLAS thread each: the median round.
 
     Each thread has operands of its own, packed, and stays with them. That is this machine's limit for so many workers. More threads than
@@ -92,7 +99,7 @@ def sgemm_gflops(
     threads = min(threads, usable_cores())
     shapes = ((M, N), (K, M) if transpose_a else (M, K), (N, K) if transpose_b else (K, N))
     operands = [[np.ones(shape, np.float32) for shape in shapes] for _ in range(threads)]
-    calls = [partial(product, *own, transpose_a, transpose_b) for own in operands]
+    calls = [partial(product, *own, transpose_a, transpose_b, way) for own in operands]
     return threads * 2 * M * N * K / statistics.median(timed_together(calls, seconds)) / 1e9
 
 

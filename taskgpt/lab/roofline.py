@@ -14,6 +14,7 @@ from taskgpt.gpt2.program import training_graph
 from taskgpt.lab import machine
 from taskgpt.lab.named import graph_words, make
 from taskgpt.lab.report import Report, in_range, quartiles
+from taskgpt.products import BLAS
 from taskgpt.progress import Progress
 from taskgpt.tasks import Call, Graph
 
@@ -56,6 +57,11 @@ def product_of(call: Call) -> Product:
                 (k,) = shared
                 return Product(sizes[m], sizes[n], sizes[k], left[0] == k, right[1] == k)
     raise TypeError(f"{call.kernel.name} is tagged 'gemm', and does not declare a matrix written and two read that make a product")
+
+
+def way_of(call: Call) -> int:
+    """Return the way in which a kernel tagged "gemm" multiplies: its constant `products`, or BLAS."""
+    return dict(zip(call.kernel.parameters, call.args, strict=True)).get("products", BLAS)
 
 
 def products(graph: Graph) -> Counter[Product]:

@@ -14,6 +14,6 @@ scheduler, and others than the other two.
 """
 
 from taskgpt.products.blocks import WORK, product
-from taskgpt.products.ways import BLAS, OWN_BF16, OWN_FP32, described, operand, verify_callers, way_for
+from taskgpt.products.ways import BLAS, OWN_BF16, OWN_FP32, described, operand, register_tile, verify_callers, way_for
 
-__all__ = ["BLAS", "OWN_BF16", "OWN_FP32", "WORK", "described", "operand", "product", "verify_callers", "way_for"]
+__all__ = ["BLAS", "OWN_BF16", "OWN_FP32", "WORK", "described", "operand", "product", "register_tile", "verify_callers", "way_for"]

@@ -32,6 +32,12 @@ def described(way: int) -> str:
     return f"own {'bf16' if way == OWN_BF16 else 'fp32'}, {of_this_machine()}"
 
 
+def register_tile(way: int) -> tuple[int, int] | None:
+    """Return rows and columns of an output that are computed at a time; None for BLAS, which does not say."""
+    instructions = of_this_machine()
+    return None if way == BLAS or instructions is None else (instructions.rows, instructions.columns)
+
+
 def verify_callers(way: int, workers: int) -> list[str]:
     """Return notes on so many workers that multiply at a time. Raises UserError where BLAS would break."""
     if way != BLAS or workers < MANY_CALLERS:

@@ -2,7 +2,7 @@
 
 seconds = measured(prepare("gpt2-124m"))                   # its steps run on one worker, a median for each task
 seconds = traced(Trace.load(folder), folder, graph)        # the same, from the trace of a run
-rates = Rates.of(graph, seconds, Sgemm())                  # so much a kernel, for tilings that were not measured
+rates = Rates.of(graph, seconds, Speeds())                 # so much a kernel, for tilings that were not measured
 seconds = rates.estimate(other_graph)
 times = Times("rates")                                     # whichever `--times` says, for one graph after the other
 """
@@ -19,7 +19,7 @@ from taskgpt.errors import UserError
 from taskgpt.gpt2.program import training_graph
 from taskgpt.lab import machine
 from taskgpt.lab.named import Prepared, make, prepare, record
-from taskgpt.lab.roofline import Product, product_of
+from taskgpt.lab.roofline import Product, product_of, way_of
 from taskgpt.lab.traces.trace import Trace, TracedGraph
 from taskgpt.tasks import Graph, Task
 
@@ -99,7 +99,7 @@ class Times:
 
     @cached_property
     def _rates(self) -> "Rates":
-        return Rates.of(*self._first, Sgemm())
+        return Rates.of(*self._first, Speeds())
 
     @property
     def sgemm_gflops(self) -> float:
@@ -131,44 +131,45 @@ class Times:
             ) from None
 
 
-class Sgemm:
-    """GFLOP/s of this machine's sgemm on one thread, by the shape of the product; each shape is measured once, when it is asked for."""
+class Speeds:
+    """GFLOP/s of a product alone on one thread of this machine, by its shape and way; each is measured once, when it is asked for."""
 
     def __init__(self, seconds: float = 0.05):
         self._seconds = seconds
-        self._known: dict[Product, float] = {}
+        self._known: dict[tuple[Product, int], float] = {}
 
-    def __call__(self, product: Product) -> float:
-        if product not in self._known:
-            self._known[product] = machine.sgemm_gflops(1, **asdict(product), seconds=self._seconds)
-        return self._known[product]
+    def __call__(self, product: Product, way: int) -> float:
+        if (product, way) not in self._known:
+            self._known[product, way] = machine.product_gflops(way, 1, **asdict(product), seconds=self._seconds)
+        return self._known[product, way]
 
 
 @dataclass(frozen=True)
 class Rates:
     """How long tasks take by kernel, so that times measured with some tiles, or on fewer layers, say those with others.
 
-    Of matrix products: a multiple of the time that sgemm alone takes for these shapes. Of all other kernels: seconds a byte.
+    Of matrix products: a multiple of the time that the product alone takes, at this shape and in this way. Of all other kernels: seconds
+    a byte.
     """
 
     by_kernel: dict[str, float]
-    sgemm: Callable[[Product], float]  # GFLOP/s
+    speed: Callable[[Product, int], float]  # GFLOP/s of a product by its way
 
     @classmethod
-    def of(cls, graph: Graph, seconds: Sequence[float], sgemm: Callable[[Product], float]) -> Self:
+    def of(cls, graph: Graph, seconds: Sequence[float], speed: Callable[[Product, int], float]) -> Self:
         """Return the rates at which these tasks ran."""
         work, took = defaultdict(float), defaultdict(float)
         for task, each in zip(graph.tasks, seconds, strict=True):
-            work[task.name] += _work(task, sgemm)
+            work[task.name] += _work(task, speed)
             took[task.name] += each
-        return cls({name: took[name] / work[name] for name in work}, sgemm)
+        return cls({name: took[name] / work[name] for name in work}, speed)
 
     def estimate(self, graph: Graph) -> np.ndarray:
         """Return the seconds of each task. Raises KeyError for a kernel without a rate."""
-        return np.array([self.by_kernel[task.name] * _work(task, self.sgemm) for task in graph.tasks])
+        return np.array([self.by_kernel[task.name] * _work(task, self.speed) for task in graph.tasks])
 
 
-def _work(task: Task, sgemm: Callable[[Product], float]) -> float:
-    """Return seconds that sgemm takes for the task's products, or, if it has none, its bytes."""
-    products = [product_of(call) for call in task.calls if "gemm" in call.kernel.tags]
-    return sum(product.flops / sgemm(product) / 1e9 for product in products) or float(task.bytes) or 1.0
+def _work(task: Task, speed: Callable[[Product, int], float]) -> float:
+    """Return the seconds that the task's products take alone, or, if it has none, its bytes."""
+    products = [(product_of(call), way_of(call)) for call in task.calls if "gemm" in call.kernel.tags]
+    return sum(product.flops / speed(product, way) / 1e9 for product, way in products) or float(task.bytes) or 1.0
