@@ -741,21 +741,6 @@ def test_gemm_takes_a_row_without_a_distance():
     assert c.tolist() == [0, 2, 4]
 
 
-def test_gemm_takes_float32_matrices_only():
-    """sgemm would read the bytes of other types as float32: such a twin does not compile."""
-
-    @kernel
-    def wide(c: Out[M, N, np.float64], a: In[M, K, np.float64], b: In[K, N, np.float64]):
-        np.matmul(a, b, out=c)
-
-    @wide.compiled
-    def wide(c, a, b):
-        gemm(c, a, b, 0, 0, 1.0, 0.0)
-
-    with pytest.raises(TwinError, match=r"wide: its compiled twin does not compile: gemm takes float32 tiles of two dimensions, got .*"):
-        wide.compile()
-
-
 # --- sending and compiling
 
 

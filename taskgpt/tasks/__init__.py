@@ -17,7 +17,9 @@ task_graph.py       spawn: calls become tasks with dependencies
 coarsen.py          fewer, larger tasks
 scratch.py          working memory of kernels
 check.py            the declaration, enforced
-blas.py             matrix products inside compiled kernels
+fortran.py          how compiled kernels call SciPy's BLAS and LAPACK
+blas.py             products and triangular systems inside compiled kernels
+lapack.py           Cholesky, LU and QR factors of a tile there
 blas_threads.py     BLAS on one thread while tasks run
 dask_graph.py       the graph as a Dask graph
 dask_collection.py  the graph as a Dask collection

@@ -1,66 +1,64 @@
-"""Matrix products inside compiled kernels: SciPy's BLAS, called without the GIL, on tiles as they lie in memory.
+"""BLAS inside compiled kernels, on tiles of float32, float64, complex64 or complex128: products, and triangular systems.
 
-The address comes from `scipy.linalg.cython_blas`, the interface SciPy publishes for this purpose. It is bound to a symbol rather than
-written into the code as a number, so that compiled kernels can be cached on disk.
+Tiles are row-major. A transpose flag is 0 for the tile itself, 1 for its transpose, 2 for its conjugate transpose. Sizes are not checked.
 """
 
-import llvmlite.binding
-from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.core.errors import TypingError
-from numba.extending import get_cython_function_address, intrinsic
+from numba import njit
 
-_SYMBOL = "taskgpt_sgemm"
-llvmlite.binding.add_symbol(_SYMBOL, get_cython_function_address("scipy.linalg.cython_blas", "sgemm"))
+from taskgpt.tasks.fortran import distance, routine, transpose_letter, triangle_letter, verifier
+
+_gemm = routine("cython_blas", "gemm", "cc iii x Ai Ai x Wi")
+_syrk = routine("cython_blas", "syrk", "cc ii x Ai x Wi")
+_herk = routine("cython_blas", "herk", "cc ii r Ai r Wi", of_real="syrk")
+_trsm = routine("cython_blas", "trsm", "cccc ii x Ai Wi")
+_verify_gemm = verifier("gemm", c="2w", a="2", b="2")
+_verify_syrk = verifier("syrk", c="2w", a="2")
+_verify_herk = verifier("herk", c="2w", a="2")
+_verify_trsm = verifier("trsm", b="2w", a="2")
 
 
-@intrinsic
-def gemm(typing_context, c, a, b, transpose_a, transpose_b, alpha, beta):
-    """In a compiled twin: `c = alpha * op(a) @ op(b) + beta * c` for float32 tiles, op(x) = x.T where the flag is 1, x where it is 0.
+@njit
+def gemm(c, a, b, transpose_a, transpose_b, alpha, beta):
+    """In a compiled twin: `c = alpha * op(a) @ op(b) + beta * c`; op as the flags say.
 
-    Shapes: c (M, N), op(a) (M, K), op(b) (K, N); not checked. With beta = 0, c is not read: NaN in it does not spread.
+    Shapes: c (M, N), op(a) (M, K), op(b) (K, N). With beta = 0, c is not read: NaN in it does not spread.
     """
-    if not all(isinstance(t, types.Array) and t.ndim == 2 and t.dtype == types.float32 for t in (c, a, b)):
-        raise TypingError(f"gemm takes float32 tiles of two dimensions, got {c}, {a}, {b}")
-    if not c.mutable:
-        raise TypingError("Cannot modify readonly array c")  # numba's words, where an In tile is written
-    signature = types.void(c, a, b, types.intp, types.intp, types.float32, types.float32)
+    _verify_gemm(c, a, b)
+    depth = a.shape[0] if transpose_a else a.shape[1]
+    of_b, of_a = transpose_letter(transpose_b), transpose_letter(transpose_a)
+    # Our c is its c.T = op(b).T @ op(a).T: the same memory with the operands exchanged.
+    _gemm(of_b, of_a, c.shape[1], c.shape[0], depth, alpha, b, distance(b), a, distance(a), beta, c, distance(c))
 
-    def codegen(context, builder, signature, args):
-        tiles = [context.make_array(t)(context, builder, value) for t, value in zip(signature.args[:3], args[:3], strict=True)]
-        flag_a, flag_b, alpha, beta = args[3:]
-        int32, char, pointer = ir.IntType(32), ir.IntType(8), ir.IntType(8).as_pointer()
 
-        def extent(tile, axis):
-            return builder.trunc(builder.extract_value(tile.shape, axis), int32)
+@njit
+def syrk(c, a, lower, transpose, alpha, beta):
+    """In a compiled twin: `c = alpha * a @ a.T + beta * c`, with transpose 1 `a.T @ a`, in the lower triangle of c; with lower 0 the upper.
 
-        def distance_of_rows(tile):
-            elements = builder.udiv(builder.extract_value(tile.strides, 0), ir.Constant(ir.IntType(64), 4))
-            # A tile of one row may carry any stride; BLAS wants at least the length of a row.
-            elements, columns = builder.trunc(elements, int32), extent(tile, 1)
-            return builder.select(builder.icmp_signed("<", elements, columns), columns, elements)
+    Shapes: c (N, N), a (N, K), with transpose 1 (K, N). Of complex tiles nothing is conjugated: herk does that.
+    """
+    _verify_syrk(c, a)
+    depth = a.shape[0] if transpose else a.shape[1]
+    letter = transpose_letter(0 if transpose else 1)
+    _syrk(triangle_letter(lower), letter, c.shape[0], depth, alpha, a, distance(a), beta, c, distance(c))
 
-        def letter(flag):
-            is_set = builder.icmp_signed("!=", flag, ir.Constant(flag.type, 0))
-            return builder.select(is_set, ir.Constant(char, ord("T")), ir.Constant(char, ord("N")))
 
-        def address(value):
-            slot = cgutils.alloca_once_value(builder, value)
-            return builder.bitcast(slot, pointer)
+@njit
+def herk(c, a, lower, transpose, alpha, beta):
+    """In a compiled twin: `c = alpha * a @ a.T.conj() + beta * c`, with transpose 1 `a.T.conj() @ a`. As syrk; alpha and beta are real."""
+    _verify_herk(c, a)
+    depth = a.shape[0] if transpose else a.shape[1]
+    letter = transpose_letter(0 if transpose else 2)
+    _herk(triangle_letter(lower), letter, c.shape[0], depth, alpha, a, distance(a), beta, c, distance(c))
 
-        c_tile, a_tile, b_tile = tiles
-        depth = builder.select(builder.icmp_signed("!=", flag_a, ir.Constant(flag_a.type, 0)), extent(a_tile, 0), extent(a_tile, 1))
-        # BLAS counts by columns: our row-major c is its c.T = op(b).T @ op(a).T, the same memory with the operands exchanged.
-        arguments = [
-            address(letter(flag_b)), address(letter(flag_a)),
-            address(extent(c_tile, 1)), address(extent(c_tile, 0)), address(depth),
-            address(alpha), builder.bitcast(b_tile.data, pointer), address(distance_of_rows(b_tile)),
-            builder.bitcast(a_tile.data, pointer), address(distance_of_rows(a_tile)),
-            address(beta), builder.bitcast(c_tile.data, pointer), address(distance_of_rows(c_tile)),
-        ]  # fmt: skip
-        function_type = ir.FunctionType(ir.VoidType(), [pointer] * len(arguments))
-        builder.call(cgutils.get_or_insert_function(builder.module, function_type, _SYMBOL), arguments)
-        return context.get_dummy_value()
 
-    return signature, codegen
+@njit
+def trsm(b, a, left, lower, transpose, unit, alpha):
+    """In a compiled twin: b becomes X of `op(a) @ X = alpha * b`, with left 0 of `X @ op(a) = alpha * b`.
+
+    a is triangular: its lower triangle is read, with lower 0 its upper one; with unit 1 its diagonal is not read, and counts as ones.
+    Shapes: b (M, N), a (M, M), with left 0 (N, N). A zero on the diagonal gives inf or NaN, no exception.
+    """
+    _verify_trsm(b, a)
+    side, diagonal = 82 if left else 76, 85 if unit else 78  # R or L: the transposed equation has a on the other side; U or N
+    letter = transpose_letter(transpose)
+    _trsm(side, triangle_letter(lower), letter, diagonal, b.shape[1], b.shape[0], alpha, a, distance(a), b, distance(b))
