@@ -22,7 +22,8 @@ class Combiner:
 
     @property
     def name(self) -> str:
-        return getattr(self.combine, "name", None) or getattr(self.combine, "__name__", "user")
+        function: Any = self.combine
+        return function.name if hasattr(function, "name") else getattr(function, "__name__", "user")
 
     def neutral_of(self, dtype: np.dtype) -> Any:
         """Return what a copy of this type begins with."""

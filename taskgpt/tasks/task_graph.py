@@ -44,7 +44,7 @@ class _Signature(Signature):
     """How calls of a kernel on tiles of the same forms access them, too.
 
     Of each tile: `names`, of its parameter; `accesses`, as declared; `kinds`, as done. `written`: (number among the tiles, name).
-    `reductions`: (number among the tiles, and among the arguments).
+    `reductions`: (number among the tiles, and among the arguments, combiner).
     """
 
     __slots__ = ("accesses", "kinds", "names", "reductions", "written")
@@ -58,7 +58,8 @@ class _Signature(Signature):
         self.kinds = tuple("inout" if kind == "commutative" and not allow_commutative else kind for kind in kinds)
         self.written = tuple((at, name) for at, name in enumerate(self.names) if self.accesses[at].is_written)
         position = {name: at for at, name in enumerate(kernel.parameters)}
-        self.reductions = tuple((at, position[name]) for at, name in enumerate(self.names) if self.accesses[at].combiner)
+        found = zip(self.names, self.accesses, strict=True)
+        self.reductions = tuple((at, position[name], each.combiner) for at, (name, each) in enumerate(found) if each.combiner)
         for access in self.accesses:
             if access.combiner:
                 combining(access.combiner, access.dtype, len(access.dims))  # raises for a kernel that cannot
@@ -67,11 +68,12 @@ class _Signature(Signature):
 class _Group:
     """Neighbouring tasks that reduce into one tile, and are not combined yet."""
 
-    __slots__ = ("combiner", "place", "priority", "section", "slots", "tasks")
+    __slots__ = ("combiner", "copies", "place", "priority", "section", "slots", "tasks")
 
     def __init__(self, place: _Place, combiner: Operator | Combiner):
         self.place, self.combiner = place, combiner
         self.slots = slots_of(place.tile)
+        self.copies: Sequence[_Place] = ()  # of the tile, for the slots after the first, when they are needed
         self.tasks = 0
         self.section: Section = ("", -1)  # of the last task
         self.priority = 0  # the highest
@@ -159,10 +161,13 @@ class TaskGraph:
 
     def _combine_before(self, signature: _Signature, places: Sequence[_Place]) -> None:
         """End the groups of reductions that a call on these tiles does not go on with."""
+        groups = self._groups
         ended: dict[_Group, None] = {}
         for place, access in zip(places, signature.accesses, strict=True):
+            if groups.keys().isdisjoint(place.cells):
+                continue
             for cell in place.cells:
-                group = self._groups.get(cell)
+                group = groups.get(cell)
                 if group is not None and not (group.place is place and group.combiner is access.combiner):
                     ended[group] = None
         for group in ended:
@@ -172,35 +177,47 @@ class TaskGraph:
         self, signature: _Signature, places: Sequence[_Place], args: tuple, section: Section, priority: int
     ) -> tuple[list[_Place], tuple[Call, ...]]:
         """Return the tiles of a call, with its turn's slot for each that it reduces, and the call after those that fill new slots."""
-        chosen, given, calls = list(places), list(args), []
-        for at, position in signature.reductions:
-            place, access = places[at], signature.accesses[at]
-            combiner = access.combiner
-            assert combiner is not None
-            if any(other is not place and not set(other.cells).isdisjoint(place.cells) for other in places):
+        chosen, given = list(places), list(args)
+        calls: list[Call] = []
+        for at, position, combiner in signature.reductions:
+            place = places[at]
+            if self._meets_another(place, places):
                 continue  # what else the call does there has its place in the program's order, and so has this
             group = self._groups.get(place.cells[0])
             if group is None:
                 group = _Group(place, combiner)
                 self._groups.update(dict.fromkeys(place.cells, group))
-            slot, is_first = group.tasks % group.slots, group.tasks < group.slots
-            group.tasks += 1
-            group.section, group.priority = section, max(priority, group.priority)
-            if slot > 0:
-                copy = self._copies_of(place)[slot - 1]
+            slot = group.tasks % group.slots
+            if slot:
+                copy = (group.copies or self._copy(group))[slot - 1]
                 chosen[at], given[position] = copy, copy.tile
-                if is_first:
+                if group.tasks < group.slots:
+                    access = signature.accesses[at]
                     calls.append(Call(beginning(combiner, access.dtype, len(access.dims)), (copy.tile,)))
                     self._kernels[calls[-1].kernel] = None
+            group.tasks += 1
+            group.section = section
+            if priority > group.priority:
+                group.priority = priority
         return chosen, (*calls, Call.verified(signature, tuple(given)))
 
-    def _copies_of(self, place: _Place) -> list[_Place]:
+    def _meets_another(self, place: _Place, places: Sequence[_Place]) -> bool:
+        """Return True if another of the tiles touches a cell of this one."""
+        tensor, cells = place.tile.tensor, place.cells
+        has_likes = tensor in self._grids.finest
+        others = [other for other in places if other is not place and (has_likes or other.tile.tensor is tensor)]
+        return any(not set(other.cells).isdisjoint(cells) for other in others)
+
+    def _copy(self, group: _Group) -> list[_Place]:
+        """Give a group the copies of its tile: those of an earlier one, if there was one."""
+        place = group.place
         if place not in self._copies:
             copies = copies_of(place.tile)
             self._grids.add(copies[0].tensor)
             self._places[copies[0].tensor] = {}
             self._copies[place] = [self._place(tile) for tile in copies]
-        return self._copies[place]
+        group.copies = self._copies[place]
+        return group.copies
 
     def _combine_all(self) -> None:
         with _combining:
@@ -210,7 +227,7 @@ class TaskGraph:
     def _combine(self, group: _Group) -> None:
         """End a group: record the tree of tasks that brings its slots into the tile."""
         place = group.place
-        used = [place, *self._copies.get(place, ())][: min(group.tasks, group.slots)]
+        used = [place, *group.copies][: group.tasks]
         kernel = combining(group.combiner, place.tile.tensor.array.dtype, len(place.tile.shape))
         distance = 1
         while distance < len(used):
@@ -293,11 +310,13 @@ class TaskGraph:
 
     def _verify_written(self, kernel: Kernel, places: Sequence[_Place], signature: _Signature) -> None:
         """Raise AccessError if a written tile overlaps another or is read-only."""
+        finest = self._grids.finest
         for at, name in signature.written:
             tile = places[at].tile
             tensor = tile.tensor
-            verify_writeable(kernel, name, tile)
-            has_likes = tensor in self._grids.finest
+            if not tensor.array.flags.writeable:
+                verify_writeable(kernel, name, tile)
+            has_likes = tensor in finest
             for other_at, other in enumerate(places):
                 if (other.tile.tensor is tensor or has_likes) and other_at != at and tile.overlaps(other.tile):
                     first, second = (signature.names[n] for n in sorted((at, other_at)))
