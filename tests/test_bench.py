@@ -142,7 +142,16 @@ def test_recordings_that_cannot_be(capsys):
     """One line for what is no number of tasks, and for no program."""
     for argv, said in (["--tasks", "many"], "--tasks: wanted whole numbers, got 'many'"), (["--programs", "fft"], "unknown graph 'fft'"):
         assert main(["record", *argv]) == 2
-        assert said in capsys.readouterr().err
+        printed = capsys.readouterr()
+        assert said in printed.err
+        assert not printed.out
+
+
+def test_products_that_cannot_be_compared(capsys, monkeypatch):
+    """On a machine without vectors, one line."""
+    monkeypatch.setattr("taskgpt.products.ways.of_this_machine", lambda: None)
+    assert main(["products", "--graphs", "tiny"]) == 2
+    assert "nothing to compare with BLAS: this machine has no AVX2, AVX-512 or NEON" in capsys.readouterr().err
 
 
 # Systems and measurements ---------------------------------------------------------------------------------------------------------------

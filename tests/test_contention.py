@@ -85,6 +85,16 @@ def test_the_verb(tmp_path, capsys):
     assert "transfers" in capsys.readouterr().out
 
 
+def test_a_set_up_with_a_number_of_workers_of_its_own(tmp_path):
+    """Is simulated with these, once, and the row says so."""
+    path = tmp_path / "counts.json"
+    words = ["--workers", "2,16", "--steps", "4", "--systems", "native:workers=4", "--patterns", "trivial", "--json", str(path)]
+    assert main(["contention", *words]) == 0
+    [row] = json.loads(path.read_text())["rows"]
+    assert (row["workers"], row["tasks"]) == (4, 16)
+    assert 0 < row["efficiency"] <= 1.34
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -95,4 +105,6 @@ def test_the_verb(tmp_path, capsys):
 )
 def test_mistakes(words, message, capsys):
     assert main(["contention", *words]) == 2
-    assert message in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert not printed.out  # nothing was measured

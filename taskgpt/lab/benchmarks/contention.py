@@ -9,6 +9,7 @@ from taskgpt.lab.report import Report, in_range
 from taskgpt.lab.simulator.contention import Contended
 from taskgpt.lab.simulator.machine_file import Machine
 from taskgpt.progress import Progress
+from taskgpt.schedulers.prepare import worker_count
 
 WORKERS = [2, 16, 64, 128]
 TASK_US = 20.0  # about what a fine task of GPT-2 124M takes where 112 of them run at a time
@@ -34,13 +35,14 @@ def contention(flags: argparse.Namespace) -> None:
     if not 0 < flags.task_us <= 1e6:
         raise UserError(f"--task-us: wanted microseconds, above 0 and at most 1e6, got {flags.task_us}")
     task_bench.verify_patterns(flags.patterns)
-    machine, report, rows = Machine.load(flags.machine), Report(flags), []
-    configs = {}
+    machine, configs = Machine.load(flags.machine), {}
     for system in dict.fromkeys(flags.systems):
         for workers in flags.workers or WORKERS:
-            configs[system, workers] = named_config(system, workers)
-            if configs[system, workers].scheduler != "native":
+            config = named_config(system, workers)
+            if config.scheduler != "native":
                 raise UserError(f"--systems {shorten(system)}: counts are of the native scheduler's code; choose native or a set-up of it")
+            configs[system, worker_count(config.settings.workers)] = config  # a set-up may have a number of its own
+    report, rows = Report(flags), []
     cases = [(pattern, *case, config) for pattern in dict.fromkeys(flags.patterns) for case, config in configs.items()]
     with Progress("simulating", len(cases)) as progress:
         for done, (pattern, system, workers, config) in enumerate(cases):

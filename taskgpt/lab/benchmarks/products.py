@@ -7,6 +7,7 @@ from functools import partial
 
 import numpy as np
 
+from taskgpt.errors import UserError
 from taskgpt.gpt2.program import training_graph
 from taskgpt.lab import machine, roofline
 from taskgpt.lab.named import graph_words, make
@@ -55,13 +56,17 @@ def one_after_another_twin(out, a, b, transpose_a, transpose_b, way, times, work
 
 
 def products(flags: argparse.Namespace) -> None:
-    """Time every shape of the graphs' products: hot, on one set of operands for each thread; cold, on more of them than caches hold."""
+    """Time every shape of the graphs' products: hot, on one set of operands for each thread; cold, on more of them than caches hold.
+
+    Raises UserError on a machine that has no products of our own.
+    """
     in_range("--rounds", flags.rounds)
-    report = Report(flags)
-    way_for("own", "bf16")
-    report.line("products", "; ".join(described(way) for way in WAYS.values()))
+    if way_for("own", "fp32") == BLAS:
+        raise UserError("there is nothing to compare with BLAS: this machine has no AVX2, AVX-512 or NEON, which products of our own need")
     threads = min(flags.workers or 1, machine.usable_cores())
     counts = {name: roofline.products(training_graph(make(name))) for name in graph_words(flags.graphs, flags.tiles, flags.set)}
+    report = Report(flags)
+    report.line("products", "; ".join(described(way) for way in WAYS.values()))
     shapes = sorted(set().union(*counts.values()))
     found: dict[tuple, list[float]] = {}
     with Progress("measuring", len(shapes) * 2 * flags.rounds) as progress:

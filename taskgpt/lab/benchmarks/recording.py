@@ -147,12 +147,12 @@ def record(flags: argparse.Namespace) -> None:
     """Record the programs at all sizes, in turns; print the table."""
     in_range("--rounds", flags.rounds)
     sizes = list(dict.fromkeys(size(word) for word in flags.tasks))
-    report = Report(flags)
     cases: list[tuple[str, int | None]] = []
     for name in dict.fromkeys(flags.programs):
         cases += [(name, tasks) for tasks in sizes] if name in PROGRAMS else [(name, None)]
         if name not in PROGRAMS:
             make(name)  # says what is wrong with it
+    report = Report(flags)
     found: list[list[dict[str, Any]]] = [[] for _ in cases]
     with Progress("recording", flags.rounds * len(cases)) as progress:
         for done, at in enumerate([*range(len(cases))] * flags.rounds):
