@@ -14,8 +14,8 @@ The map of the house; imports point one way, from the programs down to the tasks
     graphs/             what runs: a TOML file per model, batch and tiling
     scheduler_configs/  how it runs: a TOML file per scheduler set-up
 
-To write a program of your own, start with `taskgpt.tasks`; notebooks/cholesky.ipynb shows how. To compute a Dask collection with the
-runtime's own threads, `x.compute(scheduler=taskgpt.get)`.
+To write a program of your own, start with `taskgpt.tasks`; examples/ and notebooks/cholesky.ipynb show how. To compute a Dask collection
+with the runtime's own threads, `x.compute(scheduler=taskgpt.get)`.
 """
 
 import itertools

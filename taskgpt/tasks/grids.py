@@ -17,13 +17,14 @@ class Grids:
 
     def __init__(self):
         self._cells: dict[Tensor, defaultdict[tuple[int, ...], CellHistory]] = {}  # by their positions; one for all that share memory
+        self._met: dict[Tensor, None] = {}  # those that the program brought
         self.finest: dict[Tensor, Bounds] = {}
 
     def __contains__(self, tensor: Tensor) -> bool:
         return tensor in self._cells
 
     def __iter__(self) -> Iterator[Tensor]:
-        return iter(self._cells)
+        return iter(self._met)
 
     def cells_of(self, tile: Tile) -> tuple[CellHistory, ...]:
         """Return the cells that a tile touches; new ones of what nobody touched."""
@@ -34,32 +35,34 @@ class Grids:
         cells = self._cells.get(tile.tensor)
         return [] if cells is None else [cells[at] for at in tile.cells(self.finest.get(tile.tensor)) if at in cells]
 
-    def add(self, tensor: Tensor) -> None:
-        """Add the grid of memory that no other tensor has."""
+    def add(self, tensor: Tensor, is_private: bool = False) -> None:
+        """Add the grid of memory that no other tensor has; of private memory, none that the program will bring either."""
         self._cells[tensor] = defaultdict(CellHistory)
+        if not is_private:
+            self._met[tensor] = None
 
     def other(self, tensor: Tensor) -> Tensor | None:
         """Return a tensor that shares memory with one that is not here."""
         if tensor in self._cells:
             return None
-        return next((other for other in self._cells if tensor.shares_memory(other)), None)
+        return next((other for other in self._met if tensor.shares_memory(other)), None)
 
-    def join(self, tensor: Tensor, other: Tensor) -> Sequence[Tensor]:
-        """Add the grid of memory that another tensor has, too; return the tensors whose cells are others now, finer ones.
-
-        Raises GridError unless one of the grids refines the other.
-        """
+    def verify_joins(self, tensor: Tensor, other: Tensor) -> None:
+        """Raise GridError unless one of two grids over one memory refines the other."""
         known = self.finest.get(other, other.bounds)
-        pairs = [(set(mine), set(theirs)) for mine, theirs in zip(tensor.bounds, known, strict=False)]
-        refined: list[Tensor] = []
-        if not tensor.is_like(other) or not (all(a <= b for a, b in pairs) or all(a >= b for a, b in pairs)):
+        if not tensor.is_like(other) or not (_refines(known, tensor.bounds) or _refines(tensor.bounds, known)):
             raise GridError(
                 f"'{tensor.name}' ({tensor}) and '{other.name}' ({other}) share memory: two grids over one buffer would hide dependencies, "
                 "unless both are of the whole array, and one is cut wherever the other is; index one tensor in both places"
             )
-        if not all(a <= b for a, b in pairs):
-            refined = self._refine(other, known, tensor.bounds)
-            known = tensor.bounds
+
+    def join(self, tensor: Tensor, other: Tensor) -> Sequence[Tensor]:
+        """Add the grid of memory that another tensor has, too; return the tensors whose cells are others now, finer ones."""
+        known = self.finest.get(other, other.bounds)
+        refined: list[Tensor] = []
+        if not _refines(known, tensor.bounds):
+            refined, known = self._refine(other, known, tensor.bounds), tensor.bounds
+        self._met[tensor] = None
         self._cells[tensor] = self._cells[other]
         self.finest[tensor] = self.finest[other] = known
         return refined
@@ -72,7 +75,12 @@ class Grids:
             ends = [(cuts[at], cuts[at + 1]) for at, cuts in zip(position, bounds, strict=True)]
             axes = [range(cuts.index(start), cuts.index(stop)) for cuts, (start, stop) in zip(finer, ends, strict=True)]
             pieces.update({piece: history.copy() for piece in itertools.product(*axes)})
-        sharing = [each for each, cells in self._cells.items() if cells is whole]
+        sharing = [each for each in self._met if self._cells[each] is whole]
         for each in sharing:
             self._cells[each], self.finest[each] = pieces, finer
         return sharing
+
+
+def _refines(finer: Bounds, other: Bounds) -> bool:
+    """Return True if a grid is cut wherever another one is."""
+    return all(set(mine) >= set(others) for mine, others in zip(finer, other, strict=True))

@@ -15,7 +15,7 @@ import numpy as np
 from taskgpt.tasks.access import Dim, In, InOut, Out
 from taskgpt.tasks.combiners import Combiner, Operator
 from taskgpt.tasks.kernel import Kernel, dense
-from taskgpt.tasks.tensor import ALIGNMENT_BYTES, Arena, Tensor, TensorSpec, Tile
+from taskgpt.tasks.tensor import ALIGNMENT_BYTES, Arena, Tensor, TensorSpec, Tile, aligned
 
 _MOST_SLOTS, _LEAST_SLOTS = 64, 4
 _COPIES_BYTES = 1 << 24  # of all slots together: a reduction into large tiles takes few of them, as its tasks are long, too
@@ -27,19 +27,18 @@ def slots_of(tile: Tile) -> int:
     return max(_LEAST_SLOTS, min(_MOST_SLOTS, _COPIES_BYTES // nbytes))
 
 
-def copies_of(tile: Tile) -> list[Tile]:
-    """Return new memory for all slots of a tile but the first; shared between processes if the tile is."""
-    count, shape, memory = slots_of(tile) - 1, tile.shape, tile.tensor
-    dtype = memory.array.dtype
-    name = f"{tile!r}'"
-    spec = TensorSpec((count, *shape), (1, *(None for _ in shape)), dtype)
+def copies_of(tile: Tile, first: int, count: int) -> list[Tile]:
+    """Return memory for so many slots of a tile from the first on, which are named after it; shared between processes if the tile is."""
+    memory, dtype = tile.tensor, tile.tensor.array.dtype
+    spec = TensorSpec(tile.shape, (), dtype)
+    specs = {f"{tile!r}'{slot}": spec for slot in range(first, first + count)}
     if memory.is_shared:
-        copies = Arena({name: spec}, shared=True).tensors[name]
-    else:
-        block = np.empty(spec.nbytes + ALIGNMENT_BYTES, np.uint8)  # of which the system gives what is used
-        start = -block.ctypes.data % ALIGNMENT_BYTES
-        copies = Tensor(name, block[start : start + spec.nbytes].view(dtype).reshape(spec.shape), spec.cuts)
-    return [copies[at] for at in range(count)]
+        return [tensor[()] for tensor in Arena(specs, shared=True).tensors.values()]
+    distance = aligned(spec.nbytes)
+    block = np.empty(count * distance + ALIGNMENT_BYTES, np.uint8)  # no arena, for a process may map memory some 65,000 times
+    start = -block.ctypes.data % ALIGNMENT_BYTES
+    starts = range(start, start + count * distance, distance)
+    return [Tensor(name, np.ndarray(spec.shape, dtype, block, at))[()] for name, at in zip(specs, starts, strict=True)]
 
 
 class ReductionKernel(Kernel):
@@ -57,8 +56,8 @@ class ReductionKernel(Kernel):
         function = combiner.combine
         if isinstance(function, Kernel):
             return function.is_importable
-        home = sys.modules.get(getattr(function, "__module__", "") or "numpy")
-        return function.__module__ != "__main__" and getattr(home, function.__name__, None) is function
+        module = getattr(function, "__module__", None) or "numpy"
+        return module != "__main__" and getattr(sys.modules.get(module), function.__name__, None) is function
 
     def __reduce__(self):
         return self._made_by

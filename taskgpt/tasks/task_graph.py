@@ -70,10 +70,9 @@ class _Group:
 
     __slots__ = ("combiner", "copies", "place", "priority", "section", "slots", "tasks")
 
-    def __init__(self, place: _Place, combiner: Operator | Combiner):
-        self.place, self.combiner = place, combiner
+    def __init__(self, place: _Place, combiner: Operator | Combiner, copies: list[_Place]):
+        self.place, self.combiner, self.copies = place, combiner, copies
         self.slots = slots_of(place.tile)
-        self.copies: Sequence[_Place] = ()  # of the tile, for the slots after the first, when they are needed
         self.tasks = 0
         self.section: Section = ("", -1)  # of the last task
         self.priority = 0  # the highest
@@ -185,11 +184,11 @@ class TaskGraph:
                 continue  # what else the call does there has its place in the program's order, and so has this
             group = self._groups.get(place.cells[0])
             if group is None:
-                group = _Group(place, combiner)
+                group = _Group(place, combiner, self._copies.setdefault(place, []))
                 self._groups.update(dict.fromkeys(place.cells, group))
             slot = group.tasks % group.slots
             if slot:
-                copy = (group.copies or self._copy(group))[slot - 1]
+                copy = self._copy(group, slot)
                 chosen[at], given[position] = copy, copy.tile
                 if group.tasks < group.slots:
                     access = signature.accesses[at]
@@ -203,21 +202,23 @@ class TaskGraph:
 
     def _meets_another(self, place: _Place, places: Sequence[_Place]) -> bool:
         """Return True if another of the tiles touches a cell of this one."""
-        tensor, cells = place.tile.tensor, place.cells
-        has_likes = tensor in self._grids.finest
-        others = [other for other in places if other is not place and (has_likes or other.tile.tensor is tensor)]
-        return any(not set(other.cells).isdisjoint(cells) for other in others)
+        tensor, finest = place.tile.tensor, self._grids.finest
+        for other in places:
+            may_meet = other is not place and (other.tile.tensor is tensor or tensor in finest)
+            if may_meet and not set(other.cells).isdisjoint(place.cells):
+                return True
+        return False
 
-    def _copy(self, group: _Group) -> list[_Place]:
-        """Give a group the copies of its tile: those of an earlier one, if there was one."""
-        place = group.place
-        if place not in self._copies:
-            copies = copies_of(place.tile)
-            self._grids.add(copies[0].tensor)
-            self._places[copies[0].tensor] = {}
-            self._copies[place] = [self._place(tile) for tile in copies]
-        group.copies = self._copies[place]
-        return group.copies
+    def _copy(self, group: _Group, slot: int) -> _Place:
+        """Return a slot's copy of the tile: that of an earlier group, if there was one; memory grows to at most twice what is needed."""
+        copies = group.copies
+        if slot > len(copies):
+            more = min(len(copies) + 1, group.slots - 1 - len(copies))
+            for tile in copies_of(group.place.tile, len(copies) + 1, more):
+                self._grids.add(tile.tensor, is_private=True)
+                self._places[tile.tensor] = {}
+                copies.append(self._place(tile))
+        return copies[slot - 1]
 
     def _combine_all(self) -> None:
         with _combining:
@@ -227,7 +228,7 @@ class TaskGraph:
     def _combine(self, group: _Group) -> None:
         """End a group: record the tree of tasks that brings its slots into the tile."""
         place = group.place
-        used = [place, *group.copies][: group.tasks]
+        used = [place, *group.copies][: min(group.tasks, group.slots)]
         kernel = combining(group.combiner, place.tile.tensor.array.dtype, len(place.tile.shape))
         distance = 1
         while distance < len(used):
@@ -353,7 +354,8 @@ class TaskGraph:
         if other is None:
             self._grids.add(tensor)
         else:
-            self._combine_all()
+            self._grids.verify_joins(tensor, other)
+            self._combine_all()  # groups go by cells, which may be others now
             for each in self._grids.join(tensor, other):
                 for place in self._places[each].values():
                     place.cells = self._grids.cells_of(place.tile)
