@@ -14,8 +14,8 @@ The map of the house; imports point one way, from the programs down to the tasks
     graphs/             what runs: a TOML file per model, batch and tiling
     scheduler_configs/  how it runs: a TOML file per scheduler set-up
 
-To write a program of your own, start with `taskgpt.tasks`; examples/ and notebooks/cholesky.ipynb show how. To compute a Dask collection
-with the runtime's own threads, `x.compute(scheduler=taskgpt.get)`.
+To write a program of your own, start with `taskgpt.tasks`, and run it in `with taskgpt.scheduler("native") as scheduler`; examples/ and
+notebooks/cholesky.ipynb show how. To compute a Dask collection with the runtime's own threads, `x.compute(scheduler=taskgpt.get)`.
 """
 
 import itertools
@@ -25,7 +25,7 @@ from typing import Any
 
 from taskgpt.errors import begin_program
 
-__all__ = ["get"]
+__all__ = ["get", "scheduler"]
 
 
 # `python -m taskgpt.train` imports this package first, and looks for the module then; what it imports may take seconds.
@@ -43,9 +43,13 @@ if sys.argv[:1] == ["-m"] and _is_our_program(sys.orig_argv):
 
 
 def __getattr__(name: str) -> Any:
-    """Import `get` when it is asked for: importing taskgpt stays cheap, and does not import Dask."""
+    """Import what is asked for, and then only: importing taskgpt stays cheap, and does not import Dask."""
     if name == "get":
         from taskgpt.schedulers.dask_get import get
 
         return get
+    if name == "scheduler":
+        from taskgpt.config import scheduler
+
+        return scheduler
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,6 +16,7 @@ from taskgpt.errors import UserError, did_you_mean, shorten
 from taskgpt.files import as_written, fill, parse_toml, read_toml
 from taskgpt.gpt2.model import GPT2
 from taskgpt.gpt2.shape import Batch, Model, Options, Tiles
+from taskgpt.schedulers import Scheduler, open_scheduler
 
 _PACKAGE = Path(__file__).resolve().parent
 MOST_TASKS = 10**6  # of a graph: recorded, GPT-2's take 2 GB, and a minute
@@ -120,6 +121,15 @@ def load_scheduler(name: str, overrides: dict[str, Any] | None = None) -> Schedu
     module = importlib.import_module(f"taskgpt.schedulers.{scheduler.replace('-', '_')}")
     settings = fill(module.Settings, {**defaults, **table, **(overrides or {})}, f"{path.name}: ", elsewhere=graph_keys())
     return SchedulerConfig(path.stem, scheduler, settings)
+
+
+def scheduler(name: str = "native", **settings: Any) -> Scheduler:
+    """Return a scheduler for a `with` block: `taskgpt.scheduler("native", workers=2)`; settings are the keys of its file.
+
+    Raises UserError for an unknown name, key or value.
+    """
+    config = load_scheduler(name, settings)
+    return open_scheduler(config.scheduler, config.settings)
 
 
 def schedulers() -> list[str]:

@@ -44,7 +44,7 @@ class Still(native.Scheduler):
         self.code = Stepped(self.memory)
         self.t = self.memory.words_at(self._address)
         self.found: list = []
-        self.everything = [self._memory, *self._room[-3:-1]]  # queues and rings too
+        self.everything = [self._memory, *self._room[-2:]]  # queues and rings too
 
     def _stop(self) -> None:
         """No thread was started."""

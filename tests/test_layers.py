@@ -19,12 +19,13 @@ lab.simulator
 lab.contests lab.roofline lab.run_page runs
 lab.named lab.dashboard lab.graph_formats
 lab.traces
-lab.report lab.curves
+lab.report lab.curves __init__
 lab.charts lab.drawing lab.layout lab.theme lab.machine lab.disturbance lab.pace config
-gpt2 schedulers.native schedulers.loops schedulers.threads schedulers.sequential schedulers.local_cluster __init__
-gpt2.text schedulers schedulers.records schedulers.dask_get
+gpt2 schedulers.native schedulers.loops schedulers.threads schedulers.sequential schedulers.local_cluster
+gpt2.text schedulers schedulers.records schedulers.dask_get schedulers.dynamic
 downloads
 files schedulers.prepare products
+schedulers.repetition
 tasks schedulers.cores errors lab
 palette progress
 """

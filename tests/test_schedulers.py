@@ -226,7 +226,7 @@ class TestContract:
         a = k.arena(scheduler.needs_shared_memory)
         graph = Graph()
         graph.spawn(k.spawn_outside, a.x[0], a.log[0])
-        why = "RuntimeError: tasks cannot spawn tasks yet: graph 'outside' was not made inside this one; record it before it runs$"
+        why = "RuntimeError: a task cannot record into graph 'outside', which it has not made; spawn tasks of tasks in a program$"
         with pytest.raises(TaskError, match=r"^task 0, spawn_outside .*: " + why):
             scheduler.run(graph)
         with pytest.raises(TaskError, match=why):

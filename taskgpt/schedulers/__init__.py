@@ -6,8 +6,10 @@
     threads.py         dask.threaded, on threads of this process
     local_cluster.py   dask.distributed on this machine, with its dashboard: worker threads or worker processes
     cores.py           which cores there are to use: how many, which are free to bind to, which are near
+    repetition.py      whole steps until something is so
     prepare.py         what they share: the number of workers, one run at a time, plans that are made once per graph
     records.py         when and where each task ran, on request
+    dynamic/           programs whose tasks start as they are spawned
     dask_get/          taskgpt.get, for any Dask graph
 
 A scheduler may change the time that a graph takes, and nothing else. Each is a module with a frozen dataclass `Settings`, whose fields are
@@ -15,12 +17,13 @@ the keys of its TOML file, and a class `Scheduler(settings)` that keeps the cont
 """
 
 import importlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, Self
 
 import numpy as np
 
-from taskgpt.tasks import Graph
+from taskgpt.tasks import Graph, Spawn, Tile
 
 
 class WorkerError(RuntimeError):
@@ -68,6 +71,21 @@ class Scheduler(Protocol):
         last run raised; after `break` alone Python can only print it, so where it matters, use contextlib.closing. An iterator that nobody
         closes is finished by the next run, or by the end of the `with` block. Only a failed task, a lost worker or KeyboardInterrupt leave
         tensors in the middle of a run. Inside a task, where it cannot wait, close() leaves what has begun to the next run.
+        """
+
+    def run_while(self, step: Graph | Callable, until: Callable[[], bool], reads: Sequence[Tile] = ()) -> int:
+        """Run a step again and again until `until()` is true after it; return how often it ran, always to its end.
+
+        `step`: a graph, or a function that spawns the tasks of one, with what it is given. `reads`: the tiles whose arrays `until` reads.
+        With them, of a function's step, a task asks it, so that steps overlap as in `run_each`: one more than it took may have run.
+        """
+
+    def program(self, patience_s: float = 60.0) -> AbstractContextManager[Spawn]:
+        """Give a `with` block what it spawns tasks with that start as they are spawned, and may spawn others (tasks/spawn.py).
+
+        Results are those of `sequential`, which runs each task where it is spawned. The end of the block waits for all tasks, and raises
+        what the first that failed has raised: TaskError, which names the task, its tiles, and the line that spawned it. If all tasks wait
+        for each other, or for events, for `patience_s`, ProgramError says who waits for what. NotImplementedError: it runs graphs alone.
         """
 
     def ahead(self) -> float:

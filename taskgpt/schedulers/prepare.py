@@ -2,13 +2,15 @@
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Generic, Self, TypeVar
 
 import numpy as np
 
 from taskgpt.schedulers.cores import usable_cores
-from taskgpt.tasks import Graph
+from taskgpt.schedulers.repetition import Runs, run_while
+from taskgpt.tasks import Graph, Spawn, Tile
 
 Kept = TypeVar("Kept")
 
@@ -42,6 +44,13 @@ class OneAtATime:
     def __exit__(self, *exception: object) -> None:
         self._is_open = False
         self._stop()
+
+    def run_while(self: Runs, step: Graph | Callable, until: Callable[[], bool], reads: Sequence[Tile] = ()) -> int:
+        return run_while(self, step, until, reads)
+
+    def program(self, patience_s: float = 60.0) -> AbstractContextManager[Spawn]:
+        name = type(self).__module__.rpartition(".")[2].replace("_", "-")
+        raise NotImplementedError(f"scheduler {name} runs recorded graphs alone; programs run on native, and on sequential")
 
     def _turn(self) -> threading.Lock:
         """Return the lock to hold while something runs. Raises RuntimeError if it is held: a task would wait for itself; or if closed."""

@@ -1,10 +1,14 @@
 """Program order, in the calling thread: what every other scheduler must agree with to the bit, and where a debugger works."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from taskgpt.schedulers.dynamic import run_program
 from taskgpt.schedulers.prepare import InTurn
 from taskgpt.schedulers.records import Recorder
 from taskgpt.tasks import Graph, one_blas_thread
+from taskgpt.tasks.spawn import Spawn
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,11 @@ class Scheduler(InTurn):
 
     def _stop(self) -> None:
         one_blas_thread.release()
+
+    @contextmanager
+    def program(self, patience_s: float = 60.0) -> Iterator[Spawn]:
+        with self._turn(), run_program(None, patience_s) as spawn:
+            yield spawn
 
     def describe(self) -> str:
         return "sequential: program order, in the calling thread"

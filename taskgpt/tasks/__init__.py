@@ -2,6 +2,8 @@
 
 access.py           In / Out / InOut / Commutative / Concurrent / Reduction / Scratch: what a kernel declares of a tile
 combiners.py        what a reduction combines by
+spawn.py            what tasks spawn tasks with, in programs without a graph
+results.py          kernels return nothing, unless they declare it
 kernel.py           @kernel: a NumPy body, its declaration, and its compiled twin
 shapes.py           what the names of dimensions stand for in a call
 sources.py          what a compiled twin is made from
@@ -11,6 +13,7 @@ tensor.py           tensors cut into grids, tiles, arenas (also shared between p
 task.py             calls, and tasks of one or more of them
 dependencies.py     what an access must wait for
 grids.py            the cells of a graph's tensors
+known_calls.py      what calls of a kernel on tiles of the same shapes have in common
 edges.py            which task waits for which, without what other edges imply
 reductions.py       copies of reduced tiles, and the kernels that combine them
 task_graph.py       spawn: calls become tasks with dependencies
@@ -27,7 +30,7 @@ picture.py          the graph as a picture
 graph.py            Graph, all of that: what programs use
 """
 
-from taskgpt.tasks.access import Commutative, Concurrent, In, InOut, Out, Reduction, Scratch, Several, dims
+from taskgpt.tasks.access import Commutative, Concurrent, In, InOut, Out, Reduction, Scratch, Several, WeakIn, WeakInOut, WeakOut, dims
 from taskgpt.tasks.blas_threads import one_blas_thread
 from taskgpt.tasks.check import check
 from taskgpt.tasks.coarsen import by_section, coarsen, part
@@ -35,6 +38,7 @@ from taskgpt.tasks.combiners import Combiner
 from taskgpt.tasks.graph import Graph
 from taskgpt.tasks.kernel import AccessError, Kernel, TwinError, compile_kernels, dense, kernel
 from taskgpt.tasks.shapes import ShapeError
+from taskgpt.tasks.spawn import ProgramError, Spawn
 from taskgpt.tasks.task import Call, Section, Task, TaskError, run_now
 from taskgpt.tasks.tensor import Arena, GridError, Tensor, TensorSpec, Tile, wrap
 
@@ -51,17 +55,22 @@ __all__ = [
     "InOut",
     "Kernel",
     "Out",
+    "ProgramError",
     "Reduction",
     "Scratch",
     "Section",
     "Several",
     "ShapeError",
+    "Spawn",
     "Task",
     "TaskError",
     "Tensor",
     "TensorSpec",
     "Tile",
     "TwinError",
+    "WeakIn",
+    "WeakInOut",
+    "WeakOut",
     "by_section",
     "check",
     "coarsen",

@@ -23,7 +23,8 @@ def dims(names: str) -> list[Dim]:
 class Access:
     """How a kernel uses one tile: `kind`, its dimensions and its element type; of a reduction also how it is combined.
 
-    `kind`: in, out, inout, commutative, concurrent or reduction; scratch for no tile. `is_several`: of each of a list of tiles.
+    `kind`: in, out, inout, commutative, concurrent or reduction, weakin, weakout or weakinout; scratch for no tile. `is_several`: of each
+    of a list of tiles.
     """
 
     kind: str
@@ -34,11 +35,15 @@ class Access:
 
     @property
     def is_read(self) -> bool:
-        return self.kind != "out"
+        return self.kind not in ("out", "weakout")
 
     @property
     def is_written(self) -> bool:
-        return self.kind != "in"
+        return self.kind not in ("in", "weakin")
+
+    @property
+    def is_weak(self) -> bool:
+        return self.kind.startswith("weak")
 
     @property
     def numba_type(self) -> types.Array:
@@ -123,6 +128,24 @@ class Several(Any):
         if not isinstance(declared, Access) or declared.is_several or declared.kind in ("reduction", "scratch"):
             raise TypeError(f"Several[...] takes In, Out, InOut, Commutative or Concurrent of one tile, got {declared!r}")
         return replace(declared, is_several=True)
+
+
+class WeakIn(_Declaration):
+    """Read by tasks that this one spawns, and not by itself: it need not wait for who writes it, as they do. For kernels that spawn."""
+
+    kind = "weakin"
+
+
+class WeakOut(_Declaration):
+    """Written whole by tasks that this one spawns, and not by itself."""
+
+    kind = "weakout"
+
+
+class WeakInOut(_Declaration):
+    """Read and written by tasks that this one spawns, and not by itself."""
+
+    kind = "weakinout"
 
 
 class Scratch(_Declaration):

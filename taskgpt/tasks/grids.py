@@ -1,4 +1,4 @@
-"""Grids: the cells of all tensors that a graph has met, each with its history.
+"""Grids: the cells of all tensors that a graph, or a program, has met, each with its history.
 
 Tensors may share memory if they are the same array and one grid is cut wherever the other is, too: then the cells of both are those of the
 finer one, for it tells apart whatever the other does.
@@ -47,14 +47,16 @@ class Grids:
             return None
         return next((other for other in self._met if tensor.shares_memory(other)), None)
 
-    def verify_joins(self, tensor: Tensor, other: Tensor) -> None:
-        """Raise GridError unless one of two grids over one memory refines the other."""
+    def verify_joins(self, tensor: Tensor, other: Tensor, may_refine: bool) -> None:
+        """Raise GridError unless one of two grids over one memory refines the other; and if the new one does, and may not."""
         known = self.finest.get(other, other.bounds)
         if not tensor.is_like(other) or not (_refines(known, tensor.bounds) or _refines(tensor.bounds, known)):
             raise GridError(
                 f"'{tensor.name}' ({tensor}) and '{other.name}' ({other}) share memory: two grids over one buffer would hide dependencies, "
                 "unless both are of the whole array, and one is cut wherever the other is; index one tensor in both places"
             )
+        if not may_refine and not _refines(known, tensor.bounds):
+            raise GridError(f"'{tensor.name}' cuts the memory of '{other.name}' finer, whose tasks may run: name the finer one first")
 
     def join(self, tensor: Tensor, other: Tensor) -> Sequence[Tensor]:
         """Add the grid of memory that another tensor has, too; return the tensors whose cells are others now, finer ones."""

@@ -17,9 +17,7 @@ With NUMBA_DISABLE_JIT=1, numba's switch for debugging, a twin runs as plain Pyt
 a twin that uses an intrinsic (dense, gemm, exp32), itself or in a helper, cannot, and its NumPy body runs instead.
 """
 
-import dis
 import inspect
-import itertools
 import pickle
 import sys
 import time
@@ -37,9 +35,11 @@ from numba.extending import intrinsic
 
 from taskgpt.tasks.access import Access
 from taskgpt.tasks.cache import bounds_checked, compile_kept, reason_of, undisturbed
+from taskgpt.tasks.results import verify_is_called, verify_no_result
 from taskgpt.tasks.scratch import Shapes, scratch_arrays
 from taskgpt.tasks.shapes import elements, sizes_of
 from taskgpt.tasks.sources import Sources
+from taskgpt.tasks.spawn import Spawn
 
 # error_model="numpy": division by zero gives inf or nan, as in the body, and costs no branch.
 _njit = numba.njit(nogil=True, error_model="numpy")
@@ -71,7 +71,8 @@ class Kernel:
     """A declared function on tiles. Call it with arrays to run it; pass it to `spawn` with tiles to make it a task.
 
     Attributes: `name`; `parameters`, name -> Access, or int / float for a constant: what a caller passes; `scratch`, name -> Access: what
-    `body`, the NumPy function, and `function`, what runs, take after them; `tags`, free words that schedulers may ask for (the loops
+    `body`, the NumPy function, and `function`, what runs, take after them; `spawns`, whether they take a Spawn after these; `result`, the
+    type of what they return, None if nothing; `is_weak`, whether an access is; `tags`, free words that schedulers may ask for (the loops
     scheduler's coverage).
     """
 
@@ -86,18 +87,31 @@ class Kernel:
         self._unchecked: Kernel | None = None  # the kernel of which this one is `bounds_checked`
         self.module = body.__module__
         self.tags = frozenset(tags)
-        self._refuse_results(body, "its body")
+        returned = inspect.signature(body, eval_str=True).return_annotation
+        self.result: type | None = None if returned is inspect.Signature.empty else returned
+        self._verify_result(body, "its body")
+        self.spawns = False
         self.parameters: dict[str, Access | type[int] | type[float]] = {}
         self.scratch: dict[str, Access] = {}
         for parameter in inspect.signature(body, eval_str=True).parameters.values():
             declared = parameter.annotation
+            if self.spawns:
+                raise TypeError(f"{self.name}: parameter '{parameter.name}' stands after Spawn, which comes last")
+            if declared is Spawn:
+                self.spawns = True
+                continue
             if not (isinstance(declared, Access) or declared in (int, float)):
-                raise TypeError(f"{self.name}: parameter '{parameter.name}' needs an access, In, Out or InOut say, int or float")
+                raise TypeError(f"{self.name}: parameter '{parameter.name}' needs an access, In, Out or InOut say, int, float or Spawn")
             is_scratch = isinstance(declared, Access) and declared.kind == "scratch"
             if self.scratch and not is_scratch:
                 raise TypeError(f"{self.name}: parameter '{parameter.name}' stands after Scratch, which comes last")
             (self.scratch if is_scratch else self.parameters)[parameter.name] = declared
         self.accesses = {name: access for name, access in self.parameters.items() if isinstance(access, Access)}
+        if self.spawns and self.scratch:
+            raise TypeError(f"{self.name}: a kernel that spawns has no Scratch, which the tasks that run meanwhile would use, too")
+        self.is_weak = any(access.is_weak for access in self.accesses.values())
+        if self.is_weak and not self.spawns:
+            raise TypeError(f"{self.name}: weak accesses are for tasks that it spawns, and it has no Spawn")
         known = {d for access in self.accesses.values() for d in access.dims}
         for name, access in self.scratch.items():
             for dim in access.dims:
@@ -109,7 +123,8 @@ class Kernel:
         self.__doc__ = body.__doc__
         self.__wrapped__ = body
 
-    def __call__(self, *args) -> None:
+    def __call__(self, *args) -> Any:
+        self.verify_stands_alone()
         if len(args) != len(self.parameters):
             raise TypeError(f"{self.name} takes {len(self.parameters)} arguments ({', '.join(self.parameters)}), got {len(args)}")
         args = tuple(a.item() if isinstance(a, np.generic) else a for a in args)
@@ -118,10 +133,27 @@ class Kernel:
                 # numba would take 1.5 for an int, and make it 1
                 raise TypeError(f"{self.name}: '{name}' wants a constant ({declared.__name__} of 64 bits), got {given!r:.40}")
         self.verify_untouched()
-        self.run(*args, *(scratch_arrays(self.scratch_shapes(args)) if self.scratch else ()))
+        return self.run(*args, *(scratch_arrays(self.scratch_shapes(args)) if self.scratch else ()))
 
-    def run(self, *args) -> None:
-        """Run what runs, on all of its arrays and constants. Raises TypeError for what the compiled twin cannot take, and for a result."""
+    def verify_stands_alone(self) -> None:
+        """Raise TypeError for a kernel that only a program can run."""
+        if self.spawns:
+            raise TypeError(f"{self.name} spawns tasks; spawn it in a program: with scheduler.program() as spawn: spawn({self.name}, ...)")
+
+    def verify_recordable(self) -> None:
+        """Raise TypeError for a kernel that only a program can run, or of which only a program gets the result."""
+        self.verify_stands_alone()
+        if self.result is not None:
+            raise TypeError(
+                f"{self.name} returns a value, which a recorded task gives nobody; write it into a tile, or spawn the task in a program: "
+                f"with scheduler.program() as spawn: spawn({self.name}, ...).result()"
+            )
+
+    def run(self, *args) -> Any:
+        """Run what runs, on all of its arrays and constants; return its result, if it declares one.
+
+        Raises TypeError for what the compiled twin cannot take, and for a result that is not declared.
+        """
         try:
             result = self.function(*args)
         except TypeError as error:
@@ -129,8 +161,9 @@ class Kernel:
             if wrong is None:
                 raise
             raise TypeError(wrong) from None
-        if result is not None:
+        if result is not None and self.result is None:
             raise TypeError(f"{self.name} returned a {type(result).__name__}, which nobody gets: kernels write into their tiles")
+        return result
 
     def _refused(self, args: tuple) -> str | None:
         """Return which argument is not what the kernel declares, in words."""
@@ -166,7 +199,7 @@ class Kernel:
 
     def by_access(self, show: Callable[[str], str]) -> Iterator[tuple[str, list[str]]]:
         """Yield (kind, [show(parameter), ...]) for the kinds that occur, outputs first, as OmpSs-2 prints them."""
-        for kind in ("out", "inout", "reduction", "commutative", "concurrent", "in"):
+        for kind in ("out", "inout", "reduction", "commutative", "concurrent", "in", "weakout", "weakinout", "weakin"):
             accesses = [(name, access) for name, access in self.accesses.items() if access.kind == kind]
             if accesses:
                 yield kind, [show(name) if each.combiner is None else f"{each.combiner}: {show(name)}" for name, each in accesses]
@@ -177,10 +210,16 @@ class Kernel:
             raise TypeError(f"{self.name}.compiled decorates a plain function, and compiles it itself; {_what_is(twin)}")
         if any(access.is_several for access in self.accesses.values()):
             raise TypeError(f"{self.name}: a kernel with Several has no compiled twin, as its lists are of any length")
+        if self.spawns:
+            raise TypeError(
+                f"{self.name} spawns tasks, which compiled code cannot; leave its twin out, and give those that it spawns theirs"
+            )
+        if self.result not in (None, int, float, bool):
+            raise TypeError(f"{self.name}: compiled code returns an int, a float or a bool, not a {getattr(self.result, '__name__', '?')}")
         names = [*self.parameters, *self.scratch]
         if list(inspect.signature(twin).parameters) != names:
             raise TypeError(f"{self.name}: the compiled twin must take {names}")
-        self._refuse_results(twin, "the compiled twin")
+        self._verify_result(twin, "the compiled twin")
         self._twin = _njit(twin)
         self.function = self._compile_and_run
         self._sources = None  # those of an earlier twin: a cell of a notebook may run again
@@ -281,7 +320,9 @@ class Kernel:
         """Return the declared types, with these tiles read-only and no others."""
         scalars = {int: types.int64, float: types.float64}
         declared = (self.parameters | self.scratch).items()
-        return types.void(*(d.numba_type.copy(readonly=name in read_only) if isinstance(d, Access) else scalars[d] for name, d in declared))
+        results: dict[type | None, Any] = {None: types.void, int: types.int64, float: types.float64, bool: types.boolean}
+        every = [d.numba_type.copy(readonly=name in read_only) if isinstance(d, Access) else scalars[d] for name, d in declared]
+        return results[self.result](*every)
 
     def _explained(self, error: Exception, inputs: list[str]) -> Exception:
         """Return an AccessError if the twin did not compile because it writes tiles declared In, otherwise a TwinError."""
@@ -332,20 +373,10 @@ class Kernel:
             return self._bytes({**sizes, **constants})
         return sum(elements(name, a, sizes) * a.dtype.itemsize * (a.is_read + a.is_written) for name, a in self.accesses.items())
 
-    def _refuse_results(self, function: Callable, what: str) -> None:
-        """Raise TypeError for a function that surely returns a value; the rest shows when it runs."""
-        if inspect.isgeneratorfunction(function) or inspect.iscoroutinefunction(function):
-            raise TypeError(f"{self.name}: {what} is a generator or a coroutine, which would not run when it is called")
-        pairs = list(itertools.pairwise(dis.get_instructions(function)))
-        unsure: set[str] = set()  # variables that may be None
-        for before, store in pairs:
-            if store.opname == "STORE_FAST_STORE_FAST" or (store.opname.startswith("STORE_FAST") and not _is_value(before)):
-                unsure.update(_names(store))
-        for before, last in pairs:
-            is_value = _is_value(before) or (before.opname == "LOAD_CONST" and before.argval is not None)
-            is_value = is_value or ("LOAD_FAST" in before.opname and _names(before)[-1] not in unsure)
-            if (last.opname == "RETURN_VALUE" and is_value) or (last.opname == "RETURN_CONST" and last.argval is not None):
-                raise TypeError(f"{self.name}: {what} returns a value, which nobody gets: kernels write into their tiles")
+    def _verify_result(self, function: Callable, what: str) -> None:
+        verify_is_called(self.name, function, what)
+        if self.result is None:
+            verify_no_result(self.name, function, what)
 
     def _formula(self, what: str, formula: Callable | None) -> Callable[[dict[str, float]], int] | None:
         """Return the formula as a function of all sizes and constants. Raises TypeError for a name that the kernel does not have."""
@@ -385,16 +416,6 @@ def _what_is(given: object) -> str:
     if inspect.isroutine(given):
         return f"'{name}' is a plain function: decorate it with @kernel"
     return f"got the class {name}" if isinstance(given, type) else f"got a {type(given).__name__}"
-
-
-def _is_value(instruction: dis.Instruction) -> bool:
-    """Return True for what never gives None, as a call, an attribute or a variable may."""
-    return instruction.opname.startswith(("BINARY_", "UNARY_", "COMPARE_", "BUILD_"))
-
-
-def _names(instruction: dis.Instruction) -> tuple[str, ...]:
-    """Return the local variables of a load or a store: Python 3.13 has instructions of two."""
-    return instruction.argval if isinstance(instruction.argval, tuple) else (instruction.argval,)
 
 
 @overload

@@ -29,7 +29,7 @@ from taskgpt.tasks.tensor import Tile
 
 _WORD = ir.IntType(64)
 _BYTE_POINTER = ir.IntType(8).as_pointer()
-_PYTHON_ENTRY = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p))
+PYTHON_ENTRY = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p))  # takes the GIL
 
 
 def has_native_entry(call: Call) -> bool:
@@ -61,7 +61,7 @@ def python_entry(call: Call) -> tuple[int, object]:
             this_thread.at = None
         return 0
 
-    callback = _PYTHON_ENTRY(run)
+    callback = PYTHON_ENTRY(run)
     return ctypes.cast(callback, ctypes.c_void_p).value, callback
 
 

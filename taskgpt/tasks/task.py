@@ -80,8 +80,8 @@ class Call:
             self._arrays = [_array_of(a) for a in self.args]
         return self._arrays
 
-    def run(self) -> None:
-        self.kernel.run(*self.arrays, *scratch_arrays(self.scratch_shapes))
+    def run(self) -> Any:
+        return self.kernel.run(*self.arrays, *scratch_arrays(self.scratch_shapes))
 
     def verify(self) -> None:
         """Raise TypeError, ShapeError or AccessError for arguments that the kernel does not declare so."""
@@ -269,6 +269,7 @@ def run_now(kernel: Kernel, *args, section: Section = ("", -1), priority: int = 
     """
     call = Call(kernel, args)
     call.verify()
+    kernel.verify_recordable()
     kernel.verify_untouched()
     with one_blas_thread:
         call.run()

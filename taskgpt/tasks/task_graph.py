@@ -6,8 +6,8 @@ one valid order, and every other order that the dependencies allow gives the sam
 Neighbouring reductions into one tile become tasks on copies of it, and tasks that combine these: see reductions.py. Neither touches
 anything that schedulers, pictures and traces do not know already.
 
-Tasks do not spawn tasks yet: nothing is recorded into a graph while it runs, nor from inside a task into a graph from outside of it, which
-in a worker process would be a copy.
+Nothing is recorded into a graph while it runs, nor from inside a task into a graph from outside of it, which in a worker process would be a
+copy. Tasks that spawn tasks are for programs: see spawn.py.
 """
 
 import threading
@@ -15,54 +15,17 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Self, TypeVar
 
-import numpy as np
-
 from taskgpt.tasks.combiners import Combiner, Operator
-from taskgpt.tasks.dependencies import CellHistory, TileHistory, longest_path
+from taskgpt.tasks.dependencies import CellHistory, longest_path
 from taskgpt.tasks.edges import Edges
-from taskgpt.tasks.grids import Grids
-from taskgpt.tasks.kernel import AccessError, Kernel, as_kernel
+from taskgpt.tasks.kernel import Kernel, as_kernel
+from taskgpt.tasks.known_calls import CallSignature, KnownCalls, Place
 from taskgpt.tasks.reductions import beginning, combining, copies_of, slots_of
-from taskgpt.tasks.task import Call, Section, Signature, Task, this_thread, verify_writeable
-from taskgpt.tasks.tensor import Tensor, Tile
+from taskgpt.tasks.task import Call, Section, Task, this_thread
+from taskgpt.tasks.tensor import Tile
 
 AnyGraph = TypeVar("AnyGraph", bound="TaskGraph")  # of the kind that was given
 _combining = threading.Lock()  # threads of a scheduler may look at one graph together
-
-
-class _Place(TileHistory):
-    """What a graph knows of a tile: one object for all tiles of the same index, its history, and the number of its form."""
-
-    __slots__ = ("form", "tile")
-
-    def __init__(self, tile: Tile, cells: Sequence[CellHistory], form: int):
-        super().__init__(cells)
-        self.tile, self.form = tile, form
-
-
-class _Signature(Signature):
-    """How calls of a kernel on tiles of the same forms access them, too.
-
-    Of each tile: `names`, of its parameter; `accesses`, as declared; `kinds`, as done. `written`: (number among the tiles, name).
-    `reductions`: (number among the tiles, and among the arguments, combiner).
-    """
-
-    __slots__ = ("accesses", "kinds", "names", "reductions", "written")
-
-    def __init__(self, call: Call, allow_commutative: bool):
-        kernel = call.kernel
-        super().__init__(kernel)
-        self.names = tuple(name for name, _ in call.tiles())
-        self.accesses = tuple(kernel.accesses[name] for name in self.names)
-        kinds = [access.kind for access in self.accesses]
-        self.kinds = tuple("inout" if kind == "commutative" and not allow_commutative else kind for kind in kinds)
-        self.written = tuple((at, name) for at, name in enumerate(self.names) if self.accesses[at].is_written)
-        position = {name: at for at, name in enumerate(kernel.parameters)}
-        found = zip(self.names, self.accesses, strict=True)
-        self.reductions = tuple((at, position[name], each.combiner) for at, (name, each) in enumerate(found) if each.combiner)
-        for access in self.accesses:
-            if access.combiner:
-                combining(access.combiner, access.dtype, len(access.dims))  # raises for a kernel that cannot
 
 
 class _Group:
@@ -70,7 +33,7 @@ class _Group:
 
     __slots__ = ("combiner", "copies", "place", "priority", "section", "slots", "tasks")
 
-    def __init__(self, place: _Place, combiner: Operator | Combiner, copies: list[_Place]):
+    def __init__(self, place: Place, combiner: Operator | Combiner, copies: list[Place]):
         self.place, self.combiner, self.copies = place, combiner, copies
         self.slots = slots_of(place.tile)
         self.tasks = 0
@@ -97,12 +60,9 @@ class TaskGraph:
         self._made_in = this_thread.at
         self._kernels: dict[Kernel, None] = {}  # in order of first use
         self._recorded = 0  # tasks that were spawned here: of those the graph knows what they access
-        self._grids = Grids()
-        self._places: dict[Tensor, dict[tuple, _Place]] = {}  # by the spans of the tile
-        self._forms: dict[tuple, int] = {}  # of tiles: shape and type, numbered
-        self._signatures: dict[tuple, _Signature] = {}  # by the kernel and, for each argument, its form or, of a constant, its type
+        self._calls = KnownCalls(Kernel.verify_recordable, self._combine_all, allow_commutative)
         self._groups: dict[CellHistory, _Group] = {}  # those of reductions that are open
-        self._copies: dict[_Place, list[_Place]] = {}  # of tiles that are reduced, for the slots after the first
+        self._copies: dict[Place, list[Place]] = {}  # of tiles that are reduced, for the slots after the first
 
     @property
     def tasks(self) -> list[Task]:
@@ -131,8 +91,8 @@ class TaskGraph:
             raise RuntimeError(f"graph '{self.name}' was not recorded here, and cannot go on recording; record a new one")
         if type(kernel) is not Kernel:
             as_kernel(kernel)
-        signature, places, args = self._look_up(kernel, args) or self._learn(Call(kernel, args))
-        self._verify_written(kernel, places, signature)
+        signature, places, args = self._calls.look_up(kernel, args)
+        self._calls.verify_written(signature, places)
         if self._groups:
             self._combine_before(signature, places)
         if not signature.reductions:
@@ -140,7 +100,7 @@ class TaskGraph:
         places, calls = self._spread(signature, places, args, section, priority)
         return self._record(signature, places, calls, section, priority)
 
-    def _record(self, signature: _Signature, places: Sequence[_Place], calls: tuple[Call, ...], section: Section, priority: int) -> Task:
+    def _record(self, signature: CallSignature, places: Sequence[Place], calls: tuple[Call, ...], section: Section, priority: int) -> Task:
         """Add a task. Its last call is of that signature, on those tiles; others before it touch no tiles but these."""
         number = len(self._tasks)
         task = Task(number, calls, section)
@@ -158,7 +118,7 @@ class TaskGraph:
         self._recorded += 1
         return task
 
-    def _combine_before(self, signature: _Signature, places: Sequence[_Place]) -> None:
+    def _combine_before(self, signature: CallSignature, places: Sequence[Place]) -> None:
         """End the groups of reductions that a call on these tiles does not go on with."""
         groups = self._groups
         ended: dict[_Group, None] = {}
@@ -173,8 +133,8 @@ class TaskGraph:
             self._combine(group)
 
     def _spread(
-        self, signature: _Signature, places: Sequence[_Place], args: tuple, section: Section, priority: int
-    ) -> tuple[list[_Place], tuple[Call, ...]]:
+        self, signature: CallSignature, places: Sequence[Place], args: tuple, section: Section, priority: int
+    ) -> tuple[list[Place], tuple[Call, ...]]:
         """Return the tiles of a call, with its turn's slot for each that it reduces, and the call after those that fill new slots."""
         chosen, given = list(places), list(args)
         calls: list[Call] = []
@@ -200,24 +160,23 @@ class TaskGraph:
                 group.priority = priority
         return chosen, (*calls, Call.verified(signature, tuple(given)))
 
-    def _meets_another(self, place: _Place, places: Sequence[_Place]) -> bool:
+    def _meets_another(self, place: Place, places: Sequence[Place]) -> bool:
         """Return True if another of the tiles touches a cell of this one."""
-        tensor, finest = place.tile.tensor, self._grids.finest
+        tensor, finest = place.tile.tensor, self._calls.grids.finest
         for other in places:
             may_meet = other is not place and (other.tile.tensor is tensor or tensor in finest)
             if may_meet and not set(other.cells).isdisjoint(place.cells):
                 return True
         return False
 
-    def _copy(self, group: _Group, slot: int) -> _Place:
+    def _copy(self, group: _Group, slot: int) -> Place:
         """Return a slot's copy of the tile: that of an earlier group, if there was one; memory grows to at most twice what is needed."""
         copies = group.copies
         if slot > len(copies):
             more = min(len(copies) + 1, group.slots - 1 - len(copies))
             for tile in copies_of(group.place.tile, len(copies) + 1, more):
-                self._grids.add(tile.tensor, is_private=True)
-                self._places[tile.tensor] = {}
-                copies.append(self._place(tile))
+                self._calls.know_private(tile.tensor)
+                copies.append(self._calls.place(tile))
         return copies[slot - 1]
 
     def _combine_all(self) -> None:
@@ -234,95 +193,11 @@ class TaskGraph:
         while distance < len(used):
             for at in range(0, len(used) - distance, 2 * distance):
                 tiles = used[at].tile, used[at + distance].tile
-                signature, places, args = self._look_up(kernel, tiles) or self._learn(Call(kernel, tiles))
+                signature, places, args = self._calls.look_up(kernel, tiles)
                 self._record(signature, places, (Call.verified(signature, args),), group.section, group.priority)
             distance *= 2
         for cell in place.cells:  # at last: until then other threads that look at the graph wait
             del self._groups[cell]
-
-    def _look_up(self, kernel: Kernel, args: tuple) -> tuple[_Signature, list[_Place], tuple] | None:
-        """Return what is known of a call and of its tiles, and its arguments with these tiles in them; None for a new kind of call."""
-        places: list[_Place] = []
-        known: list = []
-        key: list = [kernel]
-        for argument in args:
-            if type(argument) is Tile:
-                places_of = self._places.get(argument.tensor)
-                if places_of is None:
-                    return None
-                place = places_of.get(argument.spans) or self._place(argument)
-                places.append(place)
-                known.append(place.tile)
-                key.append(place.form)
-            elif type(argument) in (tuple, list):
-                found = self._look_up_list(argument)
-                if found is None:
-                    return None
-                places += found
-                known.append(tuple([place.tile for place in found]))
-                key.append(tuple([place.form for place in found]))
-            else:
-                if isinstance(argument, np.generic):
-                    argument = argument.item()
-                elif type(argument) is int and argument.bit_length() > 63:
-                    return None  # not every integer fits
-                known.append(argument)
-                key.append(type(argument))
-        signature = self._signatures.get(tuple(key))
-        return None if signature is None else (signature, places, tuple(known))
-
-    def _look_up_list(self, tiles: Sequence[Tile]) -> list[_Place] | None:
-        if not all(type(tile) is Tile and tile.tensor in self._places for tile in tiles):
-            return None
-        return [self._place(tile) for tile in tiles]
-
-    def _learn(self, call: Call) -> tuple[_Signature, list[_Place], tuple]:
-        """Verify a call of a new kind, and know it from now on. Return what `_look_up` does."""
-        kernel = call.kernel
-        call.verify()
-        if kernel not in self._kernels:
-            kernel.verify_sources()
-        for _, tile in call.tiles():
-            self._know(tile.tensor)
-        places: list[_Place] = []
-        known: list = []
-        key: list = [kernel]
-        for argument in call.args:
-            if isinstance(argument, (Tile, tuple)):
-                found = [self._place(tile) for tile in (argument if isinstance(argument, tuple) else (argument,))]
-                places += found
-                tiles, forms = tuple(place.tile for place in found), tuple(place.form for place in found)
-                known.append(tiles if isinstance(argument, tuple) else tiles[0])
-                key.append(forms if isinstance(argument, tuple) else forms[0])
-            else:
-                known.append(argument)
-                key.append(type(argument))
-        if tuple(key) not in self._signatures:
-            self._signatures[tuple(key)] = _Signature(call, self.allow_commutative)
-        return self._signatures[tuple(key)], places, tuple(known)
-
-    def _place(self, tile: Tile) -> _Place:
-        places = self._places[tile.tensor]
-        place = places.get(tile.spans)
-        if place is None:
-            form = self._forms.setdefault((tile.shape, tile.tensor.array.dtype), len(self._forms))
-            place = places[tile.spans] = _Place(tile, self._grids.cells_of(tile), form)
-        return place
-
-    def _verify_written(self, kernel: Kernel, places: Sequence[_Place], signature: _Signature) -> None:
-        """Raise AccessError if a written tile overlaps another or is read-only."""
-        finest = self._grids.finest
-        for at, name in signature.written:
-            tile = places[at].tile
-            tensor = tile.tensor
-            if not tensor.array.flags.writeable:
-                verify_writeable(kernel, name, tile)
-            has_likes = tensor in finest
-            for other_at, other in enumerate(places):
-                if (other.tile.tensor is tensor or has_likes) and other_at != at and tile.overlaps(other.tile):
-                    first, second = (signature.names[n] for n in sorted((at, other_at)))
-                    where = f"{kernel.name}: '{first}' and '{second}' overlap in {tensor.name}"
-                    raise AccessError(f"{where}; declare one InOut instead")
 
     def derived(self, name: str) -> Self:
         """Return an empty graph of the same kind, for other tasks that run the same calls."""
@@ -342,24 +217,9 @@ class TaskGraph:
 
     def _verify_may_grow(self) -> None:
         if this_thread.at is not None and this_thread.at is not self._made_in:
-            raise RuntimeError(f"tasks cannot spawn tasks yet: graph '{self.name}' was not made inside this one; record it before it runs")
+            raise RuntimeError(f"a task cannot record into graph '{self.name}', which it has not made; spawn tasks of tasks in a program")
         if self.runs:
             raise RuntimeError(f"graph '{self.name}' is being run, and the task would not be; spawn it before the run or after its end")
-
-    def _know(self, tensor: Tensor) -> None:
-        """Take a tensor's grid in. Memory that another tensor cuts, too, goes by the finer of the two grids; if none is, it is refused."""
-        if tensor in self._grids:
-            return
-        other = self._grids.other(tensor)
-        if other is None:
-            self._grids.add(tensor)
-        else:
-            self._grids.verify_joins(tensor, other)
-            self._combine_all()  # groups go by cells, which may be others now
-            for each in self._grids.join(tensor, other):
-                for place in self._places[each].values():
-                    place.cells = self._grids.cells_of(place.tile)
-        self._places[tensor] = {}
 
     def edges_to(self, following: "TaskGraph") -> list[tuple[int, int]] | None:
         """Return (task here, task there) for the dependencies of a graph that runs right after this one, less those that others imply.
@@ -368,7 +228,7 @@ class TaskGraph:
         there waits for everything here.
         """
         are_recorded = self._recorded == len(self.tasks) and following._recorded == len(following.tasks)
-        if not are_recorded or any(self._grids.other(tensor) for tensor in following._grids):
+        if not are_recorded or any(self._calls.grids.other(tensor) for tensor in following._calls.grids):
             return None
         count = len(self.tasks)
         both = Edges()
@@ -390,7 +250,7 @@ class TaskGraph:
             for call in task.calls:
                 for name, tile in call.tiles():
                     if tile not in touched:
-                        touched[tile] = self._grids.touched(tile)
+                        touched[tile] = self._calls.grids.touched(tile)
                     kind = call.kernel.accesses[name].kind
                     for cell in touched[tile]:
                         if cell not in overwritten:

@@ -6,9 +6,13 @@ ring.py       queues without waiting: deques and inboxes
 heap.py       instances in the order of their ranks
 idle.py       workers without work: the watch, cells, sleep
 queues.py     where ready tasks go, and who gets which
+release.py    what happens when a task has run
+open_run.py   tasks that are spawned while others run
 worker.py     what a worker does, and what the submitting thread does to start, await and stop runs
 plan.py       a graph as flat arrays
 policies.py   which ready task goes first
+crew.py       the threads that are workers
+program_engine.py  programs on these workers
 scheduler.py  the contract, kept: threads that are workers, runs that overlap
 """
 

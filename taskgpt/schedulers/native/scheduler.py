@@ -12,7 +12,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import numba
@@ -20,17 +20,22 @@ import numpy as np
 
 from taskgpt.errors import UserError
 from taskgpt.schedulers.cores import cores_to_bind, near_first
+from taskgpt.schedulers.dynamic import run_program
+from taskgpt.schedulers.native import open_run, worker
 from taskgpt.schedulers.native import table as r
-from taskgpt.schedulers.native import worker
+from taskgpt.schedulers.native.crew import Crew, this_worker
 from taskgpt.schedulers.native.plan import Plan, edges_to_next
 from taskgpt.schedulers.native.pointers import OPAQUE_WORDS
 from taskgpt.schedulers.native.policies import POLICIES
+from taskgpt.schedulers.native.program_engine import PLACES, OpenRun
+from taskgpt.schedulers.native.release import FINISHED
 from taskgpt.schedulers.native.ring import RING_HEAD
 from taskgpt.schedulers.prepare import IS_BUSY, OncePerGraph, OneAtATime, worker_count
 from taskgpt.schedulers.records import RECORD_TYPE
 from taskgpt.tasks import Graph, TaskError, one_blas_thread
 from taskgpt.tasks.cache import compile_function
 from taskgpt.tasks.native_entry import take_exception
+from taskgpt.tasks.spawn import Spawn
 from taskgpt.tasks.tensor import ALIGNMENT_BYTES, aligned
 
 _POLL_MS = 100  # how often the submitting thread looks whether Ctrl-C was pressed
@@ -86,23 +91,19 @@ class Scheduler(OneAtATime):
         self._submitter = 0  # the thread that submitted the last run
         self._has_told = False  # of the failure in the table: it was raised
         self._count = 0
-        self._threads: list[threading.Thread] = []
 
     # Life ---------------------------------------------------------------------------------------------------------------------------
 
     def _start(self) -> None:
         if numba.config.DISABLE_JIT:
             raise UserError("scheduler native is compiled code, which NUMBA_DISABLE_JIT=1 switches off; take --scheduler sequential")
-        for function, signature in worker.SIGNATURES.items():
+        for function, signature in (worker.SIGNATURES | open_run.SIGNATURES).items():
             compile_function(function, signature)
         with ExitStack() as undo:
             undo.enter_context(one_blas_thread)
             self._make_table()
-            undo.callback(self._join)
-            for me in range(self.workers):
-                thread = threading.Thread(target=self._be_worker, args=(me,), name=f"taskgpt-native-{me}", daemon=True)
-                thread.start()
-                self._threads.append(thread)
+            self._crew = Crew(self._address, self.workers, self._bound_to)
+            undo.callback(self._crew.join)
             undo.callback(self._abandon)
             self._undo = undo.pop_all()
 
@@ -115,19 +116,6 @@ class Scheduler(OneAtATime):
 
     def _stop(self) -> None:
         self._undo.close()
-
-    def _join(self) -> None:
-        """Have the workers return, and wait for them, even if Ctrl-C is pressed: their code must not vanish while they run."""
-        worker.close(self._address)
-        interrupt = None
-        while self._threads:
-            try:
-                self._threads[-1].join()
-                self._threads.pop()
-            except KeyboardInterrupt as pressed:
-                interrupt = pressed
-        if interrupt:
-            raise interrupt
 
     def describe(self) -> str:
         s = self.settings
@@ -188,10 +176,23 @@ class Scheduler(OneAtATime):
             self._worker_words[:-1, r.RECORD] = [each.ctypes.data for each in self._records]
             self._worker_words[:-1, r.RECORD_CAPACITY] = s.record
 
-    def _be_worker(self, me: int) -> None:
-        if self._bound_to:
-            os.sched_setaffinity(0, {self._bound_to[me]})  # this thread, not the process
-        worker.work(self._address, me)
+    @contextmanager
+    def program(self, patience_s: float = 60.0) -> Iterator[Spawn]:
+        with self._turn():
+            self._verify_can_wait()
+            self._finish_all()
+            if self._table[r.STOPPING]:
+                self._abandon()
+            self._make_room(PLACES, 0)
+            by_age = self._table[r.BY_AGE]
+            self._table[[r.IS_RANKED, r.BY_AGE]] = True, by_age or 1  # what ranks by values, which nobody knows, goes by age
+            engine = OpenRun(self._table, self._run_words[0], self._crew, self._make_scratch, bool(self.settings.record))
+            try:
+                with run_program(engine, patience_s) as spawn:
+                    yield spawn
+            finally:
+                self._run_words[0] = 0
+                self._table[[r.BY_AGE, r.PRIORITIES]] = by_age, False
 
     # Runs ---------------------------------------------------------------------------------------------------------------------------
 
@@ -240,7 +241,7 @@ class Scheduler(OneAtATime):
                 raise
 
     def _is_worker(self) -> bool:
-        return threading.current_thread() in self._threads
+        return this_worker.me >= 0
 
     def _verify_can_wait(self, mine: Collection[_Run] = ()) -> None:
         """Raise RuntimeError for a worker; and for a thread that did not begin what is under way between two graphs of a run_each."""
@@ -341,18 +342,25 @@ class Scheduler(OneAtATime):
 
     def _make_room(self, tasks: int, scratch_bytes: int) -> None:
         """Let every queue hold so many tasks, and every worker have so much scratch, as kernels ask for. Nothing is under way."""
-        room, scratch_bytes = max(self._queue_room, tasks), max(self._scratch_bytes, scratch_bytes)
+        room = max(self._queue_room, tasks)
         slots = 1 << (room - 1).bit_length()
         queues = len(self._queue_words)
         heaps = np.zeros((queues, 2, room), np.int64)
         rings = np.zeros((queues, 2, RING_HEAD + slots), np.int64)
         rings[:, :, 0] = slots - 1
-        scratch = np.zeros((self.workers, aligned(scratch_bytes) + ALIGNMENT_BYTES), np.uint8)
-        self._room += [heaps, rings, scratch]
+        self._room += [heaps, rings]
         for places, blocks in (([r.KEYS, r.INSTANCES], heaps), ([r.DEQUE, r.INBOX], rings)):
             self._queue_words[:, places] = [[array.ctypes.data for array in pair] for pair in blocks]
-        self._worker_words[:-1, r.SCRATCH] = [aligned(each.ctypes.data) for each in scratch]
-        self._queue_room, self._scratch_bytes = room, scratch_bytes  # last: an interrupt before this is made good by the next run
+        self._make_scratch(scratch_bytes)
+        self._queue_room = room  # last: an interrupt before this is made good by the next run
+
+    def _make_scratch(self, scratch_bytes: int) -> None:
+        """Let every worker have so much scratch at least, from its next task on."""
+        if scratch_bytes > self._scratch_bytes or not self._worker_words[0, r.SCRATCH]:
+            scratch = np.zeros((self.workers, aligned(scratch_bytes) + ALIGNMENT_BYTES), np.uint8)
+            self._room.append(scratch)  # the old one stays: a worker may be at work in it
+            self._worker_words[:-1, r.SCRATCH] = [aligned(each.ctypes.data) for each in scratch]
+            self._scratch_bytes = scratch_bytes
 
     def _write(self, run: _Run, before: _Run | None) -> None:
         """Write what the workers are to know of a run."""
@@ -407,7 +415,7 @@ class Scheduler(OneAtATime):
         run = self._runs[0] if self._runs else None
         if run is None or run.arrays[r.MARKS] is None:
             return 0.0
-        return float(self._shares(run.graph)[run.arrays[r.MARKS] & worker.FINISHED != 0].sum())
+        return float(self._shares(run.graph)[run.arrays[r.MARKS] & FINISHED != 0].sum())
 
     # What was recorded --------------------------------------------------------------------------------------------------------------
 

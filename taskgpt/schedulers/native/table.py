@@ -54,12 +54,21 @@ SPINNING, ASLEEP = range(_BITS, IDLE_WORDS)[:2]
 _ARRAYS, _, _COUNT, RUN_WORDS = _lines(3)
 CALL_FIRST, CALL_ENTRY, CALL_WORDS, SUCCESSOR_FIRST, SUCCESSOR, INDEGREE = range(_ARRAYS, _COUNT)[:6]
 VALUES, OWN_PRIORITIES, FAVOURITES, LOCK_FIRST, LOCK_OF, LOCKS = range(_ARRAYS, _COUNT)[6:12]
-TASKS, NUMBER, OFFSET, PENDING, MARKS, READY_AT, RAN_ON, DURATIONS, NEXT_FIRST, NEXT = range(_ARRAYS, _COUNT)[12:22]
+TASKS, NUMBER, OFFSET, PENDING, MARKS, READY_AT, RAN_ON, DURATIONS, NEXT_FIRST, NEXT, OPEN = range(_ARRAYS, _COUNT)[12:23]
 REMAINING = _COUNT
+
+# An open run, in which tasks are spawned while others run; open_run.py. Addresses of arrays, by place of a task or number of an edge; what
+# spawning keeps; what who has run a task writes; news.
+_PLACES, _SPAWNER, _ENDS, _NEWS, OPEN_WORDS = _lines(4)
+HEADS, STATES, ALIVE, PARENTS, HOLDS, ERRORS, SERIALS, NEXT_PLACE = range(_PLACES, _SPAWNER)[:8]
+EDGE_FIRST, EDGE_NEXT, EDGE_TO, EDGE_OWN, OWN_WORDS, BUFFER, PLACES, EDGES = range(_PLACES, _SPAWNER)[8:16]
+FREE, USED, FREE_EDGE, FREE_EDGES, USED_EDGES, SPAWNED = range(_SPAWNER, _ENDS)[:6]
+FREED, ENDED, FEW = range(_ENDS, _NEWS)[:3]  # FEW: who waits until no more tasks than so many are open; NOTHING if nobody does
+CANCELLED_ALL, FAILED_PLACES = range(_NEWS, OPEN_WORDS)[:2]
 
 # A worker; one more stands for the thread that submits. On CELL he waits, alone, for what another worker hands over.
 _OWN, _CELL, WORKER_WORDS = _lines(2)
-CLOCK, CLOCK_NS, SCRATCH, ERROR, RECORD, RECORD_CAPACITY, RECORD_COUNT = range(_OWN, _CELL)[:7]
+CLOCK, CLOCK_NS, SCRATCH, ERROR, RECORD, RECORD_CAPACITY, RECORD_COUNT, WANTED = range(_OWN, _CELL)[:8]  # WANTED: by so many threads
 CELL, CELL_MUTEX, CELL_FILLED = range(_CELL, WORKER_WORDS)[:3]  # a mutex and a condition to sleep on
 
 # What a worker records of a task: a row of RECORD_TYPE, but for the worker, whose rows they are.

@@ -11,10 +11,10 @@ second of the two is the one to do it.
 
 from numba import types
 
-from taskgpt.schedulers.native.idle import accept, announce, begin_watch, end_watch, pause, rouse, sleep, wake_some, withdraw
+from taskgpt.schedulers.native.idle import accept, announce, begin_watch, end_watch, pause, rouse, sleep, wake, wake_some, withdraw
+from taskgpt.schedulers.native.open_run import run_spawned
 from taskgpt.schedulers.native.pointers import (
     REALTIME,
-    WORD_BYTES,
     address_of,
     call_entry,
     clock_gettime,
@@ -22,20 +22,17 @@ from taskgpt.schedulers.native.pointers import (
     condition_init,
     condition_timedwait,
     condition_wait,
-    exchange,
     fetch_add,
     fetch_or,
     load,
     mutex_init,
     mutex_lock,
     mutex_unlock,
-    relax,
-    sched_yield,
     store,
-    store_last,
     words_at,
 )
-from taskgpt.schedulers.native.queues import empty, is_anything_ready, push, rank, take
+from taskgpt.schedulers.native.queues import empty, is_anything_ready, push, take
+from taskgpt.schedulers.native.release import FINISHED, SUBMITTED, note_ready, record, release, release_locks, release_next, take_locks
 from taskgpt.schedulers.native.table import (
     ASLEEP,
     CALL_ENTRY,
@@ -51,10 +48,7 @@ from taskgpt.schedulers.native.table import (
     FAILED,
     FAILED_CALL,
     GO,
-    IMMEDIATE,
     INDEGREE,
-    LOCK_FIRST,
-    LOCK_OF,
     LOCKS,
     LOOK,
     MARKS,
@@ -62,30 +56,19 @@ from taskgpt.schedulers.native.table import (
     NEXT,
     NEXT_FIRST,
     NOTHING,
-    NUMBER,
     ON_WATCH,
+    OPEN,
     PENDING,
-    PRIORITIES,
-    RAN_ON,
     READY_AT,
     RECORD,
-    RECORD_CAPACITY,
-    RECORD_COUNT,
     REMAINING,
-    ROW_READY,
-    ROW_RUN,
-    ROW_START,
-    ROW_STOP,
-    ROW_TASK,
-    ROW_WORDS,
     SCRATCH,
     SPINNING,
     SPINS,
     STILL,
     STOPPING,
-    SUCCESSOR,
-    SUCCESSOR_FIRST,
     TASKS,
+    WANTED,
     WATCH,
     WORKERS,
     compiled,
@@ -98,15 +81,12 @@ from taskgpt.schedulers.native.table import (
     worker_of,
 )
 
-FINISHED, SUBMITTED = 1, 2  # bits of a task's mark: it has run; the next run has been submitted
-
-
 # Workers --------------------------------------------------------------------------------------------------------------------------------
 
 
 @compiled
 def work(table, me):
-    """Be worker `me` until the scheduler closes."""
+    """Be worker `me` until the scheduler closes, or until another thread wants to be it again (see `want_back`)."""
     t = words_at(table)
     instance = NOTHING
     while True:
@@ -114,9 +94,20 @@ def work(table, me):
             instance = NOTHING  # dropped, with all that waits in the queues
             if not _stand_still(t):
                 return
+        if load(worker_of(t, me), WANTED) != 0:
+            if instance != NOTHING:
+                push(t, me, instance)
+            fetch_add(worker_of(t, me), WANTED, -1)
+            return
         if instance == NOTHING:
             instance = take(t, me)
         instance = wait_for_work(t, me) if instance == NOTHING else run_task(t, me, instance)
+
+
+@compiled
+def must_leave(t, me):
+    """Return True if this worker is to look for work no longer: all are to stop, or another thread wants to be it."""
+    return load(t, STOPPING) != 0 or load(worker_of(t, me), WANTED) != 0
 
 
 @compiled
@@ -129,7 +120,7 @@ def wait_for_work(t, me):
     while not is_over and (t[SPINS] < 0 or spins < t[SPINS]) and load(worker_of(t, me), CELL) == NOTHING:
         pause(spins)
         spins += 1
-        is_over = load(t, STOPPING) != 0
+        is_over = must_leave(t, me)
     if load(worker_of(t, me), CELL) == NOTHING and withdraw(t, me, SPINNING):
         return NOTHING if is_over else _sleep(t, me)
     handed = accept(t, me)
@@ -142,7 +133,7 @@ def wait_for_work(t, me):
 def _watch(t, me):
     """The same, as the one on the watch."""
     spins = 0
-    while (t[SPINS] < 0 or spins < t[SPINS]) and load(t, STOPPING) == 0:
+    while (t[SPINS] < 0 or spins < t[SPINS]) and not must_leave(t, me):
         instance = take(t, me) if is_anything_ready(t) else NOTHING
         if instance != NOTHING:
             end_watch(t, me)
@@ -152,14 +143,14 @@ def _watch(t, me):
         pause(spins)
         spins += 1
     end_watch(t, me)
-    return NOTHING if load(t, STOPPING) != 0 else _sleep(t, me)
+    return NOTHING if must_leave(t, me) else _sleep(t, me)
 
 
 @compiled
 def _sleep(t, me):
     """The same, asleep. Who has got a task wakes two others if there is more, so that all are awake soon."""
     announce(t, me, ASLEEP)
-    if not ((is_anything_ready(t) or load(t, STOPPING) != 0) and withdraw(t, me, ASLEEP)):
+    if not ((is_anything_ready(t) or must_leave(t, me)) and withdraw(t, me, ASLEEP)):
         sleep(t, me)
     instance = take(t, me)
     if instance != NOTHING and is_anything_ready(t):
@@ -184,8 +175,10 @@ def _stand_still(t):
 def run_task(t, me, instance):
     """Run a task and release its successors; return the one to go on with, or NOTHING."""
     run, worker, task = run_of(t, instance), worker_of(t, me), task_of(instance)
+    if run[OPEN] != 0:
+        return run_spawned(t, me, instance)
     is_timed = worker[RECORD] != 0 or run[DURATIONS] != 0
-    if run[LOCKS] != 0 and not _take_locks(t, run, task):
+    if run[LOCKS] != 0 and not take_locks(t, run, task):
         return NOTHING
     start = now(worker) if is_timed else 0
     first = words_at(run[CALL_FIRST])
@@ -194,109 +187,16 @@ def run_task(t, me, instance):
         if call_entry(entries[call], arguments[call], worker[SCRATCH], address_of(worker, ERROR)) != 0:
             _fail(t, me, instance, call)
             if run[LOCKS] != 0:
-                _release_locks(run, task)
+                release_locks(run, task)
             return NOTHING
     stop = now(worker) if is_timed else 0
     if run[LOCKS] != 0:
-        _release_locks(run, task)
+        release_locks(run, task)
     if run[DURATIONS] != 0:
         words_at(run[DURATIONS])[task] = stop - start
     if worker[RECORD] != 0:
-        _record(worker, run, task, start, stop)
+        record(worker, run, task, words_at(run[READY_AT])[task], start, stop)
     return release(t, me, instance)
-
-
-@compiled
-def release(t, me, instance):
-    """Count the successors of a finished task down, and push all that became ready but the best; return that, or NOTHING."""
-    run, task = run_of(t, instance), task_of(instance)
-    if run[RAN_ON] != 0:
-        words_at(run[RAN_ON])[task] = me
-    best = NOTHING
-    # The next run first: once the last of this run's own edges is counted down, the run may end and its arrays be used again.
-    if run[MARKS] != 0 and fetch_or(words_at(run[MARKS]), task, FINISHED) & SUBMITTED:
-        best = _release_next(t, me, instance, best)
-    firsts, successors, pending = words_at(run[SUCCESSOR_FIRST]), words_at(run[SUCCESSOR]), words_at(run[PENDING])
-    first, last = firsts[task], firsts[task + 1]
-    for at in range(first, last):
-        if fetch_add(pending, successors[at], -1) == 1:
-            best = _offer(t, me, best, instance_of(successors[at], slot_of(instance)))
-    # A run is over when its last tasks are: all others come before one of them.
-    if first == last and fetch_add(run, REMAINING, -1) == 1:
-        mutex_lock(t[MUTEX])
-        condition_broadcast(t[DONE])
-        mutex_unlock(t[MUTEX])
-    if best != NOTHING and t[PRIORITIES] != 0:  # somebody else's task may come first
-        push(t, me, best)
-        return NOTHING
-    return best
-
-
-@compiled
-def _release_next(t, me, instance, best):
-    """Count down the tasks of the next run that wait for this one."""
-    run, task, other = run_of(t, instance), task_of(instance), slot_of(instance) ^ 1
-    firsts, successors = words_at(run[NEXT_FIRST]), words_at(run[NEXT])
-    pending = words_at(run_in(t, other)[PENDING])
-    for at in range(firsts[task], firsts[task + 1]):
-        if fetch_add(pending, successors[at], -1) == 1:
-            best = _offer(t, me, best, instance_of(successors[at], other))
-    return best
-
-
-@compiled
-def _offer(t, me, best, instance):
-    """Keep the better of two ready tasks and push the other; without immediate successor, push every one."""
-    _note_ready(t, me, instance)
-    if t[IMMEDIATE] == 0:
-        push(t, me, instance)
-        return best
-    if best == NOTHING:
-        return instance
-    if rank(t, instance, 1) < rank(t, best, 0):
-        best, instance = instance, best
-    push(t, me, instance)
-    return best
-
-
-@compiled
-def _note_ready(t, me, instance):
-    run = run_of(t, instance)
-    if run[READY_AT] != 0:
-        words_at(run[READY_AT])[task_of(instance)] = now(worker_of(t, me))
-
-
-@compiled
-def _take_locks(t, run, task):
-    """Take a commutative task's locks, in the same order as every task, so that none waits for ever. Return False, with none, to stop."""
-    firsts, locks, which = words_at(run[LOCK_FIRST]), words_at(run[LOCKS]), words_at(run[LOCK_OF])
-    for at in range(firsts[task], firsts[task + 1]):
-        while exchange(locks, which[at], 1) != 0:
-            if load(t, STOPPING) != 0:
-                for held in range(firsts[task], at):
-                    store_last(locks, which[held], 0)
-                return False
-            relax()
-            sched_yield()
-    return True
-
-
-@compiled
-def _release_locks(run, task):
-    firsts, locks, which = words_at(run[LOCK_FIRST]), words_at(run[LOCKS]), words_at(run[LOCK_OF])
-    for at in range(firsts[task], firsts[task + 1]):
-        store_last(locks, which[at], 0)
-
-
-@compiled
-def _record(worker, run, task, start, stop):
-    count = worker[RECORD_COUNT]
-    if count < worker[RECORD_CAPACITY]:
-        row = words_at(worker[RECORD] + count * (ROW_WORDS * WORD_BYTES))
-        row[ROW_RUN], row[ROW_TASK], row[ROW_READY] = run[NUMBER], task, words_at(run[READY_AT])[task]
-        row[ROW_START], row[ROW_STOP] = start, stop
-    # After the row, which may be read as soon as it counts. Also of those that found no room: the reader knows how many are missing.
-    store_last(worker, RECORD_COUNT, count + 1)
 
 
 @compiled
@@ -353,12 +253,12 @@ def submit(table, slot, is_next):
         marks = words_at(before[MARKS])
         for task in range(before[TASKS]):
             if fetch_or(marks, task, SUBMITTED) & FINISHED:
-                best = _release_next(t, me, instance_of(task, slot ^ 1), NOTHING)
+                best = release_next(t, me, instance_of(task, slot ^ 1), NOTHING)
                 if best != NOTHING:
                     push(t, me, best)
     for task in range(tasks):
         if load(pending, task) == NOTHING:
-            _note_ready(t, me, instance_of(task, slot))
+            note_ready(t, me, instance_of(task, slot))
             push(t, me, instance_of(task, slot))
 
 
@@ -418,6 +318,15 @@ def close(table):
     wake_some(t, 0, t[WORKERS])
 
 
+@compiled
+def want_back(table, me):
+    """Have the thread that is worker `me` return from `work`, at the end of its task at the latest: this thread will be that worker."""
+    t = words_at(table)
+    fetch_add(worker_of(t, me), WANTED, 1)
+    if withdraw(t, me, ASLEEP):
+        wake(t, me)
+
+
 SIGNATURES = {
     initialize: types.void(types.int64, types.int64, types.int64),
     initialize_cell: types.void(types.int64, types.int64),
@@ -428,4 +337,5 @@ SIGNATURES = {
     drop_all: types.void(types.int64),
     go_on: types.void(types.int64),
     close: types.void(types.int64),
+    want_back: types.void(types.int64, types.int64),
 }

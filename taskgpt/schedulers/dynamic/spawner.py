@@ -1,0 +1,214 @@
+"""What a program, or a task of it, spawns tasks with, and waits for them: the Spawn of tasks/spawn.py."""
+
+import contextlib
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from taskgpt.schedulers.dynamic.domain import Domain
+from taskgpt.schedulers.dynamic.futures import Readiness, Task
+from taskgpt.schedulers.dynamic.program import Engine, Program
+from taskgpt.tasks import Call, Kernel, Tile
+from taskgpt.tasks.kernel import as_kernel
+from taskgpt.tasks.task import this_thread
+
+_LOOK_S = 0.1  # how often who waits for something else than tasks looks whether the program was cancelled
+_MOST_CHILDREN = 256  # that are kept before those that are done are looked for
+
+
+class Spawner:
+    """Spawns the tasks of one task, or of the program itself, where `task` is None."""
+
+    def __init__(self, program: Program, task: Task | None, is_final: bool):
+        self._program, self._task, self._is_final = program, task, is_final
+        self._domain = task.domain if task is not None and task.domain is not None else Domain({})
+        self._children: list[Task] = []  # of a task: it runs them itself when it waits for them
+        self._most_children = _MOST_CHILDREN
+        self._group = task.group if task is not None else None
+
+    def __call__(
+        self,
+        kernel: Kernel,
+        *args: Any,
+        priority: int = 0,
+        label: str = "",
+        final: bool = False,
+        onready: Callable[[Any], None] | None = None,
+    ) -> Task:
+        self._verify_is_mine()
+        program, caller = self._program, sys._getframe(1)
+        with program.lock:
+            program.verify_goes_on()
+            signature, places, args = program.calls.look_up(as_kernel(kernel), args)
+            program.calls.verify_written(signature, places)
+            task = program.new_task(Call.verified(signature, args), self._task, label, (caller.f_code, caller.f_lineno))
+            task.is_final = task.is_final or final
+            if self._group is not None:
+                task.group = self._group
+                self._group.add(task)
+            is_here = self._is_final or (self._task is not None and program.is_crowded)
+            waits: set[Task] = set()
+            if not self._is_final:
+                task.is_weak = not is_here and kernel.is_weak
+                task.domain = Domain({}) if task.is_weak else None
+                for place, kind in zip(places, signature.kinds, strict=True):
+                    self._domain.access(place.cells, kind, task, waits, program.is_open)
+                waits.discard(task)  # two of its tiles are in one cell
+            before = Readiness(task, onready) if onready else None
+            if not is_here:
+                if before is not None:
+                    program.add(before, waits, priority)
+                    waits = {before}
+                program.add(task, waits, priority)
+                self._note(task)
+        if is_here:
+            for each in waits:
+                program.wait(each)
+            program.run_here(task, before)
+        elif self._task is None:
+            program.wait_while_crowded()
+        return task
+
+    def _note(self, task: Task) -> None:
+        if self._task is not None:
+            self._children.append(task)
+            if len(self._children) > self._most_children:
+                self._children = [each for each in self._children if self._program.is_open(each)]
+                self._most_children = max(_MOST_CHILDREN, 2 * len(self._children))
+
+    def taskwait(self) -> None:
+        self._verify_is_mine()
+        if not self._is_final:
+            for child in reversed(self._children):
+                self._program.run_child(child)
+            self._children.clear()
+            self._program.wait_children(self._task)
+        self._program.verify_goes_on()
+
+    def wait_on(self, *tiles: Tile) -> None:
+        self._verify_is_mine()
+        for tile in tiles:
+            with self._program.lock:
+                writers = self._domain.writers_of(self._program.calls.place(tile).cells)
+            for task in writers:
+                self._program.wait(task)
+        self._program.verify_goes_on()
+
+    @contextlib.contextmanager
+    def group(self) -> Iterator["Group"]:
+        outer, self._group = self._group, Group(self._program, self._group)
+        try:
+            yield self._group
+        finally:
+            self._group = outer
+
+    def event(self) -> "Event":
+        self._verify_is_mine()
+        if self._task is None:
+            raise RuntimeError("an event is waited for by a task, and this is the program; call spawn.event() inside of a task")
+        event = Event(self._program, self._task)
+        self._program.hold(self._task, event)
+        return event
+
+    def blocking(self) -> contextlib.AbstractContextManager[None]:
+        return self._program.blocking()
+
+    def sleep(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        with self._program.blocking():
+            while (left := until - time.monotonic()) > 0:
+                self._program.verify_may_wait()
+                time.sleep(min(left, _LOOK_S))
+
+    def lock(self) -> "Lock":
+        return Lock(self._program)
+
+    def _verify_is_mine(self) -> None:
+        if this_thread.at is not self._task:
+            whose = f"task {self._task}" if self._task is not None else "the program"
+            raise RuntimeError(f"this spawn is that of {whose}, and another task cannot use it: declare `spawn: Spawn` in its kernel")
+
+
+class Group:
+    """Tasks that were spawned within a `with` block, and those that they spawned."""
+
+    def __init__(self, program: Program, outer: "Group | None"):
+        self._program, self._outer = program, outer
+        self._tasks: list[Task] = []
+        self._most = _MOST_CHILDREN
+
+    def add(self, task: Task) -> None:
+        """Note a task, in the groups around this one, too."""
+        self._tasks.append(task)
+        if len(self._tasks) > self._most:
+            self._tasks = [each for each in self._tasks if self._program.is_open(each)]
+            self._most = max(_MOST_CHILDREN, 2 * len(self._tasks))
+        if self._outer is not None:
+            self._outer.add(task)
+
+    def cancel(self) -> int:
+        return sum([task.cancel() for task in self._tasks])
+
+    def wait(self) -> None:
+        at = 0
+        while at < len(self._tasks):  # which may grow meanwhile
+            self._program.wait(self._tasks[at])
+            at += 1
+        self._program.verify_goes_on()
+
+
+class Event:
+    """Something that a task waits for before it is done."""
+
+    def __init__(self, program: Program, task: Task):
+        self._program, self._task = program, task
+        self._has_happened = threading.Event()
+
+    def fulfil(self) -> None:
+        with self._program.lock:
+            if self._has_happened.is_set():
+                raise RuntimeError(f"an event of task {self._task} was fulfilled before")
+            self._has_happened.set()
+            self._program.fulfil(self._task, self)
+
+    def wait(self) -> None:
+        self._program.wait_for(self._has_happened.wait, "an event")
+
+
+class Lock:
+    """A lock for tasks: who waits for it leaves the core to another."""
+
+    def __init__(self, program: Program):
+        self._program, self._lock = program, threading.Lock()
+
+    def __enter__(self) -> "Lock":
+        if not self._lock.acquire(blocking=False):
+            self._program.wait_for(lambda seconds: self._lock.acquire(timeout=seconds), "a lock")
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._lock.release()
+
+
+@contextlib.contextmanager
+def run_program(engine: Engine | None, patience_s: float) -> Iterator[Spawner]:
+    """Give a `with` block what it spawns tasks with. Its end waits for all of them, and raises the first failure.
+
+    Without an engine every task runs where it is spawned. `patience_s`: how long all tasks may wait for each other, or for events, until
+    ProgramError says so.
+    """
+
+    def spawner_of(task: Task) -> Spawner:
+        return Spawner(program, task, task.is_final or task.place < 0)
+
+    program = Program(engine, patience_s, spawner_of)
+    root = Spawner(program, None, engine is None)
+    is_early = True
+    try:
+        yield root
+        root.taskwait()
+        is_early = False
+    finally:
+        program.settle(is_early)

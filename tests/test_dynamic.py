@@ -1,0 +1,727 @@
+"""Programs whose tasks start as they are spawned: the same results as when every task runs where it is spawned, and nothing hangs."""
+
+import asyncio
+import gc
+import random
+import threading
+import time
+from concurrent.futures import CancelledError
+
+import numpy as np
+import pytest
+from pages import ROOT, blocks
+
+import taskgpt
+from taskgpt import config
+from taskgpt.schedulers import open_scheduler
+from taskgpt.tasks import Graph, In, InOut, Out, TaskError, Tensor, WeakIn, WeakInOut, dims, kernel, run_now, wrap
+from taskgpt.tasks.spawn import ProgramError, Spawn
+
+N, M = dims("N M")
+CELL = 8
+I64 = np.int64
+
+
+def scheduler(name: str, **settings):
+    found = config.load_scheduler(name, settings)
+    return open_scheduler(found.scheduler, found.settings)
+
+
+@pytest.fixture(params=["sequential", "native-1", "native-2", "native-8", "native-stealing-4"])
+def each(request):
+    """A scheduler, open, of those that run programs."""
+    name, _, workers = request.param.rpartition("-")
+    with scheduler(name or request.param, workers=int(workers) if name else 1) as opened:
+        yield opened
+
+
+def tensor(cells: int = 16) -> Tensor:
+    return Tensor("x", np.arange(cells * CELL, dtype=I64), (CELL,))
+
+
+@kernel
+def mix(a: InOut[N, I64], k: int):
+    a[:] = a * 31 + k
+
+
+@mix.compiled
+def _(a, k):
+    for i in range(a.shape[0]):
+        a[i] = a[i] * 31 + k
+
+
+@kernel
+def gather(a: InOut[N, I64], b: In[M, I64], k: int):
+    a[:] = a * 7 + k + np.sum(b * np.arange(1, b.shape[0] + 1))
+
+
+@kernel
+def fill(a: Out[N, I64], b: In[M, I64]):
+    a[:] = np.sum(b) % 1009
+
+
+@fill.compiled
+def _(a, b):
+    total = 0
+    for i in range(b.shape[0]):
+        total += b[i]
+    for i in range(a.shape[0]):
+        a[i] = total % 1009
+
+
+@kernel
+def total(a: In[N, I64]) -> int:
+    return int(np.sum(a))
+
+
+@kernel
+def largest(a: In[N, I64]) -> int:
+    return int(a.max())
+
+
+@largest.compiled
+def _(a):
+    most = a[0]
+    for i in range(a.shape[0]):
+        most = max(most, a[i])
+    return most
+
+
+@kernel
+def fib(n: int, spawn: Spawn) -> int:
+    if n < 2:
+        return n
+    a, b = spawn(fib, n - 1), spawn(fib, n - 2)
+    return a.result() + b.result()
+
+
+@kernel
+def sort(a: InOut[N, I64], spawn: Spawn):
+    if a.shape[0] <= CELL:
+        a.array.sort()
+        return
+    half = a.shape[0] // CELL // 2 * CELL
+    spawn(sort, a[:half])
+    spawn(sort, a[half:])
+    spawn.taskwait()
+    merge(a.array)
+
+
+@kernel
+def merge(a: InOut[N, I64]):
+    a.sort(kind="stable")
+
+
+@kernel
+def sort_weakly(a: WeakInOut[N, I64], spawn: Spawn):
+    if a.shape[0] <= CELL:
+        spawn(merge, a[:])
+        return
+    half = a.shape[0] // CELL // 2 * CELL
+    spawn(sort_weakly, a[:half])
+    spawn(sort_weakly, a[half:])
+    spawn(merge, a[:])
+
+
+@kernel
+def wild(a: InOut[N, I64], seed: int, depth: int, spawn: Spawn):
+    wander(a, seed, depth, spawn)
+
+
+@kernel
+def wild_weakly(a: WeakInOut[N, I64], seed: int, depth: int, spawn: Spawn):
+    wander(a, seed, depth, spawn)
+
+
+@kernel
+def look_weakly(a: WeakIn[N, I64], b: WeakInOut[M, I64], spawn: Spawn):
+    spawn(fill, b[:CELL], a[:])
+
+
+def wander(a, seed: int, depth: int, spawn: Spawn):
+    """Spawn at random, on parts of a tile."""
+    choose = random.Random(seed)
+    cells = a.shape[0] // CELL
+
+    def part(most: int):
+        count = choose.randint(1, min(most, cells))
+        first = choose.randint(0, cells - count)
+        return slice(first * CELL, (first + count) * CELL)
+
+    for at in range(choose.randint(1, 8)):
+        what = choose.choice(["mix", "mix", "gather", "fill", "wild", "weak", "weak", "look", "wait", "wait_on", "total", "final"])
+        one, other = part(3), part(2)
+        apart = one.stop <= other.start or other.stop <= one.start
+        if what == "mix":
+            spawn(mix, a[one], at, priority=choose.randint(-2, 2))
+        elif what in ("gather", "fill") and apart:
+            spawn(gather, a[one], a[other], at) if what == "gather" else spawn(fill, a[one], a[other])
+        elif what in ("wild", "weak", "final") and depth > 0:
+            spawn(wild_weakly if what == "weak" else wild, a[part(cells)], choose.getrandbits(30), depth - 1, final=what == "final")
+        elif what == "look" and apart:
+            spawn(look_weakly, a[one], a[other])
+        elif what == "wait":
+            spawn.taskwait()
+        elif what == "wait_on":
+            spawn.wait_on(a[one])
+        elif what == "total":
+            spawn(mix, a[other], spawn(total, a[one]).result() % 1009)
+
+
+class TestResults:
+    def test_order_is_that_of_the_program(self, each):
+        """Tasks that access the same cell run in the order in which they were spawned."""
+        x = tensor()
+        with each.program() as spawn:
+            for k in range(300):
+                spawn(mix, x[k % 16 * CELL : (k % 16 + 1) * CELL], k)
+                spawn(gather, x[0:CELL], x[CELL : 3 * CELL], k)
+        expected = np.arange(16 * CELL, dtype=I64)
+        for k in range(300):
+            part = expected[k % 16 * CELL : (k % 16 + 1) * CELL]
+            part[:] = part * 31 + k
+            expected[:CELL] = expected[:CELL] * 7 + k + np.sum(expected[CELL : 3 * CELL] * np.arange(1, 2 * CELL + 1))
+        assert (x.array == expected).all()
+
+    @pytest.mark.parametrize("of", [total, largest])
+    def test_a_future_has_what_the_kernel_returned(self, each, of):
+        """Body or compiled twin, after all that was spawned before on the same cells."""
+        x = tensor()
+        with each.program() as spawn:
+            spawn(mix, x[:CELL], 1)
+            future = spawn(of, x[:CELL])
+            array = np.arange(CELL, dtype=I64) * 31 + 1
+            assert future.result() == (array.sum() if of is total else array.max())
+            assert future.done() and future.exception() is None
+
+    def test_tasks_spawn_tasks(self, each):
+        """Recursion that waits for results of children."""
+        with each.program() as spawn:
+            assert spawn(fib, 14).result() == 377
+
+    @pytest.mark.parametrize("how", [sort, sort_weakly])
+    def test_sorting_by_nested_tasks(self, each, how):
+        """A task on the same tile waits for a task and all that it spawned, waited for or not; twice."""
+        x = Tensor("x", np.random.default_rng(0).integers(0, 10**9, 64 * CELL), (CELL,))
+        expected = np.sort(x.array)
+        with each.program() as spawn:
+            spawn(how, x[:])
+            first = spawn(total, x[:])
+            spawn(how, x[:])
+        assert (x.array == expected).all()
+        assert first.result() == expected.sum()
+
+    def test_waiting_for_tiles(self, each):
+        """wait_on waits for who writes them, and the arrays can be read."""
+        x = tensor()
+        with each.program() as spawn:
+            spawn(mix, x[:CELL], 3)
+            spawn.wait_on(x[:CELL])
+            assert (x.array[:CELL] == np.arange(CELL) * 31 + 3).all()
+
+    def test_a_final_task_spawns_nothing(self, each):
+        """What it spawns runs at once, in the same thread."""
+        threads = set()
+
+        @kernel
+        def note(k: int):
+            threads.add(threading.get_ident())
+
+        @kernel
+        def outer(k: int, spawn: Spawn):
+            threads.add(threading.get_ident())
+            for at in range(20):
+                assert spawn(note, at).done()
+
+        with each.program() as spawn:
+            spawn(outer, 0, final=True)
+        assert len(threads) == 1
+
+    @pytest.mark.parametrize("seed", range(40))
+    def test_random_programs(self, each, seed):
+        """Nested, weak, final tasks, waits and results at random: bit for bit what program order gives."""
+        x, y = tensor(), tensor()
+        with scheduler("sequential") as oracle, oracle.program() as spawn:
+            wander(x[:], seed, 3, spawn)
+        with each.program() as spawn:
+            wander(y[:], seed, 3, spawn)
+        assert (x.array == y.array).all()
+
+    def test_very_many_tasks_in_little_memory(self, each):
+        """Who spawns waits while many tasks are open: 30,000 spawns keep no more than some thousand."""
+        x = tensor()
+        most = 0
+        with each.program() as spawn:
+            for k in range(30_000):
+                future = spawn(mix, x[k % 16 * CELL : (k % 16 + 1) * CELL], k)
+                if k % 5000 == 4999:
+                    most = max(most, sum(type(each) is type(future) for each in gc.get_objects()))
+        assert 0 < most < 10_000
+        expected = np.arange(16 * CELL, dtype=I64).reshape(16, CELL)
+        for k in range(30_000):
+            expected[k % 16] = expected[k % 16] * 31 + k
+        assert (x.array == expected.ravel()).all()
+
+    def test_programs_follow_each_other_and_graphs(self, each):
+        """A scheduler runs graphs before, between and after programs."""
+        x = tensor()
+        graph = Graph()
+        graph.spawn(mix, x[:CELL], 1)
+        for _ in range(3):
+            each.run(graph)
+            with each.program() as spawn:
+                spawn(mix, x[:CELL], 2)
+        expected = np.arange(CELL)
+        for k in (1, 2, 1, 2, 1, 2):
+            expected = expected * 31 + k
+        assert (x.array[:CELL] == expected).all()
+
+
+@kernel
+def halve(a: InOut[N, np.float64], most: Out[M, np.float64]):
+    a /= 2
+    most[0] = a.max()
+
+
+@pytest.mark.parametrize("name", ["sequential", "loops", "threads", "native"])
+class TestRepetition:
+    """Whole steps until something is so."""
+
+    def test_a_graph_until_it_is_so(self, name):
+        """It is asked after every run."""
+        a, most = wrap(np.full(8, 1024.0), ()), wrap(np.zeros(1), ())
+        graph = Graph()
+        graph.spawn(halve, a[:], most[:])
+        with scheduler(name) as opened:
+            assert opened.run_while(graph, until=lambda: most.array[0] < 1) == 11
+            with pytest.raises(TypeError, match="give the function"):
+                opened.run_while(graph, until=lambda: True, reads=[most[:]])
+        assert a.array[0] == 0.5
+
+    def test_a_step_that_overlaps_with_the_next(self, name):
+        """A task asks, between the writers of what it reads; every step that has begun ends."""
+        a, most = wrap(np.full(8, 1024.0), ()), wrap(np.zeros(1), ())
+        asked = []
+
+        def is_small():
+            asked.append(most.array[0])
+            return most.array[0] < 1
+
+        with scheduler(name) as opened:
+            runs = opened.run_while(lambda spawn: spawn(halve, a[:], most[:]), until=is_small, reads=[most[:]])
+        assert runs in (11, 12)
+        assert asked == [1024 / 2**k for k in range(1, runs + 1)]
+        assert a.array[0] == 1024 / 2**runs
+
+
+def test_the_page():
+    """docs/howto/programs.md, from top to bottom."""
+    exec("\n".join(blocks(ROOT / "docs" / "howto" / "programs.md", "python")), {"__name__": "page"})
+
+
+def test_taskgpt_scheduler():
+    """Three lines to begin."""
+    with taskgpt.scheduler("native", workers=2) as opened, opened.program() as spawn:
+        assert spawn(fib, 10).result() == 55
+
+
+@pytest.mark.parametrize("name", ["loops", "threads", "local-cluster"])
+def test_who_runs_graphs_alone_says_so(name):
+    """The others refuse a program, and name those that run it."""
+    found = config.load_scheduler(name, {})
+    with pytest.raises(NotImplementedError, match="programs run on native, and on sequential"):
+        open_scheduler(found.scheduler, found.settings).program()
+
+
+class TestFailure:
+    def test_a_failure_names_task_tiles_and_line(self, each):
+        """The first failure ends the program, and says where the task was spawned."""
+
+        @kernel
+        def breaks(a: InOut[N, I64]):
+            raise ValueError("oh no")
+
+        x = tensor()
+        said = r"task 1 'second', breaks inout\(x\[0:8\]\), spawned in .*test_dynamic.py, line \d+: ValueError: oh no"
+        with pytest.raises(TaskError, match=said), each.program() as spawn:
+            spawn(mix, x[:CELL], 1)
+            future = spawn(breaks, x[:CELL], label="second")
+            spawn.taskwait()
+        assert isinstance(future.exception(), TaskError)
+        with each.program() as spawn:  # the next one runs
+            assert spawn(total, x[CELL : 2 * CELL]).result() == x.array[CELL : 2 * CELL].sum()
+
+    def test_a_failure_in_compiled_code(self, each):
+        """The same for what a twin raises."""
+
+        @kernel
+        def divide(a: InOut[N, I64], k: int):
+            a[:] = a // k
+
+        @divide.compiled
+        def _(a, k):
+            if k == 0:
+                raise ZeroDivisionError("by nothing")
+
+        x = tensor()
+        with pytest.raises(TaskError, match=r"divide.*ZeroDivisionError: by nothing"), each.program() as spawn:
+            for k in (1, 0):
+                spawn(divide, x[:CELL], k)
+            spawn.taskwait()
+
+    def test_nothing_begins_after_a_failure(self, each):
+        """Tasks that wait for the one that failed do not run."""
+        ran = []
+
+        @kernel
+        def breaks(a: InOut[N, I64]):
+            raise ValueError
+
+        @kernel
+        def note(a: InOut[N, I64]):
+            ran.append(1)
+
+        x = tensor()
+        with pytest.raises(TaskError), each.program() as spawn:
+            spawn(breaks, x[:CELL])
+            spawn(note, x[:CELL])
+        assert not ran
+
+    def test_an_exception_of_the_program_ends_it(self, each):
+        """It is raised as it is, and the tasks that have begun are waited for."""
+        x = tensor()
+        with pytest.raises(KeyError, match="mine"), each.program() as spawn:
+            for k in range(100):
+                spawn(mix, x[:CELL], k)
+            raise KeyError("mine")
+
+    def test_errors_of_nested_tasks_come_to_the_program(self, each):
+        """A task two levels down fails, while those above wait."""
+
+        @kernel
+        def breaks(k: int):
+            raise ValueError("deep down")
+
+        @kernel
+        def inner(k: int, spawn: Spawn):
+            spawn(breaks, k)
+            spawn.taskwait()
+
+        @kernel
+        def outer(k: int, spawn: Spawn):
+            spawn(inner, k)
+            spawn.taskwait()
+
+        with pytest.raises(TaskError, match="deep down"), each.program() as spawn:
+            spawn(outer, 1)
+            spawn.taskwait()
+
+    def test_arguments_are_verified_as_for_graphs(self, each):
+        """A wrong shape, a kernel that is none, overlapping tiles: told at the spawn."""
+        x = tensor()
+        with each.program() as spawn:
+            with pytest.raises(TypeError, match="only kernels"):
+                spawn(print, x[:CELL])
+            with pytest.raises(TypeError, match="takes 2 arguments"):
+                spawn(mix, x[:CELL])
+            with pytest.raises(RuntimeError, match="overlap"):
+                spawn(gather, x[:CELL], x[:CELL], 1)
+
+    def test_a_spawn_is_its_tasks_own(self, each):
+        """Another task cannot use it."""
+        kept = []
+
+        @kernel
+        def keep(k: int, spawn: Spawn):
+            kept.append(spawn)
+
+        with each.program() as spawn:
+            spawn(keep, 1).result()
+            with pytest.raises(RuntimeError, match="declare `spawn: Spawn`"):
+                kept[0](keep, 1)
+
+    def test_kernels_for_programs_are_refused_elsewhere(self):
+        """A graph cannot spawn from tasks, nor hand results to anybody."""
+        with pytest.raises(TypeError, match="spawns tasks; spawn it in a program"):
+            Graph().spawn(fib, 3)
+        with pytest.raises(TypeError, match="returns a value, which a recorded task gives nobody"):
+            Graph().spawn(total, tensor()[:CELL])
+        with pytest.raises(TypeError, match="returns a value"):
+            run_now(total, tensor()[:CELL])
+        assert total(np.arange(4)) == 6
+
+    def test_declarations_that_make_no_sense(self):
+        """Weak without Spawn, Spawn with Scratch or not last."""
+        with pytest.raises(TypeError, match="weak accesses are for tasks that it spawns"):
+
+            @kernel
+            def weak(a: WeakIn[N]): ...
+
+        with pytest.raises(TypeError, match="stands after Spawn"):
+
+            @kernel
+            def early(spawn: Spawn, a: In[N]): ...
+
+
+class TestWaiting:
+    def test_events_hold_a_task(self, each):
+        """A task is done when its events are fulfilled, from another thread: who waits for its tile waits for them."""
+        x = tensor()
+        order = []
+
+        @kernel
+        def receive(a: Out[N, I64], spawn: Spawn):
+            event = spawn.event()
+
+            def arrives():
+                order.append("arrives")
+                a.array[:] = 5
+                event.fulfil()
+
+            threading.Timer(0.05, arrives).start()
+
+        @kernel
+        def use(a: In[N, I64]):
+            order.append(int(a[0]))
+
+        with each.program() as spawn:
+            spawn(receive, x[:CELL])
+            spawn(use, x[:CELL])
+        assert order == ["arrives", 5]
+
+    def test_an_event_is_fulfilled_once(self, each):
+        """The second time is a mistake of the caller."""
+        events = []
+
+        @kernel
+        def ask(k: int, spawn: Spawn):
+            events.append(spawn.event())
+            events[0].fulfil()
+
+        with each.program() as spawn:
+            spawn(ask, 1).result()
+            with pytest.raises(RuntimeError, match="was fulfilled before"):
+                events[0].fulfil()
+            with pytest.raises(RuntimeError, match="inside of a task"):
+                spawn.event()
+
+    def test_onready_comes_before_the_task(self, each):
+        """It is called when all that the task waits for is done; its events delay the task."""
+        x = tensor()
+        order = []
+
+        @kernel
+        def note(a: InOut[N, I64], k: int):
+            order.append(k)
+
+        def ready(spawn):
+            order.append("ready")
+            event = spawn.event()
+            threading.Timer(0.03, lambda: (order.append("happened"), event.fulfil())).start()
+
+        with each.program() as spawn:
+            spawn(note, x[:CELL], 1)
+            spawn(note, x[:CELL], 2, onready=ready)
+            spawn(note, x[:CELL], 3)
+        assert order == [1, "ready", "happened", 2, 3]
+
+    def test_a_task_that_blocks_gives_its_core_away(self):
+        """On one worker eight tasks sleep at the same time."""
+
+        @kernel
+        def nap(k: int, spawn: Spawn):
+            spawn.sleep(0.2)
+
+        with scheduler("native", workers=1) as opened:
+            begin = time.monotonic()
+            with opened.program() as spawn:
+                for k in range(8):
+                    spawn(nap, k)
+            assert time.monotonic() - begin < 8 * 0.2  # else one after another
+
+    def test_tasks_wait_for_what_another_task_says(self):
+        """One worker: the first task waits for an event that the second fulfils."""
+        events, order = [], []
+
+        @kernel
+        def first(k: int, spawn: Spawn):
+            events.append(spawn.event())
+            events[0].wait()
+            order.append("first")
+
+        @kernel
+        def second(k: int, spawn: Spawn):
+            while not events:
+                spawn.sleep(0.001)
+            order.append("second")
+            events[0].fulfil()
+
+        with scheduler("native", workers=1) as opened, opened.program() as spawn:
+            spawn(first, 1)
+            spawn(second, 2)
+        assert order == ["second", "first"]
+
+    def test_locks_leave_the_core_to_others(self, each):
+        """Tasks that do not depend on each other count under a lock."""
+        count = [0]
+        with each.program() as spawn:
+            lock = spawn.lock()
+
+            @kernel
+            def add(k: int, spawn: Spawn):
+                with lock:
+                    before = count[0]
+                    spawn.sleep(0.0005)
+                    count[0] = before + 1
+
+            for k in range(20):
+                spawn(add, k)
+        assert count == [20]
+
+    def test_asyncio_fulfils_events(self, each):
+        """A loop in a thread of its own does the waiting for many tasks."""
+        loop = asyncio.new_event_loop()
+        thread = threading.Thread(target=loop.run_forever)
+        thread.start()
+        done = []
+
+        @kernel
+        def fetch(k: int, spawn: Spawn):
+            event = spawn.event()
+
+            async def arrive():
+                await asyncio.sleep(0.01)
+                done.append(k)
+                event.fulfil()
+
+            asyncio.run_coroutine_threadsafe(arrive(), loop)
+
+        try:
+            with each.program() as spawn:
+                for k in range(10):
+                    spawn(fetch, k)
+            assert sorted(done) == list(range(10))
+        finally:
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join()
+            loop.close()
+
+    def test_what_waits_for_ever_is_told(self, each):
+        """An event that nobody fulfils: after the program's patience it says who waits, and ends."""
+
+        @kernel
+        def forgets(k: int, spawn: Spawn):
+            spawn.event()
+
+        said = r"nothing has gone on for 0.3 s: the program waits for (its events|.*'careless', forgets.* 1 of its events)"
+        with pytest.raises(ProgramError, match=said), each.program(patience_s=0.3) as spawn:
+            spawn(forgets, 1, label="careless")
+
+    def test_tasks_that_wait_for_each_other_are_told(self):
+        """Two tasks each wait for an event of the other."""
+        events = {}
+
+        @kernel
+        def waits(k: int, spawn: Spawn):
+            events[k] = spawn.event()
+            while 1 - k not in events:
+                spawn.sleep(0.001)
+            events[1 - k].wait()
+            events[k].fulfil()
+
+        said = r"waits for an event.*waits for an event"
+        with scheduler("native", workers=2) as opened, pytest.raises(ProgramError, match=said), opened.program(patience_s=0.3) as spawn:
+            spawn(waits, 0)
+            spawn(waits, 1)
+
+
+class TestCancelling:
+    def test_a_group_is_cancelled(self):
+        """What has not begun does not; who waits for it goes on."""
+        x = tensor()
+        gate = threading.Event()
+        ran = []
+
+        @kernel
+        def hold(a: InOut[N, I64]):
+            gate.wait(10)
+
+        @kernel
+        def note(a: InOut[N, I64], k: int):
+            ran.append(k)
+
+        with scheduler("native", workers=2) as opened, opened.program() as spawn:
+            spawn(hold, x[:CELL])
+            with spawn.group() as group:
+                futures = [spawn(note, x[:CELL], k) for k in range(10)]
+            last = spawn(note, x[:CELL], 99)
+            assert group.cancel() == 10
+            gate.set()
+            last.result()
+            with pytest.raises(CancelledError):
+                futures[0].result()
+            assert isinstance(futures[3].exception(), CancelledError)
+            group.wait()
+        assert ran == [99]
+
+    def test_one_task_is_cancelled_before_it_begins_only(self):
+        """Afterwards cancel() says no."""
+        with scheduler("native", workers=1) as opened, opened.program() as spawn:
+            future = spawn(total, tensor()[:CELL])
+            future.result()
+            assert not future.cancel()
+
+    def test_a_weak_task_that_is_cancelled_keeps_the_order(self):
+        """Who comes after it still waits for who came before it."""
+        x = tensor()
+        gate = threading.Event()
+
+        @kernel
+        def hold(a: InOut[N, I64]):
+            gate.wait(10)
+            a += 1
+
+        with scheduler("native", workers=3) as opened, opened.program() as spawn:
+            spawn(hold, x[:CELL])
+            first = spawn(sort_weakly, x[:])
+            cancelled = first.cancel()
+            spawn(sort_weakly, x[: 2 * CELL])
+            time.sleep(0.05)
+            gate.set()
+        assert x.array[0] == 1 or not cancelled
+
+    def test_random_faults_leave_nothing_behind(self):
+        """Failures, cancellations and events at random, on 1 to 8 workers: nothing hangs, no thread is left, the next program runs."""
+        before = threading.active_count()
+
+        @kernel
+        def act(a: InOut[N, I64], seed: int, depth: int, spawn: Spawn):
+            choose = random.Random(seed)
+            with spawn.group() as group:
+                for _ in range(choose.randint(0, 4)):
+                    first = choose.randint(0, a.shape[0] // CELL - 1) * CELL
+                    if depth:
+                        spawn(act, a[first:], choose.getrandbits(30), depth - 1)
+            what = choose.random()
+            if what < 0.02:
+                raise ValueError("at random")
+            if what < 0.2:
+                group.cancel()
+            elif what < 0.4:
+                threading.Timer(choose.random() * 0.01, spawn.event().fulfil).start()
+            elif what < 0.6:
+                spawn.taskwait()
+
+        for seed in range(60):
+            x = tensor()
+            with scheduler("native", workers=1 + seed % 8) as opened:
+                try:
+                    with opened.program(patience_s=20) as spawn:
+                        for k in range(5):
+                            spawn(act, x[:], 100 * seed + k, 3)
+                except TaskError as error:
+                    assert "at random" in str(error)
+                with opened.program() as spawn:
+                    assert spawn(fib, 6).result() == 8
+        time.sleep(0.05)
+        assert threading.active_count() <= before
