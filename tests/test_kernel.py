@@ -112,7 +112,7 @@ def test_every_parameter_declares_its_use(annotation):
 
     if annotation is not inspect.Parameter.empty:
         careless.__annotations__["inp"] = annotation if annotation != "a tile" else "str"
-    with pytest.raises(TypeError, match="careless: parameter 'inp' needs an access, In, Out or InOut say, int or float"):
+    with pytest.raises(TypeError, match="careless: parameter 'inp' needs an access, In, Out or InOut say, int, float or Spawn"):
         kernel(careless)
 
 
