@@ -68,7 +68,7 @@ def wrapped(text: str, width: int) -> str:
 
 def _paragraph(text: str, width: int) -> str:
     lines = [line.strip() for line in text.splitlines()]
-    if not text.lstrip().startswith("taskgpt "):
+    if not text.lstrip().startswith(("taskgpt ", "python -m ")):
         return textwrap.fill(" ".join(lines), width)
     found = ["examples:"]
     for line in lines:

@@ -74,12 +74,18 @@ def beginning(combiner: Operator | Combiner, dtype: np.dtype, axes: int) -> Kern
     def number(out):
         out[()] = value
 
-    def twin(out):
-        for at in np.ndindex(out.shape):
+    def numbers(out):
+        for at in range(out.shape[0]):
             out[at] = value
 
+    def rows(out):
+        for at in np.ndindex(out.shape[:-1]):
+            row = dense(out[at])
+            for column in range(row.shape[0]):
+                row[column] = value
+
     made = _make(body, {"out": Out}, f"begin_{combiner.name}", beginning, combiner, dtype, axes)
-    return made.compiled(twin if axes else number) if _is_compiled(combiner, dtype) else made
+    return made.compiled((number, numbers, rows)[min(axes, 2)]) if _is_compiled(combiner, dtype) else made
 
 
 @lru_cache(maxsize=1024)
@@ -113,7 +119,7 @@ def combining(combiner: Operator | Combiner, dtype: np.dtype, axes: int) -> Kern
                 row[column] = scalar(row[column], other[column])
 
     made = _make(body, {"into": InOut, "part": In}, f"combine_{combiner.name}", combining, combiner, dtype, axes)
-    return made.compiled((number, numbers)[axes] if axes < 2 else rows) if _is_compiled(combiner, dtype) else made
+    return made.compiled((number, numbers, rows)[min(axes, 2)]) if _is_compiled(combiner, dtype) else made
 
 
 def _make(body: Any, accesses: dict[str, Any], name: str, make: Any, combiner: Operator | Combiner, dtype: np.dtype, axes: int) -> Kernel:
