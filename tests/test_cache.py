@@ -341,6 +341,7 @@ def test_without_a_home_no_folder_is_made_up(write, tmp_path, monkeypatch, home)
         ensure(self)
 
     monkeypatch.setattr(_CacheLocator, "ensure_cache_path", fail_beside_the_file)
+    monkeypatch.setattr("numba.config.CACHE_DIR", "")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.delenv("HOME") if home is None else monkeypatch.setenv("HOME", home)
     monkeypatch.setattr(pwd, "getpwuid", nobody)
