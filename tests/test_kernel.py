@@ -10,6 +10,7 @@ import numba
 import numpy as np
 import pytest
 from numba.core.errors import NumbaError
+from numpy.lib.stride_tricks import as_strided
 
 from taskgpt.config import load_scheduler
 from taskgpt.schedulers import open_scheduler
@@ -739,6 +740,20 @@ def test_gemm_takes_a_row_without_a_distance():
     product(c[None], row[None], 2 * np.eye(3, dtype=np.float32), 0, 0, 1.0, 0.0)
     assert c[None].strides[0] == 0 or row[None].strides[0] == 0
     assert c.tolist() == [0, 2, 4]
+    for far in (-4, 1 << 40):  # as 32 bits, the number of elements would be negative, or 0
+        c[:] = 0
+        one, other = (as_strided(x, (1, 3), (far, 4)) for x in (row, c))
+        product(other, one, 2 * np.eye(3, dtype=np.float32), 0, 0, 1.0, 0.0)
+        assert c.tolist() == [0, 2, 4]
+
+
+def test_gemm_takes_tiles_without_elements(capfd):
+    """The sum of nothing is 0; and BLAS has nothing to say of distances that are 0."""
+    for m, n, k in (0, 5, 7), (5, 0, 7), (5, 7, 0):
+        c = np.full((m, n), np.nan, np.float32)
+        product(c, np.ones((m, k), np.float32), np.ones((k, n), np.float32), 0, 0, 1.0, 0.0)
+        assert not c.any()
+    assert capfd.readouterr() == ("", "")
 
 
 # --- sending and compiling

@@ -8,6 +8,7 @@ from functools import cache
 import numpy as np
 import pytest
 from llvmlite import binding
+from numpy.lib.stride_tricks import as_strided
 
 from taskgpt.errors import UserError
 from taskgpt.products import BLAS, OWN_BF16, OWN_FP32, WORK, described, operand, product, verify_callers, way_for
@@ -214,6 +215,18 @@ def test_without_elements_there_is_a_product_all_the_same(way):
         c[...] = 3
         product(way, c, op(a, not transposed), op(b, transposed), transposed, transposed, 1, work())
         assert (c == 3).all()
+
+
+@pytest.mark.parametrize("way", [BLAS, *WAYS.values()], ids=["blas", *WAYS])
+@pytest.mark.parametrize("far", [0, 4, -4, 2048, 1 << 40])
+def test_where_the_next_row_would_be_does_not_matter_if_there_is_none(way, far):
+    """Of an operand, or of C, of one row."""
+    for shape, transposed in (((1, 50, 70), (0, 0)), ((1, 50, 70), (0, 1)), ((50, 70, 1), (1, 0)), ((50, 1, 70), (0, 1))):
+        c, a, b = case(shape, *transposed, gap=0)
+        wanted = op(operand(way, a), transposed[0]).astype(np.float64) @ op(operand(way, b), transposed[1])
+        c, a, b = (as_strided(x, x.shape, (far, 4)) if len(x) == 1 else x for x in (c, a, b))
+        product(way, c, a, b, *transposed, 0, work())
+        assert np.allclose(c, wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("way", [BLAS, *WAYS.values()], ids=["blas", *WAYS])

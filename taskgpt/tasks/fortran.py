@@ -102,8 +102,8 @@ def triangle_letter(lower):
 
 @njit
 def distance(tile):
-    """Return how many elements lie between rows: at least a row's length, also for a tile of one row, which may say anything."""
-    return max(tile.strides[0] // tile.itemsize, tile.shape[1])
+    """Return how many elements lie between rows: at least a row's length, and 1. A tile of one row may say anything, and is not asked."""
+    return max(1, tile.shape[1], tile.strides[0] // tile.itemsize if tile.shape[0] > 1 else 0)
 
 
 def _bind(module: str, name: str) -> str:
