@@ -85,12 +85,15 @@ class _Thread:
             held[arguments[0]] = self
         elif name == "mutex_unlock":
             del held[arguments[0]]
-        elif name == "condition_wait":  # falls asleep, and gives the mutex back in the same step
+        elif name in (
+            "condition_wait",
+            "condition_timedwait",
+        ):  # falls asleep, and gives the mutex back in the same step; time stands still
             sleepers[self] = arguments[0]
             del held[arguments[1]]
             self.step = ("asleep", arguments)
             return
-        elif name == "condition_signal":  # at most one thread waits for each
+        elif name in ("condition_signal", "condition_broadcast"):  # at most one thread waits for what is signalled
             for sleeper in [each for each, condition in sleepers.items() if condition == arguments[0]]:
                 del sleepers[sleeper]
                 sleeper.step = ("mutex_lock", (sleeper.step[1][1],))

@@ -1,6 +1,7 @@
 """Programs whose tasks start as they are spawned: the same results as when every task runs where it is spawned, and nothing hangs."""
 
 import asyncio
+import contextlib
 import gc
 import random
 import threading
@@ -9,11 +10,15 @@ from concurrent.futures import CancelledError
 
 import numpy as np
 import pytest
+from interleavings import Still, ends, run_alone
 from pages import ROOT, blocks
 
 import taskgpt
 from taskgpt import config
 from taskgpt.schedulers import open_scheduler
+from taskgpt.schedulers.native import open_run
+from taskgpt.schedulers.native.program_engine import OpenRun
+from taskgpt.schedulers.native.table import FREED, IS_RANKED, NEXT_PLACE, NOTHING, WANTED
 from taskgpt.tasks import Graph, In, InOut, Out, TaskError, Tensor, WeakIn, WeakInOut, dims, kernel, run_now, wrap
 from taskgpt.tasks.spawn import ProgramError, Spawn
 
@@ -331,6 +336,140 @@ def test_who_runs_graphs_alone_says_so(name):
     found = config.load_scheduler(name, {})
     with pytest.raises(NotImplementedError, match="programs run on native, and on sequential"):
         open_scheduler(found.scheduler, found.settings).program()
+
+
+class TestProtocol:
+    """The code of open runs itself, in every order in which its threads can do their atomic steps."""
+
+    @staticmethod
+    @contextlib.contextmanager
+    def still(tasks):
+        """Give a scheduler without threads that has an open run, in which tasks without a body wait for those at these places."""
+        with Still(workers=2) as still:
+            still._table[IS_RANKED] = True
+            run = OpenRun(still._table, still._run_words[0], None, None, False, places=8, edges=8)
+            still.kept = [run]
+            still.everything += [run._open, np.frombuffer(run._buffer, np.int64, 32), *run._arrays.values(), *run._of_run.values()]
+            still.places = [TestProtocol.add(still, waits, parent) for waits, parent in tasks]
+            yield still
+
+    @staticmethod
+    def prepare(still, waits, parent=open_run.ROOT):
+        buffer = still.kept[0]._buffer
+        for at, word in enumerate([0, 0, 0, len(waits), parent, 0, 0, *waits]):
+            buffer[at] = word
+
+    @classmethod
+    def add(cls, still, waits, parent=open_run.ROOT):
+        cls.prepare(still, waits, parent)
+        return run_alone(still.code.add_task(still._address, 2))
+
+    @staticmethod
+    def ready(still):
+        """Take all that is in the queues; return the places."""
+        queue = still.code.queue_of(still.t, 0)
+        found = []
+        while (instance := run_alone(still.code.take_out(queue))) != NOTHING:
+            found.append(instance // 2)
+        return found
+
+    @staticmethod
+    def runner(still, me, place):
+        """A worker that runs a task, and keeps what it would go on with."""
+
+        def run():
+            best = yield from still.code.run_spawned(still.t, me, 2 * place)
+            if best != NOTHING:
+                still.found.append(best // 2)
+
+        return run
+
+    def everybody_is_done(self, still, open_tasks):
+        run = still.kept[0]
+        assert run.open_tasks() == open_tasks
+        free, at = [], run._open[FREED]
+        while at != NOTHING:
+            free.append(at)
+            at = run._arrays[NEXT_PLACE][at]
+        assert len(free) == len(set(free)) == len(still.places) - open_tasks
+
+    def test_who_is_spawned_while_its_predecessor_ends_runs_once(self):
+        """The edge comes too late or in time: the task is ready once."""
+        with self.still([((), 0)]) as still:
+            assert self.ready(still) == still.places
+            self.prepare(still, still.places)
+            spawned = []
+
+            def spawner():
+                spawned.append((yield from still.code.add_task(still._address, 2)))
+
+            for are_through in ends(still, [spawner, self.runner(still, 0, still.places[0])]):
+                assert are_through
+                assert self.ready(still) + still.found == spawned[-1:]
+            assert set(spawned) == {1, 2}  # the first task's place, if that was done already, or one of its own
+
+    def test_a_task_in_two_hands_runs_once(self):
+        """Its parent claims it while a worker takes it out of the queue: one runs it, and its place is free when both have been there."""
+        with self.still([((), 0), ((1,), 0)]) as still:
+            first, second = still.places
+            assert self.ready(still) == [first]
+
+            def parent():
+                state = yield from still.code.claim_task(still._address, first)
+                if state != NOTHING:
+                    yield from still.code.run_claimed(still._address, 1, first, state)
+
+            seen = set()
+            for are_through in ends(still, [parent, self.runner(still, 0, first)]):
+                assert are_through
+                ready = self.ready(still)
+                assert ready + still.found == [second]
+                seen.add(tuple(ready))
+                self.everybody_is_done(still, open_tasks=1)
+            assert seen == {(), (second,)}  # who claimed it pushes what it made ready, who took it goes on with that
+
+    def test_a_parent_is_done_once_when_body_and_children_end_together(self):
+        """Whoever is last releases who waits for the parent."""
+        with self.still([((), 0), ((), 1), ((1,), 0)]) as still:
+            parent, child, after = still.places
+            assert self.ready(still) == [parent, child]
+            count = 0
+            for are_through in ends(still, [self.runner(still, 0, parent), self.runner(still, 1, child)]):
+                assert are_through
+                assert self.ready(still) + still.found == [after]
+                self.everybody_is_done(still, open_tasks=1)
+                count += 1
+            assert count > 3
+
+    def test_who_waits_for_a_task_hears_of_it(self):
+        """A thread begins to wait while the task ends: it does not sleep for ever, and the place is free afterwards."""
+        with self.still([((), 0)]) as still:
+            [place] = still.places
+            self.ready(still)
+
+            def waiter():
+                if not (yield from still.code.begin_wait(still._address, place)):
+                    yield from still.code.await_task(still._address, place, still.kept[0]._clock(), 1)
+                    yield from still.code.end_wait(still._address, place)
+
+            for are_through in ends(still, [waiter, self.runner(still, 0, place)]):
+                assert are_through
+                self.everybody_is_done(still, open_tasks=0)
+
+    @pytest.mark.parametrize("setup", [{"idle": "idle"}, {"idle": "hybrid", "spins": 1}], ids=["sleeps", "spins"])
+    def test_a_worker_is_given_back(self, setup):
+        """Whatever the thread is at that is this worker: it leaves, and a task that it may have in its hands is still there."""
+        with Still(workers=1, **setup) as still:
+
+            def worker():
+                yield from still.code.work(still._address, 0)
+
+            def owner():
+                yield from still.code.want_back(still._address, 0)
+
+            for are_through in ends(still, [worker, owner]):
+                assert are_through
+                assert still._worker_words[0, WANTED] == 0
 
 
 class TestFailure:

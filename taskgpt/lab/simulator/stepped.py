@@ -28,7 +28,8 @@ Steps = Generator[Step, Any, Any]
 
 MODULES = [table, ring, heap, idle, queues, release, open_run, worker]
 ATOMIC = {"load", "store", "store_last", "fetch_add", "fetch_or", "fetch_and", "exchange", "compare_exchange"}
-WAITS = {"relax", "sched_yield", "mutex_lock", "mutex_unlock", "condition_wait", "condition_signal", "condition_broadcast"}
+WAITS = {"relax", "sched_yield", "mutex_lock", "mutex_unlock", "condition_wait", "condition_timedwait", "condition_signal"}
+WAITS |= {"condition_broadcast"}
 STEPS = ATOMIC | WAITS | {"call_entry"}
 
 

@@ -45,7 +45,7 @@ class Engine(Protocol):
     def run_claimed(self, place: int, claimed: int) -> None: ...
 
     def begin_wait(self, place: int) -> bool:
-        """Return True if a task is done; `end_wait` follows."""
+        """Return True if a task is done; otherwise `end_wait` follows."""
 
     def await_task(self, place: int, milliseconds: int) -> bool: ...
 

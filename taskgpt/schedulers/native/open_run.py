@@ -305,10 +305,20 @@ def _tell(t):
 
 @_spawning
 def begin_wait(table, place):
-    """Keep the place of a task that somebody waits for; return True if it is done. `end_wait` follows."""
-    o = words_at(run_in(words_at(table), 0)[OPEN])
-    fetch_add(words_at(o[HOLDS]), place, 1)
-    return fetch_or(words_at(o[STATES]), place, AWAITED) & ALL_DONE != 0
+    """Return True if a task is done; else keep its place for who waits for it, until `end_wait`."""
+    t = words_at(table)
+    o = words_at(run_in(t, 0)[OPEN])
+    holds = words_at(o[HOLDS])
+    while True:
+        held = load(holds, place)
+        if held == 0:  # it is done, and its place is free
+            return True
+        if compare_exchange(holds, place, held, held + 1) == held:
+            break
+    if fetch_or(words_at(o[STATES]), place, AWAITED) & ALL_DONE == 0:
+        return False
+    _let_go(t, o, place)
+    return True
 
 
 @_spawning

@@ -26,13 +26,23 @@ _HEADER = struct.Struct(f"{open_run.FIRST_WAIT}q")
 class OpenRun:
     """Runs a program's tasks; the Engine of schedulers/dynamic.
 
-    `table`, `run`: the words that the workers share, and those of the run. `make_scratch(bytes)` gives every worker so much.
+    `table`, `run`: the words that the workers share, and those of the run. `make_scratch(bytes)` gives every worker so much. `places`, `edges`:
+    room for open tasks, and for what they wait for.
     """
 
-    def __init__(self, table: np.ndarray, run: np.ndarray, crew: Crew, make_scratch: Callable[[int], None], keeps_times: bool):
+    def __init__(
+        self,
+        table: np.ndarray,
+        run: np.ndarray,
+        crew: Crew,
+        make_scratch: Callable[[int], None],
+        keeps_times: bool,
+        places: int = PLACES,
+        edges: int = _EDGES,
+    ):
         self._table, self._address, self._me = table, table.ctypes.data, int(table[r.WORKERS])
         self._crew, self._make_scratch = crew, make_scratch
-        self.tasks: list[Task | None] = [None] * PLACES
+        self.tasks: list[Task | None] = [None] * places
         self._words = Words()
         self._buffer = array("q", bytes(8 * _BUFFER_WORDS))
         self._view = memoryview(self._buffer)
@@ -44,19 +54,19 @@ class OpenRun:
         self._clocks = threading.local()
         place_arrays = (r.HEADS, r.STATES, r.ALIVE, r.PARENTS, r.HOLDS, r.ERRORS, r.SERIALS, r.NEXT_PLACE, r.EDGE_FIRST)
         self._open = np.zeros(r.OPEN_WORDS, np.int64)
-        self._arrays = {at: np.zeros(PLACES, np.int64) for at in place_arrays}
-        self._arrays |= {at: np.zeros(_EDGES, np.int64) for at in (r.EDGE_NEXT, r.EDGE_TO, r.EDGE_OWN)}
-        self._arrays[r.OWN_WORDS] = np.zeros(PLACES * open_run.MOST_WORDS, np.int64)
+        self._arrays = {at: np.zeros(places, np.int64) for at in place_arrays}
+        self._arrays |= {at: np.zeros(edges, np.int64) for at in (r.EDGE_NEXT, r.EDGE_TO, r.EDGE_OWN)}
+        self._arrays[r.OWN_WORDS] = np.zeros(places * open_run.MOST_WORDS, np.int64)
         for at, each in self._arrays.items():
             self._open[at] = each.ctypes.data
-        self._open[[r.PLACES, r.EDGES, r.BUFFER]] = PLACES, _EDGES, self._buffer.buffer_info()[0]
+        self._open[[r.PLACES, r.EDGES, r.BUFFER]] = places, edges, self._buffer.buffer_info()[0]
         self._open[[r.FREE, r.FREE_EDGE, r.FREED, r.FAILED_PLACES, r.FEW]] = r.NOTHING
         self._open[r.USED] = self._open[r.SPAWNED] = self._open[r.ENDED] = 1  # ROOT
         self._arrays[r.ALIVE][open_run.ROOT] = 1
         self._states, self._news = memoryview(self._arrays[r.STATES]), memoryview(self._open)
-        of_run = {at: np.zeros(PLACES, np.int64) for at in (r.CALL_ENTRY, r.CALL_WORDS, r.PENDING, r.OWN_PRIORITIES)}
+        of_run = {at: np.zeros(places, np.int64) for at in (r.CALL_ENTRY, r.CALL_WORDS, r.PENDING, r.OWN_PRIORITIES)}
         if keeps_times:
-            of_run[r.READY_AT] = np.zeros(PLACES, np.int64)
+            of_run[r.READY_AT] = np.zeros(places, np.int64)
         self._of_run = of_run
         run[:] = 0
         for at, each in of_run.items():
