@@ -566,6 +566,49 @@ class TestFailure:
             with pytest.raises(RuntimeError, match="overlap"):
                 spawn(gather, x[:CELL], x[:CELL], 1)
 
+    def test_declarations_are_enforced(self, each):
+        """With check, a kernel that writes what it declares In fails; right programs give the same bits."""
+
+        @kernel
+        def lies(a: In[N, I64]):
+            a.flags.writeable = True
+            a[0] = 1
+
+        @kernel
+        def forgets(a: Out[N, np.float64]):
+            a[1:] = 0
+
+        x, y, z = tensor(), tensor(), wrap(np.zeros(8), ())
+        with pytest.raises(TaskError, match="lies wrote 'a', declared In"), each.program(check=True) as spawn:
+            spawn(lies, x[:CELL])
+        with pytest.raises(TaskError, match="forgets left 1 of 8 elements of 'a' unwritten or NaN"), each.program(check=True) as spawn:
+            spawn(forgets, z[:])
+        x = tensor()
+        with scheduler("sequential") as oracle, oracle.program() as spawn:
+            wander(x[:], 7, 2, spawn)
+        with each.program(check=True) as spawn:
+            wander(y[:], 7, 2, spawn)
+            assert spawn(largest, y[:CELL]).result() == x.array[:CELL].max()
+        assert (x.array == y.array).all()
+
+    def test_a_task_spawns_on_what_it_declares(self, each):
+        """With check: else its children would run beside others on the same tile. Reading is not writing."""
+
+        @kernel
+        def strays(a: WeakInOut[N, I64], spawn: Spawn):
+            spawn(mix, x[3 * CELL : 4 * CELL], 1)
+
+        @kernel
+        def writes(a: WeakIn[N, I64], spawn: Spawn):
+            spawn(total, a[:])
+            spawn(mix, a[:], 1)
+
+        x = tensor()
+        with pytest.raises(TaskError, match=r"mix writes 'a', x\[24:32\], and strays, which"), each.program(check=True) as spawn:
+            spawn(strays, x[:CELL])
+        with pytest.raises(TaskError, match=r"mix writes 'a', x\[0:8\], and writes, which spawns it"), each.program(check=True) as spawn:
+            spawn(writes, x[:CELL])
+
     def test_a_spawn_is_its_tasks_own(self, each):
         """Another task cannot use it."""
         kept = []

@@ -80,12 +80,14 @@ class Scheduler(Protocol):
         With them, of a function's step, a task asks it, so that steps overlap as in `run_each`: one more than it took may have run.
         """
 
-    def program(self, patience_s: float = 60.0) -> AbstractContextManager[Spawn]:
+    def program(self, patience_s: float = 60.0, check: bool = False) -> AbstractContextManager[Spawn]:
         """Give a `with` block what it spawns tasks with that start as they are spawned, and may spawn others (tasks/spawn.py).
 
         Results are those of `sequential`, which runs each task where it is spawned. The end of the block waits for all tasks, and raises
         what the first that failed has raised: TaskError, which names the task, its tiles, and the line that spawned it. If all tasks wait
-        for each other, or for events, for `patience_s`, ProgramError says who waits for what. NotImplementedError: it runs graphs alone.
+        for each other, or for events, for `patience_s`, ProgramError says who waits for what. `check` enforces declarations, as
+        tasks/check.py does for graphs, and that what a task spawns touches only what that task declares: else a task fails with
+        AccessError. NotImplementedError: it runs graphs alone.
         """
 
     def ahead(self) -> float:

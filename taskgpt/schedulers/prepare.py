@@ -48,7 +48,7 @@ class OneAtATime:
     def run_while(self: Runs, step: Graph | Callable, until: Callable[[], bool], reads: Sequence[Tile] = ()) -> int:
         return run_while(self, step, until, reads)
 
-    def program(self, patience_s: float = 60.0) -> AbstractContextManager[Spawn]:
+    def program(self, patience_s: float = 60.0, check: bool = False) -> AbstractContextManager[Spawn]:
         name = type(self).__module__.rpartition(".")[2].replace("_", "-")
         raise NotImplementedError(f"scheduler {name} runs recorded graphs alone; programs run on native, and on sequential")
 

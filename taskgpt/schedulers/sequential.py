@@ -40,8 +40,8 @@ class Scheduler(InTurn):
         one_blas_thread.release()
 
     @contextmanager
-    def program(self, patience_s: float = 60.0) -> Iterator[Spawn]:
-        with self._turn(), run_program(None, patience_s) as spawn:
+    def program(self, patience_s: float = 60.0, check: bool = False) -> Iterator[Spawn]:
+        with self._turn(), run_program(None, patience_s, check) as spawn:
             yield spawn
 
     def describe(self) -> str:

@@ -22,6 +22,7 @@ import signal
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -61,9 +62,9 @@ class CheckedCall(Call):
 
     __slots__ = ()
 
-    def run(self) -> None:
+    def run(self) -> Any:
         try:
-            boxes = self._run_on_copies(is_read_only=True)
+            boxes, result = self._run_on_copies(is_read_only=True)
         except ValueError as error:
             if "read-only" not in str(error):
                 raise
@@ -76,6 +77,7 @@ class CheckedCall(Call):
                 self._verify_combined(name, access.combiner)
         for box in boxes:
             box.copy_back()
+        return result
 
     def _verify_combined(self, name: str, operator: Operator) -> None:
         """Raise AccessError if a tile declared Reduction ends as it does when it begins with nothing, whatever it begins with."""
@@ -95,16 +97,16 @@ class CheckedCall(Call):
             what = f"{wrong.sum()} of {wrong.size} elements of '{name}'"
             raise AccessError(f"{self.kernel.name} overwrote {what}, declared Reduction: combine with what is there, by '{operator}'")
 
-    def _run_on_copies(self, is_read_only: bool) -> list["_Box"]:
+    def _run_on_copies(self, is_read_only: bool) -> tuple[list["_Box"], Any]:
         copies = _Copies(self)
         try:
-            self.kernel.run(*copies.arguments(is_read_only))
+            result = self.kernel.run(*copies.arguments(is_read_only))
         except IndexError as error:
             if str(error) != "index is out of bounds":  # numba's words; NumPy's say which index, and kernels may have their own
                 raise
             raise AccessError(self._written_outside() or f"{self.kernel.name} used an index outside of {copies.named()}") from None
         copies.verify()
-        return list(copies.boxes.values())
+        return list(copies.boxes.values()), result
 
     def _written_outside(self) -> str | None:
         """Return what the twin as it would run writes outside its arrays, as far as their borders reach.

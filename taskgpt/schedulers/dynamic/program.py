@@ -88,14 +88,16 @@ def _takes_all(kernel: Kernel) -> None:
 class Program:
     """Without an engine, tasks run where they are spawned. The first failure ends it: no other task begins, and it is raised.
 
-    `calls`: what it knows of them. `spawner_of(task)` returns what a task spawns with, when its body begins.
+    `calls`: what it knows of them. `checks`: whether declarations are enforced. `spawner_of(task)` returns what a task spawns with, when
+    its body begins.
     """
 
-    def __init__(self, engine: Engine | None, patience_s: float, spawner_of: Callable[[Task], Spawn]):
+    def __init__(self, engine: Engine | None, patience_s: float, checks: bool, spawner_of: Callable[[Task], Spawn]):
         self.spawner_of = spawner_of
         self.lock = threading.RLock()
         self._engine = engine
         self._patience_s = patience_s
+        self.checks = checks
         self._numbers = itertools.count()
         self._failure: BaseException | None = None
         self._events: dict[Event, None] = {}

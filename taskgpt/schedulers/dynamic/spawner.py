@@ -4,14 +4,16 @@ import contextlib
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from taskgpt.schedulers.dynamic.domain import Domain
 from taskgpt.schedulers.dynamic.futures import Readiness, Task
 from taskgpt.schedulers.dynamic.program import Engine, Program
-from taskgpt.tasks import Call, Kernel, Tile
+from taskgpt.tasks import AccessError, Call, Kernel, Tile
+from taskgpt.tasks.check import CheckedCall
 from taskgpt.tasks.kernel import as_kernel
+from taskgpt.tasks.known_calls import CallSignature, Place
 from taskgpt.tasks.task import this_thread
 
 _LOOK_S = 0.1  # how often who waits for something else than tasks looks whether the program was cancelled
@@ -43,7 +45,11 @@ class Spawner:
             program.verify_goes_on()
             signature, places, args = program.calls.look_up(as_kernel(kernel), args)
             program.calls.verify_written(signature, places)
-            task = program.new_task(Call.verified(signature, args), self._task, label, (caller.f_code, caller.f_lineno))
+            call = Call.verified(signature, args)
+            if program.checks:
+                self._verify_covered(call, signature, places)
+                call = call if kernel.spawns else CheckedCall(kernel.bounds_checked, args)
+            task = program.new_task(call, self._task, label, (caller.f_code, caller.f_lineno))
             task.is_final = task.is_final or final
             if self._group is not None:
                 task.group = self._group
@@ -70,6 +76,25 @@ class Spawner:
         elif self._task is None:
             program.wait_while_crowded()
         return task
+
+    def _verify_covered(self, call: Call, signature: CallSignature, places: Sequence[Place]) -> None:
+        """Raise AccessError if a task that this one spawns touches what this one does not declare, and so may run beside others."""
+        task, place_of = self._task, self._program.calls.place
+        if task is None:
+            return
+        touched, written = set(), set()
+        for name, tile in task.call.tiles():
+            cells = place_of(tile).cells
+            touched.update(cells)
+            if task.call.kernel.accesses[name].is_written:
+                written.update(cells)
+        for place, name, access in zip(places, signature.names, signature.accesses, strict=True):
+            if not (written if access.is_written else touched).issuperset(place.cells):
+                does, whose = "writes" if access.is_written else "reads", task.call.kernel.name
+                raise AccessError(
+                    f"{call.kernel.name} {does} '{name}', {place.tile!r}, and {whose}, which spawns it, does not declare that, so nobody "
+                    f"waits for it; declare the tile in {whose} too, weakly if that does not touch it itself"
+                )
 
     def _note(self, task: Task) -> None:
         if self._task is not None:
@@ -193,17 +218,17 @@ class Lock:
 
 
 @contextlib.contextmanager
-def run_program(engine: Engine | None, patience_s: float) -> Iterator[Spawner]:
+def run_program(engine: Engine | None, patience_s: float, check: bool) -> Iterator[Spawner]:
     """Give a `with` block what it spawns tasks with. Its end waits for all of them, and raises the first failure.
 
     Without an engine every task runs where it is spawned. `patience_s`: how long all tasks may wait for each other, or for events, until
-    ProgramError says so.
+    ProgramError says so. `check`: every task runs on copies of its tiles that show what it did, and touches only what its parent declares.
     """
 
     def spawner_of(task: Task) -> Spawner:
         return Spawner(program, task, task.is_final or task.place < 0)
 
-    program = Program(engine, patience_s, spawner_of)
+    program = Program(engine, patience_s, check, spawner_of)
     root = Spawner(program, None, engine is None)
     is_early = True
     try:

@@ -26,8 +26,8 @@ _HEADER = struct.Struct(f"{open_run.FIRST_WAIT}q")
 class OpenRun:
     """Runs a program's tasks; the Engine of schedulers/dynamic.
 
-    `table`, `run`: the words that the workers share, and those of the run. `make_scratch(bytes)` gives every worker so much. `places`, `edges`:
-    room for open tasks, and for what they wait for.
+    `table`, `run`: the words that the workers share, and those of the run. `make_scratch(bytes)` gives every worker so much. `places`,
+    `edges`: room for open tasks, and for what they wait for.
     """
 
     def __init__(

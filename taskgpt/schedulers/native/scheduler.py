@@ -177,7 +177,7 @@ class Scheduler(OneAtATime):
             self._worker_words[:-1, r.RECORD_CAPACITY] = s.record
 
     @contextmanager
-    def program(self, patience_s: float = 60.0) -> Iterator[Spawn]:
+    def program(self, patience_s: float = 60.0, check: bool = False) -> Iterator[Spawn]:
         with self._turn():
             self._verify_can_wait()
             self._finish_all()
@@ -188,7 +188,7 @@ class Scheduler(OneAtATime):
             self._table[[r.IS_RANKED, r.BY_AGE]] = True, by_age or 1  # what ranks by values, which nobody knows, goes by age
             engine = OpenRun(self._table, self._run_words[0], self._crew, self._make_scratch, bool(self.settings.record))
             try:
-                with run_program(engine, patience_s) as spawn:
+                with run_program(engine, patience_s, check) as spawn:
                     yield spawn
             finally:
                 self._run_words[0] = 0
