@@ -15,6 +15,7 @@ from pages import ROOT, blocks
 
 import taskgpt
 from taskgpt import config
+from taskgpt.lab.traces.trace import RECORD, Trace, Traced
 from taskgpt.schedulers import open_scheduler
 from taskgpt.schedulers.native import open_run
 from taskgpt.schedulers.native.program_engine import OpenRun
@@ -338,6 +339,52 @@ def test_who_runs_graphs_alone_says_so(name):
         open_scheduler(found.scheduler, found.settings).program()
 
 
+class TestTraces:
+    """A program as a run of stretches without a pause."""
+
+    @pytest.mark.parametrize("seed", range(6))
+    @pytest.mark.parametrize(("name", "workers"), [("sequential", 1), ("native", 1), ("native", 2), ("native-stealing", 8)])
+    def test_random_programs_are_traced(self, name, workers, seed, tmp_path):
+        """No worker does two things at once, nothing begins before what it waits for is done, and all that ran is there: after a graph's
+        run, and before another's. Files come back as they were."""
+        x, y = tensor(), tensor()
+        graph = Graph()
+        graph.spawn(mix, y[:CELL], 1)
+        with Traced(scheduler(name, workers=workers, record=RECORD)) as traced:
+            traced.run(graph)
+            with traced.program() as spawn:
+                wander(x[:], seed, 3, spawn)
+            traced.run(graph)
+            trace = traced.trace({})
+        trace.verify()
+        assert [trace.graphs[run["graph"]].name for run in trace.runs] == ["graph", "program", "graph"]
+        program = trace.graphs[1]
+        assert sorted(trace.records["task"][trace.records["run"] == 1]) == list(range(len(program)))
+        trace.save(tmp_path / "trace.npz")
+        back = Trace.load(tmp_path)
+        assert (back.records == trace.records).all() and back.graphs[1].calls == program.calls
+
+    def test_a_task_that_waits_is_two_stretches(self):
+        """The second waits for the first, and for what was awaited; while a task waits its worker does something else."""
+
+        @kernel
+        def outer(a: InOut[N, I64], spawn: Spawn):
+            spawn(mix, a[:], 1).result()
+            a.array[0] = 1
+
+        x = tensor()
+        with Traced(scheduler("native", workers=1, record=RECORD)) as traced:
+            with traced.program() as spawn:
+                spawn(outer, x[:CELL], label="mine")
+            trace = traced.trace({})
+        [program] = trace.graphs
+        names = [program.kernels[kernel] for kernel in program.kernel]
+        assert names == ["outer", "mix", "outer"]
+        assert list(program.predecessors[program.first[2] :]) == [0, 1]
+        assert program.phases[program.phase[0]] == "mine"
+        assert list(trace.records["task"]) == [0, 1, 2]
+
+
 class TestProtocol:
     """The code of open runs itself, in every order in which its threads can do their atomic steps."""
 
@@ -356,7 +403,7 @@ class TestProtocol:
     @staticmethod
     def prepare(still, waits, parent=open_run.ROOT):
         buffer = still.kept[0]._buffer
-        for at, word in enumerate([0, 0, 0, len(waits), parent, 0, 0, *waits]):
+        for at, word in enumerate([0, 0, 0, len(waits), parent, 0, 0, -1, *waits]):
             buffer[at] = word
 
     @classmethod

@@ -48,11 +48,19 @@ class Recorder:
 
     def count(self, graph: Graph) -> int:
         """Return the number of the run of a graph that begins now."""
-        number = self._count
-        self._count += 1
+        number = self.number()
         if self.capacity:
-            self._runs.append((number, graph, time.monotonic_ns()))
+            self.note(number, graph, time.monotonic_ns())
         return number
+
+    def number(self) -> int:
+        """Return the number of a run that begins now."""
+        self._count += 1
+        return self._count - 1
+
+    def note(self, number: int, graph: Graph, begin_ns: int) -> None:
+        """Note what the graph of a run was, and when it began."""
+        self._runs.append((number, graph, begin_ns))
 
     def begin(self, graph: Graph) -> Callable[[Task], None]:
         """Count a run of a graph; return what runs its tasks."""

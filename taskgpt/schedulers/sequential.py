@@ -1,10 +1,12 @@
 """Program order, in the calling thread: what every other scheduler must agree with to the bit, and where a debugger works."""
 
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from taskgpt.schedulers.dynamic import run_program
+from taskgpt.schedulers.dynamic import Recording, run_program
 from taskgpt.schedulers.prepare import InTurn
 from taskgpt.schedulers.records import Recorder
 from taskgpt.tasks import Graph, one_blas_thread
@@ -41,8 +43,17 @@ class Scheduler(InTurn):
 
     @contextmanager
     def program(self, patience_s: float = 60.0, check: bool = False) -> Iterator[Spawn]:
-        with self._turn(), run_program(None, patience_s, check) as spawn:
-            yield spawn
+        recording = Recording(lambda: 0) if self.settings.record else None
+        with self._turn():
+            number, begin_ns = self.recorder.number(), time.monotonic_ns()
+            try:
+                with run_program(None, patience_s, check, recording) as spawn:
+                    yield spawn
+            finally:
+                if recording is not None:
+                    rows = [(number, stretch, start, stop) for stretch, start, stop, _ in recording.rows]
+                    self.recorder.note(number, recording.graph(), begin_ns)
+                    self.recorder.add(threading.get_ident(), rows, 0)
 
     def describe(self) -> str:
         return "sequential: program order, in the calling thread"

@@ -365,12 +365,16 @@ class Kernel:
         """Return the floating-point operations of one call; one per written element for a kernel that does not say."""
         if self._flops:
             return self._flops({**sizes, **constants})
+        if self.spawns:
+            return 0  # what it spawns does the work
         return sum(elements(name, access, sizes) for name, access in self.accesses.items() if access.is_written)
 
     def bytes(self, sizes: dict[str, int], constants: dict[str, float]) -> int:
         """Return the bytes that one call moves; for a kernel that does not say, each tile once for reading and once for writing."""
         if self._bytes:
             return self._bytes({**sizes, **constants})
+        if self.spawns:
+            return 0
         return sum(elements(name, a, sizes) * a.dtype.itemsize * (a.is_read + a.is_written) for name, a in self.accesses.items())
 
     def _verify_result(self, function: Callable, what: str) -> None:

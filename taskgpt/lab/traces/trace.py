@@ -15,8 +15,8 @@ import itertools
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,8 @@ from taskgpt.lab.traces import trace_file
 from taskgpt.lab.traces.rules import whole
 from taskgpt.schedulers import Scheduler, loops
 from taskgpt.schedulers.records import RECORD_TYPE
-from taskgpt.tasks import Graph
+from taskgpt.schedulers.repetition import run_while
+from taskgpt.tasks import Graph, Tile
 
 VERSION = 2  # 1 had neither numbers of runs nor edges between them
 RECORD = 1_000_000  # for schedulers' setting `record`: what is not used takes no memory
@@ -419,6 +420,22 @@ class Traced:
                     yield graph
         finally:
             self.take_records()
+
+    @contextmanager
+    def program(self, **options: Any) -> Iterator[Any]:
+        """Keep a program as a run of the graph that it turns out to be: of stretches of its tasks without a pause."""
+        begin_ns = time.monotonic_ns()
+        with self.scheduler.program(**options) as spawn:
+            yield spawn
+        graph = spawn.graph
+        self._as_run.append(graph)
+        self._graphs[graph] = TracedGraph.of(graph)
+        self._runs.append((len(self._graphs) - 1, self._steps[graph.name], begin_ns))
+        self._steps[graph.name] += 1
+        self.take_records()
+
+    def run_while(self, step: Any, until: Callable[[], bool], reads: Sequence[Tile] = ()) -> int:
+        return run_while(self, step, until, reads)
 
     def take_records(self) -> tuple[np.ndarray, int]:
         records, lost = self.scheduler.take_records()

@@ -24,6 +24,10 @@ class Owner(Protocol):
 
     def spawner_of(self, task: "Task") -> Any: ...
 
+    def begin(self, task: "Task") -> None: ...
+
+    def end(self, task: "Task") -> None: ...
+
 
 class Task:
     """A spawned task; the Future of tasks/spawn.py.
@@ -33,8 +37,8 @@ class Task:
     """
 
     __slots__ = (
-        "_error", "_is_cancelled", "_value", "_where", "body", "call", "domain", "group", "has_ended", "is_final", "is_weak", "label",
-        "number", "parent", "place", "program", "unfulfilled", "waits_for", "words",
+        "_error", "_is_cancelled", "_value", "_where", "begun_ns", "body", "call", "domain", "group", "has_ended", "is_final", "is_weak",
+        "label", "number", "parent", "place", "program", "stretch", "unfulfilled", "waits_for", "words",
     )  # fmt: skip
 
     def __init__(self, program: Owner, number: int, call: Call, parent: "Task | None", label: str, where: tuple[CodeType, int]):
@@ -47,6 +51,8 @@ class Task:
         self.has_ended = False  # its body has
         self.is_final = parent is not None and parent.is_final
         self.unfulfilled = 0
+        self.stretch = -1  # of the recording, if there is one: what it does now, or did last
+        self.begun_ns = 0  # when that began
         self.waits_for: object = None  # what it waits for in its body, in words by str()
         self.words: Any = None  # keeps arguments alive that its place has no room for
         self._value: Any = None
@@ -90,11 +96,13 @@ class Task:
     def run(self) -> None:
         """Run the body; keep what it returns or raises."""
         outer, this_thread.at = this_thread.at, self
+        self.program.begin(self)
         try:
             self._value = self._run()
         except BaseException as error:
             self.fail(error)
         finally:
+            self.program.end(self)
             this_thread.at = outer
             self.has_ended = True
 

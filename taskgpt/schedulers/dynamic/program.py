@@ -4,12 +4,13 @@ import contextlib
 import itertools
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from types import CodeType
 from typing import Protocol
 
 from taskgpt.schedulers.dynamic.futures import Body, Part, Task
+from taskgpt.schedulers.dynamic.recording import Recording
 from taskgpt.tasks import Call, Kernel
 from taskgpt.tasks.known_calls import KnownCalls
 from taskgpt.tasks.spawn import Event, ProgramError, Spawn
@@ -92,12 +93,20 @@ class Program:
     its body begins.
     """
 
-    def __init__(self, engine: Engine | None, patience_s: float, checks: bool, spawner_of: Callable[[Task], Spawn]):
+    def __init__(
+        self,
+        engine: Engine | None,
+        patience_s: float,
+        checks: bool,
+        recording: Recording | None,
+        spawner_of: Callable[[Task], Spawn],
+    ):
         self.spawner_of = spawner_of
         self.lock = threading.RLock()
         self._engine = engine
         self._patience_s = patience_s
         self.checks = checks
+        self.recording = recording
         self._numbers = itertools.count()
         self._failure: BaseException | None = None
         self._events: dict[Event, None] = {}
@@ -118,6 +127,34 @@ class Program:
         self._add(Part(task), task, task.domain.awaited(), task.place, priority)
         self._add(task.body, task, waits, task.place, priority)
         self._engine.fulfil(task.place)
+
+    # What ran when ------------------------------------------------------------------------------------------------------------------
+
+    def begin(self, task: Task) -> None:
+        """Note that a body begins, if there is a recording."""
+        if self.recording is not None and task.stretch >= 0:
+            self.recording.begin(task)
+
+    def end(self, task: Task) -> None:
+        """Note that it ends."""
+        if self.recording is not None and task.stretch >= 0:
+            self.recording.end(task)
+
+    @contextlib.contextmanager
+    def _paused(self, awaited: Task | None) -> Iterator[None]:
+        """Note that this thread's task does nothing within the `with` block, and goes on after it, and after another task."""
+        task = this_thread.at
+        if self.recording is None or task is None or task.stretch < 0:
+            yield
+            return
+        self.recording.end(task)
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.recording.go_on(task, awaited)
+
+    # What waits ---------------------------------------------------------------------------------------------------------------------
 
     def _add(self, added: Task, task: Task, waits: set[Task], parent: int, priority: int, is_shell: bool = False) -> None:
         engine = self._engine
@@ -143,7 +180,8 @@ class Program:
         """Run a task at once, in this thread."""
         for each in (before, task):
             if each is not None and not self._is_over:
-                each.run()
+                with self._paused(each):
+                    each.run()
                 if each.unfulfilled:
                     self._wait(lambda milliseconds, task=each: self._are_fulfilled(task, milliseconds / 1e3), "its events")
 
@@ -167,7 +205,8 @@ class Program:
         with self.lock:
             claimed = self._engine.claim(task.place) if self.is_open(task) and not task.is_weak else -1
         if claimed >= 0:
-            self._engine.run_claimed(task.place, claimed)
+            with self._paused(task):
+                self._engine.run_claimed(task.place, claimed)
 
     def wait(self, task: Task) -> None:
         """Wait for a task."""
@@ -180,7 +219,7 @@ class Program:
             if not self.is_open(task) or self._engine.begin_wait(place):
                 return
         try:
-            self._wait(lambda milliseconds: self._engine.await_task(place, milliseconds), f"task {task}")
+            self._wait(lambda milliseconds: self._engine.await_task(place, milliseconds), f"task {task}", task)
         finally:
             with self.lock:
                 self._engine.end_wait(place)
@@ -195,8 +234,8 @@ class Program:
         """Wait until a function, called with a number of seconds to wait, returns True."""
         self._wait(lambda milliseconds: is_over(milliseconds / 1e3), what)
 
-    def _wait(self, is_over: Callable[[int], bool], what: str) -> None:
-        """Wait, with the core left to another task; `is_over` waits so many milliseconds.
+    def _wait(self, is_over: Callable[[int], bool], what: str, awaited: Task | None = None) -> None:
+        """Wait, perhaps for a task, with the core left to another; `is_over` waits so many milliseconds.
 
         Raises CancelledError in a task of a program that ends.
         """
@@ -204,7 +243,7 @@ class Program:
         looks = task is None or self._engine is None  # whether all wait for each other
         if is_over(0):
             return
-        with self.blocking():
+        with self.blocking(awaited):
             if task is not None:
                 task.waits_for = what
             try:
@@ -222,9 +261,11 @@ class Program:
                 if task is not None:
                     task.waits_for = None
 
-    def blocking(self) -> contextlib.AbstractContextManager[None]:
-        """Let another thread be this worker within the `with` block."""
-        return self._engine.blocking() if self._engine is not None else contextlib.nullcontext()
+    @contextlib.contextmanager
+    def blocking(self, awaited: Task | None = None) -> Iterator[None]:
+        """Let another thread be this worker within the `with` block, which waits for a task, perhaps."""
+        with self._paused(awaited), self._engine.blocking() if self._engine is not None else contextlib.nullcontext():
+            yield
 
     def verify_may_wait(self) -> None:
         """Raise CancelledError in a task of a program that has ended early."""

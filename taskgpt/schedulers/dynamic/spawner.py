@@ -10,7 +10,8 @@ from typing import Any
 from taskgpt.schedulers.dynamic.domain import Domain
 from taskgpt.schedulers.dynamic.futures import Readiness, Task
 from taskgpt.schedulers.dynamic.program import Engine, Program
-from taskgpt.tasks import AccessError, Call, Kernel, Tile
+from taskgpt.schedulers.dynamic.recording import Recording
+from taskgpt.tasks import AccessError, Call, Graph, Kernel, Tile
 from taskgpt.tasks.check import CheckedCall
 from taskgpt.tasks.kernel import as_kernel
 from taskgpt.tasks.known_calls import CallSignature, Place
@@ -62,6 +63,8 @@ class Spawner:
                 for place, kind in zip(places, signature.kinds, strict=True):
                     self._domain.access(place.cells, kind, task, waits, program.is_open)
                 waits.discard(task)  # two of its tiles are in one cell
+            if program.recording is not None:
+                program.recording.add(task, waits)
             before = Readiness(task, onready) if onready else None
             if not is_here:
                 if before is not None:
@@ -102,6 +105,11 @@ class Spawner:
             if len(self._children) > self._most_children:
                 self._children = [each for each in self._children if self._program.is_open(each)]
                 self._most_children = max(_MOST_CHILDREN, 2 * len(self._children))
+
+    @property
+    def graph(self) -> Graph | None:
+        """What ran so far, as a graph of stretches without a pause, if the scheduler keeps records."""
+        return None if self._program.recording is None else self._program.recording.graph()
 
     def taskwait(self) -> None:
         self._verify_is_mine()
@@ -218,17 +226,18 @@ class Lock:
 
 
 @contextlib.contextmanager
-def run_program(engine: Engine | None, patience_s: float, check: bool) -> Iterator[Spawner]:
+def run_program(engine: Engine | None, patience_s: float, check: bool, recording: Recording | None) -> Iterator[Spawner]:
     """Give a `with` block what it spawns tasks with. Its end waits for all of them, and raises the first failure.
 
     Without an engine every task runs where it is spawned. `patience_s`: how long all tasks may wait for each other, or for events, until
     ProgramError says so. `check`: every task runs on copies of its tiles that show what it did, and touches only what its parent declares.
+    `recording`: what ran when, if that is wanted.
     """
 
     def spawner_of(task: Task) -> Spawner:
         return Spawner(program, task, task.is_final or task.place < 0)
 
-    program = Program(engine, patience_s, check, spawner_of)
+    program = Program(engine, patience_s, check, recording, spawner_of)
     root = Spawner(program, None, engine is None)
     is_early = True
     try:

@@ -88,7 +88,7 @@ TAKEN, ALL_DONE, AWAITED, CANCELLED, SKIPPED = 1, 2, 4, 8, 16  # bits of a state
 CHILDREN_AWAITED = 1 << 40  # in ALIVE, beside the count
 CLOSED = -2  # in HEADS: nobody can wait for the task any more
 NO_PLACE, NO_EDGES = -1, -2  # what `add_task` returns if there is no room
-ENTRY, WORDS_AT, WORD_COUNT, WAIT_COUNT, PARENT, PRIORITY, IS_SHELL, FIRST_WAIT = range(8)  # in the buffer; after the waits, the words
+ENTRY, WORDS_AT, WORD_COUNT, WAIT_COUNT, PARENT, PRIORITY, IS_SHELL, SERIAL, FIRST_WAIT = range(9)  # in the buffer; then the words
 
 _spawning = njit(error_model="numpy")  # with the GIL
 
@@ -99,7 +99,8 @@ def add_task(table, me):
 
     The buffer: the kernel's entry, 0 for nothing to do; where the words of its arguments are, 0 for behind this; how many; how many tasks
     it waits for; the place of the task that spawns it; its priority; whether it is a shell, which has no body, and is done when its last
-    child is, after `fulfil` has said that it has them all; the places of what it waits for, perhaps done by now; the words.
+    child is, after `fulfil` has said that it has them all; its number in records, -1 if it is in none; the places of what it waits for,
+    perhaps done by now; the words.
     """
     t = words_at(table)
     run = run_in(t, 0)
@@ -120,7 +121,7 @@ def add_task(table, me):
             words_at(words)[at] = buffer[FIRST_WAIT + waits + at]
     words_at(run[CALL_WORDS])[place] = words
     words_at(run[OWN_PRIORITIES])[place] = buffer[PRIORITY]
-    words_at(o[SERIALS])[place] = o[SPAWNED]
+    words_at(o[SERIALS])[place] = buffer[SERIAL]
     words_at(o[PARENTS])[place] = parent
     words_at(o[HOLDS])[place] = 1 if is_shell else 2  # a shell is in no queue
     words_at(o[ALIVE])[place] = 1
@@ -223,12 +224,14 @@ def _run(t, me, instance, state):
     if load(o, CANCELLED_ALL) != 0:
         fetch_or(words_at(o[STATES]), place, SKIPPED)
     elif state & CANCELLED == 0:
-        ready = words_at(run[READY_AT])[place] if worker[RECORD] != 0 else 0
-        start = now(worker) if worker[RECORD] != 0 else 0
+        serial = words_at(o[SERIALS])[place]
+        is_timed = worker[RECORD] != 0 and serial >= 0
+        ready = words_at(run[READY_AT])[place] if is_timed else 0
+        start = now(worker) if is_timed else 0
         entry, words = words_at(run[CALL_ENTRY])[place], words_at(run[CALL_WORDS])[place]
         failed = call_entry(entry, words, worker[SCRATCH], address_of(worker, ERROR)) if entry != 0 else 0
-        if worker[RECORD] != 0:
-            record(worker, run, words_at(o[SERIALS])[place], ready, start, now(worker))
+        if is_timed:
+            record(worker, run, serial, ready, start, now(worker))
         if failed != 0:
             _fail(t, o, place, worker[ERROR])
     return end(t, me, instance)

@@ -85,7 +85,7 @@ class OpenRun:
             del words[:]
         if open_run.FIRST_WAIT + len(waits) + len(words) > _BUFFER_WORDS:
             return -1
-        _HEADER.pack_into(self._buffer, 0, entry, far, len(words), len(waits), parent, priority, is_shell)
+        _HEADER.pack_into(self._buffer, 0, entry, far, len(words), len(waits), parent, priority, is_shell, self._serial(task, entry))
         behind = open_run.FIRST_WAIT + len(waits)
         if waits:
             self._view[open_run.FIRST_WAIT : behind] = array("q", waits)
@@ -97,6 +97,10 @@ class OpenRun:
             self._forget(self.tasks[place])
             self.tasks[place] = task
         return place
+
+    def _serial(self, task: Task, entry: int) -> int:
+        """Return a task's number in the workers' records: those of tasks that run in Python are kept there."""
+        return -1 if entry in (0, self._python_address) else task.stretch
 
     def _forget(self, task: Task | None) -> None:
         """Let go of what a task holds that was at a place before."""

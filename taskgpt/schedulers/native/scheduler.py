@@ -20,7 +20,7 @@ import numpy as np
 
 from taskgpt.errors import UserError
 from taskgpt.schedulers.cores import cores_to_bind, near_first
-from taskgpt.schedulers.dynamic import run_program
+from taskgpt.schedulers.dynamic import Recording, run_program
 from taskgpt.schedulers.native import open_run, worker
 from taskgpt.schedulers.native import table as r
 from taskgpt.schedulers.native.crew import Crew, this_worker
@@ -91,6 +91,7 @@ class Scheduler(OneAtATime):
         self._submitter = 0  # the thread that submitted the last run
         self._has_told = False  # of the failure in the table: it was raised
         self._count = 0
+        self._program_records: list[np.ndarray] = []  # of what ran in Python
 
     # Life ---------------------------------------------------------------------------------------------------------------------------
 
@@ -187,10 +188,16 @@ class Scheduler(OneAtATime):
             by_age = self._table[r.BY_AGE]
             self._table[[r.IS_RANKED, r.BY_AGE]] = True, by_age or 1  # what ranks by values, which nobody knows, goes by age
             engine = OpenRun(self._table, self._run_words[0], self._crew, self._make_scratch, bool(self.settings.record))
+            number, recording = self._count, Recording(lambda: this_worker.me) if self.settings.record else None
+            self._count += 1
+            self._run_words[0, r.NUMBER] = number
             try:
-                with run_program(engine, patience_s, check) as spawn:
+                with run_program(engine, patience_s, check, recording) as spawn:
                     yield spawn
             finally:
+                if recording is not None:
+                    rows = [(number, stretch, start, start, stop, me) for stretch, start, stop, me in recording.rows]
+                    self._program_records.append(np.array(rows, RECORD_TYPE))
                 self._run_words[0] = 0
                 self._table[[r.BY_AGE, r.PRIORITIES]] = by_age, False
 
@@ -431,6 +438,8 @@ class Scheduler(OneAtATime):
             records[name] = np.concatenate([part[name] for part in parts])
         records["worker"] = np.repeat(np.arange(self.workers), kept - taken)
         lost = int((counts - kept).sum() - (self._counts_taken - taken).sum())
+        records = np.concatenate([records, *self._program_records])
+        self._program_records.clear()
         self._counts_taken = counts
         if not self._runs:  # else workers go on counting
             self._worker_words[:-1, r.RECORD_COUNT] = self._counts_taken[:] = 0
