@@ -16,6 +16,7 @@ PROGRAMS = {
     "convert": "convert a model between llm.c's and Hugging Face's formats",
     "show": "draw a graph, or write it as text, JSON, GraphML or DOT",
     "plot": "draw the curves of training runs over each other",
+    "run": "run a program of your own, and trace its tasks",
     "trace": "report on traces, check them, convert them",
     "compare": "race schedulers, tiles and policies on a graph",
     "tune": "search for the fastest tiles and policy on this machine",

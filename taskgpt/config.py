@@ -8,6 +8,7 @@ variant names its scheduler and what it changes. Unknown keys, wrong types and v
 import dataclasses
 import importlib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,8 +129,14 @@ def scheduler(name: str = "native", **settings: Any) -> Scheduler:
 
     Raises UserError for an unknown name, key or value.
     """
-    config = load_scheduler(name, settings)
+    return opener(load_scheduler(name, settings))
+
+
+def _open(config: SchedulerConfig) -> Scheduler:
     return open_scheduler(config.scheduler, config.settings)
+
+
+opener: Callable[[SchedulerConfig], Scheduler] = _open  # what `scheduler` opens one with; another in `taskgpt run --trace`
 
 
 def schedulers() -> list[str]:

@@ -141,10 +141,10 @@ class Program:
             self.recording.end(task)
 
     @contextlib.contextmanager
-    def _paused(self, awaited: Task | None) -> Iterator[None]:
+    def paused(self, awaited: Task | None = None) -> Iterator[None]:
         """Note that this thread's task does nothing within the `with` block, and goes on after it, and after another task."""
         task = this_thread.at
-        if self.recording is None or task is None or task.stretch < 0:
+        if self.recording is None or task is None or not self.recording.is_running(task):
             yield
             return
         self.recording.end(task)
@@ -180,7 +180,7 @@ class Program:
         """Run a task at once, in this thread."""
         for each in (before, task):
             if each is not None and not self._is_over:
-                with self._paused(each):
+                with self.paused(each):
                     each.run()
                 if each.unfulfilled:
                     self._wait(lambda milliseconds, task=each: self._are_fulfilled(task, milliseconds / 1e3), "its events")
@@ -205,7 +205,7 @@ class Program:
         with self.lock:
             claimed = self._engine.claim(task.place) if self.is_open(task) and not task.is_weak else -1
         if claimed >= 0:
-            with self._paused(task):
+            with self.paused(task):
                 self._engine.run_claimed(task.place, claimed)
 
     def wait(self, task: Task) -> None:
@@ -264,7 +264,7 @@ class Program:
     @contextlib.contextmanager
     def blocking(self, awaited: Task | None = None) -> Iterator[None]:
         """Let another thread be this worker within the `with` block, which waits for a task, perhaps."""
-        with self._paused(awaited), self._engine.blocking() if self._engine is not None else contextlib.nullcontext():
+        with self.paused(awaited), self._engine.blocking() if self._engine is not None else contextlib.nullcontext():
             yield
 
     def verify_may_wait(self) -> None:

@@ -2,7 +2,7 @@
 
 A task that waits in its body is several stretches: what it did before, and what it did after, which waits for that and for what was
 awaited. So no worker does two things at once, and the graph is one that all that looks at graphs knows. Its edges are those that were known
-when a task was spawned, or went on.
+when a task was spawned, or went on. Its phases are the labels of tasks, of those without one the label of who spawned them.
 """
 
 import time
@@ -29,7 +29,10 @@ class Recording:
         task.stretch = self._add(task, [each.stretch for each in waits if each.stretch >= 0])
 
     def _add(self, task: Task, before: Iterable[int]) -> int:
-        self._stretches.append((task.call, task.label, sorted(set(before))))
+        labelled: Task | None = task
+        while labelled is not None and not labelled.label:
+            labelled = labelled.parent
+        self._stretches.append((task.call, labelled.label if labelled is not None else "", sorted(set(before))))
         return len(self._stretches) - 1
 
     def graph(self) -> Graph:
@@ -46,6 +49,11 @@ class Recording:
     def end(self, task: Task) -> None:
         """Note that it has ended."""
         self.rows.append((task.stretch, task.begun_ns, time.monotonic_ns(), self._worker()))
+        task.begun_ns = 0
+
+    def is_running(self, task: Task) -> bool:
+        """Return True if a stretch of the task has begun, and not ended."""
+        return task.begun_ns > 0
 
     def go_on(self, task: Task, awaited: Task | None) -> None:
         """Note that a task goes on after `end`, with another stretch."""

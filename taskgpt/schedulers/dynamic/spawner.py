@@ -114,19 +114,21 @@ class Spawner:
     def taskwait(self) -> None:
         self._verify_is_mine()
         if not self._is_final:
-            for child in reversed(self._children):
-                self._program.run_child(child)
-            self._children.clear()
-            self._program.wait_children(self._task)
+            with self._program.paused():
+                for child in reversed(self._children):
+                    self._program.run_child(child)
+                self._children.clear()
+                self._program.wait_children(self._task)
         self._program.verify_goes_on()
 
     def wait_on(self, *tiles: Tile) -> None:
         self._verify_is_mine()
-        for tile in tiles:
-            with self._program.lock:
-                writers = self._domain.writers_of(self._program.calls.place(tile).cells)
-            for task in writers:
-                self._program.wait(task)
+        with self._program.paused():
+            for tile in tiles:
+                with self._program.lock:
+                    writers = self._domain.writers_of(self._program.calls.place(tile).cells)
+                for task in writers:
+                    self._program.wait(task)
         self._program.verify_goes_on()
 
     @contextlib.contextmanager

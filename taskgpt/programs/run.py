@@ -1,0 +1,93 @@
+"""Run a program of your own, and write what its schedulers did.
+
+taskgpt run mine.py                               # as `python mine.py`
+taskgpt run --trace runs/mine mine.py             # also write which task ran when, for Perfetto, Paraver, ovni
+taskgpt run --trace runs/mine mine.py 100 --fast  # what follows the file's name is for it
+taskgpt trace report runs/mine --runs program --skip 0
+
+What is written is of the schedulers that the program opens with `taskgpt.scheduler(...)`: the graphs that they run, and their programs,
+`scheduler.program()`. Of several schedulers each has a folder of its own.
+"""
+
+import argparse
+import dataclasses
+import os
+import runpy
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from taskgpt import config
+from taskgpt.config import SchedulerConfig
+from taskgpt.errors import UserError, run_program, shorten
+from taskgpt.lab import machine
+from taskgpt.lab.traces.formats import save, verify_can_save
+from taskgpt.lab.traces.trace import RECORD, Traced
+from taskgpt.programs.arguments import Parser
+from taskgpt.schedulers import open_scheduler
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; return its exit code: 1 if it ends with an exception, which is printed as Python prints it."""
+
+    def run() -> int:
+        p = Parser("taskgpt run", __doc__)
+        p.add_argument("--trace", metavar="DIR", help="write what each worker did when, for Perfetto, Paraver, ovni and `taskgpt trace`")
+        p.add_argument("file", metavar="FILE", help="the program")
+        p.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="what it is given on its command line")
+        flags = p.parse_args(argv)
+        if not os.path.isfile(flags.file):
+            raise UserError(f"{shorten(flags.file)}: wanted a Python file, got {'a folder' if os.path.isdir(flags.file) else 'none'}")
+        if flags.trace is None:
+            return run_file(flags.file, flags.arguments)
+        verify_can_save(flags.trace)
+        opened: list[tuple[str, Traced]] = []
+
+        def open_traced(found: SchedulerConfig) -> Traced:
+            opened.append((found.name, Traced(open_scheduler(found.scheduler, dataclasses.replace(found.settings, record=RECORD)))))
+            return opened[-1][1]
+
+        usual, config.opener = config.opener, open_traced
+        try:
+            code = run_file(flags.file, flags.arguments)
+        finally:
+            config.opener = usual
+        write(opened, flags.trace, " ".join(["taskgpt run", flags.file, *flags.arguments]))
+        return code
+
+    return run_program("taskgpt run", run)
+
+
+def run_file(file: str, arguments: Sequence[str]) -> int:
+    """Run a Python file as the main program; return its exit code."""
+    argv, path = sys.argv, sys.path[:]
+    sys.argv, sys.path[0] = [file, *arguments], os.path.dirname(os.path.abspath(file))
+    try:
+        runpy.run_path(file, run_name="__main__")
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except Exception:
+        traceback.print_exc()
+        return 1
+    finally:
+        sys.argv, sys.path[:] = argv, path
+    return 0
+
+
+def write(opened: Sequence[tuple[str, Traced]], folder: str, command: str) -> None:
+    """Write the traces of schedulers that ran something. Raises UserError if none did, or for a folder that cannot be written."""
+    traces = [(name, traced.trace({"command": command, "machine": machine.describe()})) for name, traced in opened]
+    traces = [(name, trace) for name, trace in traces if len(trace.runs)]
+    if not traces:
+        raise UserError("--trace: nothing to write: no scheduler that was opened with taskgpt.scheduler(...) ran anything")
+    for number, (name, trace) in enumerate(traces, start=1):
+        place = Path(folder) if len(traces) == 1 else Path(folder, f"{number}-{name}")
+        verify_can_save(str(place))
+        print(f"trace      {save(trace, place)}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
