@@ -33,6 +33,7 @@ SMALL = {
     "metg": ("--steps", "20"),
     "contention": ("--steps", "4"),
     "record": ("--tasks", "500"),
+    "programs": ("--programs", "fib:n=20"),
     "decode": ("--graph", "tiny"),
     "peers": ("--graph", "tiny"),
 }

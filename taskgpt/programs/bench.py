@@ -11,6 +11,7 @@
     taskgpt bench metg --patterns stencil_1d fft           # the shortest tasks that still use half of the machine
     taskgpt bench contention --workers 2,16,64,128         # what workers cost each other: counted, on simulated cores
     taskgpt bench decode --graph gpt2-124m                 # a generated token, against streaming the weights
+    taskgpt bench programs --workers 2                     # Cholesky, heat, fib, N queens against C with OpenMP's tasks
     taskgpt bench peers --graph gpt2-124m                  # PyTorch and JAX train the same model
 
 Tables show medians over the rounds, the spread from the first to the third quartile (q1, q3), and ratios of medians; `--json FILE` keeps
@@ -18,12 +19,14 @@ every value.
 """
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 
 from taskgpt.errors import run_program
 from taskgpt.lab import roofline
-from taskgpt.lab.benchmarks import contention, decode, peers, products, recording, steps, task_bench
+from taskgpt.lab.benchmarks import contention, decode, peers, products, programs, recording, steps, task_bench
+from taskgpt.lab.benchmarks.task_programs import PROGRAMS
 from taskgpt.programs.arguments import (
     Parser,
     add_changes,
@@ -115,6 +118,11 @@ def parser() -> argparse.ArgumentParser:
         "--context", type=int, metavar="N", help="tokens before the first that is decoded (default 64, or half of the positions)"
     )
     tokens.add_argument("--tokens", type=int, metavar="N", help="tokens decoded in a turn (default 64, or what is left)")
+
+    whole = add("programs", programs.programs, 7, "task programs against the same in C with OpenMP's tasks, where gcc is")
+    named = " ".join(f"{each.name} ({', '.join(key.name for key in dataclasses.fields(each))})" for each in PROGRAMS.values())
+    add_names(whole, "program", programs.DEFAULTS, f"of {named}")
+    add_scheduler(whole, "native")
 
     others = add("peers", peers.peers, 7, "PyTorch and JAX, where installed, train the same model")
     add_graph(others, "gpt2-124m")
