@@ -128,34 +128,6 @@ class Program:
         self._add(task.body, task, waits, task.place, priority)
         self._engine.fulfil(task.place)
 
-    # What ran when ------------------------------------------------------------------------------------------------------------------
-
-    def begin(self, task: Task) -> None:
-        """Note that a body begins, if there is a recording."""
-        if self.recording is not None and task.stretch >= 0:
-            self.recording.begin(task)
-
-    def end(self, task: Task) -> None:
-        """Note that it ends."""
-        if self.recording is not None and task.stretch >= 0:
-            self.recording.end(task)
-
-    @contextlib.contextmanager
-    def paused(self, awaited: Task | None = None) -> Iterator[None]:
-        """Note that this thread's task does nothing within the `with` block, and goes on after it, and after another task."""
-        task = this_thread.at
-        if self.recording is None or task is None or not self.recording.is_running(task):
-            yield
-            return
-        self.recording.end(task)
-        try:
-            yield
-        finally:
-            with self.lock:
-                self.recording.go_on(task, awaited)
-
-    # What waits ---------------------------------------------------------------------------------------------------------------------
-
     def _add(self, added: Task, task: Task, waits: set[Task], parent: int, priority: int, is_shell: bool = False) -> None:
         engine = self._engine
         before = [each.place for each in waits if each.place >= 0 and engine.tasks[each.place] is each]
@@ -190,6 +162,32 @@ class Program:
         while task.unfulfilled and time.monotonic() < until:
             time.sleep(1e-3)
         return not task.unfulfilled
+
+    # What ran when ------------------------------------------------------------------------------------------------------------------
+
+    def begin(self, task: Task) -> None:
+        """Note that a body begins, if there is a recording."""
+        if self.recording is not None and task.stretch >= 0:
+            self.recording.begin(task)
+
+    def end(self, task: Task) -> None:
+        """Note that it ends."""
+        if self.recording is not None and task.stretch >= 0:
+            self.recording.end(task)
+
+    @contextlib.contextmanager
+    def paused(self, awaited: Task | None = None) -> Iterator[None]:
+        """Note that this thread's task does nothing within the `with` block, and goes on after it, and after another task."""
+        task = this_thread.at
+        if self.recording is None or task is None or not self.recording.is_running(task):
+            yield
+            return
+        self.recording.end(task)
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.recording.go_on(task, awaited)
 
     # Whether it is done -------------------------------------------------------------------------------------------------------------
 
