@@ -97,15 +97,22 @@ class Domain:
 
 
 def _at_end(ends: Ends, which: CellHistory) -> Ends:
-    """Return the same with what weak tasks have spawned in their place, as far as their bodies have ended."""
+    """Return the same with what weak tasks have spawned in their place, as far as these have ended, with their events.
+
+    Weak tasks may be many in a row, or reached on many ways: each is looked at once.
+    """
     writers: list[Task] = []
     readers: list[Task] = []
-    for each, found in zip(ends, (writers, readers), strict=True):
-        for task in each:
-            if task.is_weak and task.has_ended and (domain := task.domain) is not None:
-                inner_writers, inner_readers = _at_end(domain.ends(which), which)
-                found.extend(inner_writers)
-                readers.extend(inner_readers)
-            else:
-                found.append(task)
+    left = [(task, False) for task in ends[0]] + [(task, True) for task in ends[1]]
+    seen = set(left)
+    while left:
+        task, is_reader = left.pop()
+        domain = task.domain if task.is_weak and task.has_ended and not task.unfulfilled else None
+        if domain is None:
+            (readers if is_reader else writers).append(task)
+            continue
+        inner_writers, inner_readers = domain.ends(which)
+        inner = {*((each, is_reader) for each in inner_writers), *((each, True) for each in inner_readers)} - seen
+        seen |= inner
+        left.extend(inner)
     return writers, readers

@@ -28,6 +28,10 @@ class Owner(Protocol):
 
     def end(self, task: "Task") -> None: ...
 
+    def collect_failures(self) -> None: ...
+
+    def verify_goes_on(self) -> None: ...
+
 
 class Task:
     """A spawned task; the Future of tasks/spawn.py.
@@ -66,10 +70,13 @@ class Task:
 
     def result(self) -> Any:
         self._wait()
+        self.program.collect_failures()
         if self._error is not None:
             raise self._error
-        if self._is_cancelled or self.program.was_skipped(self):
+        if self._is_cancelled:
             raise CancelledError(f"task {self} was cancelled")
+        if self.program.was_skipped(self):
+            self.program.verify_goes_on()  # says why
         return self._value
 
     def exception(self) -> BaseException | None:
@@ -114,7 +121,7 @@ class Task:
     def fail(self, error: BaseException) -> None:
         """Keep what the body raised, in words that name the task; the program ends."""
         if isinstance(error, Exception) and not isinstance(error, TaskError | CancelledError):
-            failure = TaskError(f"task {self}: {type(error).__name__}: {error}")
+            failure = TaskError(f"task {self}: {_told(error)}")
             failure.__cause__ = error
             error = failure
         self._error = error
@@ -124,6 +131,13 @@ class Task:
         code, line = self._where
         label = f" '{self.label}'" if self.label else ""
         return f"{self.number}{label}, {self.call}, spawned in {code.co_filename}, line {line}"
+
+
+def _told(error: Exception) -> str:
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # of its own __str__
+        return type(error).__name__
 
 
 class Readiness(Task):

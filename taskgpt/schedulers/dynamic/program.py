@@ -296,8 +296,8 @@ class Program:
     def cancel(self, task: Task) -> bool:
         """Have a task not begin; return True if it has not."""
         with self.lock:
-            place = task.body.place if task.body is not None else task.place
-            return self.is_open(task) and self._engine.cancel(place)
+            begins = task.body or task
+            return self.is_open(begins) and self._engine.cancel(begins.place)
 
     def fail(self, error: BaseException) -> None:
         """Have no other task begin; the first such error is raised where the program waits next."""
@@ -309,13 +309,18 @@ class Program:
 
     def verify_goes_on(self) -> None:
         """Raise what a task has raised."""
-        if self._engine is not None and self._engine.is_cancelled():
-            for task, error in self._engine.failures():
-                task.fail(error)
+        self.collect_failures()
         if self._failure is not None:
             raise self._failure
         if self._is_over:
             raise CancelledError("the program has ended")
+
+    def collect_failures(self) -> None:
+        """Give tasks that failed in compiled code what they have raised."""
+        if self._engine is not None and self._engine.is_cancelled():
+            with self.lock:
+                for task, error in self._engine.failures():
+                    task.fail(error)
 
     def settle(self, is_early: bool) -> None:
         """Wait for all tasks that have begun, whatever is pressed meanwhile."""
