@@ -3,7 +3,9 @@
 import asyncio
 import contextlib
 import gc
+import os
 import random
+import signal
 import threading
 import time
 from concurrent.futures import CancelledError
@@ -954,3 +956,336 @@ class TestCancelling:
                     assert spawn(fib, 6).result() == 8
         time.sleep(0.05)
         assert threading.active_count() <= before
+
+
+@kernel
+def spawn_nothing(a: WeakInOut[N, I64], spawn: Spawn):
+    pass
+
+
+@kernel
+def look_at_nothing(a: WeakIn[N, I64], spawn: Spawn):
+    pass
+
+
+@kernel
+def chain(n: int, spawn: Spawn) -> int:
+    return 1 + spawn(chain, n - 1).result() if n else 0
+
+
+class TestReview:
+    """What an attack broke once."""
+
+    @staticmethod
+    def gated():
+        """Return a gate, and a kernel that adds 1 when it is open."""
+        gate = threading.Event()
+
+        @kernel
+        def hold(a: InOut[N, I64]):
+            gate.wait(10)
+            a += 1
+
+        return gate, hold
+
+    def test_weak_tasks_in_a_row_and_side_by_side(self):
+        """Who comes after hundreds that spawned nothing is spawned at once, and waits for who came before them."""
+        x = tensor(2)
+        gate, hold = self.gated()
+        begun = threading.Event()
+
+        @kernel
+        def occupy(k: int):
+            begun.set()
+            gate.wait(10)
+
+        with scheduler("native", workers=1) as opened, opened.program() as spawn:
+            spawn(occupy, 1)
+            begun.wait(10)
+            spawn(hold, x[:CELL])
+            for _ in range(300):
+                spawn(spawn_nothing, x[:])
+                futures = [spawn(look_at_nothing, x[:]) for _ in range(2)]
+            gate.set()
+            futures[-1].result()
+            assert spawn(total, x[:]).result() == sum(range(2 * CELL)) + CELL
+
+    def test_cancelling_a_weak_task_whose_body_has_ended(self):
+        """It has begun, and nothing is cancelled: not the task either that has the place of its body now."""
+        x = tensor(2)
+        gate, hold = self.gated()
+        has_spawned = threading.Event()
+
+        @kernel
+        def outer(a: WeakInOut[N, I64], spawn: Spawn):
+            spawn(hold, a[:CELL])
+
+        @kernel
+        def after(a: In[N, I64], k: int):
+            has_spawned.set()
+
+        with scheduler("native", workers=2) as opened, opened.program() as spawn:
+            future = spawn(outer, x[:CELL])
+            spawn(after, x[CELL:], 0)
+            while not future.has_ended:
+                time.sleep(0.001)
+            time.sleep(0.01)
+            others = [spawn(mix, x[:CELL], 1) for _ in range(4)]
+            assert not future.cancel()
+            gate.set()
+            assert [other.exception() for other in others] == [None] * 4
+
+    def test_a_task_with_events_and_weak_tiles_is_not_done_before(self, each):
+        """Who reads what it writes itself waits for its events."""
+        x = tensor(2)
+
+        @kernel
+        def receive(a: Out[N, I64], b: WeakInOut[M, I64], spawn: Spawn):
+            event = spawn.event()
+
+            def arrives():
+                a.array[:] = 5
+                event.fulfil()
+
+            threading.Timer(0.1, arrives).start()
+
+        with each.program() as spawn:
+            receives = spawn(receive, x[:CELL], x[CELL:])
+            while not receives.has_ended:
+                time.sleep(0.001)
+            assert spawn(total, x[:CELL]).result() == 5 * CELL
+
+    def test_taskwait_does_not_wait_for_own_events(self, each):
+        """A task waits for its children, and fulfils its event then."""
+        x = tensor(2)
+
+        @kernel
+        def ask(a: InOut[N, I64], spawn: Spawn):
+            event = spawn.event()
+            spawn(mix, a[:CELL], 1)
+            spawn.taskwait()
+            event.fulfil()
+
+        with each.program(patience_s=5) as spawn:
+            spawn(ask, x[:CELL])
+        assert x.array[1] == 32
+
+    def test_a_result_is_the_failure(self, each):
+        """Of compiled code, too; and for a task that did not begin because another failed."""
+        x = tensor(2)
+
+        @kernel
+        def divide(a: InOut[N, I64], k: int):
+            a[:] = a // k
+
+        @divide.compiled
+        def _(a, k):
+            if k == 0:
+                raise ZeroDivisionError("by nothing")
+
+        with pytest.raises(TaskError, match="by nothing"), each.program() as spawn:
+            failed = spawn(divide, x[:CELL], 0)
+            with pytest.raises(TaskError, match="by nothing"):
+                failed.result()
+            failed.result()
+        with pytest.raises(TaskError, match="by nothing"), each.program() as spawn:
+            spawn(divide, x[:CELL], 0)
+            spawn(total, x[:CELL]).result()
+        assert isinstance(failed.exception(), TaskError)
+
+    def test_an_exception_that_cannot_be_told(self, each):
+        """Its own __str__ fails: the message has its type."""
+
+        class Silent(Exception):
+            def __str__(self):
+                raise ValueError
+
+        @kernel
+        def breaks(k: int):
+            raise Silent
+
+        with pytest.raises(TaskError, match=r"breaks k=1.*: Silent$"), each.program() as spawn:
+            spawn(breaks, 1)
+
+    def test_a_long_chain_of_tasks_that_wait(self):
+        """Far more than Python calls fit into a thread."""
+        with scheduler("native", workers=2) as opened, opened.program() as spawn:
+            assert spawn(chain, 600).result() == 600
+
+    def test_after_its_end_a_program_says_so(self, each):
+        """Spawning and waiting are refused, results are there; also while the next program runs."""
+        x = tensor(2)
+        with each.program() as spawn:
+            future = spawn(total, x[:])
+        with each.program() as another:
+            for use in (lambda: spawn(total, x[:]), spawn.taskwait, lambda: spawn.wait_on(x[:])):
+                with pytest.raises(RuntimeError, match="this program has ended"):
+                    use()
+            assert another(total, x[:]).result() == future.result() == x.array.sum()
+
+    @pytest.mark.parametrize("inner", ["sequential", "native"])
+    def test_a_task_may_open_a_scheduler(self, each, inner):
+        """And run graphs and programs there, on other workers than its own."""
+        sums = []
+
+        @kernel
+        def nest(k: int):
+            x = tensor(2)
+            graph = Graph()
+            graph.spawn(mix, x[:CELL], k)
+            with scheduler(inner, workers=1) as opened:
+                opened.run(graph)
+                with opened.program() as spawn:
+                    spawn(mix, x[:CELL], k)
+                    sums.append(spawn(total, x[:CELL]).result())
+
+        with each.program() as spawn:
+            for _ in range(4):
+                spawn(nest, 0)
+        assert sums == [31 * 31 * sum(range(CELL))] * 4
+
+    def test_an_event_that_comes_too_late(self, each):
+        """The program failed and ended: who fulfils an event then has done nothing wrong; who asks for one is told."""
+        events, told = [], []
+
+        @kernel
+        def ask(k: int, spawn: Spawn):
+            events.append(spawn.event())
+
+        @kernel
+        def late(k: int, spawn: Spawn):
+            try:
+                spawn(breaks, 1).exception()
+                spawn.event()
+            except BaseException as error:
+                told.append(type(error))
+
+        @kernel
+        def breaks(k: int):
+            raise ValueError("on purpose")
+
+        with pytest.raises(TaskError, match="on purpose"), each.program() as spawn:
+            if each.workers > 1:
+                spawn(ask, 1)
+            spawn(late, 1)
+        for event in events:
+            event.fulfil()
+        assert told == [CancelledError]
+
+    def test_a_spawn_that_fails_half_way_ends_the_program(self):
+        """Its tiles are noted, and who comes after it would not wait for those before it."""
+
+        @kernel
+        def broken(a: InOut[N, I64]): ...
+
+        @broken.compiled
+        def _(a):
+            a.nonsense()
+
+        x = tensor(2)
+        with scheduler("native", workers=2) as opened, pytest.raises(TaskError, match="does not compile"), opened.program() as spawn:
+            with pytest.raises(TaskError, match="does not compile"):
+                spawn(broken, x[:CELL])
+            spawn(mix, x[:CELL], 1)
+
+    def test_a_group_is_waited_for_while_it_grows(self):
+        """Its members spawn more than it keeps, and end meanwhile."""
+
+        @kernel
+        def grow(k: int, spawn: Spawn):
+            for at in range(400):
+                spawn(nap, at)
+            spawn.sleep(0.05)
+
+        @kernel
+        def nap(k: int):
+            pass
+
+        with scheduler("native", workers=2) as opened, opened.program() as spawn:
+            with spawn.group() as group:
+                futures = [spawn(grow, k) for k in range(8)]
+            group.wait()
+            assert all(future.done() for future in futures)
+
+    def test_wrong_settings(self, each):
+        """A priority, a patience and a tile that are none."""
+        x = tensor(2)
+        for wrong in ("a", None, -1, float("nan")):
+            with pytest.raises(ValueError, match="patience_s is a number of seconds above 0"), each.program(patience_s=wrong):
+                pass
+        with each.program() as spawn:
+            with pytest.raises(ValueError, match="priorities go from -16384 to 16384, got 16385"):
+                spawn(mix, x[:CELL], 1, priority=16385)
+            with pytest.raises(TypeError, match="integer"):
+                spawn(mix, x[:CELL], 1, priority=0.5)
+            with pytest.raises(TypeError, match=r"wait_on wants tiles, .* got a Tensor"):
+                spawn.wait_on(x)
+            spawn(mix, x[:CELL], 0)
+        assert x.array[1] == 31
+
+    def test_ctrl_c_at_any_moment(self):
+        """Again and again, also twice: nothing hangs, and the next program runs."""
+        x = tensor(2)
+
+        @kernel
+        def tree(a: InOut[N, I64], depth: int, spawn: Spawn):
+            if depth:
+                spawn(tree, a[:], depth - 1)
+                spawn(nap, a[CELL:])
+                spawn.taskwait()
+
+        @kernel
+        def nap(a: InOut[N, I64]):
+            time.sleep(0.001)
+
+        def interrupt():
+            choose = random.Random(0)
+            while not is_over.is_set():
+                is_armed.wait(0.1)
+                time.sleep(choose.random() * 0.02)
+                if is_armed.is_set():
+                    os.kill(os.getpid(), signal.SIGINT)
+                    if choose.random() < 0.5:
+                        time.sleep(choose.random() * 0.002)
+                        os.kill(os.getpid(), signal.SIGINT)
+                    is_armed.clear()
+
+        is_over, is_armed = threading.Event(), threading.Event()
+        thread = threading.Thread(target=interrupt)
+        thread.start()
+        count = 0
+        try:
+            with scheduler("native", workers=2) as opened:
+                for _ in range(60):
+                    try:
+                        is_armed.set()
+                        while is_armed.is_set():
+                            with opened.program() as spawn:
+                                for _ in range(10):
+                                    spawn(tree, x[:], 3)
+                                    spawn(sort_weakly, x[:])
+                                spawn(total, x[:]).result()
+                    except KeyboardInterrupt:
+                        count += 1
+                with contextlib.suppress(KeyboardInterrupt):  # one that is on its way
+                    is_over.set()
+                    thread.join()
+                with opened.program() as spawn:
+                    assert spawn(fib, 8).result() == 21
+        finally:
+            is_over.set()
+            thread.join()
+        assert count
+
+    def test_programs_leave_no_memory_behind(self):
+        """One after another on the same scheduler."""
+        x = tensor(2)
+        with scheduler("native", workers=2) as opened:
+            for _ in range(2):
+                with opened.program() as spawn:
+                    spawn(mix, x[:CELL], 1)
+            rooms = len(opened._room)
+            for _ in range(5):
+                with opened.program() as spawn:
+                    spawn(mix, x[:CELL], 1)
+            assert len(opened._room) == rooms

@@ -26,7 +26,6 @@ from taskgpt import config
 from taskgpt.errors import UserError
 from taskgpt.schedulers import open_scheduler
 from taskgpt.schedulers.native.policies import POLICIES
-from taskgpt.schedulers.native.queues import PRIORITY_LIMIT
 from taskgpt.schedulers.native.table import BOTTOM, FAILED, NOTHING, TOP
 from taskgpt.tasks import (
     Arena,
@@ -46,6 +45,7 @@ from taskgpt.tasks import (
     run_now,
 )
 from taskgpt.tasks.blas_threads import one_blas_thread
+from taskgpt.tasks.spawn import PRIORITY_LIMIT
 
 N = dims("N")[0]
 

@@ -17,6 +17,8 @@ from typing import Any, Protocol, Self
 
 from taskgpt.tasks.tensor import Tile
 
+PRIORITY_LIMIT = 1 << 14  # of a task's priority, either way
+
 
 class Future(Protocol):
     """A task that was spawned, and what comes of it."""
@@ -24,7 +26,8 @@ class Future(Protocol):
     def result(self) -> Any:
         """Return what the kernel returned, when it has: None where it declares no result.
 
-        Raises TaskError for what the task raised, CancelledError if it was cancelled. A task may wait so for one that it spawned.
+        Raises TaskError for what the task raised, CancelledError if it was cancelled, and what ended the program if it did not begin
+        because of that. A task may wait so for one that it spawned.
         """
 
     def exception(self) -> BaseException | None:
@@ -41,7 +44,7 @@ class Event(Protocol):
     """Something that a task must wait for, besides its body and the tasks that it spawned, before it is done."""
 
     def fulfil(self) -> None:
-        """Say that it has happened, once, from any thread. Raises RuntimeError the second time."""
+        """Say that it has happened, once, from any thread. Raises RuntimeError the second time; none where the program has ended early."""
 
     def wait(self) -> None:
         """Wait until it has happened, inside the task; another task has the core meanwhile."""
@@ -71,10 +74,10 @@ class Spawn(Protocol):
     ) -> Future:
         """Spawn a task. It starts when the tasks are done that were spawned here before it and access the same cells.
 
-        `label` names it in messages and traces. `final`: what it spawns runs at once, in its place. `onready(spawn)` is called when the
-        task could start: it starts after that, and after the events that `spawn.event()` made there. Raises what `TaskGraph.spawn` raises
-        for arguments that do not fit, and what a task of the program has raised. Where very many tasks are open, waits, or runs the task at
-        once.
+        `priority`: of ready tasks the highest goes first; up to PRIORITY_LIMIT, either way. `label` names it in messages and traces.
+        `final`: what it spawns runs at once, in its place. `onready(spawn)` is called when the task could start: it starts after that, and
+        after the events that `spawn.event()` made there. Raises what `TaskGraph.spawn` raises for arguments that do not fit, and what a
+        task of the program has raised. Where very many tasks are open, waits, or runs the task at once.
         """
 
     def taskwait(self) -> None:

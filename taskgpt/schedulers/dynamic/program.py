@@ -13,10 +13,16 @@ from taskgpt.schedulers.dynamic.futures import Body, Part, Task
 from taskgpt.schedulers.dynamic.recording import Recording
 from taskgpt.tasks import Call, Kernel
 from taskgpt.tasks.known_calls import KnownCalls
-from taskgpt.tasks.spawn import Event, ProgramError, Spawn
+from taskgpt.tasks.spawn import ProgramError, Spawn
 from taskgpt.tasks.task import this_thread
 
 _LOOK_S = 0.1  # how often who waits looks whether Ctrl-C was pressed, or whether the program was cancelled
+
+
+class Event(Protocol):
+    """What a program asks of an event of spawner.py."""
+
+    def give_up(self) -> None: ...
 
 
 class Engine(Protocol):
@@ -30,7 +36,7 @@ class Engine(Protocol):
     def add(self, task: Task, waits: Sequence[int], parent: int, priority: int, is_shell: bool = False) -> int:
         """Return the place of a new task that waits for those at these places; -1 if there is no room.
 
-        A shell has no body: it is done when all that have it as parent are, and `fulfil` was called.
+        A shell has no body: it is done when all that have it as parent are, and `complete` was called.
         """
 
     def is_done(self, place: int) -> bool: ...
@@ -62,6 +68,9 @@ class Engine(Protocol):
 
     def fulfil(self, place: int) -> None: ...
 
+    def complete(self, place: int) -> None:
+        """Say that a shell has all of its parts."""
+
     def cancel(self, place: int) -> bool: ...
 
     def cancel_all(self) -> None: ...
@@ -74,16 +83,25 @@ class Engine(Protocol):
     def blocking(self) -> contextlib.AbstractContextManager[None]:
         """Let another thread be this worker within the `with` block."""
 
+    is_closed: bool  # its arrays are no longer the workers'
+
     def waiting(self) -> list[tuple[Task, bool, bool]]:
         """Return (task, could it begin, has it begun) for all open tasks."""
 
 
 ROOT = 0  # the place of the program
+_MOST_INSIDE = 64  # tasks that run in one thread inside of each other: Python allows 1000 calls so
 MOST_OPEN = 4096  # tasks; beyond, who spawns waits until half of them are done, or runs what it spawns
 
 
 def _takes_all(kernel: Kernel) -> None:
     """Refuse no kernel: what a graph cannot, a program can."""
+
+
+class _Inside(threading.local):
+    """`depth`: how many tasks this thread runs inside of others that wait for them."""
+
+    depth = 0
 
 
 class Program:
@@ -109,6 +127,8 @@ class Program:
         self.recording = recording
         self._numbers = itertools.count()
         self._failure: BaseException | None = None
+        self._is_settled = False
+        self._inside = _Inside()
         self._events: dict[Event, None] = {}
         self.calls = KnownCalls(_takes_all, lambda: None, may_refine=False)
 
@@ -126,14 +146,16 @@ class Program:
         self._add(task, task, set(), self._place_of(task.parent), priority, is_shell=True)
         self._add(Part(task), task, task.domain.awaited(), task.place, priority)
         self._add(task.body, task, waits, task.place, priority)
-        self._engine.fulfil(task.place)
+        self._engine.complete(task.place)
 
     def _add(self, added: Task, task: Task, waits: set[Task], parent: int, priority: int, is_shell: bool = False) -> None:
         engine = self._engine
         before = [each.place for each in waits if each.place >= 0 and engine.tasks[each.place] is each]
         added.place = engine.add(added, before, parent, priority, is_shell)
         if added.place < 0:
-            raise ProgramError(f"no room for task {task}: too many tasks are open; wait for some of them, with spawn.taskwait()")
+            raise ProgramError(
+                f"no room for task {task}: too many tasks are open, or it waits for too many; wait for some before, with spawn.taskwait()"
+            )
 
     @staticmethod
     def _place_of(task: Task | None) -> int:
@@ -193,18 +215,26 @@ class Program:
 
     def is_open(self, task: Task) -> bool:
         """Return True if a task is not done."""
-        return task.place >= 0 and self._engine.tasks[task.place] is task and not self._engine.is_done(task.place)
+        return not self.has_ended and task.place >= 0 and self._engine.tasks[task.place] is task and not self._engine.is_done(task.place)
 
     def was_skipped(self, task: Task) -> bool:
-        return task.place >= 0 and self._engine.tasks[task.place] is task and self._engine.was_skipped(task.place)
+        if task.place < 0 or self._engine.tasks[task.place] is not task:
+            return False
+        return self._engine.was_skipped(task.place) or (self.has_ended and not self._engine.is_done(task.place))
 
     def run_child(self, task: Task) -> None:
-        """Run a task in the thread that spawned it, if it is ready and nobody has begun it."""
+        """Run a task in the thread that spawned it, if it is ready and nobody has begun it; not inside of too many others."""
+        if self._inside.depth == _MOST_INSIDE:
+            return
         with self.lock:
             claimed = self._engine.claim(task.place) if self.is_open(task) and not task.is_weak else -1
         if claimed >= 0:
-            with self.paused(task):
-                self._engine.run_claimed(task.place, claimed)
+            self._inside.depth += 1
+            try:
+                with self.paused(task):
+                    self._engine.run_claimed(task.place, claimed)
+            finally:
+                self._inside.depth -= 1
 
     def wait(self, task: Task) -> None:
         """Wait for a task."""
@@ -250,7 +280,9 @@ class Program:
                     self.verify_may_wait()
                     if not looks:
                         continue
-                    if not self._is_stuck():
+                    if self._is_over:
+                        self._end_waiting(None)  # who would fulfil events may be among those that do not begin
+                    elif not self._is_stuck():
                         quiet_since = time.monotonic()
                     elif time.monotonic() - quiet_since > self._patience_s:
                         self._end_waiting(ProgramError(self._who_waits(what)))
@@ -273,8 +305,9 @@ class Program:
     # Events -------------------------------------------------------------------------------------------------------------------------
 
     def hold(self, task: Task, event: Event) -> None:
-        """Have a task that runs wait for an event before it is done."""
+        """Have a task that runs wait for an event before it is done. Raises CancelledError in a program that ends."""
         with self.lock:
+            self.verify_may_wait()
             task.unfulfilled += 1
             self._events[event] = None
             if task.place >= 0:
@@ -284,10 +317,19 @@ class Program:
         """Note that an event has happened."""
         task.unfulfilled -= 1
         del self._events[event]
-        if task.place >= 0:
+        if task.place >= 0 and not self.has_ended:
             self._engine.fulfil(task.place)
 
     # Its end ------------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def has_ended(self) -> bool:
+        """True after its `with` block."""
+        return self._is_settled or (self._engine is not None and self._engine.is_closed)
+
+    def verify_has_not_ended(self) -> None:
+        if self.has_ended:
+            raise RuntimeError("this program has ended: spawn and wait inside its `with` block, and begin another one for more")
 
     @property
     def _is_over(self) -> bool:
@@ -319,23 +361,23 @@ class Program:
         """Give tasks that failed in compiled code what they have raised."""
         if self._engine is not None and self._engine.is_cancelled():
             with self.lock:
+                if self.has_ended:
+                    return
                 for task, error in self._engine.failures():
                     task.fail(error)
 
     def settle(self, is_early: bool) -> None:
         """Wait for all tasks that have begun, whatever is pressed meanwhile."""
-        engine = self._engine
-        if engine is None:
-            return
-        if is_early:
-            self._end_waiting(None)
         interrupt: KeyboardInterrupt | None = None
-        is_settled = False
-        while not is_settled:
+        while not self.has_ended:
             try:
-                is_settled = engine.await_few(0, int(_LOOK_S * 1e3))
-                for task, error in engine.failures():
-                    task.fail(error)
+                if is_early:
+                    self._end_waiting(None)
+                # A Ctrl-C may have kept a place from being given back.
+                is_over = self._engine is None or self._engine.await_few(0, 10) or not self._runs_anything()
+                self.collect_failures()
+                with self.lock:
+                    self._is_settled = is_over
             except KeyboardInterrupt as pressed:
                 interrupt = pressed
         if interrupt is not None:
@@ -343,15 +385,19 @@ class Program:
 
     def _end_waiting(self, error: ProgramError | None) -> None:
         """Have nobody wait any more, for events neither."""
-        if error is not None:
-            self.fail(error)
-        if self._engine is not None:
-            self._engine.cancel_all()
-        for event in list(self._events):
-            with contextlib.suppress(RuntimeError):  # fulfilled meanwhile
-                event.fulfil()
+        with self.lock:
+            if error is not None:
+                self.fail(error)
+            if self._engine is not None:
+                self._engine.cancel_all()
+            for event in list(self._events):
+                event.give_up()
 
     # What waits for what ------------------------------------------------------------------------------------------------------------
+
+    def _runs_anything(self) -> bool:
+        with self.lock:
+            return any(has_begun and not task.has_ended for task, _, has_begun in self._engine.waiting())
 
     def _is_stuck(self) -> bool:
         """Return True if no task runs that does not wait, and none could begin."""

@@ -1,6 +1,7 @@
 """What a program, or a task of it, spawns tasks with, and waits for them: the Spawn of tasks/spawn.py."""
 
 import contextlib
+import operator
 import sys
 import threading
 import time
@@ -15,6 +16,7 @@ from taskgpt.tasks import AccessError, Call, Graph, Kernel, Tile
 from taskgpt.tasks.check import CheckedCall
 from taskgpt.tasks.kernel import as_kernel
 from taskgpt.tasks.known_calls import CallSignature, Place
+from taskgpt.tasks.spawn import PRIORITY_LIMIT
 from taskgpt.tasks.task import this_thread
 
 _LOOK_S = 0.1  # how often who waits for something else than tasks looks whether the program was cancelled
@@ -42,7 +44,9 @@ class Spawner:
     ) -> Task:
         self._verify_is_mine()
         program, caller = self._program, sys._getframe(1)
+        priority = _verified_priority(priority)
         with program.lock:
+            program.verify_has_not_ended()
             program.verify_goes_on()
             signature, places, args = program.calls.look_up(as_kernel(kernel), args)
             program.calls.verify_written(signature, places)
@@ -67,10 +71,14 @@ class Spawner:
                 program.recording.add(task, waits)
             before = Readiness(task, onready) if onready else None
             if not is_here:
-                if before is not None:
-                    program.add(before, waits, priority)
-                    waits = {before}
-                program.add(task, waits, priority)
+                try:
+                    if before is not None:
+                        program.add(before, waits, priority)
+                        waits = {before}
+                    program.add(task, waits, priority)
+                except BaseException as error:
+                    program.fail(error)  # who is spawned after it would not wait for those before it
+                    raise
                 self._note(task)
         if is_here:
             for each in waits:
@@ -123,6 +131,9 @@ class Spawner:
 
     def wait_on(self, *tiles: Tile) -> None:
         self._verify_is_mine()
+        for tile in tiles:
+            if not isinstance(tile, Tile):
+                raise TypeError(f"wait_on wants tiles, tensor[index], got a {type(tile).__name__}")
         with self._program.paused():
             for tile in tiles:
                 with self._program.lock:
@@ -161,6 +172,7 @@ class Spawner:
         return Lock(self._program)
 
     def _verify_is_mine(self) -> None:
+        self._program.verify_has_not_ended()
         if this_thread.at is not self._task:
             whose = f"task {self._task}" if self._task is not None else "the program"
             raise RuntimeError(f"this spawn is that of {whose}, and another task cannot use it: declare `spawn: Spawn` in its kernel")
@@ -187,10 +199,9 @@ class Group:
         return sum([task.cancel() for task in self._tasks])
 
     def wait(self) -> None:
-        at = 0
-        while at < len(self._tasks):  # which may grow meanwhile
-            self._program.wait(self._tasks[at])
-            at += 1
+        while left := [task for task in self._tasks if self._program.is_open(task)]:  # they may spawn more meanwhile
+            for task in left:
+                self._program.wait(task)
         self._program.verify_goes_on()
 
 
@@ -200,13 +211,21 @@ class Event:
     def __init__(self, program: Program, task: Task):
         self._program, self._task = program, task
         self._has_happened = threading.Event()
+        self._is_given_up = False
 
     def fulfil(self) -> None:
         with self._program.lock:
+            if self._is_given_up:
+                return
             if self._has_happened.is_set():
                 raise RuntimeError(f"an event of task {self._task} was fulfilled before")
             self._has_happened.set()
             self._program.fulfil(self._task, self)
+
+    def give_up(self) -> None:
+        """Fulfil it, as the program ends; who does so later has come in vain."""
+        self.fulfil()
+        self._is_given_up = True
 
     def wait(self) -> None:
         self._program.wait_for(self._has_happened.wait, "an event")
@@ -239,12 +258,26 @@ def run_program(engine: Engine | None, patience_s: float, check: bool, recording
     def spawner_of(task: Task) -> Spawner:
         return Spawner(program, task, task.is_final or task.place < 0)
 
+    if not isinstance(patience_s, int | float) or not patience_s > 0:
+        raise ValueError(f"patience_s is a number of seconds above 0, got {patience_s!r}")
     program = Program(engine, patience_s, check, recording, spawner_of)
     root = Spawner(program, None, engine is None)
     is_early = True
+    outer, this_thread.at = this_thread.at, None  # a task of another scheduler's
     try:
         yield root
         root.taskwait()
         is_early = False
     finally:
-        program.settle(is_early)
+        try:
+            program.settle(is_early)
+        finally:
+            this_thread.at = outer
+
+
+def _verified_priority(priority: int) -> int:
+    """Return it as a Python integer. Raises TypeError for what is none, ValueError for one that no queue has room for."""
+    number = operator.index(priority)
+    if abs(number) > PRIORITY_LIMIT:
+        raise ValueError(f"priorities go from {-PRIORITY_LIMIT} to {PRIORITY_LIMIT}, got {number}")
+    return number

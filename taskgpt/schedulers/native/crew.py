@@ -22,9 +22,6 @@ class _ThisWorker(threading.local):
     me = -1
 
 
-this_worker = _ThisWorker()
-
-
 class Crew:
     """Threads for the workers of a table; `bound_to`, the core of each worker, or nothing."""
 
@@ -35,6 +32,7 @@ class Crew:
         self._parked: list[queue.SimpleQueue[int | None]] = []  # threads that are told which worker to be next, None for the end
         self._threads: list[threading.Thread] = []
         self._is_over = False
+        self.this = _ThisWorker()  # of this scheduler: its tasks may open others
         for me in range(workers):
             self._start(me)
 
@@ -49,9 +47,9 @@ class Crew:
         while me is not None:
             if self._bound_to:
                 os.sched_setaffinity(0, {self._bound_to[me]})  # this thread, not the process
-            this_worker.me = me
+            self.this.me = me
             worker.work(self._address, me)
-            this_worker.me = -1
+            self.this.me = -1
             with self._lock:
                 if self._is_over:
                     return
@@ -62,7 +60,7 @@ class Crew:
     @contextlib.contextmanager
     def blocking(self) -> Iterator[None]:
         """Within the `with` block, let another thread be the worker that this one is. RuntimeError: there are too many."""
-        me = this_worker.me
+        me = self.this.me
         if me < 0:
             yield
             return
@@ -74,13 +72,13 @@ class Crew:
                 self._start(me)
         if told is not None:
             told.put(me)
-        this_worker.me = -1
+        self.this.me = -1
         try:
             yield
         finally:
             worker.want_back(self._address, me)
             self._left[me].acquire()
-            this_worker.me = me
+            self.this.me = me
 
     def join(self) -> None:
         """Have the workers return, and wait for them, even if Ctrl-C is pressed: their code must not vanish while they run."""

@@ -85,7 +85,8 @@ from taskgpt.schedulers.native.table import (
 ROOT = 0  # the place of the program itself, which is alive as long as the run
 MOST_WORDS = 64  # of a call's arguments that a place has room for
 TAKEN, ALL_DONE, AWAITED, CANCELLED, SKIPPED = 1, 2, 4, 8, 16  # bits of a state. ALL_DONE: with its children. SKIPPED: cancelled with all
-CHILDREN_AWAITED = 1 << 40  # in ALIVE, beside the count
+ONE_EVENT = 1 << 20  # in ALIVE, beside the body and the children: more than there are places
+CHILDREN_AWAITED = 1 << 40  # in ALIVE, beside the counts
 CLOSED = -2  # in HEADS: nobody can wait for the task any more
 NO_PLACE, NO_EDGES = -1, -2  # what `add_task` returns if there is no room
 ENTRY, WORDS_AT, WORD_COUNT, WAIT_COUNT, PARENT, PRIORITY, IS_SHELL, SERIAL, FIRST_WAIT = range(9)  # in the buffer; then the words
@@ -234,21 +235,25 @@ def _run(t, me, instance, state):
             record(worker, run, serial, ready, start, now(worker))
         if failed != 0:
             _fail(t, o, place, worker[ERROR])
-    return end(t, me, instance)
+    return end(t, me, instance, 1)
 
 
 @compiled
-def end(t, me, instance):
-    """Count down what holds a task alive; if that was all, release who waits for it, then its parent. Return as `run_spawned` does."""
+def end(t, me, instance, what):
+    """Count down what holds a task alive, by 1 or ONE_EVENT; if that was all, release who waits for it, then its parent.
+
+    Return as `run_spawned` does.
+    """
     run, place, slot = run_of(t, instance), task_of(instance), slot_of(instance)
     o = words_at(run[OPEN])
     pending, best = words_at(run[PENDING]), NOTHING
     while place != NOTHING:
-        alive = fetch_add(words_at(o[ALIVE]), place, -1)
-        if alive & (CHILDREN_AWAITED - 1) != 1:
-            if alive == CHILDREN_AWAITED + 2:  # its body alone is left, which waits
+        alive = fetch_add(words_at(o[ALIVE]), place, -what)
+        if alive & (CHILDREN_AWAITED - 1) != what:
+            if alive & CHILDREN_AWAITED and alive & (ONE_EVENT - 1) == 2:  # without children, its body is left, which waits
                 _tell(t)
             break
+        what = types.int64(1)
         parent = words_at(o[PARENTS])[place]
         edge = exchange(words_at(o[HEADS]), place, CLOSED)
         while edge != NOTHING:
@@ -349,13 +354,13 @@ def await_children(table, place, until, milliseconds):
     """Wait so long for all that a task has spawned; return True if it is done."""
     t = words_at(table)
     alive = words_at(words_at(run_in(t, 0)[OPEN])[ALIVE])
-    if fetch_or(alive, place, CHILDREN_AWAITED) & (CHILDREN_AWAITED - 1) > 1:
+    if fetch_or(alive, place, CHILDREN_AWAITED) & (ONE_EVENT - 1) > 1:
         _set_time(until, milliseconds)
         mutex_lock(t[MUTEX])
-        while load(alive, place) & (CHILDREN_AWAITED - 1) > 1 and condition_timedwait(t[DONE], t[MUTEX], until) == 0:
+        while load(alive, place) & (ONE_EVENT - 1) > 1 and condition_timedwait(t[DONE], t[MUTEX], until) == 0:
             pass
         mutex_unlock(t[MUTEX])
-    return load(alive, place) & (CHILDREN_AWAITED - 1) <= 1
+    return load(alive, place) & (ONE_EVENT - 1) <= 1
 
 
 @compiled
@@ -398,14 +403,14 @@ def claim_task(table, place):
 @_spawning
 def hold(table, place):
     """Have a task that runs be alive until one more `fulfil`."""
-    fetch_add(words_at(words_at(run_in(words_at(table), 0)[OPEN])[ALIVE]), place, 1)
+    fetch_add(words_at(words_at(run_in(words_at(table), 0)[OPEN])[ALIVE]), place, ONE_EVENT)
 
 
 @_spawning
-def fulfil(table, me, place):
-    """Do what was awaited for a task: it is done if nothing else is."""
+def fulfil(table, me, place, what):
+    """Do what was awaited for a task, ONE_EVENT or 1, that a shell has all its children: it is done if nothing else is awaited."""
     t = words_at(table)
-    best = end(t, me, instance_of(place, 0))
+    best = end(t, me, instance_of(place, 0), what)
     if best != NOTHING:
         push(t, me, best)
 
@@ -449,7 +454,7 @@ SIGNATURES = {
     await_children: types.boolean(*[types.int64] * 4),
     await_few: types.boolean(*[types.int64] * 4),
     hold: types.void(types.int64, types.int64),
-    fulfil: types.void(types.int64, types.int64, types.int64),
+    fulfil: types.void(*[types.int64] * 4),
     cancel: types.boolean(types.int64, types.int64),
     cancel_all: types.void(types.int64),
 }

@@ -6,11 +6,11 @@ from functools import cached_property
 
 import numpy as np
 
-from taskgpt.schedulers.native.queues import PRIORITY_LIMIT
 from taskgpt.schedulers.native.table import NOTHING
 from taskgpt.tasks import AccessError, Graph, Kernel, TaskError, TwinError, compile_kernels
 from taskgpt.tasks.native_entry import Words, has_native_entry, native_entry, python_entry
 from taskgpt.tasks.scratch import scratch_layout
+from taskgpt.tasks.spawn import PRIORITY_LIMIT
 
 _LEAST_S = 1e-6  # a task takes, whatever it does
 

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import struct
 import threading
+import time
 from array import array
 from collections.abc import Callable, Sequence
 
@@ -12,7 +13,7 @@ import numpy as np
 from taskgpt.schedulers.dynamic.futures import Part, Task
 from taskgpt.schedulers.native import open_run
 from taskgpt.schedulers.native import table as r
-from taskgpt.schedulers.native.crew import Crew, this_worker
+from taskgpt.schedulers.native.crew import Crew
 from taskgpt.tasks import Kernel, TaskError, TwinError, compile_kernels
 from taskgpt.tasks.native_entry import PYTHON_ENTRY, Words, has_native_entry, native_entry, take_exception
 from taskgpt.tasks.scratch import scratch_layout
@@ -49,9 +50,10 @@ class OpenRun:
         self._scratch_bytes = 0
         self._entries: dict[Kernel, int] = {}
         self._by_key: dict[int, Task] = {}  # what runs in Python, and has not begun
-        self._python_entry = PYTHON_ENTRY(self._run_python)
+        self._python_entry: object = PYTHON_ENTRY(self._run_python)
         self._python_address = ctypes.cast(self._python_entry, ctypes.c_void_p).value
         self._clocks = threading.local()
+        self.is_closed = False
         place_arrays = (r.HEADS, r.STATES, r.ALIVE, r.PARENTS, r.HOLDS, r.ERRORS, r.SERIALS, r.NEXT_PLACE, r.EDGE_FIRST)
         self._open = np.zeros(r.OPEN_WORDS, np.int64)
         self._arrays = {at: np.zeros(places, np.int64) for at in place_arrays}
@@ -92,7 +94,7 @@ class OpenRun:
         self._view[behind : behind + len(words)] = words
         if priority:
             self._table[r.PRIORITIES] = 1
-        place = open_run.add_task(self._address, this_worker.me if this_worker.me >= 0 else self._me)
+        place = open_run.add_task(self._address, self._crew.this.me if self._crew.this.me >= 0 else self._me)
         if place >= 0:
             self._forget(self.tasks[place])
             self.tasks[place] = task
@@ -143,10 +145,10 @@ class OpenRun:
         return self._news[r.SPAWNED] - self._news[r.ENDED]
 
     def claim(self, place: int) -> int:
-        return open_run.claim_task(self._address, place) if this_worker.me >= 0 else r.NOTHING
+        return open_run.claim_task(self._address, place) if self._crew.this.me >= 0 else r.NOTHING
 
     def run_claimed(self, place: int, claimed: int) -> None:
-        open_run.run_claimed(self._address, this_worker.me, place, claimed)
+        open_run.run_claimed(self._address, self._crew.this.me, place, claimed)
 
     def cancel(self, place: int) -> bool:
         return open_run.cancel(self._address, place)
@@ -172,6 +174,21 @@ class OpenRun:
             if task is not None and not state & open_run.ALL_DONE and not (task.is_weak and task.body is not None):
                 found.append((task, pending[place] == 0, bool(state & open_run.TAKEN)))
         return found
+
+    def settle(self) -> None:
+        """Have no other task begin, and wait for those that run."""
+        if self.open_tasks():
+            self.cancel_all()
+            while any(has_begun and not task.has_ended for task, _, has_begun in self.waiting()):
+                time.sleep(1e-2)
+
+    def close(self) -> None:
+        """Let go of what only an open run needs; futures ask for more, for as long as there are any."""
+        self.is_closed = True
+        self._python_entry = None  # it holds this
+        self._arrays = {at: each for at, each in self._arrays.items() if at == r.STATES}
+        self._of_run.clear()
+        self._by_key.clear()
 
     # Waiting ------------------------------------------------------------------------------------------------------------------------
 
@@ -200,7 +217,10 @@ class OpenRun:
         open_run.hold(self._address, place)
 
     def fulfil(self, place: int) -> None:
-        open_run.fulfil(self._address, self._me, place)
+        open_run.fulfil(self._address, self._me, place, open_run.ONE_EVENT)
+
+    def complete(self, place: int) -> None:
+        open_run.fulfil(self._address, self._me, place, 1)
 
     def blocking(self) -> contextlib.AbstractContextManager[None]:
         return self._crew.blocking()

@@ -40,7 +40,6 @@ from taskgpt.schedulers.native.table import (
     task_of,
 )
 
-PRIORITY_LIMIT = 1 << 14  # of a task's own priority, either way
 _PRIORITY_UNIT = 1 << 48  # more than any policy's rank: a nanosecond count of three days
 _WINDOW = 16  # ready tasks that a worker looks through for one of its own: as many keys as two cache lines hold
 

@@ -23,7 +23,7 @@ from taskgpt.schedulers.cores import cores_to_bind, near_first
 from taskgpt.schedulers.dynamic import Recording, run_program
 from taskgpt.schedulers.native import open_run, worker
 from taskgpt.schedulers.native import table as r
-from taskgpt.schedulers.native.crew import Crew, this_worker
+from taskgpt.schedulers.native.crew import Crew
 from taskgpt.schedulers.native.plan import Plan, edges_to_next
 from taskgpt.schedulers.native.pointers import OPAQUE_WORDS
 from taskgpt.schedulers.native.policies import POLICIES
@@ -89,6 +89,7 @@ class Scheduler(OneAtATime):
         self._edges: weakref.WeakKeyDictionary[Plan, weakref.WeakKeyDictionary] = weakref.WeakKeyDictionary()
         self._runs: list[_Run] = []  # under way: at most two, in order
         self._submitter = 0  # the thread that submitted the last run
+        self._engine: OpenRun | None = None  # of a program
         self._has_told = False  # of the failure in the table: it was raised
         self._count = 0
         self._program_records: list[np.ndarray] = []  # of what ran in Python
@@ -112,6 +113,7 @@ class Scheduler(OneAtATime):
         try:
             if kind is None or issubclass(kind, Exception):
                 self._finish_all()  # what an iterator that nobody closed has begun
+            self._end_program()
         finally:
             super().__exit__(kind, *exception)
 
@@ -184,22 +186,38 @@ class Scheduler(OneAtATime):
             self._finish_all()
             if self._table[r.STOPPING]:
                 self._abandon()
-            self._make_room(PLACES, 0)
-            by_age = self._table[r.BY_AGE]
-            self._table[[r.IS_RANKED, r.BY_AGE]] = True, by_age or 1  # what ranks by values, which nobody knows, goes by age
-            engine = OpenRun(self._table, self._run_words[0], self._crew, self._make_scratch, bool(self.settings.record))
-            number, recording = self._count, Recording(lambda: this_worker.me) if self.settings.record else None
+            self._end_program()
+            if self._queue_room < PLACES:
+                self._make_room(PLACES, 0)
+            number, recording = self._count, Recording(lambda: self._crew.this.me) if self.settings.record else None
             self._count += 1
-            self._run_words[0, r.NUMBER] = number
             try:
-                with run_program(engine, patience_s, check, recording) as spawn:
+                # What ranks by values, which nobody knows, goes by age.
+                self._table[[r.IS_RANKED, r.BY_AGE]] = True, self._policy.by_age or 1
+                self._engine = OpenRun(self._table, self._run_words[0], self._crew, self._make_scratch, bool(self.settings.record))
+                self._run_words[0, r.NUMBER] = number
+                with run_program(self._engine, patience_s, check, recording) as spawn:
                     yield spawn
             finally:
+                self._end_program()
                 if recording is not None:
                     rows = [(number, stretch, start, start, stop, me) for stretch, start, stop, me in recording.rows]
                     self._program_records.append(np.array(rows, RECORD_TYPE))
-                self._run_words[0] = 0
-                self._table[[r.BY_AGE, r.PRIORITIES]] = by_age, False
+
+    def _end_program(self) -> None:
+        """Have the workers forget a program. A Ctrl-C may have kept it from its end, and this, too: what comes next makes up for it."""
+        engine = self._engine
+        if engine is not None and not engine.is_closed:
+            engine.settle()
+            if engine.open_tasks():
+                worker.stop(self._address)
+                worker.drop_all(self._address)
+                worker.go_on(self._address)
+        self._run_words[0, r.OPEN] = 0
+        if engine is not None:
+            engine.close()
+        self._table[[r.BY_AGE, r.PRIORITIES]] = self._policy.by_age, False
+        self._engine = None
 
     # Runs ---------------------------------------------------------------------------------------------------------------------------
 
@@ -248,7 +266,7 @@ class Scheduler(OneAtATime):
                 raise
 
     def _is_worker(self) -> bool:
-        return this_worker.me >= 0
+        return self._crew.this.me >= 0
 
     def _verify_can_wait(self, mine: Collection[_Run] = ()) -> None:
         """Raise RuntimeError for a worker; and for a thread that did not begin what is under way between two graphs of a run_each."""
@@ -265,6 +283,8 @@ class Scheduler(OneAtATime):
             raise self._failure()
         if self._table[r.STOPPING]:
             self._abandon()  # what a second Ctrl-C left while the first one was answered
+        if self._engine is not None:
+            self._end_program()
         if not self._table[r.FAILED]:
             self._has_told = False
         graph.verify_untouched()
