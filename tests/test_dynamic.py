@@ -1257,16 +1257,19 @@ class TestReview:
         try:
             with scheduler("native", workers=2) as opened:
                 for _ in range(60):
-                    try:
-                        is_armed.set()
-                        while is_armed.is_set():
-                            with opened.program() as spawn:
-                                for _ in range(10):
-                                    spawn(tree, x[:], 3)
-                                    spawn(sort_weakly, x[:])
-                                spawn(total, x[:]).result()
-                    except KeyboardInterrupt:
-                        count += 1
+                    with contextlib.suppress(KeyboardInterrupt):  # the second one, after the end
+                        try:
+                            is_armed.set()
+                            while is_armed.is_set():
+                                with opened.program() as spawn:
+                                    for _ in range(10):
+                                        spawn(tree, x[:], 3)
+                                        spawn(sort_weakly, x[:])
+                                    spawn(total, x[:]).result()
+                        except KeyboardInterrupt:
+                            count += 1
+                            while is_armed.is_set():
+                                time.sleep(0.001)
                 with contextlib.suppress(KeyboardInterrupt):  # one that is on its way
                     is_over.set()
                     thread.join()
