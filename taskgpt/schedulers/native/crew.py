@@ -16,23 +16,23 @@ from taskgpt.schedulers.native import worker
 _MOST_THREADS = 1000
 
 
-class _ThisWorker(threading.local):
+class ThisWorker(threading.local):
     """`me`: which worker this thread is; -1 for none."""
 
     me = -1
 
 
 class Crew:
-    """Threads for the workers of a table; `bound_to`, the core of each worker, or nothing."""
+    """Threads for the workers of a table; `bound_to`, the core of each worker, or nothing. `this`: of this scheduler, tasks open others."""
 
-    def __init__(self, address: int, workers: int, bound_to: Sequence[int]):
+    def __init__(self, address: int, workers: int, bound_to: Sequence[int], this: ThisWorker):
         self._address, self._bound_to = address, bound_to
         self._left = [threading.Semaphore(0) for _ in range(workers)]  # how often a thread has left this worker to others
         self._lock = threading.Lock()
         self._parked: list[queue.SimpleQueue[int | None]] = []  # threads that are told which worker to be next, None for the end
         self._threads: list[threading.Thread] = []
         self._is_over = False
-        self.this = _ThisWorker()  # of this scheduler: its tasks may open others
+        self.this = this
         for me in range(workers):
             self._start(me)
 

@@ -23,7 +23,7 @@ from taskgpt.schedulers.cores import cores_to_bind, near_first
 from taskgpt.schedulers.dynamic import Recording, run_program
 from taskgpt.schedulers.native import open_run, worker
 from taskgpt.schedulers.native import table as r
-from taskgpt.schedulers.native.crew import Crew
+from taskgpt.schedulers.native.crew import Crew, ThisWorker
 from taskgpt.schedulers.native.plan import Plan, edges_to_next
 from taskgpt.schedulers.native.pointers import OPAQUE_WORDS
 from taskgpt.schedulers.native.policies import POLICIES
@@ -90,6 +90,7 @@ class Scheduler(OneAtATime):
         self._runs: list[_Run] = []  # under way: at most two, in order
         self._submitter = 0  # the thread that submitted the last run
         self._engine: OpenRun | None = None  # of a program
+        self._this = ThisWorker()
         self._has_told = False  # of the failure in the table: it was raised
         self._count = 0
         self._program_records: list[np.ndarray] = []  # of what ran in Python
@@ -104,7 +105,7 @@ class Scheduler(OneAtATime):
         with ExitStack() as undo:
             undo.enter_context(one_blas_thread)
             self._make_table()
-            self._crew = Crew(self._address, self.workers, self._bound_to)
+            self._crew = Crew(self._address, self.workers, self._bound_to, self._this)
             undo.callback(self._crew.join)
             undo.callback(self._abandon)
             self._undo = undo.pop_all()
@@ -189,7 +190,7 @@ class Scheduler(OneAtATime):
             self._end_program()
             if self._queue_room < PLACES:
                 self._make_room(PLACES, 0)
-            number, recording = self._count, Recording(lambda: self._crew.this.me) if self.settings.record else None
+            number, recording = self._count, Recording(lambda: self._this.me) if self.settings.record else None
             self._count += 1
             try:
                 # What ranks by values, which nobody knows, goes by age.
@@ -266,7 +267,7 @@ class Scheduler(OneAtATime):
                 raise
 
     def _is_worker(self) -> bool:
-        return self._crew.this.me >= 0
+        return self._this.me >= 0
 
     def _verify_can_wait(self, mine: Collection[_Run] = ()) -> None:
         """Raise RuntimeError for a worker; and for a thread that did not begin what is under way between two graphs of a run_each."""
