@@ -11,6 +11,7 @@ copy. Tasks that spawn tasks are for programs: see spawn.py.
 """
 
 import threading
+import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Self, TypeVar
@@ -60,7 +61,13 @@ class TaskGraph:
         self._made_in = this_thread.at
         self._kernels: dict[Kernel, None] = {}  # in order of first use
         self._recorded = 0  # tasks that were spawned here: of those the graph knows what they access
-        self._calls = KnownCalls(Kernel.verify_recordable, self._combine_all, allow_commutative)
+        this = weakref.ref(self)  # a graph goes with its last reference, and not when the collector comes
+
+        def combine_all() -> None:
+            if (graph := this()) is not None:
+                graph._combine_all()
+
+        self._calls = KnownCalls(Kernel.verify_recordable, combine_all, allow_commutative)
         self._groups: dict[CellHistory, _Group] = {}  # those of reductions that are open
         self._copies: dict[Place, list[Place]] = {}  # of tiles that are reduced, for the slots after the first
 
