@@ -325,7 +325,9 @@ def test_the_program(tmp_path, capsys):
         (name, n) for name in ("loops coverage=all", "native") for n in (1, 112)
     ]
     for row in rows:
-        assert row["step_ms"] >= max(row["area_ms"], row["tinf_ms"]) * (1 - 1e-6)
+        # Steps of native overlap: one may end sooner after the one before than its longest path takes.
+        least = row["area_ms"] if row["scheduler"] == "native" else max(row["area_ms"], row["tinf_ms"])
+        assert row["step_ms"] >= least * (1 - 1e-6)
     assert rows[2]["step_ms"] == pytest.approx(100, rel=0.01)
     assert trace_program.main(["check", str(tmp_path / "t" / "tiny" / "native-112"), str(tmp_path / "t" / "tiny" / "loops-1")]) == 0
     capsys.readouterr()
