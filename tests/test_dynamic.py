@@ -757,18 +757,17 @@ class TestWaiting:
         assert order == [1, "ready", "happened", 2, 3]
 
     def test_a_task_that_blocks_gives_its_core_away(self):
-        """On one worker eight tasks sleep at the same time."""
+        """On one worker eight tasks meet, which each waits for the others to come."""
+        meeting = threading.Barrier(8)
 
         @kernel
-        def nap(k: int, spawn: Spawn):
-            spawn.sleep(0.2)
+        def meet(k: int, spawn: Spawn):
+            with spawn.blocking():
+                meeting.wait(60)
 
-        with scheduler("native", workers=1) as opened:
-            begin = time.monotonic()
-            with opened.program() as spawn:
-                for k in range(8):
-                    spawn(nap, k)
-            assert time.monotonic() - begin < 8 * 0.2  # else one after another
+        with scheduler("native", workers=1) as opened, opened.program() as spawn:
+            for k in range(8):
+                spawn(meet, k)
 
     def test_tasks_wait_for_what_another_task_says(self):
         """One worker: the first task waits for an event that the second fulfils."""
