@@ -18,6 +18,7 @@ from dask.highlevelgraph import HighLevelGraph
 from dask.utils import key_split
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from plain_kernels import change, make, read, tensor
 
 from taskgpt.tasks import (
     AccessError,
@@ -45,21 +46,6 @@ UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow]
 
 
 @kernel
-def make(out: Out[N]):
-    out[:] = 1
-
-
-@kernel
-def read(inp: In[N]):
-    pass
-
-
-@kernel
-def change(x: InOut[N]):
-    x *= 2
-
-
-@kernel
 def copy(out: Out[N], inp: In[M]):
     out[:] = inp.sum()
 
@@ -72,10 +58,6 @@ def add(total: Commutative[N], inp: In[M]):
 @kernel
 def fail(x: InOut[N]):
     raise ZeroDivisionError("no such luck")
-
-
-def tensor(length: int = 8, cut: int | None = None, name: str = "x") -> Tensor:
-    return Tensor(name, np.zeros(length, np.float32), (cut,))
 
 
 def edges(graph: Graph) -> str:

@@ -8,6 +8,7 @@ import threading
 
 import numpy as np
 import pytest
+from plain_kernels import change, make, read, tensor
 
 from taskgpt.config import load_scheduler
 from taskgpt.schedulers import open_scheduler
@@ -22,7 +23,6 @@ from taskgpt.tasks import (
     In,
     InOut,
     Kernel,
-    Out,
     Reduction,
     TaskError,
     Tensor,
@@ -47,21 +47,6 @@ SCHEDULERS = {
 
 
 @kernel
-def make(out: Out[N]):
-    out[:] = 1
-
-
-@kernel
-def read(inp: In[N]):
-    pass
-
-
-@kernel
-def change(x: InOut[N]):
-    x *= 2
-
-
-@kernel
 def add(total: Reduction["+", N], inp: In[M]):
     total += inp.sum()
 
@@ -75,10 +60,6 @@ def _(total, inp):
 @kernel
 def highest(total: Reduction["max", N], inp: In[M]):
     np.maximum(total, inp.max(), out=total)
-
-
-def tensor(length: int = 8, cut: int | None = None, name: str = "x") -> Tensor:
-    return Tensor(name, np.zeros(length, np.float32), (cut,))
 
 
 def listing(*calls) -> list[str]:

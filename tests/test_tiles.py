@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain_kernels import change, make, read
 
 from taskgpt.config import load_scheduler
 from taskgpt.schedulers import open_scheduler
@@ -50,21 +51,6 @@ def run_everywhere(graph: Graph, begin, result: np.ndarray) -> None:
 
 def edges(graph: Graph) -> str:
     return " ".join(f"{p}>{task.number}" for task in graph.tasks for p in task.predecessors)
-
-
-@kernel
-def make(out: Out[N]):
-    out[:] = 1
-
-
-@kernel
-def read(inp: In[N]):
-    pass
-
-
-@kernel
-def change(x: InOut[N]):
-    x *= 2
 
 
 # --- memory that was there

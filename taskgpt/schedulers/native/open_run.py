@@ -18,7 +18,6 @@ from taskgpt.schedulers.native.pointers import (
     call_entry,
     clock_gettime,
     compare_exchange,
-    condition_broadcast,
     condition_timedwait,
     exchange,
     fetch_add,
@@ -30,7 +29,7 @@ from taskgpt.schedulers.native.pointers import (
     words_at,
 )
 from taskgpt.schedulers.native.queues import push
-from taskgpt.schedulers.native.release import note_ready, offer, record
+from taskgpt.schedulers.native.release import go_on_with, note_ready, offer, record, tell
 from taskgpt.schedulers.native.table import (
     ALIVE,
     BUFFER,
@@ -63,7 +62,6 @@ from taskgpt.schedulers.native.table import (
     PARENTS,
     PENDING,
     PLACES,
-    PRIORITIES,
     READY_AT,
     RECORD,
     SCRATCH,
@@ -251,7 +249,7 @@ def end(t, me, instance, what):
         alive = fetch_add(words_at(o[ALIVE]), place, -what)
         if alive & (CHILDREN_AWAITED - 1) != what:
             if alive & CHILDREN_AWAITED and alive & (ONE_EVENT - 1) == 2:  # without children, its body is left, which waits
-                _tell(t)
+                tell(t)
             break
         what = types.int64(1)
         parent = words_at(o[PARENTS])[place]
@@ -262,13 +260,10 @@ def end(t, me, instance, what):
                 best = offer(t, me, best, instance_of(to, slot))
             edge = following
         if fetch_or(words_at(o[STATES]), place, ALL_DONE) & AWAITED:
-            _tell(t)
+            tell(t)
         _let_go(t, o, place)
         place = parent
-    if best != NOTHING and t[PRIORITIES] != 0:  # somebody else's task may come first
-        push(t, me, best)
-        return NOTHING
-    return best
+    return go_on_with(t, me, best)
 
 
 @compiled
@@ -284,7 +279,7 @@ def _let_go(t, o, place):
     ended = fetch_add(o, ENDED, 1) + 1
     few = load(o, FEW)
     if few != NOTHING and load(o, SPAWNED) - ended <= few:
-        _tell(t)
+        tell(t)
 
 
 @compiled
@@ -298,14 +293,7 @@ def _fail(t, o, place, error):
         words_at(o[EDGE_FIRST])[place] = head  # the edges of the last run of a program are not used again
         if compare_exchange(o, FAILED_PLACES, head, place) == head:
             break
-    _tell(t)
-
-
-@compiled
-def _tell(t):
-    mutex_lock(t[MUTEX])
-    condition_broadcast(t[DONE])
-    mutex_unlock(t[MUTEX])
+    tell(t)
 
 
 # Waiting --------------------------------------------------------------------------------------------------------------------------------
@@ -426,7 +414,7 @@ def cancel_all(table):
     """Have no other task begin."""
     t = words_at(table)
     store(words_at(run_in(t, 0)[OPEN]), CANCELLED_ALL, 1)
-    _tell(t)
+    tell(t)
 
 
 @_spawning

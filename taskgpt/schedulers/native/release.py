@@ -74,10 +74,22 @@ def release(t, me, instance):
             best = offer(t, me, best, instance_of(successors[at], slot_of(instance)))
     # A run is over when its last tasks are: all others come before one of them.
     if first == last and fetch_add(run, REMAINING, -1) == 1:
-        mutex_lock(t[MUTEX])
-        condition_broadcast(t[DONE])
-        mutex_unlock(t[MUTEX])
-    if best != NOTHING and t[PRIORITIES] != 0:  # somebody else's task may come first
+        tell(t)
+    return go_on_with(t, me, best)
+
+
+@compiled
+def tell(t):
+    """Have those who wait for DONE look again."""
+    mutex_lock(t[MUTEX])
+    condition_broadcast(t[DONE])
+    mutex_unlock(t[MUTEX])
+
+
+@compiled
+def go_on_with(t, me, best):
+    """Return the best task that became ready, for this worker to run, or NOTHING: push it where another may come before it."""
+    if best != NOTHING and t[PRIORITIES] != 0:
         push(t, me, best)
         return NOTHING
     return best
