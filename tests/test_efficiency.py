@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from test_trace import NAMES, traced
 
 from taskgpt.lab.traces.comparison import Comparison
-from taskgpt.lab.traces.efficiency import analyse
+from taskgpt.lab.traces.efficiency import analyse, in_words
 from taskgpt.lab.traces.idle import CAUSES, gaps
 from taskgpt.lab.traces.trace import RUN_TYPE, Trace, TracedGraph
 from taskgpt.programs import trace as trace_program
@@ -80,6 +80,20 @@ def test_ten_tasks_by_hand():
     [row] = found["by_kernel"]
     assert (row["name"], row["tasks"], row["share"]) == ("work", 10, 1)
     assert (row["mean_us"], row["gflops"], row["gbs"]) == pytest.approx((3.1e-3, 10_000 / 31, 10_000 / 31))
+
+
+def test_what_to_read_first():
+    """A fork of three tasks of 2, 4 and 6 ms after one of 3 ms, on two workers: T1 is 15, the longest path 9, the better half 7.5."""
+    ms = 1_000_000
+    times = [(0, 0, 0, 3, []), (0, 3, 3, 9, [0]), (1, 3, 3, 5, [0]), (1, 3, 5, 9, [0])]
+    trace = hand_made([(worker, *(n * ms for n in at), before) for worker, *at, before in times], workers=2)
+    assert in_words(trace).split("\n") == [
+        "4 tasks on 2 workers: 9.00 ms, parallel efficiency 0.83",
+        "  T1, all tasks of a run one after the other     15.00 ms",
+        "  T-infinity, its longest path: 2 tasks           9.00 ms",
+        "  no schedule on 2 workers is shorter than        9.00 ms",
+        "  average parallelism, T1 / T-infinity            1.67",
+    ]
 
 
 def test_a_barrier_by_hand():

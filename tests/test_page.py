@@ -316,7 +316,7 @@ def test_a_still_picture_has_every_task(colour_by):
 
 def test_graphs_and_timelines_display_themselves():
     """In a notebook, as pictures."""
-    assert ElementTree.fromstring(timeline.Timeline(traced("native"))._repr_html_()).tag.endswith("svg")
+    assert ElementTree.fromstring(timeline.Timeline(traced("native"))._repr_svg_()).tag.endswith("svg")
     graph = k.random_graph(k.arena(False), 1)
     assert ElementTree.fromstring(graph._repr_svg_()).tag.endswith("svg")
 

@@ -10,7 +10,6 @@ What is written is of the schedulers that the program opens with `taskgpt.schedu
 """
 
 import argparse
-import dataclasses
 import os
 import runpy
 import sys
@@ -23,9 +22,8 @@ from taskgpt.config import SchedulerConfig
 from taskgpt.errors import UserError, run_program, shorten
 from taskgpt.lab import machine
 from taskgpt.lab.traces.formats import save, verify_can_save
-from taskgpt.lab.traces.trace import RECORD, Traced
+from taskgpt.lab.traces.trace import Traced, open_traced
 from taskgpt.programs.arguments import Parser
-from taskgpt.schedulers import open_scheduler
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,11 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         verify_can_save(flags.trace)
         opened: list[tuple[str, Traced]] = []
 
-        def open_traced(found: SchedulerConfig) -> Traced:
-            opened.append((found.name, Traced(open_scheduler(found.scheduler, dataclasses.replace(found.settings, record=RECORD)))))
+        def open_and_note(found: SchedulerConfig) -> Traced:
+            opened.append((found.name, open_traced(found)))
             return opened[-1][1]
 
-        usual, config.opener = config.opener, open_traced
+        usual, config.opener = config.opener, open_and_note
         try:
             code = run_file(flags.file, flags.arguments)
         finally:

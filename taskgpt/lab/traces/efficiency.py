@@ -71,6 +71,21 @@ def analyse(trace: Trace, reference: Trace | None = None, limits: dict[str, floa
     }
 
 
+def in_words(trace: Trace) -> str:
+    """Return what to read first: how long it took, and what no schedule of as many workers could fall below. Raises as `analyse`."""
+    found = analyse(trace)
+    path, factors = found["longest_path"], found["efficiency"]
+    runs = f"{found['steps']} runs, {found['step_ms']:.2f} ms each (median)" if found["steps"] > 1 else f"{found['wall_ms']:.2f} ms"
+    rows = {
+        "T1, all tasks of a run one after the other": f"{path['t1_ms']:9.2f} ms",
+        f"T-infinity, its longest path: {len(path['path'])} tasks": f"{path['tinf_ms']:9.2f} ms",
+        f"no schedule on {found['workers']} workers is shorter than": f"{path['bound_ms']:9.2f} ms",
+        "average parallelism, T1 / T-infinity": f"{path['average_parallelism']:9.2f}",
+    }
+    head = f"{found['tasks']} tasks on {found['workers']} workers: {runs}, parallel efficiency {factors['parallel efficiency']:.2f}"
+    return "\n".join([head, *(f"  {what:43}{value}" for what, value in rows.items())])
+
+
 def _useful_a_step(trace: Trace) -> float:
     return float((trace.records["stop_ns"] - trace.records["start_ns"]).sum()) / len(trace.runs)
 

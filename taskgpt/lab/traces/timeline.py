@@ -19,7 +19,7 @@ class Timeline:
     def __init__(self, trace: Trace):
         self.trace = trace
 
-    def _repr_html_(self) -> str:
+    def _repr_svg_(self) -> str:
         trace = self.trace
         shown = trace.runs[max(0, len(trace.runs) - MOST_RUNS) // 2 :][:MOST_RUNS]
         if not len(shown):

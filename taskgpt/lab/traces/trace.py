@@ -1,8 +1,8 @@
 """A run as data: which task ran when, on which worker, the same for every scheduler. Kept in one file, from which all formats are made.
 
-    scheduler = Traced(scheduler)                  # does what the scheduler does, and remembers
-    ...
-    trace = scheduler.trace(about={...})
+    with traced("native", workers=2) as scheduler:     # as taskgpt.scheduler, and remembers what it does
+        ...
+    trace = scheduler.trace()
     trace.save("runs/native/trace.npz")
     trace = Trace.load("runs/native/trace.npz")
 
@@ -17,17 +17,18 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from taskgpt.config import SchedulerConfig, load_scheduler
 from taskgpt.errors import UserError, shorten
 from taskgpt.files import fill, replacing
 from taskgpt.lab.traces import trace_file
 from taskgpt.lab.traces.rules import whole
-from taskgpt.schedulers import Scheduler, loops
+from taskgpt.schedulers import Scheduler, loops, open_scheduler
 from taskgpt.schedulers.records import RECORD_TYPE
 from taskgpt.schedulers.repetition import run_while
 from taskgpt.tasks import Graph, Tile
@@ -452,10 +453,10 @@ class Traced:
         self._steps[graph.name] += 1
         return graph
 
-    def trace(self, about: dict[str, Any]) -> Trace:
+    def trace(self, about: dict[str, Any] | None = None) -> Trace:
         """Return what ran so far. A run begins when its first task is ready, and ends with its last."""
         records = np.concatenate([np.empty(0, RECORD_TYPE), *self._records])
-        trace = self._trace(records[np.argsort(records["start_ns"], kind="stable")], 0, about)
+        trace = self._trace(records[np.argsort(records["start_ns"], kind="stable")], 0, about or {})
         trace.edges.update(self._edges())
         return trace
 
@@ -485,3 +486,13 @@ class Traced:
             "is_fork_join": self.scheduler.is_fork_join,
         }
         return Trace(about, list(self._graphs.values()), runs, records, self._lost)
+
+
+def traced(name: str = "native", **settings: Any) -> Traced:
+    """Return what `taskgpt.scheduler` returns, with its runs kept as a trace. Raises UserError for an unknown name, key or value."""
+    return open_traced(load_scheduler(name, settings))
+
+
+def open_traced(config: SchedulerConfig) -> Traced:
+    """Return the scheduler of a configuration, with its runs kept as a trace."""
+    return Traced(open_scheduler(config.scheduler, replace(config.settings, record=RECORD)))
