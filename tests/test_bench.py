@@ -128,11 +128,16 @@ def test_recording_is_measured_in_tasks_and_bytes(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", recording.PROGRAMS)
 def test_programs_to_record_compute_what_they_are_called_after(name):
-    """A step of the stencil waits for three points of the row before; a tile is factorised after all that is subtracted from it."""
+    """A step of the stencil waits for three points of the row before; a tile is factorised after all that is subtracted from it.
+
+    One step, a loop, waits for nothing.
+    """
     graph = Graph()
-    recording.PROGRAMS[name](100)(graph.spawn)
+    recording.PROGRAMS[name](100)(graph.spawn, graph.spawn_each)
     if name == "stencil":
         assert [task.predecessors for task in graph.tasks[10:13]] == [(0, 1), (0, 1, 2), (1, 2, 3)]
+    elif name == "loop":
+        assert len(graph.tasks) == 100 and len(graph.edges) == 0
     else:
         assert [task.name for task in graph.tasks].count("factorise") == 7
         assert len(graph.longest_path([1] * len(graph.tasks))) == 3 * 7 - 2

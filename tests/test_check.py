@@ -451,5 +451,5 @@ def test_other_errors_stay_what_they_are():
 
     graph = Graph()
     graph.spawn(halve, tensor(3)[:])
-    with pytest.raises(TaskError, match=r"task 0, halve inout\(x\[:\]\): ValueError: odd"):
+    with pytest.raises(TaskError, match=r"task 0, halve inout\(x\[:\]\), spawned in .*test_check.py, line \d+: ValueError: odd"):
         check(graph).tasks[0].run()

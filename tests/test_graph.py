@@ -738,13 +738,14 @@ def test_listing_is_a_task_a_line():
 
 
 def test_a_failing_task_is_named():
-    """The error of a run says which task, on which tiles, and what the kernel raised; the original is its cause."""
+    """The error of a run says which task, on which tiles, spawned where, and what the kernel raised; the original is its cause."""
     graph, x = Graph(), tensor(8, 4)
     graph.spawn(make, x[:])
     task = graph.spawn(fail, x[2:4])
     with pytest.raises(TaskError) as error:
         task.run()
-    assert str(error.value) == "task 1, fail inout(x[2:4]): ZeroDivisionError: no such luck"
+    line = test_a_failing_task_is_named.__code__.co_firstlineno + 4
+    assert str(error.value) == f"task 1, fail inout(x[2:4]), spawned in {__file__}, line {line}: ZeroDivisionError: no such luck"
     assert isinstance(error.value.__cause__, ZeroDivisionError)
 
 

@@ -583,7 +583,7 @@ def test_a_twin_that_does_not_compile(tmp_path, line, message):
     assert "\n" not in str(error.value) and isinstance(error.value.__cause__, NumbaError)
     graph = Graph()
     graph.spawn(wrong, tensor(3)[:])
-    with pytest.raises(TaskError, match=r"task 0, wrong inout\(t\[:\]\): TwinError: " + pattern):
+    with pytest.raises(TaskError, match=r"task 0, wrong inout\(t\[:\]\), spawned in .*: TwinError: " + pattern):
         graph.tasks[0].run()
 
 

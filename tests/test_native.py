@@ -326,7 +326,10 @@ class TestCalls:
         graph.spawn(raise_if_zero, a.x[0], 0)
         with opened() as scheduler:
             for _ in range(3):
-                with pytest.raises(TaskError, match=r"^task 1, raise_if_zero inout\(x\[0, :\]\) at=0: ValueError: a zero$") as caught:
+                with pytest.raises(
+                    TaskError,
+                    match=r"^task 1, raise_if_zero inout\(x\[0, :\]\) at=0, spawned in .*_native.py, line \d+: ValueError: a zero$",
+                ) as caught:
                     scheduler.run(graph)
                 assert type(caught.value.__cause__) is ValueError
         assert a.x.array[0, 1] == 4
@@ -348,7 +351,8 @@ class TestCalls:
             graph.spawn(k.double, a.x[cell])
             graph.spawn(wrong, a.x[cell])
         before = a.x.array.copy()
-        message = r"^task 1, wrong inout\(x\[0, :\]\): TwinError: wrong: its compiled twin does not compile: NameError: name 'undefined'"
+        said = "TwinError: wrong: its compiled twin does not compile: NameError: name 'undefined'"
+        message = rf"^task 1, wrong inout\(x\[0, :\]\), spawned in .*line \d+: {said}"
         with opened(workers=1) as scheduler, pytest.raises(TaskError, match=message):
             scheduler.run(graph)
         np.testing.assert_array_equal(a.x.array, before)

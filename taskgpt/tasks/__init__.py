@@ -11,12 +11,20 @@ cache.py            compiled twins are kept on disk, as long as nothing of that 
 symbols.py          functions that are compiled once for all twins, in linked.py what sources.py knows of them
 tensor.py           tensors cut into grids, tiles, arenas (also shared between processes)
 task.py             calls, and tasks of one or more of them
-dependencies.py     what an access must wait for
+dependencies.py     cells, and paths through a graph
 grids.py            the cells of a graph's tensors
 known_calls.py      what calls of a kernel on tiles of the same shapes have in common
+lines.py            the line of a program that spawned a task
+each.py             a loop's index and its tiles, in all iterations at once
+joined.py           several iterations in one task
+loops.py            the calls of a loop that is spawned as one
+columns.py          what was spawned, in flat arrays
+recorded.py         the tasks of these, made when somebody looks
+waits.py            what each task waits for, from the cells that it accesses
 edges.py            which task waits for which, without what other edges imply
+recorded_edges.py   the edges of what was spawned
 reductions.py       copies of reduced tiles, and the kernels that combine them
-task_graph.py       spawn: calls become tasks with dependencies
+task_graph.py       spawn and spawn_each: calls become tasks with dependencies
 coarsen.py          fewer, larger tasks
 scratch.py          working memory of kernels
 check.py            the declaration, enforced

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from taskgpt.tasks.combiners import Operator
-from taskgpt.tasks.dependencies import CellHistory
+from taskgpt.tasks.dependencies import Cell
 from taskgpt.tasks.kernel import AccessError, Kernel
 from taskgpt.tasks.reductions import ReductionKernel
 from taskgpt.tasks.task import Call, Task
@@ -44,14 +44,15 @@ def check(graph: AnyGraph) -> AnyGraph:
     Its tasks raise TaskError from AccessError.
     """
     checked = graph.derived(f"{graph.name}, checked")
-    histories: defaultdict[Tensor, CellHistory] = defaultdict(CellHistory)
+    cells: defaultdict[Tensor, Cell] = defaultdict(Cell)
     for task in graph.tasks:
         calls = tuple(
-            call if isinstance(call.kernel, ReductionKernel) else CheckedCall(call.kernel.bounds_checked, call.args) for call in task.calls
+            call if isinstance(call.kernel, ReductionKernel) else CheckedCall(call.kernel.bounds_checked, call.args, call.where)
+            for call in task.calls
         )
         twin = Task(task.number, calls, task.section)
         shared = [tile.tensor for c in calls for name, tile in c.tiles() if c.kernel.accesses[name].kind == "concurrent"]
-        twin.locks = tuple(sorted({*task.locks, *(histories[tensor].numbered_lock() for tensor in shared)}))
+        twin.locks = tuple(sorted({*task.locks, *(cells[tensor].numbered_lock() for tensor in shared)}))
         twin.priority = task.priority
         checked.append(twin, task.predecessors)
     return checked

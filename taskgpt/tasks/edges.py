@@ -9,7 +9,7 @@ a scheduler a little and nobody the order. So time is linear in the number of ta
 
 import threading
 from array import array
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numba
 import numpy as np
@@ -74,6 +74,8 @@ class Edges:
 
     def successors(self) -> tuple[np.ndarray, np.ndarray]:
         """Return (first, successors), int64, as of predecessors. Both are kept, and not to be written."""
+        if not self._is_reduced:
+            self._reduce()
         tasks = len(self._first) - 1
         if self._after is None or len(self._after[0]) != tasks + 1:
             first, before = self.predecessors()
@@ -92,14 +94,44 @@ class Edges:
             del self._before[kept:]
             self._reduced = len(first) - 1
 
-    def __getstate__(self) -> tuple[array, array]:
+    def __reduce__(self):
         if not self._is_reduced:
             self._reduce()
-        return self._first, self._before
+        return _edges_of, (self._first, self._before)
 
-    def __setstate__(self, state: tuple[array, array]) -> None:
-        self._first, self._before = state
-        self._reduced, self._after = len(self._first) - 1, None
+
+def _edges_of(first: array, before: array) -> Edges:
+    edges = Edges()
+    edges._first, edges._before, edges._reduced = first, before, len(first) - 1
+    return edges
+
+
+class FoundEdges(Edges):
+    """The edges of tasks that are known otherwise, found when somebody looks, and again when the tasks are others.
+
+    `find()` returns what each task waits for as waits.waits_of does; `version()` changes whenever the tasks do.
+    """
+
+    __slots__ = ("_find", "_found", "_version")
+
+    def __init__(self, find: Callable[[], tuple[np.ndarray, np.ndarray]], version: Callable[[], object]):
+        super().__init__()
+        self._find, self._version = find, version
+        self._found = version()
+
+    @property
+    def _is_reduced(self) -> bool:
+        return self._found == self._version()
+
+    def _reduce(self) -> None:
+        with _reducing:
+            if self._is_reduced:
+                return  # by the thread that was before this one
+            version = self._version()
+            first, before = self._find()
+            kept = reduce_edges(first, before, 0)
+            self._first, self._before, self._after = array("q", first.tobytes()), array("i", before[:kept].tobytes()), None
+            self._found = version
 
 
 def reduce_edges(first: np.ndarray, before: np.ndarray, done: int) -> int:
@@ -125,11 +157,20 @@ def _reduce_edges(first, before, done):
     words = min(_MOST_WORDS, max(_LEAST_WORDS, _PASS_WORDS // max(1, tasks)))
     block = 64 * words
     end = np.zeros(tasks // block + 1, np.int64)  # for each block, one past the last task with an edge from it that others may imply
-    for task in range(done, tasks):
+    depths = np.zeros(tasks, np.int32)  # of two tasks, the one that comes before the other is less deep
+    for task in range(tasks):
         edges = before[first[task] : first[task + 1]]
-        edges.sort()
-        for at in range(np.searchsorted(edges, task - REACH), len(edges) - 1):
-            end[edges[at] // block] = task + 1
+        for at in range(1, len(edges) if task >= done else 0):
+            if edges[at - 1] > edges[at]:
+                edges.sort()
+                break
+        deepest = -1
+        for at in range(len(edges) - 1, -1, -1):
+            p = edges[at]
+            if depths[p] < deepest and task >= done and p >= task - REACH:
+                end[p // block] = task + 1
+            deepest = max(deepest, depths[p])
+        depths[task] = deepest + 1
     longest = 0
     for number in range(len(end)):
         longest = max(longest, end[number] - number * block)

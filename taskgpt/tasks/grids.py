@@ -1,14 +1,15 @@
-"""Grids: the cells of all tensors that a graph, or a program, has met, each with its history.
+"""Grids: the cells of all tensors that a graph, or a program, has met, each one object.
 
 Tensors may share memory if they are the same array and one grid is cut wherever the other is, too: then the cells of both are those of the
 finer one, for it tells apart whatever the other does.
 """
 
-import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
-from taskgpt.tasks.dependencies import CellHistory
+import numpy as np
+
+from taskgpt.tasks.dependencies import Cell
 from taskgpt.tasks.tensor import Bounds, GridError, Tensor, Tile
 
 
@@ -16,7 +17,7 @@ class Grids:
     """`finest`: of tensors that share memory with others, the grid that all of them go by."""
 
     def __init__(self):
-        self._cells: dict[Tensor, defaultdict[tuple[int, ...], CellHistory]] = {}  # by their positions; one for all that share memory
+        self._cells: dict[Tensor, defaultdict[tuple[int, ...], Cell]] = {}  # by their positions; one for all that share memory
         self._met: dict[Tensor, None] = {}  # those that the program brought
         self.finest: dict[Tensor, Bounds] = {}
 
@@ -26,18 +27,22 @@ class Grids:
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self._met)
 
-    def cells_of(self, tile: Tile) -> tuple[CellHistory, ...]:
+    def cells_of(self, tile: Tile) -> tuple[Cell, ...]:
         """Return the cells that a tile touches; new ones of what nobody touched."""
         return tuple(map(self._cells[tile.tensor].__getitem__, tile.cells(self.finest.get(tile.tensor))))
 
-    def touched(self, tile: Tile) -> list[CellHistory]:
-        """Return those of them that somebody touched; of a tensor that is not here, none."""
-        cells = self._cells.get(tile.tensor)
-        return [] if cells is None else [cells[at] for at in tile.cells(self.finest.get(tile.tensor)) if at in cells]
+    def places(self, tensor: Tensor) -> tuple[np.ndarray, ...]:
+        """Return the bounds of the cells that a tensor goes by, as Tensor.places does."""
+        bounds = self.finest.get(tensor, tensor.bounds)
+        return next(each for each in (tensor, *self._met) if each.bounds is bounds).places
+
+    def memory(self, tensor: Tensor) -> int:
+        """Return a number that tensors which share memory have in common."""
+        return id(self._cells[tensor])
 
     def add(self, tensor: Tensor, is_private: bool = False) -> None:
         """Add the grid of memory that no other tensor has; of private memory, none that the program will bring either."""
-        self._cells[tensor] = defaultdict(CellHistory)
+        self._cells[tensor] = defaultdict(Cell)
         if not is_private:
             self._met[tensor] = None
 
@@ -63,20 +68,16 @@ class Grids:
         known = self.finest.get(other, other.bounds)
         refined: list[Tensor] = []
         if not _refines(known, tensor.bounds):
-            refined, known = self._refine(other, known, tensor.bounds), tensor.bounds
+            refined, known = self._refine(other, tensor.bounds), tensor.bounds
         self._met[tensor] = None
         self._cells[tensor] = self._cells[other]
         self.finest[tensor] = self.finest[other] = known
         return refined
 
-    def _refine(self, tensor: Tensor, bounds: Bounds, finer: Bounds) -> list[Tensor]:
-        """Cut the cells of a tensor and of those that share its memory further: each piece has the history of the whole."""
+    def _refine(self, tensor: Tensor, finer: Bounds) -> list[Tensor]:
+        """Cut the cells of a tensor and of those that share its memory further: new cells, of which nobody has had the lock."""
         whole = self._cells[tensor]
-        pieces: defaultdict[tuple[int, ...], CellHistory] = defaultdict(CellHistory)
-        for position, history in whole.items():
-            ends = [(cuts[at], cuts[at + 1]) for at, cuts in zip(position, bounds, strict=True)]
-            axes = [range(cuts.index(start), cuts.index(stop)) for cuts, (start, stop) in zip(finer, ends, strict=True)]
-            pieces.update({piece: history.copy() for piece in itertools.product(*axes)})
+        pieces: defaultdict[tuple[int, ...], Cell] = defaultdict(Cell)
         sharing = [each for each in self._met if self._cells[each] is whole]
         for each in sharing:
             self._cells[each], self.finest[each] = pieces, finer

@@ -1,35 +1,55 @@
 """Known calls: what a graph, or a program, works out once for all calls of a kernel on tiles of the same forms."""
 
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Iterator, Sequence
 
-import numpy as np
-
-from taskgpt.tasks.dependencies import CellHistory, TileHistory
+from taskgpt.tasks.dependencies import Cell
 from taskgpt.tasks.grids import Grids
 from taskgpt.tasks.kernel import AccessError, Kernel
 from taskgpt.tasks.reductions import combining
-from taskgpt.tasks.task import Call, Signature, verify_writeable
+from taskgpt.tasks.task import Call, Signature, plain, verify_writeable
 from taskgpt.tasks.tensor import Tensor, Tile
 
 
-class Place(TileHistory):
-    """What is known of a tile: one object for all tiles of the same index, its history, and the number of its form."""
+class Place:
+    """What is known of a tile: one object for all tiles of the same index, with its number, and the number of its form."""
 
-    __slots__ = ("form", "tile")
+    __slots__ = ("_cells", "_grids", "form", "number", "tile")
 
-    def __init__(self, tile: Tile, cells: Sequence[CellHistory], form: int):
-        super().__init__(cells)
-        self.tile, self.form = tile, form
+    def __init__(self, tile: Tile, number: int, form: int, grids: Grids):
+        self.tile, self.number, self.form = tile, number, form
+        self._grids = grids
+        self._cells: tuple[Cell, ...] | None = None
+
+    @property
+    def cells(self) -> tuple[Cell, ...]:
+        if self._cells is None:
+            self._cells = self._grids.cells_of(self.tile)
+        return self._cells
+
+    def forget_cells(self) -> None:
+        """Ask for the cells anew: the grid has become finer."""
+        self._cells = None
+
+
+class PlacesOf(dict[tuple, Place]):
+    """The places in a tensor, by the spans of the tile; and of each its number, and where it begins and ends on each axis."""
+
+    __slots__ = ("ends", "numbers")
+
+    def __init__(self):
+        self.numbers, self.ends = array("q"), array("q")
 
 
 class CallSignature(Signature):
     """How calls of a kernel on tiles of the same forms access them, too.
 
     Of each tile: `names`, of its parameter; `accesses`, as declared; `kinds`, as done. `written`: (number among the tiles, name).
-    `reductions`: (number among the tiles, and among the arguments, combiner).
+    `reductions`: (number among the tiles, and among the arguments, combiner). Of each argument `layout` has None for a tile, for a list
+    its length, for a constant its type; `constants`: (number among the arguments, whether it is a float).
     """
 
-    __slots__ = ("accesses", "kinds", "names", "reductions", "written")
+    __slots__ = ("accesses", "constants", "kinds", "layout", "names", "reductions", "written")
 
     def __init__(self, call: Call, allow_commutative: bool):
         kernel = call.kernel
@@ -39,6 +59,8 @@ class CallSignature(Signature):
         kinds = [access.kind for access in self.accesses]
         self.kinds = tuple("inout" if kind == "commutative" and not allow_commutative else kind for kind in kinds)
         self.written = tuple((at, name) for at, name in enumerate(self.names) if self.accesses[at].is_written)
+        self.layout = tuple(None if isinstance(a, Tile) else len(a) if isinstance(a, tuple) else type(a) for a in call.args)
+        self.constants = tuple((at, kind is float) for at, kind in enumerate(self.layout) if isinstance(kind, type))
         position = {name: at for at, name in enumerate(kernel.parameters)}
         found = zip(self.names, self.accesses, strict=True)
         self.reductions = tuple((at, position[name], each.combiner) for at, (name, each) in enumerate(found) if each.combiner)
@@ -65,7 +87,8 @@ class KnownCalls:
         self._allow_commutative, self._may_refine = allow_commutative, may_refine
         self.grids = Grids()
         self._kernels: set[Kernel] = set()
-        self._places: dict[Tensor, dict[tuple, Place]] = {}  # by the spans of the tile
+        self._places: dict[Tensor, PlacesOf] = {}
+        self.place_of: list[Place] = []  # by number
         self._forms: dict[tuple, int] = {}  # of tiles: shape and type, numbered
         self._signatures: dict[tuple, CallSignature] = {}  # by the kernel and, for each argument, its form or, of a constant, its type
 
@@ -98,10 +121,11 @@ class KnownCalls:
                 known.append(tuple([place.tile for place in found]))
                 key.append(tuple([place.form for place in found]))
             else:
-                if isinstance(argument, np.generic):
-                    argument = argument.item()
-                elif type(argument) is int and argument.bit_length() > 63:
-                    return None  # not every integer fits
+                if type(argument) is int:
+                    if argument.bit_length() > 63:
+                        return None  # not every integer fits
+                elif type(argument) is not float:
+                    argument = plain(argument)
                 known.append(argument)
                 key.append(type(argument))
         signature = self._signatures.get(tuple(key))
@@ -116,6 +140,8 @@ class KnownCalls:
         """Verify a call of a new kind, and know it from now on. Return what `_look_up` does."""
         kernel = call.kernel
         call.verify()
+        if any(type(a) is int and a.bit_length() > 64 for a in call.args):  # declared float
+            call = Call(kernel, tuple([float(a) if type(a) is int else a for a in call.args]))
         if kernel not in self._kernels:
             self._verify_kernel(kernel)
             kernel.verify_sources()
@@ -147,8 +173,16 @@ class KnownCalls:
         place = places.get(tile.spans)
         if place is None:
             form = self._forms.setdefault((tile.shape, tile.tensor.array.dtype), len(self._forms))
-            place = places[tile.spans] = Place(tile, self.grids.cells_of(tile), form)
+            place = places[tile.spans] = Place(tile, len(self.place_of), form, self.grids)
+            self.place_of.append(place)
+            places.numbers.append(place.number)
+            for ends in tile.ranges:
+                places.ends.extend(ends)
         return place
+
+    def places(self) -> Iterator[tuple[Tensor, PlacesOf]]:
+        """Yield all that is known of places, by their tensors."""
+        yield from self._places.items()
 
     def verify_written(self, signature: CallSignature, places: Sequence[Place]) -> None:
         """Raise AccessError if a written tile overlaps another or is read-only."""
@@ -168,7 +202,7 @@ class KnownCalls:
     def know_private(self, tensor: Tensor) -> None:
         """Take in the grid of a tensor whose memory no other has."""
         self.grids.add(tensor, is_private=True)
-        self._places[tensor] = {}
+        self._places[tensor] = PlacesOf()
 
     def _know(self, tensor: Tensor) -> None:
         """Take a tensor's grid in. Memory that another tensor cuts, too, goes by the finer of the two grids; if none is, it is refused."""
@@ -180,5 +214,5 @@ class KnownCalls:
             self._before_join()
             for each in self.grids.join(tensor, other):
                 for place in self._places[each].values():
-                    place.cells = self.grids.cells_of(place.tile)
-        self._places[tensor] = {}
+                    place.forget_cells()
+        self._places[tensor] = PlacesOf()

@@ -32,7 +32,8 @@ class TaskError(RuntimeError):
 
     @classmethod
     def of(cls, task: "Task", call: "Call", error: Exception) -> "TaskError":
-        failure = cls(f"task {task.number}, {call}: {type(error).__name__}: {error}")
+        spawned = f", spawned in {call.where}" if call.where else ""
+        failure = cls(f"task {task.number}, {call}{spawned}: {type(error).__name__}: {error}")
         failure.__cause__ = error
         return failure
 
@@ -51,22 +52,23 @@ class Signature:
 class Call:
     """A kernel and its arguments: tiles and constants, in the order of its parameters. Scratch is none of them.
 
-    A graph's calls share signatures. There are as many calls as tasks, so a call is small.
+    A graph's calls share signatures. There are as many calls as tasks, so a call is small. `where`: the line that spawned it, in words by
+    str(); None if nobody knows.
     """
 
-    __slots__ = ("_arrays", "_signature", "args")
+    __slots__ = ("_arrays", "_signature", "args", "where")
 
-    def __init__(self, kernel: Kernel, args: tuple):
+    def __init__(self, kernel: Kernel, args: tuple, where: object = None):
         self._signature = Signature(as_kernel(kernel))
-        # NumPy's scalars become Python's, which do not widen float32 expressions: bodies and twins see one type.
-        self.args = tuple([a.item() if isinstance(a, np.generic) else tuple(a) if isinstance(a, list) else a for a in args])
+        self.args: tuple[Any, ...] = tuple([a if type(a) is Tile else tuple(a) if isinstance(a, list) else plain(a) for a in args])
+        self.where = where
         self._arrays: list | None = None  # not yet: the arguments may be wrong, and compiled code needs no arrays
 
     @classmethod
-    def verified(cls, signature: Signature, args: tuple) -> Self:
+    def verified(cls, signature: Signature, args: tuple, where: object = None) -> Self:
         """Return the call of what is known to be as the kernel declares it."""
         call = cls.__new__(cls)
-        call._signature, call.args, call._arrays = signature, args, None
+        call._signature, call.args, call.where, call._arrays = signature, args, where, None
         return call
 
     @property
@@ -135,7 +137,7 @@ class Call:
         return flops / 1e11 + moved / 1e10
 
     def __reduce__(self):
-        return type(self), (self.kernel, self.args)
+        return type(self), (self.kernel, self.args, self.where and str(self.where))
 
     def tiles(self) -> Iterator[tuple[str, "Tile"]]:
         """Yield (parameter, tile), of a list each of its tiles."""
@@ -151,6 +153,15 @@ class Call:
         parts = [f"{kind}({', '.join(found)})" for kind, found in self.kernel.by_access(lambda name: _shown(given[name]))]
         constants = [f"{name}={value}" for name, value in given.items() if name not in self.kernel.accesses]
         return " ".join([self.kernel.name, *parts, *constants])
+
+
+def plain(constant: Any) -> Any:
+    """Return a constant of a plain type: bodies and twins see one, and a NumPy scalar would widen float32 expressions."""
+    if isinstance(constant, np.generic):
+        return constant.item()
+    if isinstance(constant, int) and type(constant) is not bool:
+        return int(constant)
+    return float(constant) if isinstance(constant, float) else constant
 
 
 def _array_of(argument):

@@ -10,32 +10,44 @@ Nothing is recorded into a graph while it runs, nor from inside a task into a gr
 copy. Tasks that spawn tasks are for programs: see spawn.py.
 """
 
+import sys
 import threading
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Self, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from types import CodeType
+from typing import Any, Self, TypeVar
 
+import numpy as np
+
+from taskgpt.tasks.columns import Columns, Origin, bits_of
 from taskgpt.tasks.combiners import Combiner, Operator
-from taskgpt.tasks.dependencies import CellHistory, longest_path
+from taskgpt.tasks.dependencies import Cell, longest_path
+from taskgpt.tasks.each import Loop
 from taskgpt.tasks.edges import Edges
+from taskgpt.tasks.joined import joined, joins_of
 from taskgpt.tasks.kernel import Kernel, as_kernel
 from taskgpt.tasks.known_calls import CallSignature, KnownCalls, Place
+from taskgpt.tasks.lines import Line
+from taskgpt.tasks.loops import LoopCalls
+from taskgpt.tasks.recorded import RecordedTask, Tasks
+from taskgpt.tasks.recorded_edges import edges_between, edges_of
 from taskgpt.tasks.reductions import beginning, combining, copies_of, slots_of
 from taskgpt.tasks.task import Call, Section, Task, this_thread
-from taskgpt.tasks.tensor import Tile
 
 AnyGraph = TypeVar("AnyGraph", bound="TaskGraph")  # of the kind that was given
+Where = tuple[CodeType, int]  # a line of a program, by its code and the number of an instruction in it
 _combining = threading.Lock()  # threads of a scheduler may look at one graph together
 
 
 class _Group:
     """Neighbouring tasks that reduce into one tile, and are not combined yet."""
 
-    __slots__ = ("combiner", "copies", "place", "priority", "section", "slots", "tasks")
+    __slots__ = ("combiner", "copies", "place", "priority", "section", "slots", "tasks", "where")
 
-    def __init__(self, place: Place, combiner: Operator | Combiner, copies: list[Place]):
+    def __init__(self, place: Place, combiner: Operator | Combiner, copies: list[Place], where: Where):
         self.place, self.combiner, self.copies = place, combiner, copies
+        self.where = where  # of the last task
         self.slots = slots_of(place.tile)
         self.tasks = 0
         self.section: Section = ("", -1)  # of the last task
@@ -55,12 +67,9 @@ class TaskGraph:
     def __init__(self, name: str = "graph", allow_commutative: bool = False):
         self.name = name
         self.allow_commutative = allow_commutative
-        self._tasks: list[Task] = []
-        self._edges = Edges()
         self.runs: set[object] = set()
         self._made_in = this_thread.at
         self._kernels: dict[Kernel, None] = {}  # in order of first use
-        self._recorded = 0  # tasks that were spawned here: of those the graph knows what they access
         this = weakref.ref(self)  # a graph goes with its last reference, and not when the collector comes
 
         def combine_all() -> None:
@@ -68,14 +77,23 @@ class TaskGraph:
                 graph._combine_all()
 
         self._calls = KnownCalls(Kernel.verify_recordable, combine_all, allow_commutative)
-        self._groups: dict[CellHistory, _Group] = {}  # those of reductions that are open
+        self._columns = Columns(self._calls)
+        self._edges: Edges = edges_of(self._columns)
+        self._tasks = Tasks(self._columns, self._edges)
+        self._is_derived = False  # its edges are known, but not what its tasks access
+        self._groups: dict[Cell, _Group] = {}  # those of reductions that are open
         self._copies: dict[Place, list[Place]] = {}  # of tiles that are reduced, for the slots after the first
 
     @property
-    def tasks(self) -> list[Task]:
+    def tasks(self) -> Tasks:
         if self._groups:
             self._combine_all()
         return self._tasks
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """What changes whenever the tasks do: plans that were made of others are of no use."""
+        return len(self.tasks), self._columns.replaced
 
     @property
     def edges(self) -> Edges:
@@ -92,10 +110,12 @@ class TaskGraph:
         RuntimeError for a graph that was derived or sent: it knows its edges, but not what its tasks access; for one that is being run,
         and, inside a task, for one that the task did not make.
         """
-        if this_thread.at is not None or self.runs:
-            self._verify_may_grow()
-        if self._recorded != len(self._tasks):
-            raise RuntimeError(f"graph '{self.name}' was not recorded here, and cannot go on recording; record a new one")
+        caller = sys._getframe(1)
+        return self._spawn(kernel, args, section, priority, (caller.f_code, caller.f_lasti))
+
+    def _spawn(self, kernel: Kernel, args: tuple, section: Section, priority: int, where: Where) -> Task:
+        if this_thread.at is not None or self.runs or self._is_derived:
+            self._verify_may_record()
         if type(kernel) is not Kernel:
             as_kernel(kernel)
         signature, places, args = self._calls.look_up(kernel, args)
@@ -103,27 +123,119 @@ class TaskGraph:
         if self._groups:
             self._combine_before(signature, places)
         if not signature.reductions:
-            return self._record(signature, places, (Call.verified(signature, args),), section, priority)
-        places, calls = self._spread(signature, places, args, section, priority)
-        return self._record(signature, places, calls, section, priority)
+            return self._record(signature, places, args, section, priority, where)
+        places, begins = self._spread(signature, places, section, priority, where)
+        return self._record(signature, places, args, section, priority, where, begins)
 
-    def _record(self, signature: CallSignature, places: Sequence[Place], calls: tuple[Call, ...], section: Section, priority: int) -> Task:
-        """Add a task. Its last call is of that signature, on those tiles; others before it touch no tiles but these."""
-        number = len(self._tasks)
-        task = Task(number, calls, section)
-        task.priority = priority
-        waits: set[int] = set()
-        for place, kind in zip(places, signature.kinds, strict=True):
-            place.access(kind, number, waits)
-            if kind == "commutative":
-                task.locks = tuple(sorted({*task.locks, *(cell.numbered_lock() for cell in place.cells)}))
-        waits.discard(number)  # a call with two tiles in one cell does not wait for itself
-        self._edges.add(waits)
-        task.edges = self._edges
-        self._tasks.append(task)
-        self._kernels[signature.kernel] = None
-        self._recorded += 1
-        return task
+    def _record(
+        self,
+        signature: CallSignature,
+        places: Sequence[Place],
+        args: tuple,
+        section: Section,
+        priority: int,
+        where: Where,
+        begins: tuple[Call, ...] = (),
+    ) -> Task:
+        """Add a task: its call, of which `args` have the constants, after others that touch no tiles but these."""
+        columns = self._columns
+        number = len(columns.origins)
+        code, instruction = where
+        key = (signature, section, priority, id(code), instruction)
+        origin = columns.origin(key)
+        if origin is None:
+            origin = columns.add_origin(Origin(signature, section, priority, Line(code, instruction)), key)
+            self._kernels[signature.kernel] = None
+        if begins:
+            columns.begins[number] = begins
+            self._kernels.update(dict.fromkeys(call.kernel for call in begins))
+        words = columns.words
+        known = len(words)
+        try:
+            words.extend([place.number for place in places])
+            for at, is_float in signature.constants:
+                words.append(bits_of(args[at]) if is_float else args[at])
+            columns.origins.append(origin)
+        except BaseException:  # an interrupt
+            if len(columns.origins) == number:
+                del words[known:]
+            raise
+        return RecordedTask(columns, self._edges, number)
+
+    def spawn_each(
+        self,
+        kernel: Kernel,
+        over: Any,
+        call: Callable[..., Sequence],
+        *,
+        grainsize: int | tuple[int | None, ...] | None = None,
+        section: Section = ("", -1),
+        priority: int = 0,
+    ) -> range:
+        """Record a loop of tasks as fast as compiled code does; return their numbers. The graph is that of the same loop with `spawn`.
+
+            graph.spawn_each(axpy, range(n), lambda i: (y.cell(i), x.cell(i), 2.0))
+            graph.spawn_each(relax, y.grid, lambda i, j: (y.cell(i, j), x.cell(i, j).grown(1)))
+
+        `over`: a range, a number of iterations, an array of integers, or for several indices a tuple of those, the last one fastest. `call`
+        is called once: it is given the indices, which stand for what they are in all iterations, and returns the arguments. There is
+        arithmetic with indices (+ - * // %), slices and cells of them, and `grown`; what asks what an index is needs a loop with `spawn`.
+
+        `grainsize`: so many iterations are one task, over their tiles joined, for a kernel that takes tiles of any length (OmpSs-2's
+        taskloop). A number is for the last index, a tuple has one for each, or None. A place that is moved, `y[i]`, is a range of one then.
+
+        Calls with a Reduction are recorded one by one, in the time of `spawn`. Raises what `spawn` does, then nothing is recorded;
+        IndexError says in which iteration. TypeError or ValueError for a loop or a grainsize that cannot be.
+        """
+        if this_thread.at is not None or self.runs or self._is_derived:
+            self._verify_may_record()
+        caller = sys._getframe(1)
+        where = caller.f_code, caller.f_lasti
+        begin, loop = len(self._columns), Loop(over)
+        joins = () if grainsize is None else joins_of(loop, grainsize)
+        if not loop.size:
+            return range(begin, begin)
+        args = call(*loop.indices())
+        if not isinstance(args, (tuple, list)):
+            raise TypeError(f"the function of a loop returns the arguments of a call, a tuple; got a {type(args).__name__}")
+        if joins:
+            loop, args = joined(loop, args, [*as_kernel(kernel).parameters], joins)
+        calls = LoopCalls(as_kernel(kernel), loop, args)
+        signatures, which = calls.signatures(self._calls)
+        calls.verify_apart(self._calls, signatures[0])
+        if any(signature.reductions for signature in signatures) or self._may_meet_groups(calls):
+            for number in range(loop.size):
+                self._spawn(kernel, calls.at(number), section, priority, where)
+            return range(begin, len(self._columns))
+        self._record_loop(calls, signatures, which, section, priority, where)
+        return range(begin, len(self._columns))
+
+    def _record_loop(
+        self,
+        calls: LoopCalls,
+        signatures: Sequence[CallSignature],
+        which: np.ndarray | None,
+        section: Section,
+        priority: int,
+        where: Where,
+    ) -> None:
+        columns, line, families = self._columns, Line(*where), []
+
+        def add_family(family: Any) -> int:
+            tile = columns.add_family(family)
+            families.append(columns.family_of(tile))
+            return tile
+
+        words = calls.rows(self._calls, signatures[0], add_family)
+        made = [Origin(each, section, priority, line, calls.loop, tuple(families)) for each in signatures]
+        numbers = np.array([columns.add_origin(origin) for origin in made])
+        self._kernels[calls.kernel] = None
+        columns.add_rows(np.full(calls.loop.size, numbers[0]) if which is None else numbers[which], words)
+
+    def _may_meet_groups(self, calls: LoopCalls) -> bool:
+        """Return True if the calls may touch a tile whose reduction is open: which task ends it is found call by call."""
+        reduced = {group.place.tile.tensor for group in self._groups.values()}
+        return any(tensor in reduced or tensor in self._calls.grids.finest for tensor in calls.tensors()) if reduced else False
 
     def _combine_before(self, signature: CallSignature, places: Sequence[Place]) -> None:
         """End the groups of reductions that a call on these tiles does not go on with."""
@@ -140,32 +252,30 @@ class TaskGraph:
             self._combine(group)
 
     def _spread(
-        self, signature: CallSignature, places: Sequence[Place], args: tuple, section: Section, priority: int
+        self, signature: CallSignature, places: Sequence[Place], section: Section, priority: int, where: Where
     ) -> tuple[list[Place], tuple[Call, ...]]:
-        """Return the tiles of a call, with its turn's slot for each that it reduces, and the call after those that fill new slots."""
-        chosen, given = list(places), list(args)
-        calls: list[Call] = []
-        for at, position, combiner in signature.reductions:
+        """Return the tiles of a call, with its turn's slot for each that it reduces, and the calls that fill new slots before it."""
+        chosen = list(places)
+        begins: list[Call] = []
+        for at, _, combiner in signature.reductions:
             place = places[at]
             if self._meets_another(place, places):
                 continue  # what else the call does there has its place in the program's order, and so has this
             group = self._groups.get(place.cells[0])
             if group is None:
-                group = _Group(place, combiner, self._copies.setdefault(place, []))
+                group = _Group(place, combiner, self._copies.setdefault(place, []), where)
                 self._groups.update(dict.fromkeys(place.cells, group))
             slot = group.tasks % group.slots
             if slot:
-                copy = self._copy(group, slot)
-                chosen[at], given[position] = copy, copy.tile
+                chosen[at] = self._copy(group, slot)
                 if group.tasks < group.slots:
                     access = signature.accesses[at]
-                    calls.append(Call(beginning(combiner, access.dtype, len(access.dims)), (copy.tile,)))
-                    self._kernels[calls[-1].kernel] = None
+                    begins.append(Call(beginning(combiner, access.dtype, len(access.dims)), (chosen[at].tile,), Line(*where)))
             group.tasks += 1
-            group.section = section
+            group.section, group.where = section, where
             if priority > group.priority:
                 group.priority = priority
-        return chosen, (*calls, Call.verified(signature, tuple(given)))
+        return chosen, tuple(begins)
 
     def _meets_another(self, place: Place, places: Sequence[Place]) -> bool:
         """Return True if another of the tiles touches a cell of this one."""
@@ -201,7 +311,7 @@ class TaskGraph:
             for at in range(0, len(used) - distance, 2 * distance):
                 tiles = used[at].tile, used[at + distance].tile
                 signature, places, args = self._calls.look_up(kernel, tiles)
-                self._record(signature, places, (Call.verified(signature, args),), group.section, group.priority)
+                self._record(signature, places, args, group.section, group.priority, group.where)
             distance *= 2
         for cell in place.cells:  # at last: until then other threads that look at the graph wait
             del self._groups[cell]
@@ -213,6 +323,10 @@ class TaskGraph:
     def append(self, task: Task, predecessors: Iterable[int]) -> None:
         """Add a task whose predecessors are known. Raises RuntimeError where `spawn` does for a graph that runs."""
         self._verify_may_grow()
+        if len(self._columns):
+            raise RuntimeError(f"graph '{self.name}' was recorded, and takes no tasks that are made already; append them to another one")
+        if not self._is_derived:
+            self._is_derived, self._edges = True, Edges()
         self._edges.add_exact(predecessors)
         self._add(task)
 
@@ -228,45 +342,22 @@ class TaskGraph:
         if self.runs:
             raise RuntimeError(f"graph '{self.name}' is being run, and the task would not be; spawn it before the run or after its end")
 
+    def _verify_may_record(self) -> None:
+        self._verify_may_grow()
+        if self._is_derived:
+            raise RuntimeError(f"graph '{self.name}' was not recorded here, and cannot go on recording; record a new one")
+
     def edges_to(self, following: "TaskGraph") -> list[tuple[int, int]] | None:
         """Return (task here, task there) for the dependencies of a graph that runs right after this one, less those that others imply.
 
         None where a graph was derived or sent, and knows no accesses, or where the two cut the same memory by other grids: then everything
         there waits for everything here.
         """
-        are_recorded = self._recorded == len(self.tasks) and following._recorded == len(following.tasks)
-        if not are_recorded or any(self._calls.grids.other(tensor) for tensor in following._calls.grids):
+        for graph in self, following:
+            graph._combine_all()
+        if self._is_derived or following._is_derived or any(self._calls.grids.other(tensor) for tensor in following._calls.grids):
             return None
-        count = len(self.tasks)
-        both = Edges()
-        for task in self.tasks:
-            both.add(task.predecessors)
-        for task, waits in zip(following.tasks, self._waits_of(following), strict=True):
-            both.add(waits.union(count + p for p in task.predecessors))
-        edges = []
-        for number in range(len(following.tasks)):
-            edges += [(p, number) for p in both.before(count + number) if p < count]
-        return edges
-
-    def _waits_of(self, following: "TaskGraph") -> Iterator[set[int]]:
-        """Yield, for each task of a graph that runs after this one, those of this one that it must wait for if nothing else does."""
-        overwritten: set[CellHistory] = set()  # who comes after that waits for the task that did
-        touched: dict[Tile, list[CellHistory]] = {}
-        for task in following.tasks:
-            waits: set[int] = set()
-            for call in task.calls:
-                for name, tile in call.tiles():
-                    if tile not in touched:
-                        touched[tile] = self._calls.grids.touched(tile)
-                    kind = call.kernel.accesses[name].kind
-                    for cell in touched[tile]:
-                        if cell not in overwritten:
-                            waits.update(cell.writers)
-                            if kind != "in":
-                                waits.update(*(readers.tasks for readers in cell.readers))
-                    if kind not in ("in", "concurrent") and (kind != "commutative" or not following.allow_commutative):
-                        overwritten.update(touched[tile])
-            yield waits
+        return edges_between(self._columns, following._columns)
 
     def depths(self) -> list[int]:
         """Return the length of the longest path to each task; tasks of one depth do not depend on each other."""
@@ -301,7 +392,9 @@ class TaskGraph:
 
     @property
     def is_commutative(self) -> bool:
-        return any(task.locks for task in self.tasks)
+        if self._is_derived:
+            return any(task.locks for task in self.tasks)
+        return any("commutative" in origin.signature.kinds for origin in self._columns.table)
 
     def listing(self) -> str:
         """Return the graph as text, a task a line, `<-` its predecessors: what the golden files hold."""
@@ -313,17 +406,15 @@ class TaskGraph:
 
     def __getstate__(self) -> dict:
         """Send what running needs: the tasks, and for each lock its number. Tasks that share a lock here will share one there."""
-        tasks = [{slot: getattr(task, slot) for slot in Task.__slots__ if slot not in ("locks", "edges")} for task in self.tasks]
-        locks = [[serial for serial, _ in task.locks] for task in self.tasks]
-        return {"name": self.name, "allow_commutative": self.allow_commutative, "tasks": tasks, "locks": locks, "edges": self.edges}
+        tasks = [(task.calls, task.section, task.priority, [serial for serial, _ in task.locks]) for task in self.tasks]
+        return {"name": self.name, "allow_commutative": self.allow_commutative, "tasks": tasks, "edges": self.edges}
 
     def __setstate__(self, state: dict) -> None:
         TaskGraph.__init__(self, state["name"], state["allow_commutative"])
-        self._edges = state["edges"]
+        self._is_derived, self._edges = True, state["edges"]
         locks: defaultdict[int, threading.Lock] = defaultdict(threading.Lock)
-        for fields, serials in zip(state["tasks"], state["locks"], strict=True):
-            task = Task.__new__(Task)
+        for number, (calls, section, priority, serials) in enumerate(state["tasks"]):
+            task = Task(number, calls, section)
+            task.priority = priority
             task.locks = tuple((serial, locks[serial]) for serial in serials)
-            for slot, value in fields.items():
-                setattr(task, slot, value)
             self._add(task)

@@ -20,9 +20,12 @@ import weakref
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
+
+from taskgpt.tasks.each import each_cell, each_inner, each_tile
 
 _MOST_WORK = 10_000  # a millisecond, to find out whether arrays between each other's rows share memory
 ALIGNMENT_BYTES = 64  # a cache line; the same offset in every process, so that BLAS takes the same path and gives the same bits
@@ -98,14 +101,26 @@ class Tensor:
             raise GridError(f"tensor '{name}': elements of the last axis must lie side by side, got strides {array.strides}{order}")
 
     def __getitem__(self, index) -> "Tile":
-        return Tile(self, index)
+        try:
+            return Tile(self, index)
+        except IndexError:
+            if (tiles := each_tile(self, index)) is not None:
+                return tiles
+            raise
 
     def cell(self, *position: int) -> "Tile":
         """Return the tile that is one cell of the grid: `x.cell(2, 0)`. Raises IndexError for one that the grid does not have."""
+        if (tiles := each_cell(self, position)) is not None:
+            return tiles
         is_one = len(position) == len(self.grid) and all(0 <= place < n for place, n in zip(position, self.grid, strict=True))
         if not is_one:
             raise IndexError(f"tensor '{self.name}' has a grid of {' x '.join(map(str, self.grid)) or 'one cell'}, got cell {position}")
         return Tile(self, tuple(slice(bounds[at], bounds[at + 1]) for at, bounds in zip(position, self.bounds, strict=True)))
+
+    @cached_property
+    def places(self) -> tuple[np.ndarray, ...]:
+        """The bounds as arrays of int64."""
+        return tuple(np.array(bounds, np.int64) for bounds in self.bounds)
 
     def __repr__(self) -> str:
         return f"{self.name}{list(self.array.shape)} cut {' x '.join(map(str, self.grid))}"
@@ -176,6 +191,11 @@ class Tile:
             raise _refused(f"tensor '{tensor.name}'", index, shape)
         self._hold(tensor, spans)
 
+    @classmethod
+    def of(cls, tensor: Tensor, spans: tuple[Span, ...]) -> "Tile":
+        """Return the tile of spans that are known to lie within the tensor."""
+        return cls.__new__(cls)._hold(tensor, spans)
+
     def _hold(self, tensor: Tensor, spans: tuple[Span, ...]) -> "Tile":
         if spans and not isinstance(spans[-1], tuple) and any(isinstance(span, tuple) for span in spans):
             last = spans[-1]
@@ -214,6 +234,14 @@ class Tile:
         return itertools.product(*touched)
 
     def __getitem__(self, index) -> "Tile":
+        try:
+            return self._inner(index)
+        except IndexError:
+            if (tiles := each_inner(self, index)) is not None:
+                return tiles
+            raise
+
+    def _inner(self, index) -> "Tile":
         inner = index if isinstance(index, tuple) else (index,)
         spans: list[Span] = []
         at = 0
@@ -229,7 +257,7 @@ class Tile:
             spans.append(span)
         if len(inner) > at:
             raise IndexError(f"tile {self!r} has {at} axes, got {len(inner)} indices")
-        return Tile.__new__(Tile)._hold(self.tensor, tuple(spans))
+        return Tile.of(self.tensor, tuple(spans))
 
     def grown(self, *borders: int) -> "Tile":
         """Return the tile with a border of so many elements on both sides of each axis, as far as the tensor goes.
@@ -247,7 +275,7 @@ class Tile:
                 more = next(width)
                 span = max(0, span[0] - more), min(length, span[1] + more)
             spans.append(span)
-        return Tile.__new__(Tile)._hold(self.tensor, tuple(spans))
+        return Tile.of(self.tensor, tuple(spans))
 
     def overlaps(self, other: "Tile") -> bool:
         """Return True if the two tiles have an element in common; of two tensors they must be alike, see `Tensor.is_like`."""

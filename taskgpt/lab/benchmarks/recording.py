@@ -1,7 +1,8 @@
 """What recording a graph costs: microseconds and bytes a task, at several sizes, each time in a process of its own. Nothing runs.
 
-A stencil of three points on two rows that take turns, a tiled Cholesky factorisation, or the training step of a graph file. The time is
-that of the whole program, until the graph's edges are known; `loops` is what it takes with a spawn that does nothing: loops and tiles.
+A stencil of three points on two rows that take turns, a tiled Cholesky factorisation, the training step of a graph file, or `loop`: one
+step of the stencil on as many columns, recorded by one spawn_each. The time is that of the whole program, until the graph's edges are
+known; `loops` is what it takes with a spawn that does nothing: loops and tiles.
 """
 
 import argparse
@@ -24,10 +25,9 @@ from taskgpt.lab.named import make
 from taskgpt.lab.report import Report, in_range
 from taskgpt.progress import Progress
 from taskgpt.tasks import Arena, Graph, In, InOut, Out, TensorSpec, dims, kernel
-from taskgpt.tasks.edges import Edges
 
 R, C, K = dims("R C K")
-Program = Callable[[Callable], None]  # given a spawn, as programs are
+Program = Callable[[Callable, Callable], None]  # given a spawn, as programs are, and a spawn_each
 
 
 @kernel
@@ -61,7 +61,7 @@ def stencil(tasks: int) -> Program:
     spec = TensorSpec((columns + 2, 8), (1, None))
     arena = Arena({"here": spec, "there": spec})
 
-    def program(spawn: Callable) -> None:
+    def program(spawn: Callable, _spawn_each: Callable) -> None:
         out, inp = arena.here, arena.there
         for _ in range(tasks // columns):
             for i in range(1, columns + 1):
@@ -77,7 +77,7 @@ def cholesky(tasks: int) -> Program:
     a = Arena({"a": TensorSpec((4 * n, 4 * n), (4, 4))}).a
     tiles = [slice(4 * i, 4 * i + 4) for i in range(n)]
 
-    def program(spawn: Callable) -> None:
+    def program(spawn: Callable, _spawn_each: Callable) -> None:
         for k, column in enumerate(tiles):
             below = tiles[k + 1 :]
             spawn(factorise, a[column, column])
@@ -91,29 +91,41 @@ def cholesky(tasks: int) -> Program:
     return program
 
 
+def loop(tasks: int) -> Program:
+    """Return so many tasks that do not wait for each other."""
+    spec = TensorSpec((tasks + 2, 8), (1, None))
+    arena = Arena({"here": spec, "there": spec})
+
+    def program(_spawn: Callable, spawn_each: Callable) -> None:
+        out, inp = arena.here, arena.there
+        spawn_each(relax, range(1, tasks + 1), lambda i: (out[i], inp[i - 1], inp[i], inp[i + 1]))
+
+    return program
+
+
 def training(graph_word: str) -> Program:
     """Return a training step's tasks."""
     gpt = make(graph_word)
-    return lambda spawn: training_step(spawn, gpt)
+    return lambda spawn, _spawn_each: training_step(spawn, gpt)
 
 
-PROGRAMS = {"stencil": stencil, "cholesky": cholesky}
+PROGRAMS = {"stencil": stencil, "cholesky": cholesky, "loop": loop}
 
 
 def measured(name: str, tasks: int | None) -> dict[str, Any]:
     """Record a program in this process, which should be new; return what that took. `tasks` is None for a graph file's."""
     program = training(name) if tasks is None else PROGRAMS[name](tasks)
-    edges = Edges()
-    edges.add(())
-    edges.before(0)  # compiles
+    warm = Graph()
+    loop(10)(warm.spawn, warm.spawn_each)
+    len(warm.edges)  # compiles
     begin = time.perf_counter()
-    program(lambda *_args, **_options: None)
+    program(lambda *_args, **_options: None, lambda *_args, **_options: None)
     loops = time.perf_counter() - begin
     gc.collect()
     graph, process = Graph(), psutil.Process()
     before = process.memory_info().rss
     begin = time.perf_counter()
-    program(graph.spawn)
+    program(graph.spawn, graph.spawn_each)
     spawned = time.perf_counter()
     count = len(graph.edges)
     end = time.perf_counter()

@@ -11,7 +11,7 @@ that one has spawned, cell by cell, and not for all of it.
 from collections.abc import Callable, Iterable, Sequence
 
 from taskgpt.schedulers.dynamic.futures import Task
-from taskgpt.tasks.dependencies import CellHistory
+from taskgpt.tasks.dependencies import Cell
 
 _MOST_READERS = 64  # of a cell, before those that are done are looked for
 
@@ -36,11 +36,11 @@ class Domain:
 
     __slots__ = ("_cells", "inherited")
 
-    def __init__(self, inherited: dict[CellHistory, Ends]):
+    def __init__(self, inherited: dict[Cell, Ends]):
         self.inherited = inherited
-        self._cells: dict[CellHistory, _Cell] = {}
+        self._cells: dict[Cell, _Cell] = {}
 
-    def access(self, cells: Iterable[CellHistory], kind: str, task: Task, waits: set[Task], is_open: Callable[[Task], bool]) -> None:
+    def access(self, cells: Iterable[Cell], kind: str, task: Task, waits: set[Task], is_open: Callable[[Task], bool]) -> None:
         """Note that a task accesses cells; add to `waits` what it waits for: perhaps itself, if it accessed one of the cells before."""
         is_read = kind in ("in", "weakin")
         for which in cells:
@@ -67,7 +67,7 @@ class Domain:
             else:
                 cell.writers, cell.readers, cell.is_weak, cell.before = (task,), [], task.is_weak, None
 
-    def _join(self, cell: _Cell, which: CellHistory, task: Task, waits: set[Task], is_open: Callable[[Task], bool]) -> None:
+    def _join(self, cell: _Cell, which: Cell, task: Task, waits: set[Task], is_open: Callable[[Task], bool]) -> None:
         """Note that a task writes a cell beside others that do so concurrently."""
         if cell.before is None or cell.readers:
             writers, readers = _at_end((cell.writers, cell.readers), which)
@@ -78,7 +78,7 @@ class Domain:
         cell.writers = (*cell.writers, task)
         waits.update(cell.before)
 
-    def writers_of(self, cells: Iterable[CellHistory]) -> set[Task]:
+    def writers_of(self, cells: Iterable[Cell]) -> set[Task]:
         """Return who writes these cells, or who did before and is done."""
         found: set[Task] = set()
         for which in cells:
@@ -90,13 +90,13 @@ class Domain:
         """Return all that the task waits for weakly."""
         return {task for ends in self.inherited.values() for each in ends for task in each}
 
-    def ends(self, which: CellHistory) -> Ends:
+    def ends(self, which: Cell) -> Ends:
         """Return who accessed a cell last: of all that was spawned here, or else of what it was to wait for."""
         cell = self._cells.get(which)
         return (cell.writers, cell.readers) if cell else self.inherited.get(which, ((), ()))
 
 
-def _at_end(ends: Ends, which: CellHistory) -> Ends:
+def _at_end(ends: Ends, which: Cell) -> Ends:
     """Return the same with what weak tasks have spawned in their place, as far as these have ended, with their events.
 
     Weak tasks may be many in a row, or reached on many ways: each is looked at once.
