@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from plain_schedulers import scheduler
 
 from taskgpt.config import load_graph
 from taskgpt.gpt2 import checkpoints
@@ -39,6 +40,14 @@ def parity_model(request) -> GPT2:
     m = GPT2(checkpoints.read_shape(PARITY / "model.bin"), Batch(4, 64), load_graph("tiny").tiles, options)
     checkpoints.load(PARITY / "model.bin", m.model, m.parameters)
     return m
+
+
+@pytest.fixture(params=["sequential", "native-1", "native-2", "native-8", "native-stealing-4"])
+def each(request):
+    """A scheduler, open, of those that run programs."""
+    name, _, workers = request.param.rpartition("-")
+    with scheduler(name or request.param, workers=int(workers) if name else 1) as opened:
+        yield opened
 
 
 @pytest.fixture(scope="module", autouse=True)

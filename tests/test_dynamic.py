@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from interleavings import Still, ends, run_alone
 from pages import ROOT, blocks
+from plain_schedulers import scheduler
 
 import taskgpt
 from taskgpt import config
@@ -28,19 +29,6 @@ from taskgpt.tasks.spawn import ProgramError, Spawn
 N, M = dims("N M")
 CELL = 8
 I64 = np.int64
-
-
-def scheduler(name: str, **settings):
-    found = config.load_scheduler(name, settings)
-    return open_scheduler(found.scheduler, found.settings)
-
-
-@pytest.fixture(params=["sequential", "native-1", "native-2", "native-8", "native-stealing-4"])
-def each(request):
-    """A scheduler, open, of those that run programs."""
-    name, _, workers = request.param.rpartition("-")
-    with scheduler(name or request.param, workers=int(workers) if name else 1) as opened:
-        yield opened
 
 
 def tensor(cells: int = 16) -> Tensor:
@@ -263,7 +251,7 @@ class TestResults:
             for k in range(30_000):
                 future = spawn(mix, x[k % 16 * CELL : (k % 16 + 1) * CELL], k)
                 if k % 5000 == 4999:
-                    most = max(most, sum(type(each) is type(future) for each in gc.get_objects()))
+                    most = max(most, sum(type(each) is type(future) and each.program is future.program for each in gc.get_objects()))
         assert 0 < most < 10_000
         expected = np.arange(16 * CELL, dtype=I64).reshape(16, CELL)
         for k in range(30_000):
@@ -396,16 +384,17 @@ class TestProtocol:
         """Give a scheduler without threads that has an open run, in which tasks without a body wait for those at these places."""
         with Still(workers=2) as still:
             still._table[IS_RANKED] = True
-            run = OpenRun(still._table, still._run_words[0], None, None, False, places=8, edges=8)
+            run = OpenRun(still._table, still._run_words[0], None, None, False, places=16, edges=8)
             still.kept = [run]
-            still.everything += [run._open, np.frombuffer(run._buffer, np.int64, 32), *run._arrays.values(), *run._of_run.values()]
+            of_run = [*run._arrays.values(), *run._of_run.values()]
+            still.everything += [run._open, run._pools, np.frombuffer(run._buffer, np.int64, 32), *of_run]
             still.places = [TestProtocol.add(still, waits, parent) for waits, parent in tasks]
             yield still
 
     @staticmethod
     def prepare(still, waits, parent=open_run.ROOT):
         buffer = still.kept[0]._buffer
-        for at, word in enumerate([0, 0, 0, len(waits), parent, 0, 0, -1, *waits]):
+        for at, word in enumerate([0, 0, 0, len(waits), parent, 0, 0, -1, 0, *waits]):
             buffer[at] = word
 
     @classmethod
@@ -436,7 +425,7 @@ class TestProtocol:
     def everybody_is_done(self, still, open_tasks):
         run = still.kept[0]
         assert run.open_tasks() == open_tasks
-        free, at = [], run._open[FREED]
+        free, at = [], run._pools[0, FREED]
         while at != NOTHING:
             free.append(at)
             at = run._arrays[NEXT_PLACE][at]

@@ -6,7 +6,9 @@ spawn.py            what tasks spawn tasks with, in programs without a graph
 results.py          kernels return nothing, unless they declare it
 kernel.py           @kernel: a NumPy body, its declaration, and its compiled twin
 shapes.py           what the names of dimensions stand for in a call
-sources.py          what a compiled twin is made from
+nested.py           spawn in compiled twins, and in frames.py what it calls there
+rows.py             rows of tiles in compiled twins
+sources.py          what a compiled twin is made from, as far as bytecode.py can tell
 cache.py            compiled twins are kept on disk, as long as nothing of that has changed
 symbols.py          functions that are compiled once for all twins, in linked.py what sources.py knows of them
 tensor.py           tensors cut into grids, tiles, arenas (also shared between processes)
@@ -44,7 +46,8 @@ from taskgpt.tasks.check import check
 from taskgpt.tasks.coarsen import by_section, coarsen, part
 from taskgpt.tasks.combiners import Combiner
 from taskgpt.tasks.graph import Graph
-from taskgpt.tasks.kernel import AccessError, Kernel, TwinError, compile_kernels, dense, kernel
+from taskgpt.tasks.kernel import AccessError, Kernel, TwinError, compile_kernels, kernel
+from taskgpt.tasks.rows import dense
 from taskgpt.tasks.shapes import ShapeError
 from taskgpt.tasks.spawn import ProgramError, Spawn
 from taskgpt.tasks.task import Call, Section, Task, TaskError, run_now

@@ -43,7 +43,7 @@ def compile_kept(function: Callable, signature: Any, name: str | None = None) ->
     """
     sources = Sources(function.py_func)
     name = name or function.py_func.__qualname__
-    for linked in sources.linked:  # before it is loaded: LLVM ends the process where it finds a symbol unknown
+    for linked in (*sources.linked, *sources.referred):  # before it is loaded: LLVM ends the process where it finds a symbol unknown
         linked.link()
     if not _set_cache(function, sources, name):
         _prepare(sources)
@@ -90,7 +90,9 @@ def reason_of(error: Exception) -> str:
     where = re.search(r"During: \w+ of .* at (?P<file>\S+) \((?P<line>\d+)\)", text) or re.search(
         r'File "(?P<file>.+?)", line (?P<line>\d+)', text
     )
-    if "Function(<intrinsic " in said[0] and (raised := re.findall(r"raised a specific error:\s+(?:\w+: )?(.+)", text)):
+    if ("Function(<intrinsic " in said[0] or "getitem(tile of" in said[-1]) and (
+        raised := re.findall(r"raised a specific error:\s+(?:\w+: )?(.+)", text)
+    ):
         said = raised[-1:]
     if "to none for" in text and "return_value" in text:
         said = ["it returns a value, which nobody gets: kernels write into their tiles"]

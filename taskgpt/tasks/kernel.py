@@ -21,6 +21,7 @@ import inspect
 import pickle
 import sys
 import time
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from functools import cached_property
@@ -30,11 +31,11 @@ import numba
 import numpy as np
 from numba import types
 from numba.core.errors import NumbaError
-from numba.core.imputils import impl_ret_borrowed
-from numba.extending import intrinsic
 
 from taskgpt.tasks.access import Access
 from taskgpt.tasks.cache import bounds_checked, compile_kept, reason_of, undisturbed
+from taskgpt.tasks.linked import Referred
+from taskgpt.tasks.nested import SpawnType, TileType, tell_numba
 from taskgpt.tasks.results import verify_is_called, verify_no_result
 from taskgpt.tasks.scratch import Shapes, scratch_arrays
 from taskgpt.tasks.shapes import elements, sizes_of
@@ -53,21 +54,7 @@ class TwinError(RuntimeError):
     """A compiled twin does not compile, or is not of what it was compiled from any more. `__cause__` is what numba raised."""
 
 
-@intrinsic
-def dense(typing_context, row):
-    """In a compiled twin: the same 1-D array with its elements known to lie side by side, so that loops over it vectorise.
-
-    A row of a tile always does; its type cannot say so, because rows of a tile need not touch each other.
-    """
-    result = types.Array(row.dtype, row.ndim, "C", readonly=not row.mutable)
-
-    def codegen(context, builder, signature, args):
-        return impl_ret_borrowed(context, builder, result, args[0])
-
-    return result(row), codegen
-
-
-class Kernel:
+class Kernel(Referred):
     """A declared function on tiles. Call it with arrays to run it; pass it to `spawn` with tiles to make it a task.
 
     Attributes: `name`; `parameters`, name -> Access, or int / float for a constant: what a caller passes; `scratch`, name -> Access: what
@@ -79,6 +66,7 @@ class Kernel:
     def __init__(self, body: Callable, flops: Callable | None = None, bytes: Callable | None = None, tags: Iterable[str] = ()):
         if not inspect.isfunction(body):
             raise TypeError(f"@kernel decorates a NumPy function; {_what_is(body)}")
+        super().__init__()
         self.name = body.__name__
         self.body: Callable[..., Any] = body
         self.function: Callable[..., Any] = body
@@ -98,7 +86,7 @@ class Kernel:
             if self.spawns:
                 raise TypeError(f"{self.name}: parameter '{parameter.name}' stands after Spawn, which comes last")
             if declared is Spawn:
-                self.spawns = True
+                self.spawns, self._spawn_name = True, parameter.name
                 continue
             if not (isinstance(declared, Access) or declared in (int, float)):
                 raise TypeError(f"{self.name}: parameter '{parameter.name}' needs an access, In, Out or InOut say, int, float or Spawn")
@@ -210,18 +198,17 @@ class Kernel:
             raise TypeError(f"{self.name}.compiled decorates a plain function, and compiles it itself; {_what_is(twin)}")
         if any(access.is_several for access in self.accesses.values()):
             raise TypeError(f"{self.name}: a kernel with Several has no compiled twin, as its lists are of any length")
-        if self.spawns:
-            raise TypeError(
-                f"{self.name} spawns tasks, which compiled code cannot; leave its twin out, and give those that it spawns theirs"
-            )
+        if self.is_weak:
+            raise TypeError(f"{self.name}: a kernel with weak accesses has no compiled twin, which waits for its own tasks alone")
         if self.result not in (None, int, float, bool):
             raise TypeError(f"{self.name}: compiled code returns an int, a float or a bool, not a {getattr(self.result, '__name__', '?')}")
-        names = [*self.parameters, *self.scratch]
+        names = [*self.parameters, *self.scratch, *([self._spawn_name] if self.spawns else [])]
         if list(inspect.signature(twin).parameters) != names:
             raise TypeError(f"{self.name}: the compiled twin must take {names}")
         self._verify_result(twin, "the compiled twin")
         self._twin = _njit(twin)
-        self.function = self._compile_and_run
+        if not self.spawns:  # else the twin needs a scheduler that has what it calls
+            self.function = self._compile_and_run
         self._sources = None  # those of an earlier twin: a cell of a notebook may run again
         self.__dict__.pop("bounds_checked", None)
         return self
@@ -233,15 +220,31 @@ class Kernel:
 
     @property
     def is_compiled(self) -> bool:
+        if self.spawns:
+            return self._sources is not None or not hasattr(self._twin, "overloads")
         return self.function != self._compile_and_run
+
+    @property
+    def has_machine_code(self) -> bool:
+        """True if its twin is compiled, and not run as Python."""
+        return self.is_compiled and hasattr(self._twin, "overloads") and (self.spawns or self.function is self._twin)
+
+    @property
+    def spawned(self) -> list["Kernel"]:
+        """The kernels that its compiled twin names."""
+        return [each for each in (self._sources.referred if self._sources else []) if isinstance(each, Kernel)]
+
+    def reference(self) -> str:
+        declared = [each if isinstance(each, type) else (each.kind, each.dims, each.dtype.str) for each in self.parameters.values()]
+        return f"kernel {self.module}.{self.name} {declared} {self.result} {self.scratch.keys()} {self.spawns} {self._twin is None}"
 
     @cached_property
     def bounds_checked(self) -> "Kernel":
         """The same kernel, whose compiled twin and its helpers check every index, and raise IndexError for one outside an array."""
-        if self._twin is None or inspect.isfunction(self._twin) or self._unchecked:
+        if self._twin is None or inspect.isfunction(self._twin) or self._unchecked or self.spawns:
             return self  # NumPy and Python check
         checked = Kernel.__new__(Kernel)
-        checked.__dict__.update(self.__dict__, _twin=_njit(self._twin.py_func), _unchecked=self, _sources=None)
+        checked.__dict__.update(self.__dict__, _twin=_njit(self._twin.py_func), _unchecked=self, _sources=None, entry_word=array("q", [0]))
         checked.function = checked._compile_and_run
         return checked
 
@@ -295,6 +298,7 @@ class Kernel:
     def _compile(self) -> bool:
         if self.is_compiled:
             return False  # by the thread that was before this one
+        tell_numba()
         if inspect.isfunction(self._twin):  # NUMBA_DISABLE_JIT
             self.function = self.body if Sources(self._twin).has_intrinsics else self._twin
             return False
@@ -307,7 +311,8 @@ class Kernel:
             if isinstance(error, NumbaError):
                 self._forget_failure()
             raise explained from error
-        self.function = self._twin
+        if not self.spawns:
+            self.function = self._twin
         return was_cached
 
     def _forget_failure(self) -> None:
@@ -320,9 +325,16 @@ class Kernel:
         """Return the declared types, with these tiles read-only and no others."""
         scalars = {int: types.int64, float: types.float64}
         declared = (self.parameters | self.scratch).items()
-        results: dict[type | None, Any] = {None: types.void, int: types.int64, float: types.float64, bool: types.boolean}
         every = [d.numba_type.copy(readonly=name in read_only) if isinstance(d, Access) else scalars[d] for name, d in declared]
-        return results[self.result](*every)
+        if self.spawns:
+            every = [TileType(each) if isinstance(each, types.Array) else each for each in every] + [SpawnType()]
+        return self.result_type(*every)
+
+    @property
+    def result_type(self) -> Any:
+        """What compiled code returns."""
+        kinds: dict[Any, Any] = {None: types.void, int: types.int64, float: types.float64, bool: types.boolean}
+        return kinds[self.result]
 
     def _explained(self, error: Exception, inputs: list[str]) -> Exception:
         """Return an AccessError if the twin did not compile because it writes tiles declared In, otherwise a TwinError."""

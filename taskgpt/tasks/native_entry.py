@@ -1,10 +1,12 @@
 """Calling kernels from native code: an address per kernel, and a call's arguments as flat words. No Python, no GIL.
 
-    int32 entry(int64 *words, char *scratch, void **error)
+    int32 entry(int64 *words, char *scratch, int64 *worker)
 
 `words` holds, for each array, its address, shape and strides; for scratch, its place in the worker's scratch instead of an address; for a
-constant, the number (a double by its bits). The entry builds numba's arrays on the stack and calls the compiled twin. It returns 0, or 1 if
-the twin raised: then `*error` is the exception, a reference that the caller owns.
+constant, the number (a double by its bits). The entry builds numba's arrays on the stack and calls the compiled twin. It returns 0, and
+the twin's result in `worker[1]`, or 1 if the twin raised: then `worker[0]` is the exception, a reference that the caller owns.
+
+A twin that spawns is given a frame (frames.py): `worker[2]` is the place of its task, `worker[3]` where the scheduler has its functions.
 """
 
 import ctypes
@@ -21,27 +23,38 @@ from numba.core import cgutils
 from numba.core.compiler_lock import global_compiler_lock
 from numba.np.arrayobj import populate_array
 
+from taskgpt.tasks.access import Access
 from taskgpt.tasks.cache import undisturbed
-from taskgpt.tasks.kernel import Kernel
+from taskgpt.tasks.frames import CARRIED, END, WORD, call_scheduler, in_frame, new_frame
+from taskgpt.tasks.kernel import Kernel, compile_kernels
+from taskgpt.tasks.nested import TileType, as_tile
 from taskgpt.tasks.scratch import Shapes, scratch_layout
 from taskgpt.tasks.task import Call, this_thread
 from taskgpt.tasks.tensor import Tile
 
-_WORD = ir.IntType(64)
 _BYTE_POINTER = ir.IntType(8).as_pointer()
 PYTHON_ENTRY = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p))  # takes the GIL
+
+_RESULT, _PLACE, _NESTING = 1, 2, 3  # in `worker`
 
 
 def has_native_entry(call: Call) -> bool:
     """Return True if the call runs as compiled code: a plain call (not a checked one) of a kernel with a compiled twin."""
-    return type(call) is Call and call.kernel.function is call.kernel._twin and hasattr(call.kernel._twin, "overloads")
+    return type(call) is Call and call.kernel.has_machine_code
 
 
 def native_entry(kernel: Kernel) -> int:
-    """Return the address of the kernel's entry, made at the first call. The kernel must be compiled; the code lives as long as its twin."""
+    """Return the address of the kernel's entry, made at the first call. The kernel must be compiled; the code lives as long as its twin.
+
+    Those that the kernel spawns are compiled, too. Raises what `Kernel.compile` raises for one of them.
+    """
     twin = kernel._twin  # which the kernel may change for another one
     if twin not in _entries:
         _entries[twin] = undisturbed(lambda: _build(kernel))
+        kernel.entry_word[0] = _entries[twin][1]
+        for each in kernel.spawned:
+            compile_kernels([each])
+            native_entry(each)
     return _entries[twin][1]
 
 
@@ -63,6 +76,25 @@ def python_entry(call: Call) -> tuple[int, object]:
 
     callback = PYTHON_ENTRY(run)
     return ctypes.cast(callback, ctypes.c_void_p).value, callback
+
+
+def value_of(word: int, kind: type) -> int | float | bool:
+    """Return a result that an entry left as a word."""
+    return struct.unpack("d", struct.pack("q", word))[0] if kind is float else kind(word)
+
+
+def told_words(kernel: Kernel, words: Sequence[int]) -> str:
+    """Return the arguments of a call from its words: constants, and the shapes of tiles."""
+    told, at = [], 0
+    for name, declared in kernel.parameters.items():
+        if isinstance(declared, Access):
+            axes = len(declared.dims)
+            told.append(f"{name}[{' x '.join(str(size) for size in words[at + 1 : at + 1 + axes])}]")
+            at += 1 + 2 * axes
+        else:
+            told.append(f"{name}={value_of(int(words[at]), declared)}")
+            at += 1
+    return ", ".join(told)
 
 
 def take_exception(address: int) -> BaseException:
@@ -128,19 +160,54 @@ def _build(kernel: Kernel) -> tuple[object, int]:
     name = f"taskgpt_entry_{next(_numbers)}_{kernel.name}"
     library = context.codegen().create_library(name)
     module = library.create_ir_module(name)
-    entry = ir.Function(module, ir.FunctionType(ir.IntType(32), [_WORD.as_pointer(), _BYTE_POINTER, _BYTE_POINTER.as_pointer()]), name)
+    entry = ir.Function(module, ir.FunctionType(ir.IntType(32), [WORD.as_pointer(), _BYTE_POINTER, WORD.as_pointer()]), name)
     builder = ir.IRBuilder(entry.append_basic_block("entry"))
-    values = _arguments(context, builder, kernel, compiled.signature.args, *entry.args[:2])
+    declared = compiled.signature.args[: len(kernel.parameters) + len(kernel.scratch)]
+    values = _arguments(context, builder, kernel, declared, *entry.args[:2])
     twin = context.declare_function(module, compiled.fndesc)  # by its symbol: the twin is in the process already
-    status, _ = context.call_conv.call_function(builder, twin, compiled.signature.return_type, compiled.signature.args, values)
+    frame = new_frame(builder, *(in_frame(builder, entry.args[2], at) for at in (_PLACE, _NESTING))) if kernel.spawns else None
+    values += [builder.ptrtoint(frame, WORD)] if kernel.spawns else []
+    kind = compiled.signature.return_type
+    status, result = context.call_conv.call_function(builder, twin, kind, compiled.signature.args, values)
+    error = builder.bitcast(entry.args[2], _BYTE_POINTER.as_pointer())
+    if kernel.spawns:
+        call_scheduler(builder, frame, END, [])
     with builder.if_then(status.is_ok, likely=True):
+        if kind != types.none:  # which also a twin with a result has that always raises
+            word = builder.bitcast(result, WORD) if kind == types.float64 else context.cast(builder, result, kind, types.int64)
+            builder.store(word, cgutils.gep_inbounds(builder, entry.args[2], _RESULT))
         builder.ret(ir.Constant(ir.IntType(32), 0))
-    _hand_over_exception(context, builder, status, entry.args[2])
+    if kernel.spawns:
+        carried = in_frame(builder, frame, CARRIED)
+        with builder.if_then(cgutils.is_not_null(builder, builder.inttoptr(carried, _BYTE_POINTER))):
+            builder.store(carried, entry.args[2])
+            builder.ret(ir.Constant(ir.IntType(32), 1))
+    _hand_over_exception(context, builder, status, error)
     builder.ret(ir.Constant(ir.IntType(32), 1))
     with global_compiler_lock:
         library.add_ir_module(module)
         library.finalize()
     return library, library.get_pointer_to_function(name)
+
+
+def word_functions(functions: Sequence) -> tuple[object, list[int]]:
+    """Return what keeps them alive, and the addresses, of compiled functions of words as C calls them."""
+    context = functions[0].targetctx
+    library = context.codegen().create_library("taskgpt_words")
+    names = [f"taskgpt_words_{next(_numbers)}_{function.py_func.__name__}" for function in functions]
+    module = library.create_ir_module("taskgpt_words")
+    for name, function in zip(names, functions, strict=True):
+        [compiled] = function.overloads.values()
+        kinds = compiled.signature.args
+        wrapper = ir.Function(module, ir.FunctionType(WORD, [WORD] * len(kinds)), name)
+        builder = ir.IRBuilder(wrapper.append_basic_block("entry"))
+        called = context.declare_function(module, compiled.fndesc)
+        _, result = context.call_conv.call_function(builder, called, compiled.signature.return_type, kinds, wrapper.args)
+        builder.ret(result)
+    with global_compiler_lock:
+        library.add_ir_module(module)
+        library.finalize()
+    return library, [library.get_pointer_to_function(name) for name in names]
 
 
 def _arguments(context, builder, kernel: Kernel, declared: Sequence[types.Type], words, scratch) -> list:
@@ -155,10 +222,12 @@ def _arguments(context, builder, kernel: Kernel, declared: Sequence[types.Type],
     values = []
     first_scratch = len(kernel.parameters)
     for at, each in enumerate(declared):
-        if not isinstance(each, types.Array):
+        if each in (types.int64, types.float64):
             word = next_word()
             values.append(builder.bitcast(word, ir.DoubleType()) if each == types.float64 else word)
             continue
+        is_tile = isinstance(each, TileType)
+        each = each.array if is_tile else each
         array = context.make_array(each)(context, builder)
         place = next_word()
         data_type = context.get_data_type(each.dtype).as_pointer()
@@ -168,7 +237,7 @@ def _arguments(context, builder, kernel: Kernel, declared: Sequence[types.Type],
         strides = [next_word() for _ in range(each.ndim)]
         item_bytes = context.get_constant(types.intp, context.get_abi_sizeof(context.get_data_type(each.dtype)))
         populate_array(array, data=data, shape=shape, strides=strides, itemsize=item_bytes, meminfo=None)
-        values.append(array._getvalue())
+        values.append(as_tile(context, builder, each, array._getvalue()) if is_tile else array._getvalue())
     return values
 
 

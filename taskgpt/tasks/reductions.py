@@ -14,7 +14,8 @@ import numpy as np
 
 from taskgpt.tasks.access import Dim, In, InOut, Out
 from taskgpt.tasks.combiners import Combiner, Operator
-from taskgpt.tasks.kernel import Kernel, dense
+from taskgpt.tasks.kernel import Kernel
+from taskgpt.tasks.rows import dense
 from taskgpt.tasks.tensor import ALIGNMENT_BYTES, Arena, Tensor, TensorSpec, Tile, aligned
 
 _MOST_SLOTS, _LEAST_SLOTS = 64, 4

@@ -5,7 +5,6 @@ tells it when one of them changes later, on disk or in the process. `Sources` re
 can be compared: equal parts, equal machine code.
 """
 
-import dis
 import enum
 import functools
 import hashlib
@@ -18,7 +17,7 @@ import sysconfig
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from types import BuiltinFunctionType, CellType, CodeType, FunctionType, ModuleType
+from types import BuiltinFunctionType, CellType, FunctionType, ModuleType
 from typing import NamedTuple
 
 import llvmlite
@@ -27,7 +26,8 @@ import numpy as np
 from llvmlite import ir
 from numba import extending, types
 
-from taskgpt.tasks.linked import Linked
+from taskgpt.tasks.bytecode import content_of_code, lines_of_code, names_in
+from taskgpt.tasks.linked import Linked, Referred
 
 try:  # private to numba; `_are_registries_known` looks whether they are what this module takes them for
     from numba.core import entrypoints, imputils
@@ -57,8 +57,8 @@ class Sources:
     Attributes: `parts`, (what, content) in an order that the program gives; `lines`, where in its file each function stands, which machine
     code tells where it raises; `everywhere`, the sources of what is registered with numba for operators, libraries' functions and the like,
     to which any code may come; `unknown`, why the machine code cannot be kept, if it cannot; `helpers`, the dispatchers that it calls,
-    directly or not; `linked`, what it calls by a symbol, whose sources are among `parts`, too; `has_intrinsics`, whether an intrinsic is
-    among what it calls.
+    directly or not; `linked`, what it calls by a symbol, whose sources are among `parts`, too; `referred`, what it knows by a symbol
+    alone; `has_intrinsics`, whether an intrinsic is among what it calls.
     """
 
     def __init__(self, function: Callable, is_everywhere: bool = False):
@@ -67,6 +67,7 @@ class Sources:
         self.unknown: list[str] = []
         self.helpers: list[Dispatcher] = []
         self.linked: list[Linked] = []
+        self.referred: list[Referred] = []
         self.has_intrinsics = False
         self._open: list[object] = []  # the functions and containers that are being visited
         self._names: dict[tuple[int, str], tuple[dict, str, object]] = {}  # (namespace, name, what it stands for)
@@ -103,6 +104,8 @@ class Sources:
                 (was, _), (now_is, _) = before, now
                 is_inserted = was in dict(self.parts) and now_is not in dict(earlier.parts)
                 return now_is if is_inserted or not was else was
+        if self.referred != earlier.referred:
+            return "a kernel that it spawns"
         for each, sources in self.everywhere.items():
             if each in earlier.everywhere and (changed := sources.changed_since(earlier.everywhere[each])):
                 return f"{changed} (of what is registered with numba for {each.key})"
@@ -128,13 +131,13 @@ class Sources:
         number = self._numbers[id(function)] = len(self._numbers)
         self._open.append(function)
         code = function.__code__
-        self.parts.append((f"{code.co_qualname}()", _content_of_code(code)))
-        self.lines.append(_lines_of_code(code))
+        self.parts.append((f"{code.co_qualname}()", content_of_code(code)))
+        self.lines.append(lines_of_code(code))
         for name, value in (("defaults", function.__defaults__), ("keyword defaults", function.__kwdefaults__)):
             self.parts.append((f"the {name} of {code.co_qualname}()", self._content(value, name)))
         for name, value in self._outside(function):
             self.parts.append((f"'{name}'", self._content(value, name)))
-        for name in dict.fromkeys([*_names_in(code)[0], *_names_in(code)[1]]):
+        for name in dict.fromkeys([*names_in(code)[0], *names_in(code)[1]]):
             for each in self._registrations.by_name.get(name, ()):
                 self.parts.append((f"the overload of '{name}'", self._visit_registered(each)))
         self._open.pop()
@@ -145,7 +148,7 @@ class Sources:
 
     def _outside(self, function: Callable) -> Iterator[tuple[str, object]]:
         """Yield (name, value) of what a function finds outside itself: globals, its closure, attributes of modules that it reaches."""
-        names, attributes, imports = _names_in(function.__code__)
+        names, attributes, imports = names_in(function.__code__)
         found = [(name, function.__globals__[name]) for name in names if name in function.__globals__]
         self._watch_names(function.__globals__, names)
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
@@ -244,6 +247,9 @@ class Sources:
             return f"intrinsic {self._visit(definition)} {_text_of((value._prefer_literal, sorted(value._ctor_kwargs.items())))}"
         if isinstance(value, Linked):
             return self._take_in(value)
+        if isinstance(value, Referred):
+            self.referred += [value] if value not in self.referred else []
+            return value.reference()
         if isinstance(value, FunctionType):
             return self._visit(value)  # run when an intrinsic is compiled; or, with NUMBA_DISABLE_JIT, a helper
         if isinstance(value, np.ufunc) and getattr(np, value.__name__, None) is value:
@@ -291,45 +297,6 @@ def _inside(value: object) -> list:
 
 def _are_same(members: list, others: list) -> bool:
     return len(members) == len(others) and all(a is b or (type(a) is bytes and a == b) for a, b in zip(members, others, strict=True))
-
-
-@functools.lru_cache(maxsize=1024)
-def _content_of_code(code: CodeType) -> str:
-    def constant(value: object) -> str:
-        if inspect.iscode(value):
-            return _content_of_code(value)
-        if isinstance(value, (tuple, frozenset)):
-            contents = list(map(constant, value))
-            return f"{type(value).__name__} {contents if isinstance(value, tuple) else sorted(contents)}"
-        return f"{type(value).__name__} {value!r}"
-
-    counts = code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags
-    names = code.co_name, code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars
-    parts = counts, names, code.co_code, code.co_exceptiontable, list(map(constant, code.co_consts))
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
-
-
-@functools.lru_cache(maxsize=1024)
-def _lines_of_code(code: CodeType) -> str:
-    inner = [_lines_of_code(constant) for constant in code.co_consts if inspect.iscode(constant)]
-    return hashlib.sha256(repr((code.co_firstlineno, code.co_linetable, inner)).encode()).hexdigest()
-
-
-@functools.lru_cache(maxsize=1024)
-def _names_in(code: CodeType) -> tuple[list[str], list[str], list[str]]:
-    """Return the names of globals, of attributes and of imported modules that the code, and the functions in it, ask for."""
-    found: tuple[dict, dict, dict] = {}, {}, {}
-    operations = {"LOAD_GLOBAL": 0, "LOAD_NAME": 0, "LOAD_ATTR": 1, "LOAD_METHOD": 1, "IMPORT_NAME": 2}
-    codes = [code]
-    for each in codes:
-        codes += [constant for constant in each.co_consts if inspect.iscode(constant)]
-        for instruction in dis.get_instructions(each):
-            kind = operations.get(instruction.opname)
-            if kind is not None:
-                found[kind][instruction.argval] = None
-    if "getattr" in found[0]:
-        found[1].update({constant: None for each in codes for constant in each.co_consts if isinstance(constant, str)})
-    return list(found[0]), list(found[1]), list(found[2])
 
 
 def _name_of(value) -> str:

@@ -21,12 +21,12 @@ from typing import Any
 
 from numba.core.registry import CPUDispatcher
 
-from taskgpt.schedulers.native import heap, idle, open_run, pointers, queues, release, ring, table, worker
+from taskgpt.schedulers.native import heap, idle, nested, open_run, places, pointers, queues, regions, release, ring, table, worker
 
 Step = tuple[str, tuple]  # a primitive of pointers.py, and its arguments
 Steps = Generator[Step, Any, Any]
 
-MODULES = [table, ring, heap, idle, queues, release, open_run, worker]
+MODULES = [table, ring, heap, idle, queues, release, places, open_run, regions, nested, worker]
 ATOMIC = {"load", "store", "store_last", "fetch_add", "fetch_or", "fetch_and", "exchange", "compare_exchange"}
 WAITS = {"relax", "sched_yield", "mutex_lock", "mutex_unlock", "condition_wait", "condition_timedwait", "condition_signal"}
 WAITS |= {"condition_broadcast"}

@@ -6,11 +6,14 @@ from types import CodeType
 from typing import Any, Protocol
 
 from taskgpt.tasks import Call, TaskError
+from taskgpt.tasks.native_entry import value_of
 from taskgpt.tasks.task import this_thread
 
 
 class Owner(Protocol):
     """What a task asks the program of."""
+
+    checks: bool
 
     def is_open(self, task: "Task") -> bool: ...
 
@@ -42,7 +45,7 @@ class Task:
 
     __slots__ = (
         "_error", "_is_cancelled", "_value", "_where", "begun_ns", "body", "call", "domain", "group", "has_ended", "is_final", "is_weak",
-        "label", "number", "parent", "place", "program", "stretch", "unfulfilled", "waits_for", "words",
+        "label", "number", "parent", "place", "program", "result_word", "stretch", "unfulfilled", "waits_for", "words",
     )  # fmt: skip
 
     def __init__(self, program: Owner, number: int, call: Call, parent: "Task | None", label: str, where: tuple[CodeType, int]):
@@ -59,6 +62,7 @@ class Task:
         self.begun_ns = 0  # when that began
         self.waits_for: object = None  # what it waits for in its body, in words by str()
         self.words: Any = None  # keeps arguments alive that its place has no room for
+        self.result_word: Any = None  # where compiled code leaves the result, if it does
         self._value: Any = None
         self._error: BaseException | None = None
         self._is_cancelled = False
@@ -77,7 +81,7 @@ class Task:
             raise CancelledError(f"task {self} was cancelled")
         if self.program.was_skipped(self):
             self.program.verify_goes_on()  # says why
-        return self._value
+        return self._value if self.result_word is None else value_of(self.result_word[0], self.call.kernel.result)
 
     def exception(self) -> BaseException | None:
         try:

@@ -1,19 +1,22 @@
 """Open runs: tasks are spawned while others run, by the program and by tasks; it has no graph.
 
-A task has a place as long as it is open: from its spawning until it has run and nobody will look at it any more. A place keeps the edges to
-who waits for the task as a list, to which is added without waiting, until the task closes it; and how many hold the task alive: its body,
-and every child, which closes its own list before it lets go of its parent. So a task is done when all that it spawned is.
+A task has a place (places.py) as long as it is open: from its spawning until it has run and nobody will look at it any more. There stands
+how many hold it alive: its body, and every child, which closes its list of who waits for it before it lets go of its parent. So a task
+is done when all that it spawned is.
 
 A ready task is in a queue once. Who takes it out of there, or a task that waits for its child, may run it: who sets TAKEN does, and the
 other has come in vain. A place is free again when both have been there.
 
-Spawning holds the GIL, so that there is one who spawns at a time; running does not.
+Spawning from Python holds the GIL, so that there is one who does so at a time; running does not, nor does spawning from compiled code
+(nested.py).
 """
 
 from numba import njit, types
 
+from taskgpt.schedulers.native.places import CLOSED, add_edge, has_edges, let_go, new_place, pool_in
 from taskgpt.schedulers.native.pointers import (
     REALTIME,
+    WORD_BYTES,
     address_of,
     call_entry,
     clock_gettime,
@@ -39,37 +42,30 @@ from taskgpt.schedulers.native.table import (
     DONE,
     EDGE_FIRST,
     EDGE_NEXT,
-    EDGE_OWN,
     EDGE_TO,
-    EDGES,
     ENDED,
     ERROR,
     ERRORS,
     FAILED_PLACES,
     FEW,
-    FREE,
-    FREE_EDGE,
-    FREE_EDGES,
-    FREED,
     HEADS,
     HOLDS,
     MUTEX,
-    NEXT_PLACE,
     NOTHING,
     OPEN,
     OWN_PRIORITIES,
     OWN_WORDS,
     PARENTS,
     PENDING,
-    PLACES,
+    PLACE,
     READY_AT,
     RECORD,
+    RESULT,
+    RESULTS_AT,
     SCRATCH,
     SERIALS,
     SPAWNED,
     STATES,
-    USED,
-    USED_EDGES,
     compiled,
     instance_of,
     now,
@@ -85,9 +81,10 @@ MOST_WORDS = 64  # of a call's arguments that a place has room for
 TAKEN, ALL_DONE, AWAITED, CANCELLED, SKIPPED = 1, 2, 4, 8, 16  # bits of a state. ALL_DONE: with its children. SKIPPED: cancelled with all
 ONE_EVENT = 1 << 20  # in ALIVE, beside the body and the children: more than there are places
 CHILDREN_AWAITED = 1 << 40  # in ALIVE, beside the counts
-CLOSED = -2  # in HEADS: nobody can wait for the task any more
 NO_PLACE, NO_EDGES = -1, -2  # what `add_task` returns if there is no room
-ENTRY, WORDS_AT, WORD_COUNT, WAIT_COUNT, PARENT, PRIORITY, IS_SHELL, SERIAL, FIRST_WAIT = range(9)  # in the buffer; then the words
+ENTRY, WORDS_AT, WORD_COUNT, WAIT_COUNT, PARENT, PRIORITY, IS_SHELL, SERIAL, RESULT_AT, FIRST_WAIT = range(
+    10
+)  # in the buffer; then the words
 
 _spawning = njit(error_model="numpy")  # with the GIL
 
@@ -98,100 +95,66 @@ def add_task(table, me):
 
     The buffer: the kernel's entry, 0 for nothing to do; where the words of its arguments are, 0 for behind this; how many; how many tasks
     it waits for; the place of the task that spawns it; its priority; whether it is a shell, which has no body, and is done when its last
-    child is, after `fulfil` has said that it has them all; its number in records, -1 if it is in none; the places of what it waits for,
-    perhaps done by now; the words.
+    child is, after `fulfil` has said that it has them all; its number in records, -1 if it is in none; where its result goes, 0 for
+    nowhere; the places of what it waits for, perhaps done by now; the words.
     """
     t = words_at(table)
     run = run_in(t, 0)
     o = words_at(run[OPEN])
+    pool = pool_in(o, 0)
     buffer = words_at(o[BUFFER])
     waits = buffer[WAIT_COUNT]
-    if o[EDGES] - o[USED_EDGES] + o[FREE_EDGES] < waits:
+    if not has_edges(pool, waits):
         return NO_EDGES
-    place = _new_place(o)
+    place = new_place(o, pool)
     if place == NOTHING:
         return NO_PLACE
-    is_shell, parent = buffer[IS_SHELL], buffer[PARENT]
-    words_at(run[CALL_ENTRY])[place] = buffer[ENTRY]
+    is_shell = buffer[IS_SHELL]
     words = buffer[WORDS_AT]
     if words == 0:
-        words = o[OWN_WORDS] + 8 * MOST_WORDS * place
+        words = own_words(o, place)
         for at in range(buffer[WORD_COUNT]):
             words_at(words)[at] = buffer[FIRST_WAIT + waits + at]
-    words_at(run[CALL_WORDS])[place] = words
     words_at(run[OWN_PRIORITIES])[place] = buffer[PRIORITY]
     words_at(o[SERIALS])[place] = buffer[SERIAL]
-    words_at(o[PARENTS])[place] = parent
-    words_at(o[HOLDS])[place] = 1 if is_shell else 2  # a shell is in no queue
-    words_at(o[ALIVE])[place] = 1
-    store(words_at(o[STATES]), place, 0)
-    store(words_at(o[HEADS]), place, NOTHING)
-    o[SPAWNED] += 1
-    fetch_add(words_at(o[ALIVE]), parent, 1)
+    words_at(o[RESULTS_AT])[place] = buffer[RESULT_AT]
+    settle_in(run, o, place, buffer[PARENT], buffer[ENTRY], words, 1 if is_shell else 2)  # a shell is in no queue
     pending, still = words_at(run[PENDING]), types.int64(0)
     store(pending, place, waits + 1)  # one more than there are, so that it is not ready before all edges are there
     for at in range(waits):
         before = buffer[FIRST_WAIT + at]
         if before != place:  # else it is done, and this task has its place
-            still += _add_edge(o, before, place)
+            still += add_edge(o, pool, before, place)
     if is_shell == 0:
-        over = waits - still + 1
-        if fetch_add(pending, place, -over) == over:
-            note_ready(t, me, instance_of(place, 0))
-            push(t, me, instance_of(place, 0))
+        begin_when_ready(t, me, run, place, waits - still + 1)
     return place
 
 
-@_spawning
-def _new_place(o):
-    places = words_at(o[NEXT_PLACE])
-    if o[FREE] == NOTHING:
-        o[FREE] = exchange(o, FREED, NOTHING)
-    place = o[FREE]
-    if place != NOTHING:
-        o[FREE] = places[place]
-        _free_edges(o, place)
-    elif o[USED] < o[PLACES]:
-        place = o[USED]
-        o[USED] += 1
-        words_at(o[EDGE_FIRST])[place] = NOTHING
-    return place
+@compiled
+def own_words(o, place):
+    """Return where a place has room for the words of a call."""
+    return o[OWN_WORDS] + WORD_BYTES * MOST_WORDS * place
 
 
-@_spawning
-def _free_edges(o, place):
-    """Use the edges again on which the place's last task has waited."""
-    own, edge = words_at(o[EDGE_OWN]), words_at(o[EDGE_FIRST])[place]
-    while edge != NOTHING:
-        following = own[edge]
-        own[edge] = o[FREE_EDGE]
-        o[FREE_EDGE] = edge
-        o[FREE_EDGES] += 1
-        edge = following
-    words_at(o[EDGE_FIRST])[place] = NOTHING
+@compiled
+def settle_in(run, o, place, parent, entry, words, holds):
+    """Have a task at a new place, which so many hold, be a child of another that is not done."""
+    words_at(run[CALL_ENTRY])[place] = entry
+    words_at(run[CALL_WORDS])[place] = words
+    words_at(o[PARENTS])[place] = parent
+    words_at(o[HOLDS])[place] = holds
+    words_at(o[ALIVE])[place] = 1
+    store(words_at(o[STATES]), place, 0)
+    store(words_at(o[HEADS]), place, NOTHING)
+    fetch_add(words_at(o[ALIVE]), parent, 1)
 
 
-@_spawning
-def _add_edge(o, before, place):
-    """Have a task wait for another; return 0 if that is done already."""
-    own, heads = words_at(o[EDGE_OWN]), words_at(o[HEADS])
-    edge = o[FREE_EDGE]
-    if edge != NOTHING:
-        o[FREE_EDGE] = own[edge]
-        o[FREE_EDGES] -= 1
-    else:
-        edge = o[USED_EDGES]
-        o[USED_EDGES] += 1
-    own[edge] = words_at(o[EDGE_FIRST])[place]
-    words_at(o[EDGE_FIRST])[place] = edge
-    words_at(o[EDGE_TO])[edge] = place
-    while True:
-        head = load(heads, before)
-        if head == CLOSED:
-            return 0
-        words_at(o[EDGE_NEXT])[edge] = head
-        if compare_exchange(heads, before, head, edge) == head:
-            return 1
+@compiled
+def begin_when_ready(t, me, run, place, over):
+    """Take from what a task waits for what was too much; push it if that was all."""
+    if fetch_add(words_at(run[PENDING]), place, -over) == over:
+        note_ready(t, me, instance_of(place, 0))
+        push(t, me, instance_of(place, 0))
 
 
 # Running --------------------------------------------------------------------------------------------------------------------------------
@@ -202,8 +165,8 @@ def run_spawned(t, me, instance):
     """Run a task that was in a queue, unless its parent did; return the task to go on with, or NOTHING."""
     o, place = words_at(run_of(t, instance)[OPEN]), task_of(instance)
     state = fetch_or(words_at(o[STATES]), place, TAKEN)
-    best = NOTHING if state & TAKEN else _run(t, me, instance, state)
-    _let_go(t, o, place)
+    best = NOTHING if state & TAKEN else run_taken(t, me, instance, state)
+    let_go(t, o, place)
     return best
 
 
@@ -211,13 +174,14 @@ def run_spawned(t, me, instance):
 def run_claimed(table, me, place, state):
     """Run a task that `claim_task` has given to this thread, with what it returned."""
     t = words_at(table)
-    best = _run(t, me, instance_of(place, 0), state)
+    best = run_taken(t, me, instance_of(place, 0), state)
     if best != NOTHING:
         push(t, me, best)
 
 
 @compiled
-def _run(t, me, instance, state):
+def run_taken(t, me, instance, state):
+    """Run a task whose TAKEN this thread has set, with the state before that; return as `run_spawned` does."""
     run, worker, place = run_of(t, instance), worker_of(t, me), task_of(instance)
     o = words_at(run[OPEN])
     if load(o, CANCELLED_ALL) != 0:
@@ -228,7 +192,11 @@ def _run(t, me, instance, state):
         ready = words_at(run[READY_AT])[place] if is_timed else 0
         start = now(worker) if is_timed else 0
         entry, words = words_at(run[CALL_ENTRY])[place], words_at(run[CALL_WORDS])[place]
+        worker[PLACE] = place
         failed = call_entry(entry, words, worker[SCRATCH], address_of(worker, ERROR)) if entry != 0 else 0
+        result_at = words_at(o[RESULTS_AT])[place]
+        if result_at != 0:
+            words_at(result_at)[0] = worker[RESULT]
         if is_timed:
             record(worker, run, serial, ready, start, now(worker))
         if failed != 0:
@@ -261,25 +229,9 @@ def end(t, me, instance, what):
             edge = following
         if fetch_or(words_at(o[STATES]), place, ALL_DONE) & AWAITED:
             tell(t)
-        _let_go(t, o, place)
+        let_go(t, o, place)
         place = parent
     return go_on_with(t, me, best)
-
-
-@compiled
-def _let_go(t, o, place):
-    """Have the place used again, if nobody else looks at it."""
-    if fetch_add(words_at(o[HOLDS]), place, -1) != 1:
-        return
-    while True:
-        head = load(o, FREED)
-        words_at(o[NEXT_PLACE])[place] = head
-        if compare_exchange(o, FREED, head, place) == head:
-            break
-    ended = fetch_add(o, ENDED, 1) + 1
-    few = load(o, FEW)
-    if few != NOTHING and load(o, SPAWNED) - ended <= few:
-        tell(t)
 
 
 @compiled
@@ -313,7 +265,7 @@ def begin_wait(table, place):
             break
     if fetch_or(words_at(o[STATES]), place, AWAITED) & ALL_DONE == 0:
         return False
-    _let_go(t, o, place)
+    let_go(t, o, place)
     return True
 
 
@@ -321,7 +273,7 @@ def begin_wait(table, place):
 def end_wait(table, place):
     """Let go of a place."""
     t = words_at(table)
-    _let_go(t, words_at(run_in(t, 0)[OPEN]), place)
+    let_go(t, words_at(run_in(t, 0)[OPEN]), place)
 
 
 @compiled
@@ -353,17 +305,17 @@ def await_children(table, place, until, milliseconds):
 
 @compiled
 def await_few(table, few, until, milliseconds):
-    """Wait so long until no more than so many tasks are open; return True if that is so."""
+    """Wait so long until no more than so many tasks that Python spawned are open; return True if that is so."""
     t = words_at(table)
-    o = words_at(run_in(t, 0)[OPEN])
-    store(o, FEW, few)
+    pool = pool_in(words_at(run_in(t, 0)[OPEN]), 0)
+    store(pool, FEW, few)
     _set_time(until, milliseconds)
     mutex_lock(t[MUTEX])
-    while load(o, SPAWNED) - load(o, ENDED) > few and condition_timedwait(t[DONE], t[MUTEX], until) == 0:
+    while load(pool, SPAWNED) - load(pool, ENDED) > few and condition_timedwait(t[DONE], t[MUTEX], until) == 0:
         pass
     mutex_unlock(t[MUTEX])
-    store(o, FEW, NOTHING)
-    return load(o, SPAWNED) - load(o, ENDED) <= few
+    store(pool, FEW, NOTHING)
+    return load(pool, SPAWNED) - load(pool, ENDED) <= few
 
 
 @compiled

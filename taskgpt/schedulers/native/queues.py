@@ -21,9 +21,12 @@ from taskgpt.schedulers.native.table import (
     LOCK,
     LOOK,
     NEAR_AT,
+    NESTS_AT,
     NOTHING,
     OFFSET,
+    OPEN,
     OWN_PRIORITIES,
+    PLACES,
     PREFERS_HOME,
     PRIORITIES,
     QUEUES,
@@ -34,7 +37,9 @@ from taskgpt.schedulers.native.table import (
     TOP,
     VALUES,
     WATCH,
+    WORKERS,
     compiled,
+    nest_of,
     queue_of,
     run_of,
     task_of,
@@ -72,6 +77,11 @@ def home_of(t, instance):
 @compiled
 def push(t, me, instance):
     """Put a ready task into its queue; have somebody look for it, if nobody is on the watch."""
+    if t[NESTS_AT] != 0 and is_nested(t, instance):
+        put(nest_of(t, me), instance)
+        if load(t, WATCH) == 0:
+            rouse(t, me)
+        return
     at = 0
     if t[QUEUES] > 1:
         home = home_of(t, instance) if t[PREFERS_HOME] != 0 else NOTHING
@@ -87,6 +97,10 @@ def push(t, me, instance):
 @compiled
 def take(t, me):
     """Return the instance that worker `me` is to run, from its own queue or else from another's, or NOTHING."""
+    if t[NESTS_AT] != 0:
+        instance = take_own_nested(t, me)
+        if instance != NOTHING:
+            return instance
     count = t[QUEUES]
     first = me if count > 1 else 0
     if t[PRIORITIES] != 0 and count > 1:
@@ -98,6 +112,29 @@ def take(t, me):
             instance = _take_from(t, me, at, queue)
             if instance != NOTHING:
                 return instance
+    return take_others_nested(t, me) if t[NESTS_AT] != 0 else NOTHING
+
+
+@compiled
+def is_nested(t, instance):
+    """Return True if compiled code has spawned the task."""
+    opened = run_of(t, instance)[OPEN]
+    return opened != 0 and task_of(instance) >= words_at(opened)[PLACES]
+
+
+@compiled
+def take_own_nested(t, me):
+    """Return the newest instance in the nest of worker `me`, or NOTHING."""
+    return take_newest(nest_of(t, me))
+
+
+@compiled
+def take_others_nested(t, me):
+    """Return the oldest instance in the nest of another worker, or NOTHING."""
+    for i in range(1, t[WORKERS]):
+        instance = take_oldest(nest_of(t, (me + i) % t[WORKERS]))
+        if instance != NOTHING:
+            return instance
     return NOTHING
 
 
@@ -117,7 +154,15 @@ def is_anything_ready(t):
         queue = queue_of(t, at)
         if not _is_empty(t, queue) and load(queue, LOCK) == 0:
             return True
-    return False
+    return t[NESTS_AT] != 0 and _is_any_nested(t)
+
+
+@compiled
+def _is_any_nested(t):
+    found = False
+    for me in range(t[WORKERS]):
+        found = found or not is_deque_empty(nest_of(t, me))
+    return found
 
 
 @compiled
@@ -128,6 +173,9 @@ def empty(t):
         while not _are_deques(t) and take_out(queue) != NOTHING:
             pass
         queue[TOP], queue[SIZE] = queue[BOTTOM], 0
+    for me in range(t[WORKERS] if t[NESTS_AT] != 0 else 0):
+        nest = nest_of(t, me)
+        nest[TOP] = nest[BOTTOM]
 
 
 @compiled

@@ -210,14 +210,14 @@ class Scheduler(OneAtATime):
         engine = self._engine
         if engine is not None and not engine.is_closed:
             engine.settle()
-            if engine.open_tasks():
+            if not engine.is_quiet:
                 worker.stop(self._address)
                 worker.drop_all(self._address)
                 worker.go_on(self._address)
         self._run_words[0, r.OPEN] = 0
         if engine is not None:
             engine.close()
-        self._table[[r.BY_AGE, r.PRIORITIES]] = self._policy.by_age, False
+        self._table[[r.BY_AGE, r.PRIORITIES, r.NESTS_AT]] = self._policy.by_age, False, 0
         self._engine = None
 
     # Runs ---------------------------------------------------------------------------------------------------------------------------

@@ -32,14 +32,15 @@ def _lines(count: int) -> range:
 
 # What all share. Settings and addresses are written while no run is under way; each other line has one kind of news.
 _SETTINGS, _STOP, _ROUSE, _FAILURE, TABLE_WORDS = _lines(4)
-WORKERS, QUEUES, BY_AGE, IS_RANKED, PREFERS_HOME, IMMEDIATE, SPINS, PRIORITIES = range(_SETTINGS, _STOP)[:8]
-QUEUES_AT, RUNS_AT, WORKERS_AT, IDLE_AT, NEAR_AT, MUTEX, GO, DONE = range(_SETTINGS, _STOP)[8:16]
+WORKERS, QUEUES, BY_AGE, IS_RANKED, PREFERS_HOME, IMMEDIATE, SPINS = range(_SETTINGS, _STOP)[:7]
+QUEUES_AT, RUNS_AT, WORKERS_AT, IDLE_AT, NEAR_AT, NESTS_AT, MUTEX, GO, DONE = range(_SETTINGS, _STOP)[7:16]
 # With more names than a line has words, there are too few values to unpack.
-STOPPING, CLOSING, STILL = range(_STOP, _ROUSE)[:3]  # STILL: workers that wait for GO
+STOPPING, CLOSING, STILL, PRIORITIES = range(_STOP, _ROUSE)[:4]  # STILL: workers that wait for GO; PRIORITIES: some task has one
 WATCH, ROUSING = range(_ROUSE, _FAILURE)[:2]  # 1: a worker is on the watch; one has been woken who has not looked for work yet
 FAILED, FAILED_CALL = range(_FAILURE, TABLE_WORDS)[:2]
 
-# A queue: a lock, the ends of a ring of instances, and a heap; each line has another writer.
+# A queue: a lock, the ends of a ring of instances, and a heap; each line has another writer. At NESTS_AT, if tasks come from compiled code,
+# are one more for each worker, his nest, which is a deque alone.
 _TAKERS, _PUSHERS, _HEAP, QUEUE_WORDS = _lines(3)
 LOCK, TOP = range(_TAKERS, _PUSHERS)[:2]
 BOTTOM = _PUSHERS
@@ -58,17 +59,24 @@ TASKS, NUMBER, OFFSET, PENDING, MARKS, READY_AT, RAN_ON, DURATIONS, NEXT_FIRST, 
 REMAINING = _COUNT
 
 # An open run, in which tasks are spawned while others run; open_run.py. Addresses of arrays, by place of a task or number of an edge; what
-# spawning keeps; what who has run a task writes; news.
-_PLACES, _SPAWNER, _ENDS, _NEWS, OPEN_WORDS = _lines(4)
-HEADS, STATES, ALIVE, PARENTS, HOLDS, ERRORS, SERIALS, NEXT_PLACE = range(_PLACES, _SPAWNER)[:8]
-EDGE_FIRST, EDGE_NEXT, EDGE_TO, EDGE_OWN, OWN_WORDS, BUFFER, PLACES, EDGES = range(_PLACES, _SPAWNER)[8:16]
-FREE, USED, FREE_EDGE, FREE_EDGES, USED_EDGES, SPAWNED = range(_SPAWNER, _ENDS)[:6]
-FREED, ENDED, FEW = range(_ENDS, _NEWS)[:3]  # FEW: who waits until no more tasks than so many are open; NOTHING if nobody does
+# tasks that compiled code spawns have besides; news.
+_PLACES, _NESTED, _NEWS, OPEN_WORDS = _lines(3)
+HEADS, STATES, ALIVE, PARENTS, HOLDS, ERRORS, SERIALS, NEXT_PLACE = range(_PLACES, _NESTED)[:8]
+EDGE_FIRST, EDGE_NEXT, EDGE_TO, EDGE_OWN, OWN_WORDS, RESULTS_AT, BUFFER, POOLS_AT = range(_PLACES, _NESTED)[8:16]
+PLACES, SHARE, RESULTS, TICKETS, NEXT_FUTURE, LINES = range(_NESTED, _NEWS)[:6]
 CANCELLED_ALL, FAILED_PLACES = range(_NEWS, OPEN_WORDS)[:2]
 
-# A worker; one more stands for the thread that submits. On CELL he waits, alone, for what another worker hands over.
+# Places and edges of an open run are in pools: PLACES in the first, of Python's, and then SHARE in that of each worker. Who spawns writes
+# the first line of his; who has run a task the second.
+_SPAWNER, _ENDS, POOL_WORDS = _lines(2)
+FREE, USED, LAST, FREE_EDGE, FREE_EDGES, USED_EDGES, LAST_EDGE, SPAWNED = range(_SPAWNER, _ENDS)[:8]
+FREED, ENDED, FEW = range(_ENDS, POOL_WORDS)[:3]  # FEW: who waits until no more tasks than so many are open; NOTHING if nobody does
+
+# A worker; one more stands for the thread that submits. INSIDE: how many tasks it runs inside of others that wait for them. On CELL it
+# waits, alone, for what another worker hands over.
 _OWN, _CELL, WORKER_WORDS = _lines(2)
-CLOCK, CLOCK_NS, SCRATCH, ERROR, RECORD, RECORD_CAPACITY, RECORD_COUNT, WANTED = range(_OWN, _CELL)[:8]  # WANTED: by so many threads
+CLOCK, CLOCK_NS, SCRATCH, RECORD, RECORD_CAPACITY, RECORD_COUNT, WANTED, INSIDE = range(_OWN, _CELL)[:8]  # WANTED: by so many threads
+ERROR, RESULT, PLACE, NESTING = range(_OWN, _CELL)[8:12]  # in this order: what a kernel's entry is given, tasks/native_entry.py
 CELL, CELL_MUTEX, CELL_FILLED = range(_CELL, WORKER_WORDS)[:3]  # a mutex and a condition to sleep on
 
 # What a worker records of a task: a row of RECORD_TYPE, but for the worker, whose rows they are.
@@ -95,6 +103,11 @@ def instance_of(task, slot):
 @compiled
 def queue_of(t, at):
     return words_at(t[QUEUES_AT] + at * (QUEUE_WORDS * WORD_BYTES))
+
+
+@compiled
+def nest_of(t, me):
+    return words_at(t[NESTS_AT] + me * (QUEUE_WORDS * WORD_BYTES))
 
 
 @compiled
