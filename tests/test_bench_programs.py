@@ -99,12 +99,12 @@ def relax_too_much(
 
 
 @kernel
-def one(n: int) -> int:
+def one(n: int, cut_off: int) -> int:
     return 1
 
 
 @pytest.mark.parametrize(
-    ("word", "name", "broken"), [(WORDS[0], "square", nothing), (WORDS[1], "relax", relax_too_much), (WORDS[2], "fib_alone", one)]
+    ("word", "name", "broken"), [(WORDS[0], "square", nothing), (WORDS[1], "relax", relax_too_much), (WORDS[2], "fib", one)]
 )
 def test_a_wrong_kernel_is_noticed(word, name, broken, monkeypatch, capsys):
     monkeypatch.setattr(task_programs, name, broken)

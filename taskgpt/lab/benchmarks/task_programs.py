@@ -264,11 +264,12 @@ def _(n):
     return found
 
 
-@kernel
+@kernel(compiled=True)
 def fib(n: int, cut_off: int, spawn: Spawn) -> int:
     """Return the n-th Fibonacci number; n is above the cut-off."""
-    both = [spawn(fib, k, cut_off) if k > cut_off else spawn(fib_alone, k) for k in (n - 1, n - 2)]
-    return both[0].result() + both[1].result()
+    first = spawn(fib, n - 1, cut_off) if n - 1 > cut_off else spawn(fib_alone, n - 1)
+    second = spawn(fib, n - 2, cut_off) if n - 2 > cut_off else spawn(fib_alone, n - 2)
+    return first.result() + second.result()
 
 
 @kernel
@@ -307,14 +308,19 @@ def _(full, columns, left, right):
     return found
 
 
-@kernel
+@kernel(compiled=True)
 def queens(full: int, columns: int, left: int, right: int, rows: int, spawn: Spawn) -> int:
     """Return the same as `queens_alone`; each place in so many rows, at least one, is a task."""
-    counts = []
-    for bit in bits(full & ~(columns | left | right)):
+    free, counts = full & ~(columns | left | right), []
+    while free:
+        bit = free & -free
+        free ^= bit
         place = full, columns | bit, (left | bit) << 1, (right | bit) >> 1
         counts.append(spawn(queens, *place, rows - 1) if rows > 1 else spawn(queens_alone, *place))
-    return sum(count.result() for count in counts)
+    found = 0
+    for count in counts:
+        found += count.result()
+    return found
 
 
 def bits(word: int) -> list[int]:
@@ -333,7 +339,7 @@ class Fib:
     n: int = field(default=38, metadata={"at_least": 2, "at_most": 60})
     cut_off: int = field(default=24, metadata={"at_least": 1, "at_most": 60})
     name: ClassVar[str] = "fib"
-    kernels: ClassVar[tuple[Kernel, ...]] = (fib_alone,)
+    kernels: ClassVar[tuple[Kernel, ...]] = (fib, fib_alone)
     nbytes: ClassVar[int] = 0
 
     def __str__(self) -> str:
@@ -367,7 +373,7 @@ class Queens:
     n: int = field(default=13, metadata={"at_least": 1, "at_most": len(SOLUTIONS)})
     cut_off: int = field(default=3, metadata={"at_least": 1, "at_most": 5})
     name: ClassVar[str] = "queens"
-    kernels: ClassVar[tuple[Kernel, ...]] = (queens_alone,)
+    kernels: ClassVar[tuple[Kernel, ...]] = (queens, queens_alone)
     nbytes: ClassVar[int] = 0
 
     def __str__(self) -> str:

@@ -208,16 +208,17 @@ class Scheduler(OneAtATime):
     def _end_program(self) -> None:
         """Have the workers forget a program. A Ctrl-C may have kept it from its end, and this, too: what comes next makes up for it."""
         engine = self._engine
-        if engine is not None and not engine.is_closed:
+        if engine is None:
+            self._run_words[0, r.OPEN] = 0
+            return
+        if not engine.is_closed:
             engine.settle()
-            if not engine.is_quiet:
-                worker.stop(self._address)
-                worker.drop_all(self._address)
-                worker.go_on(self._address)
+        worker.stop(self._address)  # nobody looks at the program's memory now, not even who has just run its last task
+        worker.drop_all(self._address)
         self._run_words[0, r.OPEN] = 0
-        if engine is not None:
-            engine.close()
         self._table[[r.BY_AGE, r.PRIORITIES, r.NESTS_AT]] = self._policy.by_age, False, 0
+        worker.go_on(self._address)
+        engine.close()
         self._engine = None
 
     # Runs ---------------------------------------------------------------------------------------------------------------------------
