@@ -1,5 +1,6 @@
 """`taskgpt bench programs`: every way to run a program gives the right result, C's too; a wrong one is noticed before it is timed."""
 
+import dataclasses
 import json
 import shutil
 
@@ -103,13 +104,18 @@ def one(n: int, cut_off: int) -> int:
     return 1
 
 
-@pytest.mark.parametrize(
-    ("word", "name", "broken"), [(WORDS[0], "square", nothing), (WORDS[1], "relax", relax_too_much), (WORDS[2], "fib", one)]
-)
+@pytest.mark.parametrize(("word", "name", "broken"), [(WORDS[0], "square", nothing), (WORDS[1], "relax", relax_too_much)])
 def test_a_wrong_kernel_is_noticed(word, name, broken, monkeypatch, capsys):
     monkeypatch.setattr(task_programs, name, broken)
     assert main(["programs", "--programs", word, "--rounds", "1"]) == 2
     assert ": wrong result: " in capsys.readouterr().err
+
+
+def test_a_wrong_result_of_a_recursion_is_noticed(monkeypatch, capsys):
+    opened = task_programs.Fib.opened
+    monkeypatch.setattr(task_programs.Fib, "opened", lambda *given: dataclasses.replace(opened(*given), root=(one, 0, 0)))
+    assert main(["programs", "--programs", WORDS[2], "--rounds", "1"]) == 2
+    assert ": wrong result: it returned 1, wanted 377" in capsys.readouterr().err
 
 
 def test_without_a_compiler_our_own_ways_are_left(tmp_path, monkeypatch):
