@@ -42,3 +42,9 @@ def test_a_lesson_without_its_answers_is_what_a_student_gets(lesson):
     asserted = sum(cell.source.count('assert verdict == "right"') for cell in cells if "answer" in tags(cell))
     assert exercises == asserted >= 2
     assert not any("Answers\n" in cell.source for cell in cells if "answer" not in tags(cell))
+
+
+def test_every_notebook_is_on_a_page():
+    """By its file's name, in the list of notebooks or on the course's page."""
+    pages = "".join((ROOT / "docs" / "tutorials" / name).read_text(encoding="utf-8") for name in ("notebooks.md", "course.md"))
+    assert not [path.name for path in NOTEBOOKS if f"`{path.name}`" not in pages]
