@@ -39,7 +39,8 @@ U64 = np.uint64
 def mix(out: InOut[R, C, U64], a: In[P, Q, U64], salt: int):
     """Something that depends on every bit, and on the order."""
     out *= U64(6364136223846793005)
-    out += a.sum() + U64(salt % 1000)
+    out += a.sum()
+    out += U64(salt % 1000)
 
 
 @kernel
@@ -58,7 +59,7 @@ def gather(out: Commutative[R, C, U64], parts: Several[In[P, Q, U64]]):
 @kernel
 def add(total: Reduction["+", (), U64], a: In[R, C, U64]):
     """Part of a sum."""
-    total[()] += a.sum()
+    np.add(total, a.sum(), out=total)
 
 
 @kernel

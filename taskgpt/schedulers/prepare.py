@@ -113,21 +113,21 @@ class InTurn(OneAtATime):
 
 
 class OncePerGraph(Generic[Kept]):
-    """Calls `prepare(graph)` for a graph that is new, or that grew since, and keeps what it returns while the graph lives."""
+    """Calls `prepare(graph)` for a graph that is new, or has other tasks now, and keeps what it returns while the graph lives."""
 
     def __init__(self, prepare: Callable[[Graph], Kept]):
         self._prepare = prepare
-        self._kept: weakref.WeakKeyDictionary[Graph, tuple[int, Kept]] = weakref.WeakKeyDictionary()
+        self._kept: weakref.WeakKeyDictionary[Graph, tuple[object, Kept]] = weakref.WeakKeyDictionary()
 
     def __call__(self, graph: Graph) -> Kept:
         known = self._kept.get(graph)
-        if known is None or known[0] != len(graph.tasks):
+        if known is None or known[0] != graph.version:
             return self.renew(graph)
         return known[1]
 
     def renew(self, graph: Graph) -> Kept:
         """Prepare a graph anew, as something else than its tasks has changed."""
-        count = len(graph.tasks)
+        version = graph.version
         plan = self._prepare(graph)
-        self._kept[graph] = count, plan
+        self._kept[graph] = version, plan
         return plan

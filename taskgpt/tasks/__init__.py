@@ -25,6 +25,7 @@ recorded.py         the tasks of these, made when somebody looks
 waits.py            what each task waits for, from the cells that it accesses
 edges.py            which task waits for which, without what other edges imply
 recorded_edges.py   the edges of what was spawned
+parts.py            parts of a graph that are recorded again
 reductions.py       copies of reduced tiles, and the kernels that combine them
 task_graph.py       spawn and spawn_each: calls become tasks with dependencies
 coarsen.py          fewer, larger tasks

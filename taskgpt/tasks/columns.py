@@ -115,12 +115,12 @@ class Columns:
 
     def add_rows(self, origins: np.ndarray, words: np.ndarray) -> None:
         """Add many tasks with rows of one length."""
-        number, known = len(self.origins), len(self.words)
+        number, known = len(self), len(self.words)
         try:
             self.words.frombytes(words.data.cast("B"))
             self.origins.frombytes(origins.astype(np.int32).data.cast("B"))
         except BaseException:  # an interrupt
-            if len(self.origins) == number:
+            if len(self) == number:
                 del self.words[known:]
             raise
 
@@ -135,15 +135,14 @@ class Columns:
     def replace(self, start: int, stop: int, begin: int) -> None:
         """Put the tasks from `begin` on, the last ones, in the place of those from `start` to `stop`."""
         first = self.first()
+        origins = self.origins[:start] + self.origins[begin:] + self.origins[stop:begin]
+        words = self.words[: first[start]] + self.words[first[begin] :] + self.words[first[stop] : first[begin]]
+        moved = len(self) - begin - (stop - start)
+        begins = {number - begin + start: calls for number, calls in self.begins.items() if number >= begin}
+        begins |= {number + moved: calls for number, calls in self.begins.items() if stop <= number < begin}
+        begins |= {number: calls for number, calls in self.begins.items() if number < start}
         self._forget_loops(start, stop)
-        origins, words = self.origins[begin:], self.words[first[begin] :]
-        del self.origins[begin:], self.words[first[begin] :]
-        self.origins[start:stop] = origins
-        self.words[first[start] : first[stop]] = words
-        moved = len(origins) - (stop - start)
-        kept = {number: calls for number, calls in self.begins.items() if number < start}
-        kept |= {number - begin + start: calls for number, calls in self.begins.items() if number >= begin}
-        self.begins = kept | {number + moved: calls for number, calls in self.begins.items() if stop <= number < begin}
+        self.origins, self.words, self.begins = origins, words, begins
         self._changed()
 
     def _forget_loops(self, start: int, stop: int) -> None:

@@ -21,14 +21,14 @@ class DaskCollection:
 
     _run: "Run | None" = None
     _is_handed_over = False
-    _tasks_in_run = 0
+    _version_in_run: object = None
 
     def _next_run(self) -> "Run":
         from taskgpt.tasks.dask_graph import Run, to_dask  # Dask loads slowly
 
-        if self._run is None or self._is_handed_over or self._tasks_in_run != len(self.tasks):
+        if self._run is None or self._is_handed_over or self._version_in_run != self.version:
             self._run = Run(*to_dask(self))
-            self._is_handed_over, self._tasks_in_run = False, len(self.tasks)
+            self._is_handed_over, self._version_in_run = False, self.version
         else:
             self.verify_untouched()  # as `to_dask` does
         return self._run

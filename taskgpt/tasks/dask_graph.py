@@ -109,7 +109,7 @@ class _Known:
     def __init__(self, graph: TaskGraph):
         self.tasks = graph.tasks  # not the graph, which then would wait for the garbage collector
         self.name = uuid.uuid4().hex
-        self._obstacle = 0, ""
+        self._obstacle: tuple[object, str] = None, ""
 
     def call(self, task: Task) -> tuple:
         return _run, _Sendable(self, task)
@@ -117,8 +117,8 @@ class _Known:
     @property
     def obstacle(self) -> str:
         """Why other processes cannot run these tasks, and what to do, or an empty string."""
-        if self._obstacle[0] != len(self.tasks):
-            self._obstacle = len(self.tasks), _find_obstacle(self.tasks)
+        if self._obstacle[0] != self.tasks.version:
+            self._obstacle = self.tasks.version, _find_obstacle(self.tasks)
         return self._obstacle[1]
 
 

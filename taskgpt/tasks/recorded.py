@@ -61,6 +61,7 @@ class Tasks(Sequence[Task]):
         self._columns, self._edges = columns, edges
         self._made: list[Any] = []  # None for one that nobody has looked at
         self._unmade = 0  # all tasks before this one are made
+        self._replaced = 0
         self._appended: list[Task] = []
 
     def __len__(self) -> int:
@@ -98,23 +99,15 @@ class Tasks(Sequence[Task]):
     def append(self, task: Task) -> None:
         self._appended.append(task)
 
+    @property
+    def version(self) -> tuple[int, int]:
+        """What changes whenever the tasks do."""
+        return len(self), self._columns.replaced
+
     def _grow(self) -> list[Any]:
+        if self._replaced != self._columns.replaced:  # and their numbers may be others
+            self._made, self._unmade, self._replaced = [], 0, self._columns.replaced
         made, count = self._made, len(self._columns)
         if len(made) < count:
             made.extend([None] * (count - len(made)))
         return made
-
-    def drop(self, begin: int) -> None:
-        """Forget the tasks from that number on."""
-        del self._made[begin:]
-        self._unmade = min(self._unmade, begin)
-
-    def replace(self, start: int, stop: int, count: int) -> None:
-        """Put so many new ones into the place of some; those behind are numbered anew."""
-        if len(self._made) > start:
-            self._grow()
-            self._made[start:stop] = [None] * count
-        self._unmade = min(self._unmade, start)
-        for number in range(start + count, len(self._made)):
-            if (task := self._made[number]) is not None:
-                task.number = number

@@ -37,10 +37,10 @@ def _waits(parts: Sequence[Columns]) -> tuple[np.ndarray, np.ndarray]:
     tiles = [_tiles(columns) for columns in parts]
     touched = TouchedCells(sum(tiles))
     for at, columns in enumerate(parts):
-        before = sum(tiles[:at])
+        before, accesses = sum(tiles[:at]), sum(map(len, places))
         _touch(columns, before, numbering, touched)
         first, own_places, own_kinds = _accesses(columns, before)
-        firsts.append(first + firsts[-1][-1])
+        firsts.append(first + accesses)
         places.append(own_places)
         kinds.append(own_kinds)
     touched.fill()

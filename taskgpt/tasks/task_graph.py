@@ -30,6 +30,7 @@ from taskgpt.tasks.kernel import Kernel, as_kernel
 from taskgpt.tasks.known_calls import CallSignature, KnownCalls, Place
 from taskgpt.tasks.lines import Line
 from taskgpt.tasks.loops import LoopCalls
+from taskgpt.tasks.parts import Part
 from taskgpt.tasks.recorded import RecordedTask, Tasks
 from taskgpt.tasks.recorded_edges import edges_between, edges_of
 from taskgpt.tasks.reductions import beginning, combining, copies_of, slots_of
@@ -83,6 +84,8 @@ class TaskGraph:
         self._is_derived = False  # its edges are known, but not what its tasks access
         self._groups: dict[Cell, _Group] = {}  # those of reductions that are open
         self._copies: dict[Place, list[Place]] = {}  # of tiles that are reduced, for the slots after the first
+        self._parts: weakref.WeakSet[Part] = weakref.WeakSet()
+        self._open_parts: tuple[Part, ...] = ()  # whose blocks are under way, the outermost first
 
     @property
     def tasks(self) -> Tasks:
@@ -93,7 +96,7 @@ class TaskGraph:
     @property
     def version(self) -> tuple[int, int]:
         """What changes whenever the tasks do: plans that were made of others are of no use."""
-        return len(self.tasks), self._columns.replaced
+        return self.tasks.version
 
     @property
     def edges(self) -> Edges:
@@ -236,6 +239,54 @@ class TaskGraph:
         """Return True if the calls may touch a tile whose reduction is open: which task ends it is found call by call."""
         reduced = {group.place.tile.tensor for group in self._groups.values()}
         return any(tensor in reduced or tensor in self._calls.grids.finest for tensor in calls.tensors()) if reduced else False
+
+    def part(self) -> Part:
+        """Return a part of the graph for a `with` block: what is spawned there can be recorded again, alone, in another one; see parts.py.
+
+        Reductions do not reach over the ends of such a block. A block that raises leaves the graph as it was before it. Raises RuntimeError
+        where `spawn` does for graphs that run or are derived; for a part of a part that was recorded again, which is gone; and for one
+        that is to be recorded again while another block is under way. Tasks behind it are numbered anew.
+        """
+        return Part(self, self._open_parts)
+
+    def begin_part(self, part: Part) -> int:
+        """Note that a part's block begins; return the number of its first task."""
+        self._verify_may_record()
+        if part.is_gone:
+            raise RuntimeError(f"this part of graph '{self.name}' is gone: a part around it was recorded again")
+        if part.numbers is not None and self._open_parts:
+            raise RuntimeError(f"a part of graph '{self.name}' is being recorded; end its block before another part is recorded again")
+        self._combine_all()
+        self._open_parts = *self._open_parts, part
+        return len(self._columns)
+
+    def end_part(self, part: Part, begin: int) -> None:
+        """Put what was spawned since then in the place of what the part was."""
+        self._verify_may_record()
+        self._combine_all()
+        self._open_parts = self._open_parts[:-1]
+        count = len(self._columns) - begin
+        if part.numbers is None:
+            part.numbers = range(begin, begin + count)
+            self._parts.add(part)
+            return
+        start, stop = part.numbers.start, part.numbers.stop
+        self._columns.replace(start, stop, begin)
+        for other in self._parts:
+            if other is not part:
+                other.shift(part, begin, count)
+        part.numbers = range(start, start + count)
+        self._kernels = dict.fromkeys(self._columns.kernels())
+
+    def drop_part(self, part: Part, begin: int) -> None:
+        """Forget what was spawned since then."""
+        self._open_parts = self._open_parts[:-1]
+        self._groups.clear()
+        self._columns.drop(begin)
+        for other in self._parts:
+            if part in other.outer and other.numbers is not None and other.numbers.start >= begin:
+                other.is_gone = True
+        self._kernels = dict.fromkeys(self._columns.kernels())
 
     def _combine_before(self, signature: CallSignature, places: Sequence[Place]) -> None:
         """End the groups of reductions that a call on these tiles does not go on with."""
