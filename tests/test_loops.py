@@ -162,6 +162,24 @@ def test_a_grid_finer_than_one_before():
     assert "<- 0\n" in listings[1]  # the finer cells are known to be pieces of the coarser ones
 
 
+def test_a_grid_of_nine_million_cells():
+    """Of grids with more cells than there is room for, those that are touched are numbered."""
+    x, graph = wrap(np.zeros((3000, 3000)), (1, 1), "x"), Graph()
+    graph.spawn_each(scale, range(0, 3000, 300), lambda i: (x[i, i : i + 1], 1.0))
+    graph.spawn(scale, x[900, 900:902], 2.0)
+    assert [task.predecessors for task in graph.tasks] == [()] * 10 + [(3,)]
+
+
+def test_edges_of_all_to_all():
+    """A hundred tasks that each wait for a hundred others: many more edges than accesses."""
+    x, y = (wrap(np.zeros((100, 2), U64), (1, None), name) for name in "xy")
+    graph = Graph()
+    graph.spawn_each(mix, 100, lambda i: (x[i : i + 1], y[i : i + 1], 0))
+    graph.spawn_each(mix, 100, lambda i: (y[i : i + 1], x[:], 0))
+    assert len(graph.edges) == 10_000
+    assert graph.tasks[150].predecessors == tuple(range(100))
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 40])
 def test_a_grainsize_joins_tiles(size):
     """A task of several iterations has their tiles joined, the last one what is left; places that move become ranges."""

@@ -5,6 +5,7 @@ constants by their bits and, of a loop's task, its iteration. A tile's number is
 -1 - (its family << 32) - its number there, where a family is what one parameter's tiles are in all iterations.
 """
 
+import math
 import struct
 import threading
 from array import array
@@ -43,17 +44,31 @@ class Origin(NamedTuple):
 
 
 class Family(NamedTuple):
-    """The tiles of one parameter in all iterations of a loop: `spans`, int64, has a row for each, where it begins and ends on each axis.
+    """The tiles of one parameter in all iterations of a loop in which it moves, which have a shape of their own.
 
-    `drops`: whether each axis is dropped, as by an integer.
+    `ends`: where they begin and end on each axis, arrays that can be broadcast to that shape. `drops`: whether each axis is dropped, as by
+    an integer.
     """
 
     tensor: Tensor
-    spans: np.ndarray
+    shape: tuple[int, ...]
+    ends: list[np.ndarray]
     drops: tuple[bool, ...]
 
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    def spans(self) -> np.ndarray:
+        """Return the ends of all tiles, int64, a row for each."""
+        spans = np.empty((*self.shape, len(self.ends)), np.int64)
+        for at, end in enumerate(self.ends):
+            spans[..., at] = end
+        return spans.reshape(-1, len(self.ends))
+
     def tile(self, number: int) -> Tile:
-        ends = self.spans[number].tolist()
+        place = np.unravel_index(number, self.shape)
+        ends = [int(np.broadcast_to(end, self.shape)[place]) for end in self.ends]
         spans: list[Span] = [ends[2 * axis] if drops else (ends[2 * axis], ends[2 * axis + 1]) for axis, drops in enumerate(self.drops)]
         return Tile.of(self.tensor, tuple(spans))
 

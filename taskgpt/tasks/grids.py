@@ -7,8 +7,6 @@ finer one, for it tells apart whatever the other does.
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
-import numpy as np
-
 from taskgpt.tasks.dependencies import Cell
 from taskgpt.tasks.tensor import Bounds, GridError, Tensor, Tile
 
@@ -31,10 +29,10 @@ class Grids:
         """Return the cells that a tile touches; new ones of what nobody touched."""
         return tuple(map(self._cells[tile.tensor].__getitem__, tile.cells(self.finest.get(tile.tensor))))
 
-    def places(self, tensor: Tensor) -> tuple[np.ndarray, ...]:
-        """Return the bounds of the cells that a tensor goes by, as Tensor.places does."""
+    def finest_of(self, tensor: Tensor) -> Tensor:
+        """Return the tensor whose cells a tensor goes by: itself, or one that shares its memory."""
         bounds = self.finest.get(tensor, tensor.bounds)
-        return next(each for each in (tensor, *self._met) if each.bounds is bounds).places
+        return next(each for each in (tensor, *self._met) if each.bounds is bounds)
 
     def memory(self, tensor: Tensor) -> int:
         """Return a number that tensors which share memory have in common."""

@@ -111,11 +111,8 @@ class LoopCalls:
         shape = np.broadcast_shapes(*(end.shape for end in ends))
         if not shape or all(length == 1 for length in shape):
             return calls.place(tile.at((0,) * len(self.loop.shape))).number
-        spans = np.empty((*shape, len(ends)), np.int64)
-        for at, end in enumerate(ends):
-            spans[..., at] = end
-        spans = spans.reshape(-1, len(ends))
-        return new_family(Family(tile.tensor, spans, tile.drops)) - np.arange(len(spans)).reshape(shape)
+        family = Family(tile.tensor, shape, ends, tile.drops)
+        return new_family(family) - np.arange(family.size).reshape(shape)
 
 
 def _overlap(one: Any, other: Any) -> np.ndarray:

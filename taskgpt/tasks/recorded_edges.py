@@ -1,5 +1,6 @@
 """The edges of a recorded graph, and those from one graph to the next, from the columns of their tasks."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import numba
@@ -58,7 +59,7 @@ def _together(parts: list[np.ndarray]) -> np.ndarray:
 
 def _tiles(columns: Columns) -> int:
     """Return how many tiles are known: of places, and after these of families."""
-    return len(columns.calls.place_of) + sum(len(family.spans) for family in columns.families if family is not None)
+    return len(columns.calls.place_of) + sum(family.size for family in columns.families if family is not None)
 
 
 class _Numbering:
@@ -69,14 +70,14 @@ class _Numbering:
         self._begin: dict[int, int] = {}
         self.count = 0
 
-    def of(self, tensor: Tensor) -> tuple[Sequence[np.ndarray], int]:
-        """Return the bounds of a tensor's cells, and the number of the first one."""
+    def of(self, tensor: Tensor) -> tuple[Tensor, int]:
+        """Return the tensor whose cells a tensor goes by, and the number of the first one."""
         grids = next(grids for grids in self._grids if tensor in grids)
-        bounds, memory = grids.places(tensor), grids.memory(tensor)
+        finest, memory = grids.finest_of(tensor), grids.memory(tensor)
         if memory not in self._begin:
             self._begin[memory] = self.count
-            self.count += int(np.prod([len(each) - 1 for each in bounds], dtype=np.int64))
-        return bounds, self._begin[memory]
+            self.count += math.prod(finest.grid)
+        return finest, self._begin[memory]
 
 
 def _touch(columns: Columns, before: int, numbering: _Numbering, touched: TouchedCells) -> None:
@@ -87,8 +88,8 @@ def _touch(columns: Columns, before: int, numbering: _Numbering, touched: Touche
     begin = before + len(columns.calls.place_of)
     for family in columns.families:
         if family is not None:
-            touched.add(np.arange(begin, begin + len(family.spans)), family.spans, *numbering.of(family.tensor))
-            begin += len(family.spans)
+            touched.add(np.arange(begin, begin + family.size), family.spans(), *numbering.of(family.tensor))
+            begin += family.size
 
 
 def _accesses(columns: Columns, before: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -96,7 +97,7 @@ def _accesses(columns: Columns, before: int) -> tuple[np.ndarray, np.ndarray, np
     kinds = [[CODES.get(kind, WRITE) for kind in origin.signature.kinds] for origin in columns.table]
     kind_first = np.cumsum([0, *map(len, kinds)])
     flat = np.array([code for each in kinds for code in each], np.uint8)
-    sizes = [0 if family is None else len(family.spans) for family in columns.families]
+    sizes = [0 if family is None else family.size for family in columns.families]
     begins = np.cumsum([before + len(columns.calls.place_of), *sizes])
     origins, words = np.frombuffer(columns.origins, np.int32), np.frombuffer(columns.words, np.int64)
     ends = np.cumsum(np.diff(kind_first)[origins])

@@ -122,6 +122,12 @@ class Tensor:
         """The bounds as arrays of int64."""
         return tuple(np.array(bounds, np.int64) for bounds in self.bounds)
 
+    @cached_property
+    def steps(self) -> tuple[int, ...]:
+        """The length of all cells but the last on each axis, if that is at most as long; 0 if they are not of one length."""
+        lengths = [np.diff(bounds) for bounds in self.places]
+        return tuple(int(each[0]) if (each[:-1] == each[0]).all() and each[-1] <= each[0] else 0 for each in lengths)
+
     def __repr__(self) -> str:
         return f"{self.name}{list(self.array.shape)} cut {' x '.join(map(str, self.grid))}"
 

@@ -7,7 +7,7 @@ all of them.
 What a task waits for already by way of a neighbour is left out here, where that is seen at once; edges.py finds the rest.
 """
 
-from collections.abc import Sequence
+import math
 from typing import Any
 
 import numba
@@ -15,12 +15,13 @@ import numpy as np
 from numba import types
 
 from taskgpt.tasks.cache import compile_function
+from taskgpt.tasks.tensor import Tensor
 
 READ, WRITE, COMMUTATIVE, CONCURRENT = range(4)  # what an access is to who comes after it; the last two make groups
 CODES = {"in": READ, "commutative": COMMUTATIVE, "concurrent": CONCURRENT}  # of kinds; any other is a WRITE
 _FEW = 16  # predecessors, whose own are looked through
 
-_LONGS, _INTS, _BYTES, _MATRIX = types.int64[::1], types.int32[::1], types.uint8[::1], types.int64[:, ::1]
+_LONGS, _INTS, _BYTES, _RANGES = types.int64[::1], types.int32[::1], types.uint8[::1], types.int32[:, ::1]
 
 
 def waits_of(first: np.ndarray, cells: np.ndarray, kinds: np.ndarray, cell_count: int, border: int) -> tuple[np.ndarray, np.ndarray]:
@@ -47,26 +48,26 @@ class TouchedCells:
         self.cells = np.empty(0, np.int64)
         self._parts: list[tuple] = []
 
-    def add(self, numbers: np.ndarray, spans: np.ndarray, bounds: Sequence[np.ndarray], base: int) -> None:
-        """Add tiles of a tensor by their numbers: `spans`, int64, has a row for each, where it begins and ends on each axis.
+    def add(self, numbers: np.ndarray, spans: np.ndarray, grid: Tensor, base: int) -> None:
+        """Add tiles by their numbers: `spans`, int64, has a row for each, where it begins and ends on each axis.
 
-        `bounds`: of the grid's cells on each axis. The grid's first cell has the number `base`.
+        Their cells are those of the tensor `grid`, the first of which has the number `base`.
         """
-        axes = len(bounds)
-        flat = np.concatenate([np.empty(0, np.int64), *bounds])
-        first = np.cumsum([0, *map(len, bounds)])
-        steps = np.array([_step(each) for each in bounds], np.int64)
-        grid = [len(each) - 1 for each in bounds]
-        strides = np.array([int(np.prod(grid[axis + 1 :], dtype=np.int64)) for axis in range(axes)], np.int64)
-        ranges = np.empty_like(spans)
-        count = _compiled(_ranges_of, (_MATRIX, _LONGS, _LONGS, _LONGS, _LONGS, _MATRIX, _LONGS))
+        axes = len(grid.grid)
+        steps = np.array(grid.steps, np.int64)
+        uneven = [np.empty(0, np.int64) if step else places for step, places in zip(grid.steps, grid.places, strict=True)]
+        flat = np.concatenate([np.empty(0, np.int64), *uneven])
+        first = np.cumsum([0, *map(len, uneven)])
+        strides = np.array([math.prod(grid.grid[axis + 1 :]) for axis in range(axes)], np.int64)
+        ranges = np.empty(spans.shape, np.int32)
+        count = _compiled(_ranges_of, (types.int64[:, ::1], _LONGS, _LONGS, _LONGS, _LONGS, _RANGES, _LONGS))
         count(spans, numbers, flat, first, steps, ranges, self.first)
         self._parts.append((ranges, numbers, strides, base))
 
     def fill(self) -> None:
         np.cumsum(self.first, out=self.first)
         self.cells = np.empty(self.first[-1], np.int64)
-        fill = _compiled(_fill_cells, (_MATRIX, _LONGS, _LONGS, types.int64, _LONGS, _LONGS))
+        fill = _compiled(_fill_cells, (_RANGES, _LONGS, _LONGS, types.int64, _LONGS, _LONGS))
         for part in self._parts:
             fill(*part, self.first, self.cells)
         self._parts.clear()
@@ -76,13 +77,6 @@ def _compiled(function: Any, signature: tuple) -> Any:
     if not numba.config.DISABLE_JIT:
         compile_function(function, signature)
     return function
-
-
-def _step(bounds: np.ndarray) -> int:
-    """Return the length of all cells but the last, which is at most as long; 0 if they are not of one length."""
-    step = int(bounds[1])
-    lengths = np.diff(bounds)
-    return step if (lengths[:-1] == step).all() and lengths[-1] <= step else 0
 
 
 @numba.njit(nogil=True)
