@@ -62,7 +62,7 @@ class Spawner:
             is_here = self._is_final or (self._task is not None and program.is_crowded)
             waits: set[Task] = set()
             if not self._is_final:
-                task.is_weak = not is_here and kernel.is_weak
+                task.is_weak = kernel.is_weak and not (is_here or task.is_final)  # what it spawns then does not wait in its place
                 task.domain = Domain({}) if task.is_weak else None
                 for place, kind in zip(places, signature.kinds, strict=True):
                     self._domain.access(place.cells, kind, task, waits, program.is_open)
