@@ -11,10 +11,11 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from plain_schedulers import scheduler
 
 from taskgpt.gpt2.program import training_graph
 from taskgpt.lab import machine, report, roofline
-from taskgpt.lab.benchmarks import peer_setups, peers, recording, task_bench
+from taskgpt.lab.benchmarks import patterns, peer_setups, peers, recording, spawned_patterns, task_bench
 from taskgpt.lab.benchmarks.peer_process import Start
 from taskgpt.lab.named import make, named_scheduler, prepare
 from taskgpt.lab.roofline import Product, product_of, products
@@ -82,14 +83,29 @@ def test_a_pattern_is_as_drawn(pattern):
     """What Task Bench draws for six columns."""
     for t, line in enumerate(DRAWN[pattern], start=1):
         wanted = [[int(digit) for digit in word.strip("-")] for word in line.split()]
-        assert task_bench.width_at(pattern, 6, t) == len(wanted)
-        assert [task_bench.depends(pattern, 6, t, i) for i in range(len(wanted))] == wanted
+        assert patterns.width_at(pattern, 6, t) == len(wanted)
+        assert [patterns.depends(pattern, 6, t, i) for i in range(len(wanted))] == wanted
+
+
+@pytest.mark.parametrize("way", spawned_patterns.WAYS)
+@pytest.mark.parametrize("pattern", patterns.PATTERNS)
+def test_patterns_as_programs(pattern, way):
+    """All tasks run, and read what their patterns say."""
+    with scheduler("native", workers=2) as native:
+        tasks, run = spawned_patterns.opened_pattern(native, way, pattern, 5, 20)
+        assert tasks == sum(patterns.width_at(pattern, 5, t) for t in range(20))
+        run(3)
+    for t, i in itertools.product(range(1, 5), range(5)):
+        columns = patterns.depends(pattern, 5, t, i)
+        runs = spawned_patterns._runs(columns)
+        assert [j for a, b in zip(runs[::2], runs[1::2], strict=True) for j in range(a, b)] == columns
+        assert len(runs) <= 2 * spawned_patterns.MOST_READS
 
 
 def test_random_edges_repeat_and_stay_near():
     """Its own column always, others nearby about one time in four, the same ones every time."""
-    found = [task_bench.depends("random", 100, t, i) for t in range(1, 50) for i in range(100)]
-    assert found == [task_bench.depends("random", 100, t, i) for t in range(1, 50) for i in range(100)]
+    found = [patterns.depends("random", 100, t, i) for t in range(1, 50) for i in range(100)]
+    assert found == [patterns.depends("random", 100, t, i) for t in range(1, 50) for i in range(100)]
     offsets = Counter(j - i for number, row in enumerate(found) for i in [number % 100] for j in row)
     assert set(offsets) == {-2, -1, 0, 1, 2}
     assert offsets[0] == len(found)
@@ -97,19 +113,19 @@ def test_random_edges_repeat_and_stay_near():
 
 
 @pytest.mark.parametrize("width", (1, 2, 5))
-@pytest.mark.parametrize("pattern", task_bench.PATTERNS)
+@pytest.mark.parametrize("pattern", patterns.PATTERNS)
 def test_a_recorded_graph_has_exactly_the_edges_of_its_pattern(pattern, width):
     """And none in the first row."""
     graph, _ = task_bench.record(pattern, width, 4)
-    place = [(t, i) for t in range(4) for i in range(task_bench.width_at(pattern, width, t))]
+    place = [(t, i) for t in range(4) for i in range(patterns.width_at(pattern, width, t))]
     edges = {(place[p], place[task.number]) for task in graph.tasks for p in task.predecessors}
     assert len(graph.tasks) == len(place)
-    assert edges == {((t - 1, j), (t, i)) for t, i in place for j in task_bench.depends(pattern, width, t, i)}
+    assert edges == {((t - 1, j), (t, i)) for t, i in place for j in patterns.depends(pattern, width, t, i)}
 
 
 def test_an_unknown_pattern_is_refused():
     with pytest.raises(ValueError, match="no pattern 'ring'"):
-        task_bench.depends("ring", 4, 1, 0)
+        patterns.depends("ring", 4, 1, 0)
 
 
 # What recording costs -------------------------------------------------------------------------------------------------------------------
@@ -173,7 +189,7 @@ def test_a_scheduler_runs_every_task_as_recorded(system, monkeypatch):
         for count in (1, 3):
             assert case.run(count) > 0
             ((graph, _),) = recorded
-            assert [task.calls[0].arrays[0].tolist() for task in graph.tasks] == [[task_bench.spin(count)]] * 12
+            assert [task.calls[0].arrays[0].tolist() for task in graph.tasks] == [[patterns.spin(count)]] * 12
 
 
 def test_a_set_up_of_ones_own_is_a_system(tmp_path):
@@ -205,7 +221,7 @@ def test_a_dask_system_calls_every_task_in_every_run(system, monkeypatch):
 
 def test_spinning_takes_as_long_as_it_says():
     """The chain converges to 1 and is not folded away: after n steps from 0, 1 - 2^-n."""
-    assert [task_bench.spin(n) for n in (0, 1, 2, 3)] == [0, 0.5, 0.75, 0.875]
+    assert [patterns.spin(n) for n in (0, 1, 2, 3)] == [0, 0.5, 0.75, 0.875]
     out = np.zeros(1, np.float32)
     for busy in (task_bench.busy, task_bench.busy.body):
         busy(out, np.array([2]))
@@ -638,6 +654,7 @@ def test_a_table_aligns_text_left_and_numbers_right(capsys):
         (["step", "--rounds", "0"], "--rounds: wanted at least 1, got 0"),
         (["roofline", "--graphs", "tiny", "--workers", "0"], "--workers 0: wanted a number from 1 to 4,096"),
         (["overhead", "--systems", "dask.thread"], "unknown system 'dask.thread'; did you mean 'dask.threaded'?"),
+        (["overhead", "--systems", "native+programm"], "unknown way 'programm' of 'native'; did you mean 'program'?"),
         (["metg", "--efficiency", "50"], "--efficiency: wanted a part of the peak, between 0 and 1, got 50.0"),
         (["metg", "--systems", "tcp://10.0.0.1:8786"], "clusters by address are not supported yet"),
         (["metg", "--steps", "1000000000"], "--steps: wanted at most 1,000,000, got 1000000000"),

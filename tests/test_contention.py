@@ -5,7 +5,7 @@ import json
 import pytest
 
 from taskgpt.config import load_scheduler
-from taskgpt.lab.benchmarks import task_bench
+from taskgpt.lab.benchmarks import patterns, task_bench
 from taskgpt.lab.simulator.contention import LINE_BYTES, Contended, Counts, Lines
 from taskgpt.lab.simulator.machine_file import Machine
 from taskgpt.programs.bench import main
@@ -38,7 +38,7 @@ def test_lines_by_hand():
     assert counts.transfers == 3
 
 
-@pytest.mark.parametrize("pattern", task_bench.PATTERNS)
+@pytest.mark.parametrize("pattern", patterns.PATTERNS)
 @pytest.mark.parametrize("stealing", [False, True])
 @pytest.mark.parametrize("idle", ["hybrid", "idle"])
 def test_every_task_runs(pattern, stealing, idle):

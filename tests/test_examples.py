@@ -18,8 +18,7 @@ SCHEDULERS = [
     ("sequential", {}),
     ("loops", {"workers": 2}),
     ("threads", {"workers": 2}),
-    ("native", {"workers": 1}),
-    ("native", {"workers": 4}),
+    *(("native", {"workers": workers}) for workers in (1, 2, 4, 8)),
 ]
 
 

@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 
 from taskgpt.errors import run_program
 from taskgpt.lab import roofline
-from taskgpt.lab.benchmarks import contention, decode, peers, products, programs, recording, steps, task_bench
+from taskgpt.lab.benchmarks import contention, decode, patterns, peers, products, programs, recording, steps, task_bench
 from taskgpt.lab.benchmarks.task_programs import PROGRAMS
 from taskgpt.programs.arguments import (
     Parser,
@@ -104,7 +104,7 @@ def parser() -> argparse.ArgumentParser:
 
     shared = add("contention", contention.contention, None, "many workers, simulated: atomic operations, locks and wake-ups a task")
     add_names(shared, "system", ["native"], "set-ups of native, or paths")
-    add_names(shared, "pattern", ["stencil_1d", "fork_join"], f"of {', '.join(task_bench.PATTERNS)} ", "")
+    add_names(shared, "pattern", ["stencil_1d", "fork_join"], f"of {', '.join(patterns.PATTERNS)} ", "")
     shared.add_argument("--width", type=int, metavar="N", help="tasks in a row of the graph (default: as many as workers)")
     shared.add_argument("--steps", type=int, default=20, metavar="N", help="rows (default 20)")
     shared.add_argument("--task-us", type=float, default=contention.TASK_US, metavar="US", help="a task's length (default %(default)s)")
@@ -131,10 +131,15 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def add_task_bench(verb: argparse.ArgumentParser, patterns: list[str]) -> None:
+def add_task_bench(verb: argparse.ArgumentParser, chosen: list[str]) -> None:
     """Add what the verbs on Task Bench's graphs share."""
-    add_names(verb, "system", task_bench.SYSTEMS, "Dask's, and scheduler files, or paths")
-    add_names(verb, "pattern", patterns, f"of {', '.join(task_bench.PATTERNS)} ", "")
+    add_names(
+        verb,
+        "system",
+        task_bench.SYSTEMS,
+        "Dask's, and scheduler files, or paths; +program or +nested behind one spawns",
+    )
+    add_names(verb, "pattern", chosen, f"of {', '.join(patterns.PATTERNS)} ", "")
     verb.add_argument("--width", type=int, metavar="N", help="tasks in a row of the graph (default: as many as workers)")
     verb.add_argument("--steps", type=int, default=1000, metavar="N", help="rows; a twentieth of it for clusters (default 1000)")
 

@@ -3,7 +3,7 @@
 import argparse
 
 from taskgpt.errors import UserError, shorten
-from taskgpt.lab.benchmarks import task_bench
+from taskgpt.lab.benchmarks import patterns, task_bench
 from taskgpt.lab.named import named_config
 from taskgpt.lab.report import Report, in_range
 from taskgpt.lab.simulator.contention import Contended
@@ -34,7 +34,7 @@ def contention(flags: argparse.Namespace) -> None:
     in_range("--steps", flags.steps)
     if not 0 < flags.task_us <= 1e6:
         raise UserError(f"--task-us: wanted microseconds, above 0 and at most 1e6, got {flags.task_us}")
-    task_bench.verify_patterns(flags.patterns)
+    patterns.verify_patterns(flags.patterns)
     machine, configs = Machine.load(flags.machine), {}
     for system in dict.fromkeys(flags.systems):
         for workers in flags.workers or WORKERS:

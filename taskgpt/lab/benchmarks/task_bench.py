@@ -1,91 +1,34 @@
 """Task Bench (Slaughter et al. 2020) in small: what a task costs under each system, and the shortest tasks that it still runs well.
 
 A graph is `steps` rows of `width` tasks; a pattern says which tasks of the row before a task waits for. Every task computes the same chain
-of multiply-adds, `iterations` long, in one compiled function without the GIL. Our schedulers run it as a recorded graph, the Dask systems
-as a Dask graph whose callable is that function.
+of multiply-adds, `iterations` long, in one compiled function without the GIL. Our schedulers run it as a recorded graph, `NAME+program` and
+`NAME+nested` as a program whose tasks Python or compiled code spawns, the Dask systems as a Dask graph whose callable is that function.
 """
 
 import argparse
 import math
 import os
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from statistics import median
 
-import numba
 import numpy as np
 
 from taskgpt.config import MOST_TASKS, available, is_address
 from taskgpt.errors import UserError, did_you_mean, shorten
 from taskgpt.lab import machine
+from taskgpt.lab.benchmarks import spawned_patterns
+from taskgpt.lab.benchmarks.patterns import LINE, depends, spin, verify_patterns, width_at
 from taskgpt.lab.named import named_scheduler, split_changes
 from taskgpt.lab.report import Report, in_range, quartiles, seconds_of
 from taskgpt.progress import Progress
 from taskgpt.tasks import Arena, Call, Graph, In, Out, Task, TensorSpec, compile_kernels, kernel
 
-PATTERNS = ("trivial", "chains", "stencil_1d", "fft", "nearest", "random", "tree", "fork_join")
 DASK = ("taskgpt.get", "dask.threaded", "distributed")  # beside our schedulers, the systems that take Dask graphs
-SYSTEMS = ("native", *DASK)
-RADIUS = 2  # of nearest and random: Task Bench's radix 5
-CONNECTED = 0.25  # of random's edges, besides the one to the same column
-LINE = 16  # float32: every task writes to a cache line of its own
-
-# Patterns -------------------------------------------------------------------------------------------------------------------------------
-
-
-def verify_patterns(patterns: Iterable[str]) -> None:
-    """Raise UserError for a pattern that is none."""
-    for pattern in patterns:
-        if pattern not in PATTERNS:
-            raise UserError(f"--patterns: unknown pattern '{shorten(pattern)}'{did_you_mean(pattern, PATTERNS)}")
-
-
-def width_at(pattern: str, width: int, t: int) -> int:
-    """Return the number of tasks in row t: a tree's rows double until they are `width` wide; of fork_join's, every second has one task."""
-    if pattern == "fork_join":
-        return 1 if t % 2 == 0 else width
-    return min(width, 1 << min(t, 62)) if pattern == "tree" else width
-
-
-def depends(pattern: str, width: int, t: int, i: int) -> list[int]:
-    """Return the columns of row t - 1 that task i of row t waits for, as Task Bench defines them (its `no_comm` is `chains`).
-
-    `fork_join` is ours: one task releases a whole row, which one task waits for.
-    """
-    if t == 0 or pattern == "trivial":
-        return []
-    if pattern == "chains":
-        found = [i]
-    elif pattern == "stencil_1d":
-        found = [i - 1, i, i + 1]
-    elif pattern == "fft":
-        distance = 1 << (t - 1) % max(1, math.ceil(math.log2(width)))
-        found = [i - distance, i, i + distance]
-    elif pattern == "nearest":
-        found = range(i - RADIUS, i + RADIUS + 1)
-    elif pattern == "random":
-        found = [j for j in range(i - RADIUS, i + RADIUS + 1) if j == i or zlib.crc32(f"{t} {i} {j}".encode()) < CONNECTED * 2**32]
-    elif pattern == "tree":
-        found = [i // 2]
-    elif pattern == "fork_join":
-        found = range(width)
-    else:
-        raise ValueError(f"no pattern '{pattern}'")
-    return [j for j in found if 0 <= j < width_at(pattern, width, t - 1)]
-
+SYSTEMS = ("native", "native+program", "native+nested", *DASK)
 
 # Tasks ----------------------------------------------------------------------------------------------------------------------------------
-
-
-@numba.njit(nogil=True)
-def spin(iterations):
-    """A chain of multiply-adds in a register."""
-    x = np.float32(0)
-    for _ in range(iterations):
-        x = x * np.float32(0.5) + np.float32(0.5)
-    return x
 
 
 @kernel
@@ -142,11 +85,14 @@ def spin_and_return(iterations: int, *_predecessors: None) -> None:
 def opened(system: str, workers: int) -> Iterator[Callable[[str, int, int], Case]]:
     """Open a system; yield what makes a case of (pattern, width, steps)."""
     with ExitStack() as stack:
+        recorded, _, way = system.partition("+")
         if system in DASK:
             get = dask_get(stack, system, workers)
-        elif (name := split_changes(system)[0]) in available("scheduler_configs") or is_address(name) or os.path.isfile(name):
+        elif way not in ("", *spawned_patterns.WAYS):
+            raise UserError(f"--systems: unknown way '{shorten(way)}' of '{recorded}'{did_you_mean(way, spawned_patterns.WAYS)}")
+        elif (name := split_changes(recorded)[0]) in available("scheduler_configs") or is_address(name) or os.path.isfile(name):
             # Tasks as recorded: merged ones would cost less than they say.
-            scheduler = stack.enter_context(named_scheduler(system, workers, coarsen=0, dashboard=-1))
+            scheduler = stack.enter_context(named_scheduler(recorded, workers, coarsen=0, dashboard=-1))
         else:
             raise UserError(f"--systems: unknown system '{name}'{did_you_mean(name, [*DASK, *available('scheduler_configs')])}")
 
@@ -169,7 +115,11 @@ def opened(system: str, workers: int) -> Iterator[Callable[[str, int, int], Case
 
             return Case(pattern, system, workers, len(graph.tasks), run)
 
-        yield dask_case if system in DASK else scheduler_case
+        def spawned_case(pattern: str, width: int, steps: int) -> Case:
+            tasks, run = spawned_patterns.opened_pattern(scheduler, way, pattern, width, steps)
+            return Case(pattern, system, scheduler.workers, tasks, lambda count: seconds_of(lambda: run(count)))
+
+        yield dask_case if system in DASK else spawned_case if way else scheduler_case
 
 
 def dask_get(stack: ExitStack, system: str, workers: int) -> Callable[[dict, list], object]:
