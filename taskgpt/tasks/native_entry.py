@@ -128,10 +128,15 @@ class Words:
 
 
 def _words_of_tile(tile: Tile) -> list[int]:
-    memory = tile.tensor.array
-    strides = [stride for span, stride in zip(tile.spans, memory.strides, strict=True) if isinstance(span, tuple)]
-    corner = sum(start * stride for (start, _), stride in zip(tile.ranges, memory.strides, strict=True))
-    return [memory.__array_interface__["data"][0] + corner, *tile.shape, *strides]
+    address, shape, strides = tile.tensor.address, [], []
+    for span, stride in zip(tile.spans, tile.tensor.array.strides, strict=True):
+        if isinstance(span, tuple):
+            address += span[0] * stride
+            shape.append(span[1] - span[0])
+            strides.append(stride)
+        else:
+            address += span * stride
+    return [address, *shape, *strides]
 
 
 def _words_of_scratch(shapes: Shapes) -> list[int]:

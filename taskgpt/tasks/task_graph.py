@@ -112,6 +112,8 @@ class TaskGraph:
         arguments, TwinError for a kernel new to the graph that was compiled from what has changed since (what changes later, the run sees),
         RuntimeError for a graph that was derived or sent: it knows its edges, but not what its tasks access; for one that is being run,
         and, inside a task, for one that the task did not make.
+
+        The task is made to be looked at, and kept by nobody else: the graph has its numbers alone.
         """
         caller = sys._getframe(1)
         return self._spawn(kernel, args, section, priority, (caller.f_code, caller.f_lasti))
@@ -162,6 +164,7 @@ class TaskGraph:
         except BaseException:  # an interrupt
             if len(columns.origins) == number:
                 del words[known:]
+                columns.begins.pop(number, None)
             raise
         return RecordedTask(columns, self._edges, number)
 
@@ -262,9 +265,9 @@ class TaskGraph:
 
     def end_part(self, part: Part, begin: int) -> None:
         """Put what was spawned since then in the place of what the part was."""
+        self._open_parts = self._open_parts[:-1]
         self._verify_may_record()
         self._combine_all()
-        self._open_parts = self._open_parts[:-1]
         count = len(self._columns) - begin
         if part.numbers is None:
             part.numbers = range(begin, begin + count)

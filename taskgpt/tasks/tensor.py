@@ -118,6 +118,11 @@ class Tensor:
         return Tile(self, tuple(slice(bounds[at], bounds[at + 1]) for at, bounds in zip(position, self.bounds, strict=True)))
 
     @cached_property
+    def address(self) -> int:
+        """Of the first element."""
+        return self.array.__array_interface__["data"][0]
+
+    @cached_property
     def places(self) -> tuple[np.ndarray, ...]:
         """The bounds as arrays of int64."""
         return tuple(np.array(bounds, np.int64) for bounds in self.bounds)
@@ -153,7 +158,7 @@ class Tensor:
         mine, others = self.array, other.array
         if (mine.shape, mine.strides, mine.dtype) != (others.shape, others.strides, others.dtype):
             return False
-        return mine.__array_interface__["data"][0] == others.__array_interface__["data"][0]
+        return self.address == other.address
 
     def shares_memory(self, other: "Tensor") -> bool:
         """Return True if the two have an element in common; also where that is too hard to find out."""
@@ -167,7 +172,7 @@ class Tensor:
 
     def address_range(self) -> tuple[int, int]:
         """Return the first and the one-past-last byte address."""
-        first = self.array.__array_interface__["data"][0]
+        first = self.address
         if not self.array.size:
             return first, first
         reach = [(n - 1) * stride for n, stride in zip(self.array.shape, self.array.strides, strict=True)]

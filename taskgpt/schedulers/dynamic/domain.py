@@ -1,6 +1,6 @@
 """Domains: which tasks an access must wait for, among those that one task, or the program, has spawned.
 
-As in a recorded graph (tasks/dependencies.py), a task waits for the last writer of every cell that it touches and, if it writes, for the
+As in a recorded graph (tasks/waits.py), a task waits for the last writer of every cell that it touches and, if it writes, for the
 readers since. Here tasks come and go: who is done is forgotten, so that a domain is as large as its cells.
 
 A task that touches a cell weakly does not wait for who wrote it before: its domain takes that over, for the tasks that it spawns. It waits
