@@ -240,6 +240,66 @@ def test_a_browser_shows_a_run(page, tmp_path):
     assert process.returncode == 130
 
 
+PROGRAM = """
+import sys, time
+import numpy as np
+import taskgpt
+from taskgpt.tasks import Graph, InOut, Spawn, dims, kernel, wrap
+
+N = dims("N")[0]
+
+
+@kernel(compiled=True)
+def smooth(a: InOut[N]):
+    for _ in range(500):
+        for i in range(a.shape[0]):
+            a[i] = a[i] * 0.5 + 1
+
+
+@kernel
+def each_block(a: InOut[N], spawn: Spawn):
+    for first in range(0, a.shape[0], 256):
+        spawn(smooth, a[first : first + 256])
+
+
+x = wrap(np.zeros(4096, np.float32), 256)
+graph = Graph("sweep")
+graph.spawn_each(smooth, range(16), lambda i: (x[256 * i : 256 * i + 256],))
+with taskgpt.scheduler("native", workers=2) as scheduler:
+    while True:
+        scheduler.run(graph)
+        with scheduler.program() as spawn:
+            spawn(each_block, x[:])
+        time.sleep(0.02)
+"""
+
+
+@needs_browser
+def test_a_browser_shows_a_program_that_is_no_training(tmp_path):
+    """`taskgpt run --dashboard`: each run of its graphs, and each of its programs, with what its kernels took."""
+    file = tmp_path / "mine.py"
+    file.write_text(PROGRAM)
+    command = [sys.executable, "-m", "taskgpt", "run", "--dashboard", "0", str(file)]
+    with started(command, stderr=subprocess.STDOUT) as process:
+        try:
+            url = next(line.split()[1] for line in process.stdout if line.startswith("dashboard"))
+            threading.Thread(target=process.stdout.read, daemon=True).start()
+            sources = "[...Bokeh.documents[0]._all_models.values()].filter(m => m.type === 'ColumnDataSource').map(m => m.data)"
+            ready = f"window.Bokeh && Bokeh.documents[0] && {sources}.some(d => d.graph && d.graph.length > 8)"
+            wanted = (
+                f"JSON.stringify({sources}.filter(d => d.graph || d.kernel).map(d => Object.fromEntries("
+                "Object.entries(d).map(([k, v]) => [k, Array.from(v)]))))"
+            )
+            value, _ = visit(url, ready, wanted, tmp_path)
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(60)
+    runs, kernels = sorted(json.loads(value), key=lambda found: "kernel" in found)
+    assert runs["graph"][:4] == ["sweep", "program", "sweep", "program"]
+    assert all(0 < share <= 1.05 for share in runs["efficiency"]) and min(runs["ms"]) > 0
+    assert "smooth" in kernels["kernel"]
+
+
 @needs_browser
 @pytest.mark.parametrize(("name", "stops"), [("native", False), ("native", True), ("local-cluster", False)])
 def test_a_page_says_how_the_run_ended(name, stops, tmp_path):

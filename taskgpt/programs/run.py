@@ -3,10 +3,12 @@
 taskgpt run mine.py                               # as `python mine.py`
 taskgpt run --trace runs/mine mine.py             # also write which task ran when, for Perfetto, Paraver, ovni
 taskgpt run --trace runs/mine mine.py 100 --fast  # what follows the file's name is for it
+taskgpt run --dashboard 8787 mine.py              # look at its tasks in Dask's dashboard while it runs
 taskgpt trace report runs/mine --runs program --skip 0
 
 What is written is of the schedulers that the program opens with `taskgpt.scheduler(...)`: the graphs that they run, and their programs,
-`scheduler.program()`. Of several schedulers each has a folder of its own.
+`scheduler.program()`. Of several schedulers each has a folder of its own. A dashboard shows the runs and programs of one scheduler at a
+time, each when it has ended.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import runpy
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from taskgpt import config
@@ -24,6 +27,7 @@ from taskgpt.lab import machine
 from taskgpt.lab.traces.formats import save, verify_can_save
 from taskgpt.lab.traces.trace import Traced, open_traced
 from taskgpt.programs.arguments import Parser
+from taskgpt.schedulers import Scheduler
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,29 +36,63 @@ def main(argv: Sequence[str] | None = None) -> int:
     def run() -> int:
         p = Parser("taskgpt run", __doc__)
         p.add_argument("--trace", metavar="DIR", help="write what each worker did when, for Perfetto, Paraver, ovni and `taskgpt trace`")
+        p.add_argument("--dashboard", metavar="[HOST:]PORT", help="serve Dask's dashboard there, with a page of ours; 0: any free port")
         p.add_argument("file", metavar="FILE", help="the program")
         p.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="what it is given on its command line")
         flags = p.parse_args(argv)
         if not os.path.isfile(flags.file):
             raise UserError(f"{shorten(flags.file)}: wanted a Python file, got {'a folder' if os.path.isdir(flags.file) else 'none'}")
-        if flags.trace is None:
+        if flags.trace is None and flags.dashboard is None:
             return run_file(flags.file, flags.arguments)
-        verify_can_save(flags.trace)
+        if flags.trace is not None:
+            verify_can_save(flags.trace)
+        command = " ".join(["taskgpt run", flags.file, *flags.arguments])
         opened: list[tuple[str, Traced]] = []
 
         def open_and_note(found: SchedulerConfig) -> Traced:
-            opened.append((found.name, open_traced(found)))
-            return opened[-1][1]
+            traced = open_traced(found)
+            if flags.dashboard is not None and not any(isinstance(each, Shown) and each.is_open for _, each in opened):
+                traced = Shown(traced.scheduler, flags.dashboard, command)
+            traced.keeps = flags.trace is not None
+            opened.append((found.name, traced))
+            return traced
 
         usual, config.opener = config.opener, open_and_note
         try:
             code = run_file(flags.file, flags.arguments)
         finally:
             config.opener = usual
-        write(opened, flags.trace, " ".join(["taskgpt run", flags.file, *flags.arguments]))
+        if flags.trace is not None:
+            write(opened, flags.trace, command)
         return code
 
     return run_program("taskgpt run", run)
+
+
+class Shown(Traced):
+    """A scheduler that a dashboard shows while it is open."""
+
+    def __init__(self, scheduler: Scheduler, address: str, command: str):
+        """`address`: where to serve, `command`: what the page says that runs. Raises UserError as Dashboard does."""
+        from taskgpt.lab.dashboard.dashboard import Dashboard  # here, as it takes half a second, and needs bokeh
+        from taskgpt.lab.dashboard.live import Live
+
+        self._dashboard = Dashboard(Live(scheduler.workers, command, trains=False), address)
+        self._serving = ExitStack()
+        self.is_open = False
+        super().__init__(scheduler, self._dashboard.look)
+
+    def __enter__(self) -> "Shown":
+        super().__enter__()
+        self._serving.enter_context(self._dashboard.serve(self.scheduler))
+        self.is_open = True
+        print(f"dashboard  {self._dashboard.url}", file=sys.stderr)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.is_open = False
+        with self._serving:
+            super().__exit__(*exception)
 
 
 def run_file(file: str, arguments: Sequence[str]) -> int:

@@ -130,7 +130,7 @@ class Dashboard:
         try:
             yield
         finally:
-            self.live.end = "finished" if len(self.live.steps) == self.live.total else "ended early"
+            self.live.end = "ended early" if self.live.trains and len(self.live.steps) != self.live.total else "finished"
             told = []
             for document, update in list(self.viewers.items()):
                 told.append(threading.Event())

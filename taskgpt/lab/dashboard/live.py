@@ -2,7 +2,7 @@
 
 live = Live(workers=2)
 scheduler = Traced(scheduler, on_run=live.look)     # after every run: which tasks ran when
-live.step(step, loss, tokens_per_s)                 # after every step of training
+live.step(step, loss, tokens_per_s)                 # after every step of training; of other programs nothing but runs is known
 """
 
 from collections import Counter
@@ -36,6 +36,7 @@ class Live:
     total: steps that there will be. steps: (step, loss, tokens a second, efficiency). validations: (step, loss). samples: (step, text).
     kernel_ms: of all steps together. last_run: whatever ran last; last_step: the last step of training, as validations and samples are
     other programs. left_s: until the last step is done. end: how the run ended, "" while it goes on.
+    trains: False for a program that is no training; runs: its runs, as (number, graph, ms, efficiency).
     """
 
     workers: int
@@ -43,6 +44,8 @@ class Live:
     total: int = 0
     left_s: float = 0.0
     end: str = ""
+    trains: bool = True
+    runs: list[tuple[int, str, float, float]] = field(default_factory=list)
     steps: list[tuple[int, float, float, float]] = field(default_factory=list)
     validations: list[tuple[int, float]] = field(default_factory=list)
     samples: list[tuple[int, str]] = field(default_factory=list)
@@ -71,6 +74,8 @@ class Live:
             ready=ready,
         )
         self._seen_ns, self._window, self._waits = end, (begin, end), waits
+        if not self.trains:
+            self.runs.append((len(self.runs), part.graphs[part.runs["graph"][0]].name, (end - begin) / 1e6, self.last_run.efficiency))
 
     def _ready(self, waits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return (ms, how many tasks were ready then) along the run before."""

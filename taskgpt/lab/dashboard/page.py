@@ -1,4 +1,7 @@
-"""The page /taskgpt in Dask's dashboard, in Bokeh: loss, speed, efficiency, kernels, waiting tasks, samples. Needs bokeh."""
+"""The page /taskgpt in Dask's dashboard, in Bokeh: loss, speed, efficiency, kernels, waiting tasks, samples. Needs bokeh.
+
+Of a program that is no training it shows its runs: their time and efficiency, kernels and waiting tasks.
+"""
 
 from collections.abc import Callable
 from html import escape
@@ -34,7 +37,8 @@ html { background: var(--back); }
 
 def fill(document: Document, live: Live, extra: dict[str, Any]) -> Callable[[], None]:
     """Make the page for one viewer, and keep it up to date while the viewer looks; return what does that."""
-    steps = ColumnDataSource({name: [] for name in ("step", "loss", "speed", "efficiency")})
+    columns = ("step", "loss", "speed", "efficiency") if live.trains else ("step", "graph", "ms", "efficiency")
+    steps = ColumnDataSource({name: [] for name in columns})
     validations = ColumnDataSource({name: [] for name in ("step", "loss")})
     kernels = ColumnDataSource({name: [] for name in ("kernel", "ms", "colour")})
     ready = ColumnDataSource({name: [] for name in ("ms", "tasks")})
@@ -44,38 +48,45 @@ def fill(document: Document, live: Live, extra: dict[str, Any]) -> Callable[[], 
     samples = Div(sizing_mode="stretch_width", styles={"margin": "4px 12px"})
 
     def over_steps(title: str, name: str, unit: str, colour: str):
-        found = _plot(title, "step", unit)
+        found = _plot(title, kind, unit)
         found.line("step", name, source=steps, color=colour, line_width=2)
-        found.add_tools(HoverTool(tooltips=[("step", "@step"), (title, f"@{name}{{0.000}}")], mode="vline"))
+        of = [] if live.trains else [("graph", "@graph")]
+        found.add_tools(HoverTool(tooltips=[(kind, "@step"), *of, (title, f"@{name}{{0.000}}")], mode="vline"))
         return found
 
-    loss = over_steps("loss", "loss", "train; dots: validation", palette.BLUE)
-    loss.scatter("step", "loss", source=validations, color=palette.ORANGE, size=8)
-    speed = over_steps("speed", "speed", "tokens a second", palette.BLUE)
-    speed.y_range.start, speed.yaxis.formatter = 0, NumeralTickFormatter(format="0,0")
+    kind = "step" if live.trains else "run"
+    if live.trains:
+        loss = over_steps("loss", "loss", "train; dots: validation", palette.BLUE)
+        loss.scatter("step", "loss", source=validations, color=palette.ORANGE, size=8)
+        speed = over_steps("speed", "speed", "tokens a second", palette.BLUE)
+        speed.yaxis.formatter = NumeralTickFormatter(format="0,0")
+        first = [loss, speed]
+    else:
+        first = [over_steps("time", "ms", "ms to the end of its last task", palette.BLUE)]
+    first[-1].y_range.start = 0
     efficiency = over_steps("parallel efficiency", "efficiency", "time in tasks / all workers' time", palette.VIOLET)
     efficiency.y_range.start, efficiency.y_range.end = 0, 1.02
     names = FactorRange()
-    bars = _plot("time by kernel, last step", "ms of all workers", "", y_range=names)
+    bars = _plot(f"time by kernel, last {kind}", "ms of all workers", "", y_range=names)
     bars.hbar(y="kernel", right="ms", source=kernels, height=0.8, color="colour")
     bars.x_range.start = 0
     bars.add_tools(HoverTool(tooltips=[("@kernel", "@ms{0.0} ms")]))
-    depth = _plot("tasks that are ready and wait, the step before", "ms", "tasks")
+    depth = _plot(f"tasks that are ready and wait, the {kind} before", "ms", "tasks")
     depth.step("ms", "tasks", source=ready, color=palette.ORANGE, mode="after", line_width=1.5)
     depth.y_range.start = 0
     seen = {"steps": 0, "validations": 0}
 
     def update() -> None:
-        new = live.steps[seen["steps"] :]
+        new: list[tuple] = (live.steps if live.trains else live.runs)[seen["steps"] :]
         if marks := live.validations[seen["validations"] :]:
             validations.stream(dict(zip(("step", "loss"), map(list, zip(*marks, strict=True)), strict=True)))
             seen["validations"] += len(marks)
         top.text, samples.text = head(live), _samples(live)
         if not new:
             return
-        steps.stream(dict(zip(("step", "loss", "speed", "efficiency"), map(list, zip(*new, strict=True)), strict=True)), KEPT)
+        steps.stream(dict(zip(columns, map(list, zip(*new, strict=True)), strict=True)), KEPT)
         seen["steps"] += len(new)
-        run = live.last_step
+        run = live.last_step if live.trains else live.last_run
         shown = list(run.kernel_ms)[:BARS][::-1]
         names.factors = shown
         colour = palette.of_kernels(shown)
@@ -84,7 +95,7 @@ def fill(document: Document, live: Live, extra: dict[str, Any]) -> Callable[[], 
 
     update()
     document.add_periodic_callback(update, PERIOD_MS)
-    plots = row(loss, speed, efficiency, bars, depth, sizing_mode="stretch_width", styles={"flex-wrap": "wrap"})
+    plots = row(*first, efficiency, bars, depth, sizing_mode="stretch_width", styles={"flex-wrap": "wrap"})
     document.add_root(column(top, plots, samples, sizing_mode="stretch_width"))
     document.title = "taskgpt"
     document.template = env.get_template("simple.html")
@@ -114,7 +125,12 @@ def _plot(title: str, x: str, y: str, **options: Any):
 
 def head(live: Live) -> str:
     """Return what runs, and how far it is."""
-    now = live.end or "waiting for the first step"
+    now = live.end or f"waiting for the first {'step' if live.trains else 'run'}"
+    if live.runs:
+        number, graph, ms, share = live.runs[-1]
+        now = (
+            f"run {number}, {graph}: {ms:,.1f} ms, parallel efficiency {share:.3f} on {live.workers} workers{live.end and f'; {live.end}'}"
+        )
     if live.steps:
         step, loss, tokens, share = live.steps[-1]
         left = live.end or (f"{minutes(live.left_s)} left" if live.left_s > 0 else "the last things")

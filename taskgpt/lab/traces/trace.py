@@ -433,7 +433,9 @@ class Traced:
         self._graphs[graph] = TracedGraph.of(graph)
         self._runs.append((len(self._graphs) - 1, self._steps[graph.name], begin_ns))
         self._steps[graph.name] += 1
-        self.take_records()
+        records = self.take_records()[0]
+        if self.on_run is not None:
+            self.on_run(self._trace(records, len(self._runs) - 1, {}))
 
     def run_while(self, step: Any, until: Callable[[], bool], reads: Sequence[Tile] = ()) -> int:
         return run_while(self, step, until, reads)
