@@ -1,8 +1,8 @@
 """Whole task programs against the same tasks in C with OpenMP, in turns, on the same memory with the same BLAS.
 
 Each row is one way to run a program. `graph, once`: its tasks are recorded, and run, and the time is of both. `graph, again`: it was
-recorded before. `program`: its tasks start as they are spawned. `OpenMP`: gcc's, which creates its tasks each time. Before anything is
-timed, all have run once and their results are verified.
+recorded before. `program`: its tasks start as they are spawned, by Python. `nested`: by compiled code. `OpenMP`: gcc's, which creates its
+tasks each time. Before anything is timed, all have run once and their results are verified.
 """
 
 import argparse
@@ -120,8 +120,10 @@ def cases_of(program: Any, scheduler: Scheduler, can_spawn: bool, openmp: OpenMP
         kept = Graph(program.name)
         opened.program(kept.spawn)
         ways += [("graph, once", partial(record_and_run, scheduler, opened)), ("graph, again", partial(scheduler.run, kept))]
+    if can_spawn and isinstance(opened, Loop):
+        ways.append(("program", partial(run_program, scheduler, opened.program)))
     if can_spawn:
-        ways.append(("program", partial(run_program, scheduler, opened)))
+        ways.append(("nested", partial(run_root, scheduler, opened.root)))
     if openmp and ways:
         ways.append((OPENMP, partial(opened.in_c, openmp)))
     return [Case(program, way, scheduler.workers, opened, run) for way, run in ways]
@@ -133,13 +135,16 @@ def record_and_run(scheduler: Scheduler, loop: Loop) -> None:
     scheduler.run(graph)
 
 
-def run_program(scheduler: Scheduler, opened: Loop | Recursion) -> object:
-    """Run a program whose tasks start as they are spawned; return what its root returned, if it has one."""
+def run_program(scheduler: Scheduler, program: Callable[[Callable], None]) -> None:
+    """Run a program whose tasks Python spawns."""
     with scheduler.program() as spawn:
-        if isinstance(opened, Loop):
-            opened.program(spawn)
-            return None
-        return spawn(*opened.root).result()
+        program(spawn)
+
+
+def run_root(scheduler: Scheduler, root: tuple[Any, ...]) -> object:
+    """Run a program of one task that spawns others; return what it returned."""
+    with scheduler.program() as spawn:
+        return spawn(*root).result()
 
 
 def measure(cases: list[Case], rounds: int) -> None:

@@ -1,7 +1,8 @@
 """Task programs that `bench programs` measures: tiled Cholesky, Gauss-Seidel's heat, Fibonacci and N queens with a cut-off.
 
-A loop (Cholesky, heat) is given a spawn, that of a graph or of a running program. A recursion (fib, queens) is a kernel whose tasks spawn
-tasks; below the cut-off each is one compiled task. openmp.c has the same tasks, on the same memory.
+A loop (Cholesky, heat) is given a spawn, that of a graph or of a running program; a kernel that spawns does the same in compiled code. A
+recursion (fib, queens) is a kernel whose tasks spawn tasks; below the cut-off each is one compiled task. openmp.c has the same tasks, on
+the same memory.
 """
 
 import itertools
@@ -25,13 +26,14 @@ RESIDUAL = 1e-12  # of a factorization, at most; it is some 1e-15
 
 @dataclass
 class Loop:
-    """A program on memory. `begin` sets the memory, `program` spawns, `in_c` runs it in C.
+    """A program on memory. `begin` sets the memory, `program` spawns, as `root`, a kernel with its arguments, does; `in_c` runs it in C.
 
     `wrong` is given what a run returned; it says what is wrong with the result, "" if nothing is.
     """
 
     begin: Callable[[], None]
     program: Callable[[Callable], None]
+    root: tuple[Any, ...]
     in_c: Callable[[OpenMP], object]
     wrong: Callable[[object], str]
 
@@ -98,6 +100,24 @@ def _(c, a, b):
     gemm(c, a, b, 0, 1, -1.0, 1.0)
 
 
+@kernel(compiled=True)
+def factorise_all(a: InOut[R, R, F64], tile: int, spawn: Spawn):
+    """The factorization, from compiled code."""
+    n = a.shape[0]
+    tiles = (n + tile - 1) // tile
+    for k in range(tiles):
+        here = slice(k * tile, min((k + 1) * tile, n))
+        spawn(factorise, a[here, here])
+        for i in range(k + 1, tiles):
+            spawn(solve, a[i * tile : min((i + 1) * tile, n), here], a[here, here])
+        for i in range(k + 1, tiles):
+            row = slice(i * tile, min((i + 1) * tile, n))
+            spawn(square, a[row, row], a[row, here])
+            for j in range(k + 1, i):
+                column = slice(j * tile, min((j + 1) * tile, n))
+                spawn(subtract, a[row, column], a[row, here], a[column, here])
+
+
 @dataclass(frozen=True)
 class Cholesky:
     """The Cholesky factorization of a matrix of n rows in tiles, in float64."""
@@ -105,7 +125,7 @@ class Cholesky:
     n: int = field(default=2048, metadata={"at_least": 1, "at_most": 1 << 16})
     tile: int = field(default=128, metadata={"at_least": 1, "at_most": 1 << 16})
     name: ClassVar[str] = "cholesky"
-    kernels: ClassVar[tuple[Kernel, ...]] = (factorise, solve, square, subtract)
+    kernels: ClassVar[tuple[Kernel, ...]] = (factorise_all, factorise, solve, square, subtract)
 
     @property
     def tasks(self) -> int:
@@ -147,7 +167,7 @@ class Cholesky:
             residual = np.abs(factor @ (factor.T @ vector) - wanted).max() / np.abs(wanted).max()
             return "" if residual <= RESIDUAL else f"the factor's residual is {residual:.1e}, wanted at most {RESIDUAL:.0e}"
 
-        return Loop(begin, program, lambda c: c.cholesky(a.array, self.tile), wrong)
+        return Loop(begin, program, (factorise_all, a[:], self.tile), lambda c: c.cholesky(a.array, self.tile), wrong)
 
 
 # Heat -----------------------------------------------------------------------------------------------------------------------------------
@@ -184,6 +204,17 @@ def sweep(u):
             u[r, c] = (u[r - 1, c] + u[r + 1, c] + u[r, c + 1] + u[r, c - 1]) * 0.25
 
 
+@kernel(compiled=True)
+def relax_all(u: InOut[R, C, F64], block: int, sweeps: int, spawn: Spawn):
+    """The sweeps, from compiled code."""
+    for _ in range(sweeps):
+        for first in range(1, u.shape[0] - 1, block):
+            last = min(first + block, u.shape[0] - 1)
+            for begin in range(1, u.shape[1] - 1, block):
+                r, c = slice(first, last), slice(begin, min(begin + block, u.shape[1] - 1))
+                spawn(relax, u[r, c], u[first - 1, c], u[last, c], u[r, begin - 1 : begin], u[r, c.stop : c.stop + 1])
+
+
 @dataclass(frozen=True)
 class Heat:
     """Sweeps of Gauss-Seidel over a plate of n x n elements, in blocks, in float64; a block waits for its neighbours, no sweep for all."""
@@ -192,7 +223,7 @@ class Heat:
     block: int = field(default=128, metadata={"at_least": 1, "at_most": 1 << 16})
     sweeps: int = field(default=10, metadata={"at_least": 1, "at_most": 10000})
     name: ClassVar[str] = "heat"
-    kernels: ClassVar[tuple[Kernel, ...]] = (relax,)
+    kernels: ClassVar[tuple[Kernel, ...]] = (relax_all, relax)
 
     @property
     def tasks(self) -> int:
@@ -230,7 +261,7 @@ class Heat:
             found, right = float(u.array.sum()), float(wanted.sum())
             return f"{differ:,} elements differ; their sum is {found!r}, wanted {right!r}" if differ else ""
 
-        return Loop(begin, program, lambda c: c.heat(u.array, self.block, self.sweeps), wrong)
+        return Loop(begin, program, (relax_all, u[:], self.block, self.sweeps), lambda c: c.heat(u.array, self.block, self.sweeps), wrong)
 
 
 # Recursions -----------------------------------------------------------------------------------------------------------------------------
