@@ -349,6 +349,40 @@ class TestTraces:
         back = Trace.load(tmp_path)
         assert (back.records == trace.records).all() and back.graphs[1].calls == program.calls
 
+    @pytest.mark.parametrize(("name", "workers"), [("sequential", 1), ("native", 1), ("native", 2)])
+    @pytest.mark.parametrize("how", ["tiles", "result", "taskwait"])
+    def test_who_waits_for_a_task_waits_for_what_it_spawned(self, name, workers, how):
+        """By its tiles, for its result though it may be done, or for all: the edge to the last of its children is there."""
+
+        @kernel
+        def outer(a: InOut[N, I64], spawn: Spawn):
+            spawn(mix, a[:CELL], 1)
+
+        @kernel
+        def root(a: InOut[N, I64], spawn: Spawn):
+            future = spawn(outer, a[: 2 * CELL])
+            if how == "tiles":
+                spawn(fill, a[CELL : 2 * CELL], a[2 * CELL :])
+            elif how == "result":
+                future.result()
+            else:
+                spawn.taskwait()
+
+        x = tensor()
+        with scheduler(name, workers=workers, record=1000) as opened, opened.program() as spawn:
+            spawn(root, x[:])
+            spawn.taskwait()
+            graph = spawn.graph
+        names = [call.kernel.name for task in graph.tasks for call in task.calls]
+        last = names.index("fill") if how == "tiles" else len(names) - 1
+        assert names[last] == ("fill" if how == "tiles" else "root")
+        above, left = set(), [last]
+        while left:
+            more = set(graph.tasks[left.pop()].predecessors) - above
+            above |= more
+            left += more
+        assert names.index("mix") in above and names.index("outer") in above
+
     def test_a_task_that_waits_is_two_stretches(self):
         """The second waits for the first, and for what was awaited; while a task waits its worker does something else."""
 

@@ -51,8 +51,9 @@ class Scheduler(InTurn):
                     yield spawn
             finally:
                 if recording is not None:
-                    rows = [(number, stretch, start, stop) for stretch, start, stop, _ in recording.rows]
-                    self.recorder.note(number, recording.graph(), begin_ns)
+                    graph = recording.graph()
+                    rows = [(number, recording.numbers[stretch], start, stop) for stretch, start, stop, _ in recording.rows]
+                    self.recorder.note(number, graph, begin_ns)
                     self.recorder.add(threading.get_ident(), rows, 0)
 
     def describe(self) -> str:

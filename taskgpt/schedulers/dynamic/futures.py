@@ -99,8 +99,7 @@ class Task:
         return self._is_cancelled
 
     def _wait(self) -> None:
-        if self.program.is_open(self):
-            self.program.wait(self)
+        self.program.wait(self)
 
     # Its body -----------------------------------------------------------------------------------------------------------------------
 
@@ -172,12 +171,12 @@ class Part(Task):
 class Body(Part):
     """The part that runs the body."""
 
-    __slots__ = ("_task",)
+    __slots__ = ("task",)
 
     def __init__(self, task: Task):
         super().__init__(task)
-        self._task = task
+        self.task = task
 
     def run(self) -> None:
-        self._task.run()
+        self.task.run()
         self.has_ended = True

@@ -174,7 +174,7 @@ class Program:
         """Run a task at once, in this thread."""
         for each in (before, task):
             if each is not None and not self._is_over:
-                with self.paused(each):
+                with self.paused(None, each):
                     each.run()
                 if each.unfulfilled:
                     self._wait(lambda milliseconds, task=each: self._are_fulfilled(task, milliseconds / 1e3), "its events")
@@ -198,18 +198,26 @@ class Program:
             self.recording.end(task)
 
     @contextlib.contextmanager
-    def paused(self, awaited: Task | None = None) -> Iterator[None]:
-        """Note that this thread's task does nothing within the `with` block, and goes on after it, and after another task."""
-        task = this_thread.at
+    def paused(self, ran: Task | None = None, *awaited: Task) -> Iterator[list[Task]]:
+        """Note that this thread's task does nothing within the `with` block, and goes on after it.
+
+        `ran`: a task that runs in this thread meanwhile. `awaited`: tasks that are done then, with all that they have spawned; to the list
+        that this gives, more can be added.
+        """
+        task, found = this_thread.at, list(awaited)
         if self.recording is None or task is None or not self.recording.is_running(task):
-            yield
+            yield found
             return
         self.recording.end(task)
         try:
-            yield
+            yield found
         finally:
             with self.lock:
-                self.recording.go_on(task, awaited)
+                self.recording.go_on(task, ran, found)
+
+    def spawned_by(self, task: Task) -> list[Task]:
+        """Return what a task has spawned and not waited for since, if that is recorded."""
+        return [] if self.recording is None else self.recording.spawned(task)
 
     # Whether it is done -------------------------------------------------------------------------------------------------------------
 
@@ -238,19 +246,20 @@ class Program:
 
     def wait(self, task: Task) -> None:
         """Wait for a task."""
-        if self._engine is None:
+        if self._engine is None or self.has_ended:
             return
-        if this_thread.at is not None and task.parent is this_thread.at:
-            self.run_child(task)
-        place = task.place
-        with self.lock:
-            if not self.is_open(task) or self._engine.begin_wait(place):
-                return
-        try:
-            self._wait(lambda milliseconds: self._engine.await_task(place, milliseconds), f"task {task}", task)
-        finally:
+        with self.paused(None, task):
+            if this_thread.at is not None and task.parent is this_thread.at:
+                self.run_child(task)
+            place = task.place
             with self.lock:
-                self._engine.end_wait(place)
+                if not self.is_open(task) or self._engine.begin_wait(place):
+                    return
+            try:
+                self._wait(lambda milliseconds: self._engine.await_task(place, milliseconds), f"task {task}")
+            finally:
+                with self.lock:
+                    self._engine.end_wait(place)
 
     def wait_children(self, task: Task | None) -> None:
         """Wait for all that a task, or the program, has spawned."""
@@ -262,8 +271,8 @@ class Program:
         """Wait until a function, called with a number of seconds to wait, returns True."""
         self._wait(lambda milliseconds: is_over(milliseconds / 1e3), what)
 
-    def _wait(self, is_over: Callable[[int], bool], what: str, awaited: Task | None = None) -> None:
-        """Wait, perhaps for a task, with the core left to another; `is_over` waits so many milliseconds.
+    def _wait(self, is_over: Callable[[int], bool], what: str) -> None:
+        """Wait with the core left to another; `is_over` waits so many milliseconds.
 
         Raises CancelledError in a task of a program that ends.
         """
@@ -271,7 +280,7 @@ class Program:
         looks = task is None or self._engine is None  # whether all wait for each other
         if is_over(0):
             return
-        with self.blocking(awaited):
+        with self.blocking():
             if task is not None:
                 task.waits_for = what
             try:
@@ -292,9 +301,9 @@ class Program:
                     task.waits_for = None
 
     @contextlib.contextmanager
-    def blocking(self, awaited: Task | None = None) -> Iterator[None]:
-        """Let another thread be this worker within the `with` block, which waits for a task, perhaps."""
-        with self.paused(awaited), self._engine.blocking() if self._engine is not None else contextlib.nullcontext():
+    def blocking(self) -> Iterator[None]:
+        """Let another thread be this worker within the `with` block."""
+        with self.paused(), self._engine.blocking() if self._engine is not None else contextlib.nullcontext():
             yield
 
     def verify_may_wait(self) -> None:

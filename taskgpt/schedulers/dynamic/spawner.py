@@ -61,8 +61,8 @@ class Spawner:
                 self._group.add(task)
             is_here = self._is_final or (self._task is not None and program.is_crowded)
             waits: set[Task] = set()
-            if not self._is_final:
-                task.is_weak = kernel.is_weak and not (is_here or task.is_final)  # what it spawns then does not wait in its place
+            if not self._is_final or program.recording is not None:
+                task.is_weak = kernel.is_weak and not (is_here or task.is_final)  # what that spawns does not wait in its place
                 task.domain = Domain({}) if task.is_weak else None
                 for place, kind in zip(places, signature.kinds, strict=True):
                     self._domain.access(place.cells, kind, task, waits, program.is_open)
@@ -81,7 +81,7 @@ class Spawner:
                     raise
                 self._note(task)
         if is_here:
-            for each in waits:
+            for each in () if self._is_final else waits:
                 program.wait(each)
             program.run_here(task, before)
         elif self._task is None:
@@ -122,11 +122,13 @@ class Spawner:
     def taskwait(self) -> None:
         self._verify_is_mine()
         if not self._is_final:
-            with self._program.paused():
+            with self._program.paused() as awaited:
                 for child in reversed(self._children):
                     self._program.run_child(child)
                 self._children.clear()
                 self._program.wait_children(self._task)
+                if self._task is not None:
+                    awaited += self._program.spawned_by(self._task)
         self._program.verify_goes_on()
 
     def wait_on(self, *tiles: Tile) -> None:
@@ -134,10 +136,11 @@ class Spawner:
         for tile in tiles:
             if not isinstance(tile, Tile):
                 raise TypeError(f"wait_on wants tiles, tensor[index], got a {type(tile).__name__}")
-        with self._program.paused():
+        with self._program.paused() as awaited:
             for tile in tiles:
                 with self._program.lock:
                     writers = self._domain.writers_of(self._program.calls.place(tile).cells)
+                awaited += writers
                 for task in writers:
                     self._program.wait(task)
         self._program.verify_goes_on()

@@ -202,8 +202,17 @@ class Scheduler(OneAtATime):
             finally:
                 self._end_program()
                 if recording is not None:
-                    rows = [(number, stretch, start, start, stop, me) for stretch, start, stop, me in recording.rows]
-                    self._program_records.append(np.array(rows, RECORD_TYPE))
+                    self._keep_records(number, recording)
+
+    def _keep_records(self, number: int, recording: Recording) -> None:
+        """Keep what ran in Python, and give what the workers have kept of a program the numbers of its graph."""
+        recording.graph()
+        numbers = np.array(recording.numbers, np.int64)
+        rows = [(number, numbers[stretch], start, start, stop, me) for stretch, start, stop, me in recording.rows]
+        self._program_records.append(np.array(rows, RECORD_TYPE))
+        for kept, count in zip(self._records, self._worker_words[:-1, r.RECORD_COUNT], strict=True):
+            of_program = kept[:count][kept[:count]["run"] == number]
+            kept["task"][:count][kept[:count]["run"] == number] = numbers[of_program["task"]]
 
     def _end_program(self) -> None:
         """Have the workers forget a program. A Ctrl-C may have kept it from its end, and this, too: what comes next makes up for it."""
