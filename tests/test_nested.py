@@ -1,12 +1,14 @@
 """Twins that spawn: the same results as bodies in Python, without Python, and as clear where something is wrong."""
 
+import contextlib
 import subprocess
 import sys
+from array import array
 
 import numba
 import numpy as np
 import pytest
-from interleavings import Still, ends
+from interleavings import Still, ends, run_alone
 from plain_schedulers import scheduler
 
 from taskgpt.schedulers.native import open_run
@@ -438,22 +440,36 @@ def test_twins_that_spawn_are_kept():
 
 
 class TestProtocol:
-    def test_a_task_is_run_once_and_heard_of(self):
-        """Its parent waits while a thief takes it: one of them runs it, and the parent goes on with its result or leaves its worker."""
+    """The scheduler's own code, a step at a time, on memory without threads."""
+
+    @staticmethod
+    @contextlib.contextmanager
+    def still():
+        """Give a scheduler that has an open run, and the frame of a body at its root."""
         with Still(workers=2) as still:
             still._table[IS_RANKED] = True
             run = OpenRun(still._table, still._run_words[0], None, None, False, places=16, edges=8)
-            still.kept = [run]
             run._open_nests()
+            still.frame, still.described, still.words = np.zeros(8, I64), np.zeros(8, I64), np.zeros(8, I64)
+            still.frame[FRAME_PLACE], still.frame[FRAME_NESTING] = open_run.ROOT, still._worker_words[0, NESTING]
+            still.kept = [run]
+            still.everything += [run._open, run._pools, *run._arrays.values(), *run._of_run.values(), run._rings, run._nests, still.frame]
             for function in (still.code.wait_nested, still.code._leave_worker):
                 function.__globals__["_SPINS"] = 1
-            frame, described, words = np.zeros(8, I64), np.zeros(8, I64), np.zeros(8, I64)
-            frame[FRAME_PLACE], frame[FRAME_NESTING] = open_run.ROOT, still._worker_words[0, NESTING]
-            still.everything += [run._open, run._pools, *run._arrays.values(), *run._of_run.values(), run._rings, run._nests, frame]
+            yield still
+
+    @staticmethod
+    def spawn(still):
+        """Spawn a task without a body from the frame."""
+        return still.code.spawn_nested(still.frame.ctypes.data, 0, still.words.ctypes.data, still.described.ctypes.data, 7)
+
+    def test_a_task_is_run_once_and_heard_of(self):
+        """Its parent waits while a thief takes it: one of them runs it, and the parent goes on with its result or leaves its worker."""
+        with self.still() as still:
 
             def owner():
-                place = yield from still.code.spawn_nested(frame.ctypes.data, 0, words.ctypes.data, described.ctypes.data, 7)
-                status = yield from still.code.wait_nested(frame.ctypes.data, place)
+                place = yield from self.spawn(still)
+                status = yield from still.code.wait_nested(still.frame.ctypes.data, place)
                 still.found.append(int(status))
 
             def thief():
@@ -463,6 +479,22 @@ class TestProtocol:
 
             ways = set()
             for are_through in ends(still, [owner, thief]):
-                assert are_through and run.is_quiet
+                assert are_through and still.kept[0].is_quiet
                 ways.add(tuple(still.found))
             assert ways == {(0,), (TOO_DEEP,)}
+
+    def test_who_waits_runs_no_task_of_pythons(self):
+        """One that is released meanwhile may wait for what comes after the one that waits: it goes through the queue."""
+        with self.still() as still:
+            buffer = still.kept[0]._buffer
+            for words in ([0, 0, 0, 0, open_run.ROOT, 0, 0, -1, 0], [0, 0, 0, 1, open_run.ROOT, 0, 0, -1, 0, 1]):
+                buffer[: len(words)] = array("q", words)
+                run_alone(still.code.add_task(still._address, 2))
+            parent, after = 1, 2
+            still.frame[FRAME_PLACE] = parent
+            run_alone(self.spawn(still))
+            queue = still.code.queue_of(still.t, 0)
+            assert run_alone(still.code.take_out(queue)) == 2 * parent
+            assert run_alone(still.code.run_spawned(still.t, 1, 2 * parent)) == NOTHING  # its child is left
+            assert run_alone(still.code._help(still.t, 0))
+            assert run_alone(still.code.take_out(queue)) == 2 * after

@@ -1,7 +1,7 @@
 """Tasks that compiled code spawns: what a body whose kernel declares `spawn: Spawn` calls, without Python and without the GIL.
 
 Such a task is as any other of an open run, at a place of the worker's own pool. It is ready in the worker's nest, a deque: who waits for
-tasks runs the newest of his nest meanwhile, and then the oldest of others'. That never ends in a circle: a task that waits inside of others
+tasks runs the newest of its nest meanwhile, and then the oldest of others'. That never ends in a circle: a task that waits inside of others
 waits for its own children, which are younger than all that it runs on. If there is nothing to do, it leaves its worker to another thread,
 as tasks in Python do (crew.py), which takes the GIL.
 
@@ -22,7 +22,7 @@ from taskgpt.schedulers.native.open_run import (
 )
 from taskgpt.schedulers.native.places import has_edges, let_go, new_place, pool_in
 from taskgpt.schedulers.native.pointers import WORD_BYTES, address_of, call_entry, fetch_or, load, relax, store, words_at
-from taskgpt.schedulers.native.queues import take_others_nested, take_own_nested
+from taskgpt.schedulers.native.queues import is_nested, push, take_others_nested, take_own_nested
 from taskgpt.schedulers.native.regions import free_book, most_edges, new_book, note, region_of, wait_for
 from taskgpt.schedulers.native.table import (
     ALIVE,
@@ -201,6 +201,9 @@ def _help(t, me):
     worker[INSIDE] += 1
     while instance != NOTHING:
         instance = run_spawned(t, me, instance)
+        if instance != NOTHING and not is_nested(t, instance):  # a task of Python's may wait for what this thread is to do after it
+            push(t, me, instance)
+            instance = NOTHING
     worker[INSIDE] -= 1
     return True
 
@@ -239,7 +242,7 @@ def _run_of(f):
 
 
 _WORD = types.int64
-FUNCTIONS_OF_FRAMES = {  # in the order of tasks/native_entry.py
+FUNCTIONS_OF_FRAMES = {  # in the order of tasks/frames.py
     spawn_nested: _WORD(*[_WORD] * 5),
     wait_nested: _WORD(_WORD, _WORD),
     wait_for_all: _WORD(_WORD),
