@@ -11,7 +11,7 @@ import pytest
 from interleavings import Still, ends, run_alone
 from plain_schedulers import scheduler
 
-from taskgpt.schedulers.native import open_run
+from taskgpt.schedulers.native import open_run, program_engine
 from taskgpt.schedulers.native.program_engine import OpenRun
 from taskgpt.schedulers.native.table import IS_RANKED, NESTING, NOTHING
 from taskgpt.tasks import AccessError, In, InOut, Out, Scratch, TaskError, TwinError, WeakInOut, dims, kernel, wrap
@@ -229,6 +229,30 @@ class TestLimits:
         with each.program() as spawn:
             assert spawn(add_up, times).result() == (times - 1) * times * (2 * times - 1) / 6
 
+    def test_order_without_places(self, monkeypatch):
+        """What a task that found no place has spawned is done before what comes after that task."""
+
+        @kernel(compiled=True)
+        def inner(a: InOut[N, I64], k: int, spawn: Spawn):
+            spawn(mix, a, k)
+
+        @kernel(compiled=True)
+        def deep(a: InOut[N, I64], left: int, spawn: Spawn):
+            if left > 0:
+                spawn(deep, a, left - 1)
+                return spawn.taskwait()
+            for k in range(100):
+                spawn(inner, a, k)
+                spawn(mix, a, -k)
+
+        monkeypatch.setattr(program_engine, "_SHARE", 160)
+        found, wanted = (wrap(np.zeros(8, I64), 8) for _ in range(2))
+        with scheduler("sequential") as alone, alone.program() as spawn:
+            spawn(deep, wanted[:], 0)
+        with scheduler("native", workers=1) as native, native.program() as spawn:
+            spawn(deep, found[:], 128)  # so many run inside of each other; then another thread has to
+        assert np.array_equal(found.array, wanted.array)
+
     def test_a_recursion_deeper_than_a_stack(self):
         """Threads take over from each other; beyond their number it is said."""
 
@@ -406,6 +430,45 @@ class TestMistakes:
             exec(leaf.format(2), names)
             with pytest.raises(TwinError, match="root: a kernel that it spawns has changed"), native.program() as spawn:
                 spawn(names["root"], 1)
+
+    def test_two_kernels_of_one_name(self):
+        """Compiled code knows kernels by name and declaration: it is said of one body that spawns two of them, and two bodies may."""
+
+        def adds(by):
+            @kernel(compiled=True)
+            def leaf(k: int) -> int:
+                return k + by
+
+            return leaf
+
+        def spawns(first, second):
+            @kernel(compiled=True)
+            def root(k: int, spawn: Spawn) -> int:
+                return spawn(first, k).result() + spawn(second, k).result()
+
+            return root
+
+        one, ten = adds(1), adds(10)
+        with scheduler("native", workers=1) as native:
+            with native.program() as spawn:
+                assert [spawn(spawns(each, each), 0).result() for each in (one, ten, one)] == [2, 20, 2]
+            with pytest.raises(TaskError, match="two kernels that have the name leaf"), native.program() as spawn:
+                spawn(spawns(one, ten), 0)
+
+    def test_what_changes_in_a_kernel_that_is_spawned(self):
+        """A name that it reads: it is said, as of one that Python spawns. A new twin runs."""
+        names = {"kernel": kernel, "Spawn": Spawn, "__name__": __name__, "C": 1}
+        exec("@kernel(compiled=True)\ndef leaf(k: int) -> int:\n    return k + C\n", names)
+        exec("@kernel(compiled=True)\ndef root(k: int, spawn: Spawn) -> int:\n    return spawn(leaf, k).result()\n", names)
+        with scheduler("native", workers=1) as native:
+            with native.program() as spawn:
+                assert spawn(names["root"], 1).result() == 2
+            names["C"] = 2
+            with pytest.raises(TaskError, match="leaf: 'C' has changed"), native.program() as spawn:
+                spawn(names["root"], 1)
+            exec("@leaf.compiled\ndef _(k):\n    return k + 100\n", names)
+            with native.program() as spawn:
+                assert spawn(names["root"], 1).result() == 101
 
 
 def test_checks_and_traces_run_bodies(tmp_path):

@@ -24,6 +24,7 @@ from typing import Any
 import numba
 from numba.core.compiler_lock import global_compiler_lock
 
+from taskgpt.tasks.linked import Referred
 from taskgpt.tasks.sources import Sources, compiled_for_one, compiled_from
 
 try:  # private to numba, all of it
@@ -43,6 +44,7 @@ def compile_kept(function: Callable, signature: Any, name: str | None = None) ->
     """
     sources = Sources(function.py_func)
     name = name or function.py_func.__qualname__
+    _verify_told_apart(sources.referred)
     for linked in (*sources.linked, *sources.referred):  # before it is loaded: LLVM ends the process where it finds a symbol unknown
         linked.link()
     if not _set_cache(function, sources, name):
@@ -58,6 +60,14 @@ def compile_kept(function: Callable, signature: Any, name: str | None = None) ->
         for helper in sources.helpers:
             compiled_from[helper] = compiled_from[helper][0], helper.signatures
     return sources, is_loaded
+
+
+def _verify_told_apart(referred: list[Referred]) -> None:
+    """Raise TypeError if two would have one symbol: code would call one of them for the other."""
+    of = dict.fromkeys(each.reference() for each in referred)
+    if len(of) < len(referred):
+        twice = next(each for each in referred if sum(other.reference() == each.reference() for other in referred) > 1)
+        raise TypeError(f"it spawns two kernels that have the name {twice.name} and the same parameters; give one of them another name")
 
 
 def _prepare(sources: Sources) -> None:

@@ -35,8 +35,10 @@ class Linked:
 class Referred:
     """Something that compiled code calls through a word of this process, and of which it has the symbol of that alone.
 
-    Attributes: `entry_word`, the address of what is called, 0 until it is there.
+    Attributes: `name`; `entry_word`, the address of what is called, 0 until it is there.
     """
+
+    name: str
 
     def __init__(self) -> None:
         self.entry_word = array("q", [0])

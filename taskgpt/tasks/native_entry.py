@@ -44,18 +44,27 @@ def has_native_entry(call: Call) -> bool:
 
 
 def native_entry(kernel: Kernel) -> int:
-    """Return the address of the kernel's entry, made at the first call. The kernel must be compiled; the code lives as long as its twin.
-
-    Those that the kernel spawns are compiled, too. Raises what `Kernel.compile` raises for one of them.
-    """
+    """Return the address of the kernel's entry, made at the first call. The kernel must be compiled; the code lives as long as its twin."""
     twin = kernel._twin  # which the kernel may change for another one
     if twin not in _entries:
         _entries[twin] = undisturbed(lambda: _build(kernel))
         kernel.entry_word[0] = _entries[twin][1]
-        for each in kernel.spawned:
-            compile_kernels([each])
-            native_entry(each)
     return _entries[twin][1]
+
+
+def prepare_spawned(kernel: Kernel) -> None:
+    """Have entries of all that a compiled kernel spawns, directly or not. Raises what `Kernel.compile` raises for one of them."""
+    known, left = {kernel}, [kernel]
+    while left:
+        for each in left.pop().spawned:
+            if each not in known:
+                if each.is_compiled:
+                    each.verify_untouched()
+                else:
+                    compile_kernels([each])
+                native_entry(each)
+                known.add(each)
+                left.append(each)
 
 
 def python_entry(call: Call) -> tuple[int, object]:

@@ -87,7 +87,9 @@ def spawn_nested(frame, entry, words, described, line):
         place = new_place(o, pool)
     if place == NOTHING:
         status = wait_for_all(frame) if d[TILES] > 0 else types.int64(0)
-        return status if status != 0 else _run_here(t, me, f, entry, words)
+        status = status if status != 0 else _run_here(t, me, f, entry, words)
+        waited = wait_for_all(frame) if status == RAN and d[TILES] > 0 else types.int64(0)  # what it has spawned is in no book of f's
+        return status if waited == 0 else waited
     own_at = own_words(o, place)
     for at in range(d[CALLED_WORDS]):
         words_at(own_at)[at] = words_at(words)[at]

@@ -19,7 +19,16 @@ from taskgpt.schedulers.native.crew import Crew
 from taskgpt.schedulers.native.ring import RING_HEAD
 from taskgpt.tasks import Kernel, TaskError, TwinError, compile_kernels
 from taskgpt.tasks.cache import compile_function, undisturbed
-from taskgpt.tasks.native_entry import PYTHON_ENTRY, Words, has_native_entry, native_entry, take_exception, told_words, word_functions
+from taskgpt.tasks.native_entry import (
+    PYTHON_ENTRY,
+    Words,
+    has_native_entry,
+    native_entry,
+    prepare_spawned,
+    take_exception,
+    told_words,
+    word_functions,
+)
 from taskgpt.tasks.scratch import scratch_layout
 
 PLACES = 1 << 17  # for open tasks: far more than a program has, as what it spawns waits, but for tasks that spawn tasks which wait
@@ -173,8 +182,9 @@ class OpenRun:
 
     def _native_entry(self, kernel: Kernel) -> int:
         """Return what the workers call for a kernel that runs without Python, and so does what it spawns."""
+        entry = native_entry(kernel)
         try:
-            entry = native_entry(kernel)
+            prepare_spawned(kernel)
         except TwinError as error:
             raise TaskError(f"{kernel.name} spawns in compiled code: {error}") from error
         if kernel.spawns and self._nesting is None:
