@@ -327,6 +327,28 @@ class TestMistakes:
                 spawn(waits, x[:], how).result()
         assert x.array[0] == 0
 
+    def test_a_failure_that_a_body_catches(self, monkeypatch):
+        """The program fails all the same, also if there was no place for the task that did."""
+
+        @kernel(compiled=True)
+        def breaks(k: int) -> int:
+            if k > 0:
+                raise ValueError("oh no")
+            return k
+
+        @kernel(compiled=True)
+        def catches(k: int, spawn: Spawn) -> int:
+            first = spawn(breaks, 0).result()
+            try:
+                return spawn(breaks, k).result()
+            except Exception:
+                return first
+
+        for share in (1, 100):
+            monkeypatch.setattr(program_engine, "_SHARE", share)
+            with scheduler("native", workers=1) as native, pytest.raises(TaskError, match="oh no"), native.program() as spawn:
+                spawn(catches, 1)
+
     @pytest.mark.parametrize("start, stop", [(-1, 3), (3, 3), (5, 9)])
     def test_an_index_that_leaves_a_tile(self, each, start, stop):
         """As of tiles in Python."""
@@ -367,6 +389,10 @@ class TestMistakes:
         def two(a: InOut[N, N, I64]):
             pass
 
+        @kernel(compiled=True)
+        def nine(a: InOut[N, 1, 1, 1, 1, 1, 1, 1, 1, I64]):
+            pass
+
         def tries(body, access=InOut):
             body.__annotations__ = {"a": access[N, I64], "k": int, "x": float, "spawn": Spawn}
             with pytest.raises((TwinError, AccessError)) as raised:
@@ -394,6 +420,9 @@ class TestMistakes:
         def flat(a, k, x, spawn):
             spawn(two, a)
 
+        def axes(a, k, x, spawn):
+            spawn(nine, a)
+
         def step(a, k, x, spawn):
             spawn(mix, a[::2], k)
 
@@ -410,6 +439,7 @@ class TestMistakes:
         assert "mix: 'a' wants a tile, got" in tries(array)
         assert "mix: 'k' wants a constant (int), got float64" in tries(real)
         assert "two: 'a' wants int64 of 2 dimensions, got int64 of 1" in tries(flat)
+        assert "cannot spawn nine, which has a tile of more than 8 axes" in tries(axes)
         assert "slices without step" in tries(step)
         assert "wrote 'a', declared In" in tries(written, In)
         assert "sleep" in tries(sleeps)

@@ -18,6 +18,7 @@ CARRIED, FRAME_PLACE, NESTING, VALUE, FREE_IN_FRAME = range(5)  # CARRIED: an ex
 SPAWN, WAIT, WAIT_FOR_ALL, END, FUNCTIONS = range(5)  # in the words at NESTING
 CALLED_WORDS, HAS_RESULT, TILES, FIRST_TILE = range(4)  # in what describes a kernel
 TILE_WORDS = 4
+MOST_AXES = 8  # of a tile that a body passes on
 RAN, OVER, TOO_DEEP = -1, -2, -3
 _FRAME_WORDS = FREE_IN_FRAME + 2  # the scheduler has two of its own
 WORD = ir.IntType(64)

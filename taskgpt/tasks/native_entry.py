@@ -186,16 +186,15 @@ def _build(kernel: Kernel) -> tuple[object, int]:
     error = builder.bitcast(entry.args[2], _BYTE_POINTER.as_pointer())
     if kernel.spawns:
         call_scheduler(builder, frame, END, [])
+        carried = in_frame(builder, frame, CARRIED)
+        with builder.if_then(cgutils.is_not_null(builder, builder.inttoptr(carried, _BYTE_POINTER))):
+            builder.store(carried, entry.args[2])
+            builder.ret(ir.Constant(ir.IntType(32), 1))
     with builder.if_then(status.is_ok, likely=True):
         if kind != types.none:  # which also a twin with a result has that always raises
             word = builder.bitcast(result, WORD) if kind == types.float64 else context.cast(builder, result, kind, types.int64)
             builder.store(word, cgutils.gep_inbounds(builder, entry.args[2], _RESULT))
         builder.ret(ir.Constant(ir.IntType(32), 0))
-    if kernel.spawns:
-        carried = in_frame(builder, frame, CARRIED)
-        with builder.if_then(cgutils.is_not_null(builder, builder.inttoptr(carried, _BYTE_POINTER))):
-            builder.store(carried, entry.args[2])
-            builder.ret(ir.Constant(ir.IntType(32), 1))
     _hand_over_exception(context, builder, status, error)
     builder.ret(ir.Constant(ir.IntType(32), 1))
     with global_compiler_lock:

@@ -33,7 +33,7 @@ from numba.np.arrayobj import populate_array
 
 from taskgpt.tasks import frames
 from taskgpt.tasks.access import Access
-from taskgpt.tasks.frames import OVER, RAN, SPAWN, VALUE, WAIT, WAIT_FOR_ALL, WORD, call_scheduler, in_frame
+from taskgpt.tasks.frames import MOST_AXES, OVER, RAN, SPAWN, VALUE, WAIT, WAIT_FOR_ALL, WORD, call_scheduler, in_frame
 from taskgpt.tasks.linked import Referred
 
 _MOST_WORDS = 64  # of a call: what a scheduler has room for
@@ -107,6 +107,7 @@ def _verify_spawnable(kernel: Any) -> None:
     reasons = {
         "has no compiled twin": kernel._twin is None,
         "has Scratch, whose size only Python works out": bool(kernel.scratch),
+        f"has a tile of more than {MOST_AXES} axes": any(len(each.dims) > MOST_AXES for each in kernel.accesses.values()),
     }
     for reason, is_so in reasons.items():
         if is_so:

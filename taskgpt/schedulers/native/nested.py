@@ -79,7 +79,7 @@ def spawn_nested(frame, entry, words, described, line):
     """
     f, d = words_at(frame), words_at(described)
     t, me, o = _table_of(f), _me_of(f), _run_of(f)
-    if load(o, CANCELLED_ALL) != 0:
+    if load(o, CANCELLED_ALL) != 0 or f[CARRIED] != 0:
         return OVER
     run, pool = run_in(t, 0), pool_in(o, me + 1)
     place = new_place(o, pool)

@@ -13,8 +13,7 @@ from numba import types
 from taskgpt.schedulers.native.places import CLOSED, add_edge
 from taskgpt.schedulers.native.pointers import WORD_BYTES, load, words_at
 from taskgpt.schedulers.native.table import HEADS, NOTHING, TICKETS, compiled
-
-MOST_AXES = 8  # of a tile that compiled code passes on
+from taskgpt.tasks.frames import MOST_AXES
 
 _allocate = types.ExternalFunction("realloc", types.int64(types.int64, types.int64))
 _free = types.ExternalFunction("free", types.void(types.int64))
