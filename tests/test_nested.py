@@ -327,6 +327,24 @@ class TestMistakes:
                 spawn(waits, x[:], how).result()
         assert x.array[0] == 0
 
+    def test_who_is_cancelled_by_a_failure_raises_it(self):
+        """Not the CancelledError that its own body ended with, whoever comes first."""
+
+        @kernel(compiled=True)
+        def breaks(n: int, at: int, spawn: Spawn) -> int:
+            if n == at:
+                raise ValueError("oh no")
+            if n < 2:
+                return n
+            first, second = spawn(breaks, n - 1, at), spawn(breaks, n - 2, at)
+            return first.result() + second.result()
+
+        with scheduler("native", workers=2) as native:
+            for _ in range(300):
+                with pytest.raises(TaskError, match="oh no"), native.program() as spawn:
+                    for future in [spawn(breaks, 14, 3) for _ in range(3)]:
+                        future.result()
+
     def test_a_failure_that_a_body_catches(self, monkeypatch):
         """The program fails all the same, also if there was no place for the task that did."""
 

@@ -75,6 +75,8 @@ class Task:
     def result(self) -> Any:
         self._wait()
         self.program.collect_failures()
+        if isinstance(self._error, CancelledError):
+            self.program.verify_goes_on()  # says what it was cancelled for
         if self._error is not None:
             raise self._error
         if self._is_cancelled:

@@ -239,12 +239,12 @@ def _fail(t, o, place, error):
     """Keep the exception for who spawned, whom it is told; no other task begins."""
     words_at(o[ERRORS])[place] = error
     fetch_add(words_at(o[HOLDS]), place, 1)
-    store(o, CANCELLED_ALL, 1)
     while True:
         head = load(o, FAILED_PLACES)
         words_at(o[EDGE_FIRST])[place] = head  # the edges of the last run of a program are not used again
         if compare_exchange(o, FAILED_PLACES, head, place) == head:
             break
+    store(o, CANCELLED_ALL, 1)  # who sees it finds the exception
     tell(t)
 
 
