@@ -123,6 +123,32 @@ def test_parts_of_parts():
     assert len(graph.tasks) == 2
 
 
+def test_the_order_of_parts_is_that_of_their_first_blocks():
+    """Not of where they were made, nor of where the empty ones stand; and what is empty is gone, too, with the part around it."""
+    graph, problem = Graph(), Problem()
+    second, first = graph.part(), graph.part()
+    with first:
+        pass
+    with second:
+        problem.spawn(graph, [("stir", 0)])
+    with first, graph.part() as inner:
+        pass
+    with inner, graph.part() as deepest:
+        problem.spawn(graph, [("stir", 1)] * 2)
+    assert [part.numbers for part in (first, inner, deepest, second)] == [range(2), range(2), range(2), range(2, 3)]
+    with deepest:
+        problem.spawn(graph, [("stir", 2)] * 4)
+    assert [part.numbers for part in (first, inner, deepest, second)] == [range(4), range(4), range(4), range(4, 5)]
+    with graph.part() as outer, graph.part() as last:
+        pass
+    with pytest.raises(ZeroDivisionError), outer:
+        raise ZeroDivisionError
+    assert not last.is_gone
+    with outer:
+        pass
+    assert last.is_gone
+
+
 def test_a_block_that_raises_changes_nothing():
     """Neither the first one of a part nor a later one: its tasks, reductions that are open and parts in it are forgotten."""
     graph, problem = Graph(), Problem()

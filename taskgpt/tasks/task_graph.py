@@ -250,7 +250,7 @@ class TaskGraph:
         where `spawn` does for graphs that run or are derived; for a part of a part that was recorded again, which is gone; and for one
         that is to be recorded again while another block is under way. Tasks behind it are numbered anew.
         """
-        return Part(self, self._open_parts)
+        return Part(self)
 
     def begin_part(self, part: Part) -> int:
         """Note that a part's block begins; return the number of its first task."""
@@ -260,6 +260,7 @@ class TaskGraph:
         if part.numbers is not None and self._open_parts:
             raise RuntimeError(f"a part of graph '{self.name}' is being recorded; end its block before another part is recorded again")
         self._combine_all()
+        part.begin(self._open_parts[-1] if self._open_parts else None)
         self._open_parts = *self._open_parts, part
         return len(self._columns)
 
@@ -287,7 +288,7 @@ class TaskGraph:
         self._groups.clear()
         self._columns.drop(begin)
         for other in self._parts:
-            if part in other.outer and other.numbers is not None and other.numbers.start >= begin:
+            if part in other.outer and other.serial > part.begun:
                 other.is_gone = True
         self._kernels = dict.fromkeys(self._columns.kernels())
 
