@@ -11,7 +11,7 @@ import pytest
 from interleavings import Still, ends, run_alone
 from plain_schedulers import scheduler
 
-from taskgpt.schedulers.native import open_run, program_engine
+from taskgpt.schedulers.native import crew, open_run, program_engine
 from taskgpt.schedulers.native.program_engine import OpenRun
 from taskgpt.schedulers.native.table import IS_RANKED, NESTING, NOTHING
 from taskgpt.tasks import AccessError, In, InOut, Out, Scratch, TaskError, TwinError, WeakInOut, dims, kernel, wrap
@@ -253,8 +253,9 @@ class TestLimits:
             spawn(deep, found[:], 128)  # so many run inside of each other; then another thread has to
         assert np.array_equal(found.array, wanted.array)
 
-    def test_a_recursion_deeper_than_a_stack(self):
+    def test_a_recursion_deeper_than_a_stack(self, monkeypatch):
         """Threads take over from each other; beyond their number it is said."""
+        monkeypatch.setattr(crew, "_MOST_THREADS", 30)
 
         @kernel(compiled=True)
         def deep(n: int, spawn: Spawn) -> int:
@@ -265,7 +266,7 @@ class TestLimits:
                 assert spawn(deep, 3000).result() == 3000
             said = r"deep\(n=.*RecursionError: tasks wait inside of each other too deeply"
             with pytest.raises(TaskError, match=said), native.program() as spawn:
-                spawn(deep, 10**6).result()
+                spawn(deep, 10_000).result()
             with native.program() as spawn:
                 assert spawn(deep, 10).result() == 10
 
