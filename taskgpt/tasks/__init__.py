@@ -27,6 +27,7 @@ edges.py            which task waits for which, without what other edges imply
 recorded_edges.py   the edges of what was spawned
 parts.py            parts of a graph that are recorded again
 reductions.py       copies of reduced tiles, and the kernels that combine them
+lowered.py          the calls of what was spawned as native code takes them, in native_entry.py one by one
 task_graph.py       spawn and spawn_each: calls become tasks with dependencies
 coarsen.py          fewer, larger tasks
 scratch.py          working memory of kernels

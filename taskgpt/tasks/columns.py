@@ -192,15 +192,23 @@ class Columns:
         """Return how many words the tasks of each origin have."""
         return np.array(self._rows)
 
-    def kernels(self) -> Iterator:
-        """Yield the kernels in the order of their first use, some of them again."""
+    def first_uses(self) -> list[tuple[int, int]]:
+        """Return (number of an origin, number of the first task that has it) for all origins that tasks have."""
         origins = np.array(self.origins)
         first = np.full(len(self.table), len(origins))
         first[origins[::-1]] = np.arange(len(origins))[::-1]
-        uses = [(at, 1, self.table[number].signature.kernel) for number, at in enumerate(first.tolist()) if at < len(origins)]
+        return [(number, at) for number, at in enumerate(first.tolist()) if at < len(origins)]
+
+    def kernels(self) -> Iterator:
+        """Yield the kernels in the order of their first use, some of them again."""
+        uses = [(at, 1, self.table[number].signature.kernel) for number, at in self.first_uses()]
         uses += [(at, 0, call.kernel) for at, calls in self.begins.items() for call in calls]
         for *_, kernel in sorted(uses, key=lambda use: use[:2]):
             yield kernel
+
+    def tile_begins(self) -> np.ndarray:
+        """Return where the tiles of each family begin where all are counted, those of places first; and at last how many there are."""
+        return np.cumsum([len(self.calls.place_of), *(0 if family is None else family.size for family in self.families)])
 
     def origin_of(self, number: int) -> Origin:
         return self.table[self.origins[number]]
@@ -227,6 +235,10 @@ class Columns:
             return self.calls.place_of[number].tile
         family = self.families[self.family_of(number)]
         return self.calls.place(family.tile(-1 - number & (1 << FAMILY_BITS) - 1)).tile
+
+    def tensors(self) -> list[Tensor]:
+        """Return those that tasks access, and others that they have accessed."""
+        return [tensor for tensor, _ in self.calls.places()] + [family.tensor for family in self.families if family is not None]
 
     def locks(self, number: int) -> tuple:
         """Return what excludes a task from others, in the order in which every task takes it."""

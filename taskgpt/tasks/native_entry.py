@@ -46,10 +46,11 @@ def has_native_entry(call: Call) -> bool:
 def native_entry(kernel: Kernel) -> int:
     """Return the address of the kernel's entry, made at the first call. The kernel must be compiled; the code lives as long as its twin."""
     twin = kernel._twin  # which the kernel may change for another one
-    if twin not in _entries:
-        _entries[twin] = undisturbed(lambda: _build(kernel))
-        kernel.entry_word[0] = _entries[twin][1]
-    return _entries[twin][1]
+    known = _entries.get(twin)
+    if known is None:
+        known = _entries[twin] = undisturbed(lambda: _build(kernel))
+        kernel.entry_word[0] = known[1]
+    return known[1]
 
 
 def prepare_spawned(kernel: Kernel) -> None:

@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Sequence
 from typing import Any, overload
 
+import numpy as np
+
 from taskgpt.tasks.columns import Columns
 from taskgpt.tasks.edges import Edges
 from taskgpt.tasks.task import Call, Section, Task
@@ -55,17 +57,20 @@ def _task_of(number: int, calls: tuple[Call, ...], section: Section, priority: i
 
 
 class Tasks(Sequence[Task]):
-    """Those of the columns, in program order, or of a graph that has none, those that were appended."""
+    """Those of the columns, in program order, or of a graph that has none, those that were appended.
+
+    What is asked for all of them at once is found in the columns, and makes no task.
+    """
 
     def __init__(self, columns: Columns, edges: Edges):
-        self._columns, self._edges = columns, edges
+        self.columns, self._edges = columns, edges
         self._made: list[Any] = []  # None for one that nobody has looked at
         self._unmade = 0  # all tasks before this one are made
         self._replaced = 0
         self._appended: list[Task] = []
 
     def __len__(self) -> int:
-        return len(self._columns) or len(self._appended)
+        return len(self.columns) or len(self._appended)
 
     @overload
     def __getitem__(self, number: int) -> Task: ...
@@ -82,7 +87,7 @@ class Tasks(Sequence[Task]):
         task = made[number]
         if task is None:
             at = number + len(made) if number < 0 else number
-            task = made[at] = RecordedTask(self._columns, self._edges, at)
+            task = made[at] = RecordedTask(self.columns, self._edges, at)
         return task
 
     def __iter__(self) -> Iterator[Task]:
@@ -92,7 +97,7 @@ class Tasks(Sequence[Task]):
         if self._unmade < len(made):
             for number in range(self._unmade, len(made)):
                 if made[number] is None:
-                    made[number] = RecordedTask(self._columns, self._edges, number)
+                    made[number] = RecordedTask(self.columns, self._edges, number)
             self._unmade = len(made)
         return iter(made)
 
@@ -102,12 +107,30 @@ class Tasks(Sequence[Task]):
     @property
     def version(self) -> tuple[int, int]:
         """What changes whenever the tasks do."""
-        return len(self), self._columns.replaced
+        return len(self), self.columns.replaced
 
     def _grow(self) -> list[Any]:
-        if self._replaced != self._columns.replaced:  # and their numbers may be others
-            self._made, self._unmade, self._replaced = [], 0, self._columns.replaced
-        made, count = self._made, len(self._columns)
+        if self._replaced != self.columns.replaced:  # and their numbers may be others
+            self._made, self._unmade, self._replaced = [], 0, self.columns.replaced
+        made, count = self._made, len(self.columns)
         if len(made) < count:
             made.extend([None] * (count - len(made)))
         return made
+
+    def calls_of(self, number: int) -> tuple[Call, ...]:
+        """Return the calls of a task."""
+        return self._appended[number].calls if self._appended else self.columns.calls_of(number)
+
+    def priorities(self) -> np.ndarray:
+        """Return that of each task, int64."""
+        if self._appended:
+            return np.array([task.priority for task in self._appended], np.int64)
+        return np.array([origin.priority for origin in self.columns.table], np.int64)[np.array(self.columns.origins)]
+
+    def locks(self) -> dict[int, tuple]:
+        """Return the locks of those tasks that have some, by their numbers, ascending."""
+        if self._appended:
+            return {task.number: task.locks for task in self._appended if task.locks}
+        columns = self.columns
+        is_commutative = np.array(["commutative" in origin.signature.kinds for origin in columns.table], bool)
+        return {number: columns.locks(number) for number in np.flatnonzero(is_commutative[np.array(columns.origins)]).tolist()}

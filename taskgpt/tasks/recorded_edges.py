@@ -35,7 +35,7 @@ def _waits(parts: Sequence[Columns]) -> tuple[np.ndarray, np.ndarray]:
     """Return what each task waits for, of one graph or of two that run one after the other; numbered on."""
     numbering = _Numbering(parts)
     firsts, places, kinds = [np.zeros(1, np.int64)], [], []
-    tiles = [_tiles(columns) for columns in parts]
+    tiles = [int(columns.tile_begins()[-1]) for columns in parts]
     touched = TouchedCells(sum(tiles))
     for at, columns in enumerate(parts):
         before, accesses = sum(tiles[:at]), sum(map(len, places))
@@ -55,11 +55,6 @@ def _waits(parts: Sequence[Columns]) -> tuple[np.ndarray, np.ndarray]:
 
 def _together(parts: list[np.ndarray]) -> np.ndarray:
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-
-def _tiles(columns: Columns) -> int:
-    """Return how many tiles are known: of places, and after these of families."""
-    return len(columns.calls.place_of) + sum(family.size for family in columns.families if family is not None)
 
 
 class _Numbering:
@@ -85,11 +80,9 @@ def _touch(columns: Columns, before: int, numbering: _Numbering, touched: Touche
     for tensor, known in columns.calls.places():
         if known:
             touched.add(np.array(known.numbers) + before, np.array(known.ends).reshape(len(known), -1), *numbering.of(tensor))
-    begin = before + len(columns.calls.place_of)
-    for family in columns.families:
+    for family, begin in zip(columns.families, columns.tile_begins() + before, strict=False):
         if family is not None:
             touched.add(np.arange(begin, begin + family.size), family.spans(), *numbering.of(family.tensor))
-            begin += family.size
 
 
 def _accesses(columns: Columns, before: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -97,8 +90,7 @@ def _accesses(columns: Columns, before: int) -> tuple[np.ndarray, np.ndarray, np
     kinds = [[CODES.get(kind, WRITE) for kind in origin.signature.kinds] for origin in columns.table]
     kind_first = np.cumsum([0, *map(len, kinds)])
     flat = np.array([code for each in kinds for code in each], np.uint8)
-    sizes = [0 if family is None else family.size for family in columns.families]
-    begins = np.cumsum([before + len(columns.calls.place_of), *sizes])
+    begins = columns.tile_begins() + before
     origins, words = np.frombuffer(columns.origins, np.int32), np.frombuffer(columns.words, np.int64)
     ends = np.cumsum(np.diff(kind_first)[origins])
     count = ends[-1] if len(ends) else 0

@@ -21,12 +21,12 @@ from taskgpt.lab.simulator import events
 from taskgpt.lab.simulator.machine_file import Machine
 from taskgpt.schedulers import loops, native, sequential, threads
 from taskgpt.schedulers.native import worker
-from taskgpt.schedulers.native.plan import firsts
 from taskgpt.schedulers.native.table import NOTHING
 from taskgpt.schedulers.prepare import OncePerGraph
 from taskgpt.schedulers.records import RECORD_TYPE
 from taskgpt.tasks import Graph, Task
 from taskgpt.tasks.cache import compile_function
+from taskgpt.tasks.lowered import firsts
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,9 +7,8 @@ from functools import cached_property
 import numpy as np
 
 from taskgpt.schedulers.native.table import NOTHING
-from taskgpt.tasks import AccessError, Graph, Kernel, TaskError, TwinError, compile_kernels
-from taskgpt.tasks.native_entry import Words, has_native_entry, native_entry, python_entry
-from taskgpt.tasks.scratch import scratch_layout
+from taskgpt.tasks import AccessError, Graph, TaskError, TwinError, compile_kernels
+from taskgpt.tasks.lowered import LoweredCalls, firsts
 from taskgpt.tasks.spawn import PRIORITY_LIMIT
 
 _LEAST_S = 1e-6  # a task takes, whatever it does
@@ -30,8 +29,10 @@ class Plan:
         self.functions = [kernel.function for kernel in graph.kernels]
         tasks = graph.tasks
         self.tasks = len(tasks)
-        calls = [call for task in tasks for call in task.calls]
-        self.call_first = firsts(len(task.calls) for task in tasks)
+        self._calls = LoweredCalls(tasks)
+        self.call_first, self.call_entry = self._calls.first, self._calls.entries
+        self.call_words = self._calls.words.ctypes.data + 8 * self._calls.starts
+        self.scratch_bytes = self._calls.scratch_bytes
         self.successor_first, self.successor = graph.edges.successors()
         self.indegree = np.diff(graph.edges.predecessors()[0])
         self.sinks = int((np.diff(self.successor_first) == 0).sum())
@@ -39,43 +40,24 @@ class Plan:
         self.runs = 0
         self.values: tuple[np.ndarray, int] | None = None
         self.durations = np.zeros(self.tasks, np.int64)
-        self.seconds = np.array([_LEAST_S + task.estimated_seconds for task in tasks], float)
-        self._lower_calls(calls)
+        self.seconds = _LEAST_S + self._calls.seconds
         self._lower_locks(graph)
-        self.priorities = self._priorities(graph)
-        self.scratch_bytes = max((scratch_layout(shapes)[1] for shapes in {call.scratch_shapes for call in calls}), default=0)
-
-    def _lower_calls(self, calls: list) -> None:
-        self._kept_alive = calls[:]  # and with them the memory that the words name
-        entries: dict[Kernel, int] = {}
-        self.call_entry = np.empty(len(calls), np.int64)
-        words, starts = Words(), np.empty(len(calls), np.int64)
-        for at, call in enumerate(calls):
-            starts[at] = len(words.words)
-            if has_native_entry(call):
-                if call.kernel not in entries:
-                    entries[call.kernel] = native_entry(call.kernel)
-                self.call_entry[at] = entries[call.kernel]
-                words.add(call)
-            else:
-                self.call_entry[at], callback = python_entry(call)
-                self._kept_alive.append(callback)
-        self._words = np.array(words.words, np.int64)
-        self.call_words = self._words.ctypes.data + 8 * starts
+        self.priorities = self._priorities(tasks.priorities())
 
     def _lower_locks(self, graph: Graph) -> None:
         self.locks = self.lock_first = self.lock_of = None
         if graph.is_commutative:
+            locks, counts = graph.tasks.locks(), np.zeros(self.tasks, np.int64)
+            counts[list(locks)] = [len(each) for each in locks.values()]
             numbers: dict[int, int] = {}
-            self.lock_first = firsts(len(task.locks) for task in graph.tasks)
-            self.lock_of = _int64([numbers.setdefault(serial, len(numbers)) for task in graph.tasks for serial, _ in task.locks])
+            self.lock_first = firsts(counts)
+            self.lock_of = _int64([numbers.setdefault(serial, len(numbers)) for each in locks.values() for serial, _ in each])
             self.locks = np.zeros(len(numbers), np.int64)
 
     @staticmethod
-    def _priorities(graph: Graph) -> np.ndarray | None:
-        if not any(task.priority for task in graph.tasks):
+    def _priorities(priorities: np.ndarray) -> np.ndarray | None:
+        if not priorities.any():
             return None
-        priorities = _int64([task.priority for task in graph.tasks])
         if abs(priorities).max() > PRIORITY_LIMIT:
             raise ValueError(f"priorities go from {-PRIORITY_LIMIT} to {PRIORITY_LIMIT}, got {priorities[abs(priorities).argmax()]}")
         return priorities
@@ -94,20 +76,13 @@ def _compile(graph: Graph) -> None:
             raise TaskError.of(task, call, error) from error
 
 
-def firsts(counts) -> np.ndarray:
-    """Return where each of consecutive groups begins, and where the last ends."""
-    return np.concatenate([[0], np.cumsum(np.fromiter(counts, np.int64))]).astype(np.int64)
-
-
 def edges_to_next(graph: Graph, following: Graph) -> tuple[np.ndarray, np.ndarray] | None:
     """Return (first, successor): for each task of `graph`, the tasks of `following`, run next, that wait for it. None: all wait for all."""
     edges = graph.edges_to(following)
     if edges is None:
         return None
-    successors: list[list[int]] = [[] for _ in graph.tasks]
-    for before, after in edges:
-        successors[before].append(after)
-    return firsts(map(len, successors)), _int64([s for each in successors for s in each])
+    before, after = np.array(edges, np.int64).reshape(-1, 2).T
+    return firsts(np.bincount(before, minlength=len(graph.tasks))), after[np.argsort(before, kind="stable")]
 
 
 def favourites(graph: Graph) -> np.ndarray:
