@@ -255,7 +255,7 @@ class TestLimits:
 
     def test_a_recursion_deeper_than_a_stack(self, monkeypatch):
         """Threads take over from each other; beyond their number it is said."""
-        monkeypatch.setattr(crew, "_MOST_THREADS", 30)
+        monkeypatch.setattr(crew, "_MOST_THREADS", 8)
 
         @kernel(compiled=True)
         def deep(n: int, spawn: Spawn) -> int:
@@ -263,10 +263,10 @@ class TestLimits:
 
         with scheduler("native", workers=2) as native:
             with native.program() as spawn:
-                assert spawn(deep, 3000).result() == 3000
+                assert spawn(deep, 500).result() == 500
             said = r"deep\(n=.*RecursionError: tasks wait inside of each other too deeply"
             with pytest.raises(TaskError, match=said), native.program() as spawn:
-                spawn(deep, 10_000).result()
+                spawn(deep, 2000).result()
             with native.program() as spawn:
                 assert spawn(deep, 10).result() == 10
 

@@ -168,9 +168,9 @@ def test_the_python_of_a_page_runs(page, here, monkeypatch, capsys, tmp_path):
 
 
 def smaller(text: str) -> str:
-    """Put the graph tiny in place of a larger one, and a smaller matrix."""
+    """Put the graph tiny in place of a larger one, a smaller matrix, and fewer simulated workers."""
     text = re.sub(r"\bgpt2-[a-z\d]+(-(t\d+|b\d+|llmc|bf16))?", "tiny", text)
-    text = text.replace("n=4096", "n=512")
+    text = text.replace("n=4096", "n=512").replace("2,16,64,128", "2,16")
     return re.sub(r",model\.(channels|heads|vocabulary)=\d+", "", text)
 
 
