@@ -48,6 +48,17 @@ def _(a, k):
 
 
 @kernel
+def divide(a: InOut[N, I64], k: int):
+    a[:] = a // k
+
+
+@divide.compiled
+def _(a, k):
+    if k == 0:
+        raise ZeroDivisionError("by nothing")
+
+
+@kernel
 def gather(a: InOut[N, I64], b: In[M, I64], k: int):
     a[:] = a * 7 + k + np.sum(b * np.arange(1, b.shape[0] + 1))
 
@@ -560,15 +571,6 @@ class TestFailure:
     def test_a_failure_in_compiled_code(self, each):
         """The same for what a twin raises."""
 
-        @kernel
-        def divide(a: InOut[N, I64], k: int):
-            a[:] = a // k
-
-        @divide.compiled
-        def _(a, k):
-            if k == 0:
-                raise ZeroDivisionError("by nothing")
-
         x = tensor()
         with pytest.raises(TaskError, match=r"divide.*ZeroDivisionError: by nothing"), each.program() as spawn:
             for k in (1, 0):
@@ -1076,15 +1078,6 @@ class TestReview:
     def test_a_result_is_the_failure(self, each):
         """Of compiled code, too; and for a task that did not begin because another failed."""
         x = tensor(2)
-
-        @kernel
-        def divide(a: InOut[N, I64], k: int):
-            a[:] = a // k
-
-        @divide.compiled
-        def _(a, k):
-            if k == 0:
-                raise ZeroDivisionError("by nothing")
 
         with pytest.raises(TaskError, match="by nothing"), each.program() as spawn:
             failed = spawn(divide, x[:CELL], 0)
