@@ -246,8 +246,8 @@ class Program:
 
     def wait(self, task: Task) -> None:
         """Wait for a task."""
-        if self._engine is None or self.has_ended:
-            return
+        if self._engine is None or self.has_ended or (self.recording is None and not self.is_open(task)):
+            return  # recorded, it is an edge though nothing has to be waited for
         with self.paused(None, task):
             if this_thread.at is not None and task.parent is this_thread.at:
                 self.run_child(task)

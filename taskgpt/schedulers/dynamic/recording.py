@@ -36,6 +36,7 @@ class Recording:
         self._children: dict[Task, dict[Task, None]] = {}  # of each task those that it has not waited for
         self.rows: list[tuple[int, int, int, int]] = []
         self.numbers: list[int] = []
+        self._graph = Graph("program")
         self._worker = worker
 
     def add(self, task: Task, waits: Iterable[Task]) -> None:
@@ -52,8 +53,10 @@ class Recording:
         return len(self._stretches) - 1
 
     def graph(self) -> Graph:
-        """Return what ran so far."""
+        """Return what ran so far; the same graph until there is another stretch."""
         count = len(self._stretches)
+        if count == len(self._graph.tasks):
+            return self._graph
         before = [self._before(number) for number in range(count)]
         after: list[list[int]] = [[] for _ in range(count)]
         missing = list(map(len, before))
@@ -71,6 +74,7 @@ class Recording:
                 missing[other] -= 1
                 if not missing[other]:
                     heapq.heappush(ready, other)
+        self._graph = graph
         return graph
 
     def _before(self, number: int) -> set[int]:
