@@ -8,6 +8,7 @@ import numba
 import numpy as np
 
 from taskgpt.errors import UserError, did_you_mean, shorten
+from taskgpt.tasks import In, Out, kernel
 
 PATTERNS = ("trivial", "chains", "stencil_1d", "fft", "nearest", "random", "tree", "fork_join")
 RADIUS = 2  # of nearest and random: Task Bench's radix 5
@@ -63,3 +64,9 @@ def spin(iterations):
     for _ in range(iterations):
         x = x * np.float32(0.5) + np.float32(0.5)
     return x
+
+
+@kernel(compiled=True)
+def busy(out: Out[1], iterations: In[1, np.int64]):
+    """Spin; the number of iterations is read from memory, so that one graph serves for all."""
+    out[0] = spin(iterations[0])

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from taskgpt.lab.benchmarks.patterns import LINE, depends, spin, width_at
+from taskgpt.lab.benchmarks.patterns import LINE, busy, depends, spin, width_at
 from taskgpt.schedulers import Scheduler
 from taskgpt.tasks import Arena, In, InOut, Out, TensorSpec, dims, kernel, wrap
 from taskgpt.tasks.spawn import Spawn
@@ -22,13 +22,8 @@ WAYS = ("program", "nested")
 
 
 @kernel(compiled=True)
-def first(out: Out[1], iterations: In[1, I64]):
-    """Spin; the number of iterations is read from memory, as in recorded graphs."""
-    out[0] = spin(iterations[0])
-
-
-@kernel(compiled=True)
 def after_one(out: Out[1], iterations: In[1, I64], a: In[A, 1]):
+    """Spin like `busy`; that a tile is read says which tasks come before, here and in the next two."""
     out[0] = spin(iterations[0])
 
 
@@ -50,7 +45,7 @@ def spawn_all(out: InOut[R, W, L], iterations: In[1, I64], table: In[T, K, I64],
         row, reads = rows[n, 0], rows[n, 2]
         before, own = (row - 1) % ROWS, out[row, rows[n, 1], :1]
         if reads == 0:
-            spawn(first, own, iterations)
+            spawn(busy, own, iterations)
             continue
         a = out[before, rows[n, 3] : rows[n, 4], :1]
         if reads == 1:

@@ -19,27 +19,16 @@ from taskgpt.config import MOST_TASKS, available, is_address
 from taskgpt.errors import UserError, did_you_mean, shorten
 from taskgpt.lab import machine
 from taskgpt.lab.benchmarks import spawned_patterns
-from taskgpt.lab.benchmarks.patterns import LINE, depends, spin, verify_patterns, width_at
+from taskgpt.lab.benchmarks.patterns import LINE, busy, depends, spin, verify_patterns, width_at
 from taskgpt.lab.named import named_scheduler, split_changes
 from taskgpt.lab.report import Report, in_range, quartiles, seconds_of
 from taskgpt.progress import Progress
-from taskgpt.tasks import Arena, Call, Graph, In, Out, Task, TensorSpec, compile_kernels, kernel
+from taskgpt.tasks import Arena, Call, Graph, Task, TensorSpec, compile_kernels
 
 DASK = ("taskgpt.get", "dask.threaded", "distributed")  # beside our schedulers, the systems that take Dask graphs
 SYSTEMS = ("native", "native+program", "native+nested", *DASK)
 
 # Tasks ----------------------------------------------------------------------------------------------------------------------------------
-
-
-@kernel
-def busy(out: Out[1], iterations: In[1, np.int64]):
-    """Spin; the number of iterations is read from memory, so that one graph serves for all."""
-    out[0] = spin(iterations[0])
-
-
-@busy.compiled
-def busy_twin(out, iterations):
-    out[0] = spin(iterations[0])
 
 
 def record(pattern: str, width: int, steps: int, shared: bool = False) -> tuple[Graph, np.ndarray]:
