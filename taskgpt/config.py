@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from taskgpt.cluster.settings import Settings as ClusterSettings
 from taskgpt.errors import UserError, did_you_mean, shorten
 from taskgpt.files import as_written, fill, parse_toml, read_toml
 from taskgpt.gpt2.model import GPT2
@@ -20,6 +21,9 @@ from taskgpt.gpt2.shape import Batch, Model, Options, Tiles
 from taskgpt.schedulers import Scheduler, open_scheduler
 
 _PACKAGE = Path(__file__).resolve().parent
+CLUSTER = (
+    "cluster"  # what a file names as its scheduler that is none of taskgpt/schedulers: cluster/ runs on it, and it runs training alone
+)
 MOST_TASKS = 10**6  # of a graph: recorded, GPT-2's take 2 GB, and a minute
 _MOST_BYTES = 2**60  # of its tensors: no machine has them, and sizes still fit into 64 bits
 _ADDRESS = re.compile(r"[a-z]+://.*|[^/]*:\d+", re.IGNORECASE)  # tcp://10.0.0.1:8786, localhost:8786, [::1]:8786
@@ -38,7 +42,7 @@ class GraphConfig:
 
 @dataclass(frozen=True)
 class SchedulerConfig:
-    """A scheduler file: `scheduler` is the module in taskgpt/schedulers, `settings` an instance of its Settings."""
+    """A scheduler file: `scheduler` is the module in taskgpt/schedulers, or CLUSTER; `settings` an instance of its Settings."""
 
     name: str
     scheduler: str
@@ -104,30 +108,43 @@ def _tasks(config: GraphConfig) -> int:
     return model.layers * (columns * (2 * rows + updates) + 2 * attention + 6 * pointwise) + 3 * head
 
 
-def load_scheduler(name: str, overrides: dict[str, Any] | None = None) -> SchedulerConfig:
+def load_scheduler(name: str, overrides: dict[str, Any] | None = None, may_be_cluster: bool = False) -> SchedulerConfig:
     """Read scheduler_configs/NAME.toml, or the file that `name` is a path of, over the defaults of the scheduler that it names.
 
-    Raises UserError for an unknown name, key or value.
+    The address of a cluster is that of scheduler_configs/cluster.toml. Raises UserError for an unknown name, key or value, and for a
+    cluster, unless it may be one.
     """
-    path = find_file("scheduler_configs", name)
+    if is_address(name):
+        path, overrides = find_file("scheduler_configs", CLUSTER), {"address": name, **(overrides or {})}
+    else:
+        path = find_file("scheduler_configs", name)
     table = read_toml(path)
     scheduler = table.pop("scheduler", path.stem)
     if not isinstance(scheduler, str):
         raise UserError(f"{path.name}: scheduler: wanted the name of a scheduler, got {as_written(scheduler)}; write it in quotes")
-    known = schedulers()
+    known = [*schedulers(), CLUSTER]
     if scheduler not in known:
         raise UserError(f"{path.name}: unknown scheduler '{shorten(scheduler)}'{did_you_mean(scheduler, known)}")
+    if scheduler == CLUSTER and not may_be_cluster:
+        raise UserError(
+            f"scheduler {shorten(name)}: on a cluster runs `taskgpt train` alone; choose a scheduler of this machine, native say"
+        )
     defaults = read_toml(find_file("scheduler_configs", scheduler))
     defaults.pop("scheduler", None)
-    module = importlib.import_module(f"taskgpt.schedulers.{scheduler.replace('-', '_')}")
-    settings = fill(module.Settings, {**defaults, **table, **(overrides or {})}, f"{path.name}: ", elsewhere=graph_keys())
+    settings = fill(_settings_of(scheduler), {**defaults, **table, **(overrides or {})}, f"{path.name}: ", elsewhere=graph_keys())
     return SchedulerConfig(path.stem, scheduler, settings)
+
+
+def _settings_of(scheduler: str) -> type:
+    if scheduler == CLUSTER:
+        return ClusterSettings
+    return importlib.import_module(f"taskgpt.schedulers.{scheduler.replace('-', '_')}").Settings
 
 
 def scheduler(name: str = "native", **settings: Any) -> Scheduler:
     """Return a scheduler for a `with` block: `taskgpt.scheduler("native", workers=2)`; settings are the keys of its file.
 
-    Raises UserError for an unknown name, key or value.
+    Raises UserError for an unknown name, key or value, and for a cluster.
     """
     return opener(load_scheduler(name, settings))
 
@@ -192,8 +209,6 @@ def is_address(name: str) -> bool:
 
 def find_file(kind: str, name: str) -> Path:
     """Return the file of a name in a data folder, or the path that `name` is. Raises UserError for an unknown name."""
-    if kind == "scheduler_configs" and is_address(name):
-        raise UserError(f"scheduler {shorten(name)}: clusters by address are not supported yet; local-cluster starts one on this machine")
     path = Path(name)
     if path.suffix == ".toml" or len(path.parts) > 1:
         return path

@@ -656,7 +656,7 @@ def test_a_table_aligns_text_left_and_numbers_right(capsys):
         (["overhead", "--systems", "dask.thread"], "unknown system 'dask.thread'; did you mean 'dask.threaded'?"),
         (["overhead", "--systems", "native+programm"], "unknown way 'programm' of 'native'; did you mean 'program'?"),
         (["metg", "--efficiency", "50"], "--efficiency: wanted a part of the peak, between 0 and 1, got 50.0"),
-        (["metg", "--systems", "tcp://10.0.0.1:8786"], "clusters by address are not supported yet"),
+        (["metg", "--systems", "tcp://10.0.0.1:8786"], "scheduler tcp://10.0.0.1:8786: on a cluster runs `taskgpt train` alone"),
         (["metg", "--steps", "1000000000"], "--steps: wanted at most 1,000,000, got 1000000000"),
         (["metg", "--steps", "1000000", "--width", "4"], "wanted at most 1,000,000 tasks"),
         (["step", "--workers", "1000000000"], "--workers 1000000000: wanted a number from 1 to 4,096"),

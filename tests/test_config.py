@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from taskgpt import config as config_module
+from taskgpt.cluster.settings import schedule
 from taskgpt.config import available, find_file, load_graph, load_scheduler, parse_settings
 from taskgpt.errors import UserError, shorten
 from taskgpt.files import as_written, fill, read_bytes, read_text
@@ -119,12 +120,64 @@ def test_files_of_other_systems_are_read(tmp_path, change):
     assert load_graph(str(tmp_path / "tiny.toml")) == load_graph("tiny")
 
 
-@pytest.mark.parametrize("address", ["tcp://10.0.0.1:8786", "tls://x:1", "TCP://h", "localhost:8786", "[::1]:8786"])
-def test_a_cluster_by_address_is_no_file(address):
-    """Said at once, where a scheduler's name is wanted."""
-    for load in (load_scheduler, lambda name: named_config(name, 2)):
-        with pytest.raises(UserError, match=f"scheduler {re.escape(address)}: clusters by address are not supported yet; local-cluster"):
-            load(address)
+@pytest.mark.parametrize(
+    ("name", "address"),
+    [
+        ("tcp://10.0.0.1:8786", ""),
+        ("TLS://x:1", "tls://x:1"),
+        ("localhost:8786", "tcp://localhost:8786"),
+        ("[::1]:8786", "tcp://[::1]:8786"),
+    ],
+)
+def test_an_address_is_a_cluster(name, address):
+    """With the defaults of cluster.toml, and what --set changes of them."""
+    found = load_scheduler(name, {"ranks": 2}, may_be_cluster=True)
+    assert (found.name, found.scheduler, found.settings.address, found.settings.ranks) == ("cluster", "cluster", address or name, 2)
+    assert dataclasses.replace(found.settings, address="", ranks=0) == load_scheduler("cluster", may_be_cluster=True).settings
+
+
+@pytest.mark.parametrize("name", ["tcp://10.0.0.1:8786", "h:1", "cluster", "cluster-ssh"])
+def test_a_cluster_is_for_training_alone(name):
+    """Said at once, wherever a scheduler is named."""
+    for load in (load_scheduler, lambda name: named_config(name, 2), config_module.scheduler):
+        with pytest.raises(
+            UserError, match=f"scheduler {name}: on a cluster runs `taskgpt train` alone; choose a scheduler of this machine"
+        ):
+            load(name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"address": "tcp://h"}, "address: wanted PROTOCOL://HOST:PORT, for example tcp://10.0.0.1:8786, got 'tcp://h'"),
+        ({"address": "h:99999"}, "got 'h:99999'"),
+        ({"address": "tcp://user@h:1"}, "got 'tcp://user@h:1'"),
+        ({"address": "http://h:1"}, "address: wanted one of tcp, tls, ucx, ucxx, got http://"),
+        ({"address": "h:1", "start": "local"}, 'address and start: wanted one of them, got 2; set the others to ""'),
+        ({"start": "k8s"}, "start: wanted one of '', 'local', 'ssh', 'slurm', 'pbs', 'mpi', got 'k8s'"),
+        ({"start": "ssh"}, 'hosts: start = "ssh" needs hosts, got none'),
+        ({"start": "local", "queue": "x"}, 'queue: is for start = "slurm" or "pbs", got start = "local"; leave it out'),
+        ({"start": "local", "cores": 2}, "cores: is for start ="),
+        ({"tls_ca_file": "ca.pem"}, "tls_ca_file: tls_ca_file, tls_cert and tls_key go together, got tls_ca_file alone; name all three"),
+        ({"generations": "0x2 17"}, "generations: wanted STEPxRANKS, for example 0x2 17x1, got '17'"),
+        ({"generations": "1x2"}, "generations: the first one begins at step 0, got step 1"),
+        ({"generations": "0x2 5x1 5x2"}, "generations: wanted steps that rise, got 5 after 5"),
+        ({"generations": "0x0"}, "got '0x0'"),
+        ({"wire": "fp16"}, "wire: wanted one of 'fp32', 'bf16', got 'fp16'"),
+        ({"timeout_s": 0}, "timeout_s: wanted at least 1, got 0"),
+        ({"password": "x"}, "password: unknown key"),
+    ],
+)
+def test_a_cluster_that_cannot_be_meant_is_refused(changes, message):
+    """One line, with the file, the key and what to do."""
+    with pytest.raises(UserError, match=f"^cluster.toml: .*{re.escape(message)}"):
+        load_scheduler("cluster", changes, may_be_cluster=True)
+
+
+def test_generations_are_steps_and_ranks():
+    """Of each generation its first step, and how many ranks it has."""
+    assert schedule("0x2  17x1 20x2") == [(0, 2), (17, 1), (20, 2)]
+    assert schedule("") == []
 
 
 def test_values_are_what_toml_says_or_words():
@@ -183,7 +236,7 @@ def test_what_no_machine_can_run_is_refused(key, value, message):
 def test_no_scheduler_takes_more_workers_than_any_machine_has(name):
     """A thread for each of a thousand million would be a hang."""
     with pytest.raises(UserError, match=r"workers: wanted at most 4,096, got 1000000000"):
-        load_scheduler(name, {"workers": 10**9})
+        load_scheduler(name, {"workers": 10**9}, may_be_cluster=True)
 
 
 @pytest.mark.parametrize("name", ["tiny", "gpt2-124m", "gpt2-124m-llmc", "gpt2-124m:options.clip_norm=1"])
@@ -197,7 +250,7 @@ def test_every_file_that_comes_along_is_right():
     for name in available("graphs"):
         assert load_graph(name).name == name
     for name in available("scheduler_configs"):
-        assert load_scheduler(name).name == name
+        assert load_scheduler(name, may_be_cluster=True).name == name
 
 
 def test_what_a_message_repeats_is_short_and_on_one_line():

@@ -17,6 +17,7 @@ import pytest
 from pages import ROOT, blocks, files
 
 import taskgpt.gpt2
+from taskgpt.cluster.settings import Settings as ClusterSettings
 from taskgpt.config import graph_keys, load_graph, load_scheduler, schedulers
 from taskgpt.gpt2 import norms, shape
 from taskgpt.gpt2.checkpoints.resumable import About
@@ -69,7 +70,7 @@ def gpt2_kernels() -> list[str]:
 def test_every_key_of_a_file_is_described():
     """Of graph files, set-up files and machine files."""
     page = (DOCS / "reference" / "files.md").read_text(encoding="utf-8")
-    keys = set(graph_keys()) | {field.name for field in dataclasses.fields(Machine)}
+    keys = set(graph_keys()) | {field.name for kind in (Machine, ClusterSettings) for field in dataclasses.fields(kind)}
     for name in schedulers():
         settings = importlib.import_module(f"taskgpt.schedulers.{name.replace('-', '_')}").Settings
         keys |= {field.name for field in dataclasses.fields(settings)}

@@ -25,7 +25,7 @@ lab.charts lab.drawing lab.layout lab.theme lab.machine lab.disturbance lab.pace
 gpt2 schedulers.native schedulers.loops schedulers.threads schedulers.sequential schedulers.local_cluster
 gpt2.text schedulers schedulers.records schedulers.dask_get schedulers.dynamic
 downloads
-files schedulers.prepare products collectives
+files schedulers.prepare products collectives cluster.settings
 schedulers.repetition
 tasks schedulers.cores errors lab
 palette progress

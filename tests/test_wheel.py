@@ -41,7 +41,7 @@ from taskgpt.lab.simulator.machine_file import Machine
 for name in available("graphs"):
     load_graph(name)
 for name in available("scheduler_configs"):
-    load_scheduler(name)
+    load_scheduler(name, may_be_cluster=True)
 Machine.load("2x56")
 print(*available("graphs"), *available("scheduler_configs"))
 """

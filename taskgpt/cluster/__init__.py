@@ -1,1 +1,6 @@
-"""A Dask cluster that is already there: how it is opened and checked, and what runs on it."""
+"""A Dask cluster that is already there, or that is started for a run: how it is opened and checked, and what runs on it.
+
+settings.py    the keys of scheduler_configs/cluster.toml
+opening.py     a client of a cluster: by address, by scheduler file, or of one that is started
+starting.py    who starts one
+"""

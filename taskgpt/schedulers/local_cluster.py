@@ -34,7 +34,7 @@ from taskgpt.schedulers.records import Recorder, ThreadTimes, Times
 from taskgpt.tasks import Graph, Kernel, TwinError, coarsen, compile_kernels, one_blas_thread
 from taskgpt.tasks.sources import Sources
 
-_CONFIG = {
+CONFIG = {  # also of clusters that are started on other machines
     "distributed.scheduler.allowed-failures": 0,  # a task must not run again on another worker
     "distributed.scheduler.work-stealing": False,
     "distributed.scheduler.worker-ttl": None,  # a kernel that holds the GIL silences its worker; a dead process is noticed by its socket
@@ -71,48 +71,23 @@ class Scheduler(InTurn):
         self._id = next(_ids)
 
     def _start(self) -> None:
-        if self.settings.processes:
-            _start_resource_tracker()
-            _verify_can_start_processes()
         self._sent = OncePerGraph(self._send)
         with ExitStack() as stack:
             stack.enter_context(one_blas_thread)
-            # In a thread of its own: Ctrl-C in the middle of a start waits for its end, and then finds a cluster that can be closed.
-            with ThreadPoolExecutor(1) as starter:
-                starter.submit(self._start_cluster, stack).result()
+            self._start_cluster(stack)
             self._stack = stack.pop_all()
 
     def _start_cluster(self, stack: ExitStack) -> None:
-        if self.settings.processes and hasattr(signal, "pthread_sigmask"):
-            # A terminal sends Ctrl-C to every process, and SIGHUP when it closes; a batch system sends SIGTERM to all before it kills them.
-            # What is started from here, and by that, inherits the mask and leaves them to the main process, which may yet save its work.
-            # SIGUSR1, with which it says that the end is near, would end them.
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
-        self._watch = _Watch()
-        try:
-            with dask.config.set(_CONFIG):
-                self._cluster = stack.enter_context(
-                    LocalCluster(
-                        n_workers=self.workers if self.settings.processes else 1,
-                        threads_per_worker=1 if self.settings.processes else self.workers,
-                        processes=self.settings.processes,
-                        memory_limit=0,
-                        dashboard_address=f"127.0.0.1:{max(self.settings.dashboard, 0)}",
-                        worker_dashboard_address="127.0.0.1:0",
-                        scheduler_kwargs={"dashboard": self.settings.dashboard >= 0, "plugins": [self._watch]},
-                        silence_logs=logging.CRITICAL,  # what goes wrong is raised
-                    )
-                )
-        except RuntimeError as error:
-            if not self.settings.processes:
-                raise
-            why: BaseException = error
-            while cause := why.__cause__ or why.__context__:
-                why = cause
-            found = f"worker processes did not start: {type(why).__name__}: {why}"
-            raise UserError(f"{found}; if the machine was not too busy for them: {_GUARD}") from None
-        disable_gc_diagnosis(force=True)  # calls Python from the garbage collector, where a Ctrl-C is lost
-        self._client = self._watch.client = stack.enter_context(Client(self._cluster, set_as_default=False))
+        self._watch, processes = _Watch(), self.settings.processes
+        self._cluster, self._client = start(
+            stack,
+            processes,
+            n_workers=self.workers if processes else 1,
+            threads_per_worker=1 if processes else self.workers,
+            dashboard_address=f"127.0.0.1:{max(self.settings.dashboard, 0)}",
+            scheduler_kwargs={"dashboard": self.settings.dashboard >= 0, "plugins": [self._watch]},
+        )
+        self._watch.client = self._client
 
     def _stop(self) -> None:
         try:
@@ -199,6 +174,41 @@ class Scheduler(InTurn):
             _graphs[graph_id] = coarse
             self._stack.callback(_graphs.pop, graph_id)
         return graph_id, coarse, sources
+
+
+def start(stack: ExitStack, processes: bool, **others: object) -> tuple[LocalCluster, Client]:
+    """Start a cluster on 127.0.0.1 and a client of it, which end with `stack`; `others` are LocalCluster's. Raises UserError.
+
+    Its processes leave signals to this one. They watch over no memory, and no task of theirs runs twice.
+    """
+    if processes:
+        _start_resource_tracker()
+        _verify_can_start_processes()
+
+    def begin() -> tuple[LocalCluster, Client]:
+        if processes and hasattr(signal, "pthread_sigmask"):
+            # A terminal sends Ctrl-C to every process, and SIGHUP when it closes; a batch system sends SIGTERM to all before it kills them.
+            # What is started from here, and by that, inherits the mask and leaves them to the main process, which may yet save its work.
+            # SIGUSR1, with which it says that the end is near, would end them.
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
+        quiet = {"worker_dashboard_address": "127.0.0.1:0", "silence_logs": logging.CRITICAL}  # what goes wrong is raised
+        try:
+            with dask.config.set(CONFIG):
+                cluster = stack.enter_context(LocalCluster(processes=processes, memory_limit=0, **quiet, **others))
+        except RuntimeError as error:
+            if not processes:
+                raise
+            why: BaseException = error
+            while cause := why.__cause__ or why.__context__:
+                why = cause
+            found = f"worker processes did not start: {type(why).__name__}: {why}"
+            raise UserError(f"{found}; if the machine was not too busy for them: {_GUARD}") from None
+        disable_gc_diagnosis(force=True)  # calls Python from the garbage collector, where a Ctrl-C is lost
+        return cluster, stack.enter_context(Client(cluster, set_as_default=False))
+
+    # In a thread of its own: Ctrl-C in the middle of a start waits for its end, and then finds a cluster that can be closed.
+    with ThreadPoolExecutor(1) as starter:
+        return starter.submit(begin).result()
 
 
 _GUARD = (
