@@ -3,4 +3,5 @@
 settings.py    the keys of scheduler_configs/cluster.toml
 opening.py     a client of a cluster: by address, by scheduler file, or of one that is started
 starting.py    who starts one
+dask_links.py  messages between ranks, over Dask's own comms
 """
