@@ -1,8 +1,13 @@
 """Messages and collectives among ranks: processes that run the same graph, each on its part of the data.
 
-links.py    messages between ranks, whatever carries them
+links.py         messages between ranks, whatever carries them
+ring.py          collectives on a ring: what is sent, and in which order it is added
+communicator.py  buckets of tiles, exchanged when all are handed in
+kernels.py       tasks that hand a tile in, and wait for no more than an event
 """
 
-from taskgpt.collectives.links import Links, PeerLost
+from taskgpt.collectives.communicator import GATHER, REDUCE, REDUCE_OWN, SPREAD, Communicator, Transfer
+from taskgpt.collectives.links import Links, PeerLost, Tag
+from taskgpt.collectives.ring import spread
 
-__all__ = ["Links", "PeerLost"]
+__all__ = ["GATHER", "REDUCE", "REDUCE_OWN", "SPREAD", "Communicator", "Links", "PeerLost", "Tag", "Transfer", "spread"]

@@ -3,6 +3,7 @@
 access.py           In / Out / InOut / Commutative / Concurrent / Reduction / Scratch: what a kernel declares of a tile
 combiners.py        what a reduction combines by
 spawn.py            what tasks spawn tasks with, in programs without a graph
+events.py           what a task waits for after its body
 results.py          kernels return nothing, unless they declare it
 kernel.py           @kernel: a NumPy body, its declaration, and its compiled twin
 shapes.py           what the names of dimensions stand for in a call
@@ -47,6 +48,7 @@ from taskgpt.tasks.blas_threads import one_blas_thread
 from taskgpt.tasks.check import check
 from taskgpt.tasks.coarsen import by_section, coarsen, part
 from taskgpt.tasks.combiners import Combiner
+from taskgpt.tasks.events import event
 from taskgpt.tasks.graph import Graph
 from taskgpt.tasks.kernel import AccessError, Kernel, TwinError, compile_kernels, kernel
 from taskgpt.tasks.rows import dense
@@ -90,6 +92,7 @@ __all__ = [
     "compile_kernels",
     "dense",
     "dims",
+    "event",
     "kernel",
     "one_blas_thread",
     "part",

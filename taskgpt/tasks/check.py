@@ -28,6 +28,7 @@ import numpy as np
 
 from taskgpt.tasks.combiners import Operator
 from taskgpt.tasks.dependencies import Cell
+from taskgpt.tasks.events import settle
 from taskgpt.tasks.kernel import AccessError, Kernel
 from taskgpt.tasks.reductions import ReductionKernel
 from taskgpt.tasks.task import Call, Task
@@ -102,6 +103,7 @@ class CheckedCall(Call):
         copies = _Copies(self)
         try:
             result = self.kernel.run(*copies.arguments(is_read_only))
+            settle()  # what happens later would happen to the copies
         except IndexError as error:
             if str(error) != "index is out of bounds":  # numba's words; NumPy's say which index, and kernels may have their own
                 raise

@@ -15,7 +15,7 @@ from taskgpt.tasks.access import Access
 from taskgpt.tasks.cache import compile_function
 from taskgpt.tasks.columns import FAMILY_BITS, Columns
 from taskgpt.tasks.known_calls import CallSignature
-from taskgpt.tasks.native_entry import Words, has_native_entry, native_entry, python_entry
+from taskgpt.tasks.native_entry import Held, Words, has_native_entry, native_entry, python_entry
 from taskgpt.tasks.recorded import Tasks
 from taskgpt.tasks.scratch import Shapes, scratch_layout
 from taskgpt.tasks.task import Call
@@ -31,10 +31,11 @@ class LoweredCalls:
 
     Those of task n go from first[n] to first[n + 1]; call c has the entry entries[c], and its words begin at words[starts[c]].
     `seconds`: what each task may take, until it is measured. `scratch_bytes`: of the greediest. `kept_alive`: what the addresses are of.
+    `held`: see python_entry.
     """
 
-    def __init__(self, tasks: Tasks):
-        columns = tasks.columns
+    def __init__(self, tasks: Tasks, held: Held):
+        columns, self._held = tasks.columns, held
         recipes = _Recipes(columns)
         recipe = recipes.of_tasks(len(tasks))
         has_recipe = recipe >= 0
@@ -74,7 +75,7 @@ class LoweredCalls:
         if has_native_entry(call):
             words.add(call)
             return native_entry(call.kernel)
-        entry, callback = python_entry(call)
+        entry, callback = python_entry(call, self._held)
         self.kept_alive.append(callback)
         return entry
 

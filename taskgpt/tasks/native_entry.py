@@ -6,6 +6,9 @@
 constant, the number (a double by its bits). The entry builds numba's arrays on the stack and calls the compiled twin. It returns 0, and
 the twin's result in `worker[1]`, or 1 if the twin raised: then `worker[0]` is the exception, a reference that the caller owns.
 
+An entry that runs Python may return HELD: the task waits for events (events.py), and who fulfils the last one releases it. `worker[2]` says
+which task that is, -1 where it has to wait for them inside.
+
 A twin that spawns is given a frame (frames.py): `worker[2]` is the place of its task, `worker[3]` where the scheduler has its functions.
 """
 
@@ -13,9 +16,10 @@ import ctypes
 import itertools
 import math
 import struct
+import time
 import weakref
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from llvmlite import ir
 from numba import types
@@ -25,17 +29,26 @@ from numba.np.arrayobj import populate_array
 
 from taskgpt.tasks.access import Access
 from taskgpt.tasks.cache import undisturbed
+from taskgpt.tasks.events import Awaited, take_awaited, this_thread
 from taskgpt.tasks.frames import CARRIED, END, WORD, call_scheduler, in_frame, new_frame
 from taskgpt.tasks.kernel import Kernel, compile_kernels
 from taskgpt.tasks.nested import TileType, as_tile
 from taskgpt.tasks.scratch import Shapes, scratch_layout
-from taskgpt.tasks.task import Call, this_thread
+from taskgpt.tasks.task import Call
 from taskgpt.tasks.tensor import Tile
 
 _BYTE_POINTER = ir.IntType(8).as_pointer()
 PYTHON_ENTRY = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p))  # takes the GIL
 
 _RESULT, _PLACE, _NESTING = 1, 2, 3  # in `worker`
+HELD = 2  # what an entry returns of a task that is not done when its body is
+Held = Callable[[int, Awaited, int], bool]  # see python_entry
+
+
+def waits_inside(_place: int, awaited: Awaited, _start_ns: int) -> bool:
+    """The Held of who has nobody to release tasks later: wait, and say that it is released at once."""
+    awaited.wait()
+    return False
 
 
 def has_native_entry(call: Call) -> bool:
@@ -68,20 +81,31 @@ def prepare_spawned(kernel: Kernel) -> None:
                 left.append(each)
 
 
-def python_entry(call: Call) -> tuple[int, object]:
-    """Return (address, what keeps it alive) of an entry that takes the GIL and runs the call in Python."""
+def python_entry(call: Call, held: Held) -> tuple[int, object]:
+    """Return (address, what keeps it alive) of an entry that takes the GIL and runs the call in Python.
+
+    `held(place, awaited, start_ns)` is asked for a task whose body has made events, unless it has to wait for them: is it to be released
+    later, by who fulfils the last one?
+    """
 
     def run(_words, _scratch, error):
         this_thread.at = call
         try:
+            start_ns = time.monotonic_ns()
             call.run()
+            awaited = take_awaited()
+            if awaited is not None:
+                place = ctypes.c_int64(error[_PLACE] or 0).value
+                if place < 0:
+                    awaited.wait()
+                elif held(place, awaited, start_ns):
+                    return HELD
         except BaseException as raised:
-            reference = ctypes.py_object(raised)
-            ctypes.pythonapi.Py_IncRef(reference)
-            error[0] = id(raised)
+            error[0] = give_exception(raised)
             return 1
         finally:
             this_thread.at = None
+            take_awaited()  # of a body that failed
         return 0
 
     callback = PYTHON_ENTRY(run)
@@ -105,6 +129,12 @@ def told_words(kernel: Kernel, words: Sequence[int]) -> str:
             told.append(f"{name}={value_of(int(words[at]), declared)}")
             at += 1
     return ", ".join(told)
+
+
+def give_exception(error: BaseException) -> int:
+    """Return a reference to an exception, which `take_exception` takes over."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(error))
+    return id(error)
 
 
 def take_exception(address: int) -> BaseException:

@@ -46,8 +46,11 @@ class Event(Protocol):
     def fulfil(self) -> None:
         """Say that it has happened, once, from any thread. Raises RuntimeError the second time; none where the program has ended early."""
 
+    def fail(self, error: BaseException) -> None:
+        """Say, in place of that, that it never will: the task fails, with this error."""
+
     def wait(self) -> None:
-        """Wait until it has happened, inside the task; another task has the core meanwhile."""
+        """Wait until it has happened, inside the task; in a program another task has the core meanwhile."""
 
 
 class Group(Protocol):

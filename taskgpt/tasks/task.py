@@ -10,21 +10,13 @@ import numpy as np
 from taskgpt.tasks.access import Access
 from taskgpt.tasks.blas_threads import one_blas_thread
 from taskgpt.tasks.edges import Edges
+from taskgpt.tasks.events import settle, take_awaited, this_thread
 from taskgpt.tasks.kernel import AccessError, Kernel, as_kernel, fits_64_bits
 from taskgpt.tasks.scratch import Shapes, scratch_arrays
 from taskgpt.tasks.shapes import ShapeError
 from taskgpt.tasks.tensor import Tile
 
 Section = tuple[str, int]  # phase and layer, ("forward", 3); layer -1 = none
-
-
-class _Thread(threading.local):
-    """`at`: the task, on a native worker the call, that this thread is running, or None."""
-
-    at: "Task | Call | None" = None
-
-
-this_thread = _Thread()
 
 
 class TaskError(RuntimeError):
@@ -262,10 +254,13 @@ class Task:
             for call in self.calls:
                 try:
                     call.run()
+                    if this_thread.awaited is not None:
+                        settle()
                 except Exception as error:
                     raise TaskError.of(self, call, error) from error
         finally:
             this_thread.at = outer
+            take_awaited()  # of a body that failed
             if held is not None:
                 held.close()
 
@@ -282,5 +277,11 @@ def run_now(kernel: Kernel, *args, section: Section = ("", -1), priority: int = 
     call.verify()
     kernel.verify_recordable()
     kernel.verify_untouched()
-    with one_blas_thread:
-        call.run()
+    outer, this_thread.at = this_thread.at, call
+    try:
+        with one_blas_thread:
+            call.run()
+            settle()
+    finally:
+        this_thread.at = outer
+        take_awaited()

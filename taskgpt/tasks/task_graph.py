@@ -25,6 +25,7 @@ from taskgpt.tasks.combiners import Combiner, Operator
 from taskgpt.tasks.dependencies import Cell, longest_path
 from taskgpt.tasks.each import Loop
 from taskgpt.tasks.edges import Edges
+from taskgpt.tasks.events import this_thread
 from taskgpt.tasks.joined import joined, joins_of
 from taskgpt.tasks.kernel import Kernel, as_kernel
 from taskgpt.tasks.known_calls import CallSignature, KnownCalls, Place
@@ -34,7 +35,7 @@ from taskgpt.tasks.parts import Part
 from taskgpt.tasks.recorded import RecordedTask, Tasks
 from taskgpt.tasks.recorded_edges import edges_between, edges_of
 from taskgpt.tasks.reductions import beginning, combining, copies_of, slots_of
-from taskgpt.tasks.task import Call, Section, Task, this_thread
+from taskgpt.tasks.task import Call, Section, Task
 
 AnyGraph = TypeVar("AnyGraph", bound="TaskGraph")  # of the kind that was given
 Where = tuple[CodeType, int]  # a line of a program, by its code and the number of an instruction in it

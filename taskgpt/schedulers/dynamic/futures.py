@@ -6,8 +6,9 @@ from types import CodeType
 from typing import Any, Protocol
 
 from taskgpt.tasks import Call, TaskError
+from taskgpt.tasks.events import this_thread
 from taskgpt.tasks.native_entry import value_of
-from taskgpt.tasks.task import this_thread
+from taskgpt.tasks.spawn import Event
 
 
 class Owner(Protocol):
@@ -26,6 +27,8 @@ class Owner(Protocol):
     def fail(self, error: BaseException) -> None: ...
 
     def spawner_of(self, task: "Task") -> Any: ...
+
+    def event_of(self, task: "Task") -> Event: ...
 
     def begin(self, task: "Task") -> None: ...
 
@@ -122,6 +125,10 @@ class Task:
         if self.call.kernel.spawns:
             return self.call.kernel.run(*self.call.args, self.program.spawner_of(self))
         return self.call.run()
+
+    def event(self) -> Event:
+        """Return what the task waits for, besides its body, before it is done."""
+        return self.program.event_of(self)
 
     def fail(self, error: BaseException) -> None:
         """Keep what the body raised, in words that name the task; the program ends."""

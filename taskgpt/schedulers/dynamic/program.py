@@ -12,17 +12,11 @@ from typing import Protocol
 from taskgpt.schedulers.dynamic.futures import Body, Part, Task
 from taskgpt.schedulers.dynamic.recording import Recording
 from taskgpt.tasks import Call, Kernel
+from taskgpt.tasks.events import this_thread
 from taskgpt.tasks.known_calls import KnownCalls
 from taskgpt.tasks.spawn import ProgramError, Spawn
-from taskgpt.tasks.task import this_thread
 
 _LOOK_S = 0.1  # how often who waits looks whether Ctrl-C was pressed, or whether the program was cancelled
-
-
-class Event(Protocol):
-    """What a program asks of an event of spawner.py."""
-
-    def give_up(self) -> None: ...
 
 
 class Engine(Protocol):
@@ -313,16 +307,18 @@ class Program:
 
     # Events -------------------------------------------------------------------------------------------------------------------------
 
-    def hold(self, task: Task, event: Event) -> None:
-        """Have a task that runs wait for an event before it is done. Raises CancelledError in a program that ends."""
+    def event_of(self, task: Task) -> "Event":
+        """Return an event that a task, which runs, waits for before it is done. Raises CancelledError in a program that ends."""
+        event = Event(self, task)
         with self.lock:
             self.verify_may_wait()
             task.unfulfilled += 1
             self._events[event] = None
             if task.place >= 0:
                 self._engine.hold(task.place)
+        return event
 
-    def fulfil(self, task: Task, event: Event) -> None:
+    def fulfil(self, task: Task, event: "Event") -> None:
         """Note that an event has happened."""
         task.unfulfilled -= 1
         del self._events[event]
@@ -432,3 +428,35 @@ class Program:
 
 
 _MOST_SHOWN = 5  # tasks, in a message
+
+
+class Event:
+    """Something that a task waits for before it is done."""
+
+    def __init__(self, program: Program, task: Task):
+        self._program, self._task = program, task
+        self._has_happened = threading.Event()
+        self._is_given_up = False
+
+    def fulfil(self) -> None:
+        with self._program.lock:
+            if self._is_given_up:
+                return
+            if self._has_happened.is_set():
+                raise RuntimeError(f"an event of task {self._task} was fulfilled before")
+            self._has_happened.set()
+            self._program.fulfil(self._task, self)
+
+    def fail(self, error: BaseException) -> None:
+        with self._program.lock:
+            if not self._is_given_up:
+                self._task.fail(error)
+                self.fulfil()
+
+    def give_up(self) -> None:
+        """Fulfil it, as the program ends; who does so later has come in vain."""
+        self.fulfil()
+        self._is_given_up = True
+
+    def wait(self) -> None:
+        self._program.wait_for(self._has_happened.wait, "an event")

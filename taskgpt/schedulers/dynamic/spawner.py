@@ -10,14 +10,14 @@ from typing import Any
 
 from taskgpt.schedulers.dynamic.domain import Domain
 from taskgpt.schedulers.dynamic.futures import Readiness, Task
-from taskgpt.schedulers.dynamic.program import Engine, Program
+from taskgpt.schedulers.dynamic.program import Engine, Event, Program
 from taskgpt.schedulers.dynamic.recording import Recording
 from taskgpt.tasks import AccessError, Call, Graph, Kernel, Tile
 from taskgpt.tasks.check import CheckedCall
+from taskgpt.tasks.events import this_thread
 from taskgpt.tasks.kernel import as_kernel
 from taskgpt.tasks.known_calls import CallSignature, Place
 from taskgpt.tasks.spawn import PRIORITY_LIMIT
-from taskgpt.tasks.task import this_thread
 
 _LOOK_S = 0.1  # how often who waits for something else than tasks looks whether the program was cancelled
 _MOST_CHILDREN = 256  # that are kept before those that are done are looked for
@@ -153,13 +153,11 @@ class Spawner:
         finally:
             self._group = outer
 
-    def event(self) -> "Event":
+    def event(self) -> Event:
         self._verify_is_mine()
         if self._task is None:
             raise RuntimeError("an event is waited for by a task, and this is the program; call spawn.event() inside of a task")
-        event = Event(self._program, self._task)
-        self._program.hold(self._task, event)
-        return event
+        return self._task.event()
 
     def blocking(self) -> contextlib.AbstractContextManager[None]:
         return self._program.blocking()
@@ -206,32 +204,6 @@ class Group:
             for task in left:
                 self._program.wait(task)
         self._program.verify_goes_on()
-
-
-class Event:
-    """Something that a task waits for before it is done."""
-
-    def __init__(self, program: Program, task: Task):
-        self._program, self._task = program, task
-        self._has_happened = threading.Event()
-        self._is_given_up = False
-
-    def fulfil(self) -> None:
-        with self._program.lock:
-            if self._is_given_up:
-                return
-            if self._has_happened.is_set():
-                raise RuntimeError(f"an event of task {self._task} was fulfilled before")
-            self._has_happened.set()
-            self._program.fulfil(self._task, self)
-
-    def give_up(self) -> None:
-        """Fulfil it, as the program ends; who does so later has come in vain."""
-        self.fulfil()
-        self._is_given_up = True
-
-    def wait(self) -> None:
-        self._program.wait_for(self._has_happened.wait, "an event")
 
 
 class Lock:

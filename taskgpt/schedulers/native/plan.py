@@ -9,6 +9,7 @@ import numpy as np
 from taskgpt.schedulers.native.table import NOTHING
 from taskgpt.tasks import AccessError, Graph, TaskError, TwinError, compile_kernels
 from taskgpt.tasks.lowered import LoweredCalls, firsts
+from taskgpt.tasks.native_entry import Held, waits_inside
 from taskgpt.tasks.spawn import PRIORITY_LIMIT
 
 _LEAST_S = 1e-6  # a task takes, whatever it does
@@ -24,12 +25,12 @@ class Plan:
     Raises ValueError if a priority is too large, TaskError, naming the first task of a kernel that does not compile.
     """
 
-    def __init__(self, graph: Graph):
+    def __init__(self, graph: Graph, held: Held = waits_inside):
         _compile(graph)
         self.functions = [kernel.function for kernel in graph.kernels]
         tasks = graph.tasks
         self.tasks = len(tasks)
-        self._calls = LoweredCalls(tasks)
+        self._calls = LoweredCalls(tasks, held)
         self.call_first, self.call_entry = self._calls.first, self._calls.entries
         self.call_words = self._calls.words.ctypes.data + 8 * self._calls.starts
         self.scratch_bytes = self._calls.scratch_bytes

@@ -39,8 +39,6 @@ from taskgpt.schedulers.native.table import (
     CALL_FIRST,
     CALL_WORDS,
     CELL,
-    CLOCK,
-    CLOCK_NS,
     CLOSING,
     DONE,
     DURATIONS,
@@ -59,6 +57,7 @@ from taskgpt.schedulers.native.table import (
     ON_WATCH,
     OPEN,
     PENDING,
+    PLACE,
     READY_AT,
     RECORD,
     REMAINING,
@@ -68,6 +67,8 @@ from taskgpt.schedulers.native.table import (
     STILL,
     STOPPING,
     TASKS,
+    UNTIL,
+    UNTIL_NS,
     WANTED,
     WATCH,
     WORKERS,
@@ -80,6 +81,7 @@ from taskgpt.schedulers.native.table import (
     task_of,
     worker_of,
 )
+from taskgpt.tasks.native_entry import HELD
 
 # Workers --------------------------------------------------------------------------------------------------------------------------------
 
@@ -183,8 +185,13 @@ def run_task(t, me, instance):
     start = now(worker) if is_timed else 0
     first = words_at(run[CALL_FIRST])
     entries, arguments = words_at(run[CALL_ENTRY]), words_at(run[CALL_WORDS])
+    last = first[task + 1] - 1 if run[LOCKS] == 0 else NOTHING
     for call in range(first[task], first[task + 1]):
-        if call_entry(entries[call], arguments[call], worker[SCRATCH], address_of(worker, ERROR)) != 0:
+        worker[PLACE] = instance if call == last else NOTHING
+        status = call_entry(entries[call], arguments[call], worker[SCRATCH], address_of(worker, ERROR))
+        if status == HELD:
+            return NOTHING  # and nothing more is asked of the run, which may be over by now
+        if status != 0:
             _fail(t, me, instance, call)
             if run[LOCKS] != 0:
                 release_locks(run, task)
@@ -267,15 +274,33 @@ def wait(table, slot, milliseconds):
     """Wait so long for the run in `slot` to end; return True if it has ended or if the workers stop."""
     t = words_at(table)
     run, clock = run_in(t, slot), worker_of(t, t[WORKERS])
-    clock_gettime(types.int32(REALTIME), address_of(clock, CLOCK))
-    nanoseconds = clock[CLOCK_NS] + milliseconds * 1_000_000
-    clock[CLOCK], clock[CLOCK_NS] = clock[CLOCK] + nanoseconds // 1_000_000_000, nanoseconds % 1_000_000_000
+    clock_gettime(types.int32(REALTIME), address_of(clock, UNTIL))
+    nanoseconds = clock[UNTIL_NS] + milliseconds * 1_000_000
+    clock[UNTIL], clock[UNTIL_NS] = clock[UNTIL] + nanoseconds // 1_000_000_000, nanoseconds % 1_000_000_000
     mutex_lock(t[MUTEX])
     has_time = True
     while has_time and load(run, REMAINING) != 0 and load(t, STOPPING) == 0:
-        has_time = condition_timedwait(t[DONE], t[MUTEX], address_of(clock, CLOCK)) == 0
+        has_time = condition_timedwait(t[DONE], t[MUTEX], address_of(clock, UNTIL)) == 0
     mutex_unlock(t[MUTEX])
     return load(run, REMAINING) == 0 or load(t, STOPPING) != 0
+
+
+@compiled
+def release_held(table, instance):
+    """Release the successors of a task whose events have happened. While nothing is submitted, by one thread at a time."""
+    t = words_at(table)
+    me = t[WORKERS]
+    best = release(t, me, instance)
+    if best != NOTHING:
+        push(t, me, best)
+
+
+@compiled
+def fail_held(table, instance, call, error):
+    """Note the failure of a task one of whose events failed; `error`: the exception, a reference that is handed over."""
+    t = words_at(table)
+    worker_of(t, t[WORKERS])[ERROR] = error
+    _fail(t, t[WORKERS], instance, call)
 
 
 @compiled
@@ -333,6 +358,8 @@ SIGNATURES = {
     work: types.void(types.int64, types.int64),
     submit: types.void(types.int64, types.int64, types.boolean),
     wait: types.boolean(types.int64, types.int64, types.int64),
+    release_held: types.void(types.int64, types.int64),
+    fail_held: types.void(types.int64, types.int64, types.int64, types.int64),
     stop: types.void(types.int64),
     drop_all: types.void(types.int64),
     go_on: types.void(types.int64),
