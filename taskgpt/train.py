@@ -209,6 +209,7 @@ def train(start: Start, argv: Sequence[str], report: Console, stop: StopRequest)
     if start.folder:
         argv_kept = as_argv(flags, parser().parse_args([]))
         training.saver = start.saver(m, every, argv_kept, graph_config, data.fingerprint, report, stop)
+        training.run_name = training.saver.run
     saver = training.saver
     graphs = [*val_graphs, *sampler.graphs, *([saver.graph] if saver and saver.graph else [])]
     report.compiling([*steps.kernels, *(kernel for graph in graphs for kernel in graph.kernels)])

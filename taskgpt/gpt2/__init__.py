@@ -4,6 +4,7 @@ shape.py         sizes, batch, tiles, options: what a graph file says
 grid.py          where tensors are cut, and which part of them a task takes
 model.py         the tensors
 program.py       a step as ordinary loops that spawn tasks; stored_updates.py, where gradients are stored and the norm is waited for
+replicas.py      one of several ranks that train the same model: what they exchange, and when
 steps.py         steps in one or more micro-batches, as a row of graphs
 kernels.py       matrix products, GELU, residual, embeddings; norms.py, attention.py, classifier.py, gradients.py, updates.py the others
 attention_strips.py  a head of attention in one pass, for products of our own

@@ -10,6 +10,7 @@ import numpy as np
 
 from taskgpt.gpt2.gradients import LOSS_OUTLIER, NORM_OUTLIER, NOT_FINITE, UPDATED, WINDOW
 from taskgpt.gpt2.grid import Grid
+from taskgpt.gpt2.replicas import WORDS, Replica
 from taskgpt.gpt2.shape import Batch, MicroBatch, Model, Options, Tiles
 from taskgpt.products import way_for
 from taskgpt.tasks import Arena, TensorSpec
@@ -23,17 +24,18 @@ class GPT2:
     `p`, `g`, `m`, `v`, `a`, `d`, `w` and `s` are arenas of tensors: parameters, those of their gradients that are stored, first and second
     moments, activations, gradients of activations, what the guard has seen, and the step's inputs and outputs. Of the last there are two,
     `slots`, so that the next step's inputs can be written while a step runs; `s` is the first. `micro` says which micro-batch of a step is
-    recorded: one that is all of it, if not told otherwise. `shared=True` makes the arenas visible to worker processes. Raises ValueError
-    if the sequence is longer than the model's maximum, MemoryError if there is no room for shared memory.
+    recorded: one that is all of it, if not told otherwise. `shared=True` makes the arenas visible to worker processes. `replica`: if it is
+    one of several (replicas.py). Raises ValueError if the sequence is longer than the model's maximum, MemoryError if there is no room for
+    shared memory.
     """
 
     SLOTS = 2
 
-    def __init__(self, model: Model, batch: Batch, tiles: Tiles, options: Options, shared: bool = False):
+    def __init__(self, model: Model, batch: Batch, tiles: Tiles, options: Options, shared: bool = False, replica: Replica | None = None):
         if batch.seq_len > model.max_seq_len:
             raise ValueError(f"seq_len = {batch.seq_len} is longer than the model's max_seq_len = {model.max_seq_len}")
         self.model, self.batch, self.options, self.grid = model, batch, options, Grid(model, batch, tiles)
-        self.micro = MicroBatch()
+        self.micro, self.replica = MicroBatch(), replica
         self.p, self.m, self.v, self.g, self.a, self.d, self.w, *slots = (Arena(specs, shared) for specs in self._specs())
         self.slots = tuple(slots)
         self.s = self.slots[0]
@@ -44,6 +46,10 @@ class GPT2:
         other.s, other.micro = self.slots[slot], micro
         return other
 
+    def take_state(self, other: "GPT2") -> None:
+        """Have the memory of another model of the same shape as `state`. Before graphs are recorded."""
+        self.p, self.m, self.v, self.w = other.state_arenas
+
     @property
     def products(self) -> int:
         """Return the way to multiply that the options name."""
@@ -52,7 +58,17 @@ class GPT2:
     @property
     def update(self) -> str:
         """Return `options.update`, or "separate" where it must be."""
-        return "separate" if self.options.separate_because(self.batch) else self.options.update
+        return "separate" if self.replica or self.options.separate_because(self.batch) else self.options.update
+
+    @property
+    def is_scaled(self) -> bool:
+        """Return True if an update depends on the gradient of all parameters."""
+        return self.replica is not None or self.options.is_scaled
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens that a step trains on, those of all replicas."""
+        return self.replica.micro_batches * self.batch.rows if self.replica else self.batch.tokens
 
     def _specs(self) -> list[dict[str, TensorSpec]]:
         """Return what each arena holds: p, m, v, g, a, d, w, then the slots."""
@@ -146,6 +162,8 @@ class GPT2:
             "datty": TensorSpec((2, R, C), (1, rows, self.grid.head_cuts)),
             "dqkv": TensorSpec((2, R, 3 * C), (1, rows, self.grid.head_cuts)),
             "dln1": by_columns,
+            **({"all_dencoded": TensorSpec((self.replica.count * R, C))} if self.replica else {}),
+            **({"all_tokens": TensorSpec((self.replica.count * R,), dtype=np.dtype(np.int32))} if self.replica else {}),
         }
 
     def _guard_specs(self) -> dict[str, TensorSpec]:
@@ -157,12 +175,15 @@ class GPT2:
     def _step_specs(self) -> dict[str, TensorSpec]:
         R, rows, number = self.batch.rows, self.grid.row_cuts, TensorSpec((1,))
         tokens = TensorSpec((R,), (rows,), np.dtype(np.int32))
-        squares = TensorSpec((self.grid.square_places[""],), (1,), np.dtype(np.float64))
+        f64 = np.dtype(np.float64)
+        squares = TensorSpec((self.grid.square_places[""],), (1,), f64)
         specs = {"tokens": tokens, "targets": tokens, "hyper": TensorSpec((7,)), "loss": number, "squares": squares, "norm": number}
-        if self.options.is_scaled:
+        if self.is_scaled:
             specs |= {"scale": number, "verdict": TensorSpec((1,), dtype=np.dtype(np.int32))}
         if self.options.is_guarded:
-            specs["z"] = TensorSpec((2,), dtype=np.dtype(np.float64))
+            specs["z"] = TensorSpec((2,), dtype=f64)
+        if self.replica:
+            specs |= {"words": TensorSpec((WORDS,), dtype=f64), "all_words": TensorSpec((self.replica.count * WORDS,), dtype=f64)}
         return specs
 
     def inputs(self, slot: int) -> tuple[np.ndarray, np.ndarray]:
@@ -181,7 +202,7 @@ class GPT2:
     def skipped_of(self, slot: int) -> str:
         """Return why the last step with a slot updated nothing, "" if it did: `loss z 7.2 > 6`."""
         s, options = self.slots[slot], self.options
-        verdict = s.verdict.array[0] if options.is_scaled else UPDATED
+        verdict = s.verdict.array[0] if self.is_scaled else UPDATED
         if verdict == NOT_FINITE:
             return "loss or norm is not finite"
         if verdict in (LOSS_OUTLIER, NORM_OUTLIER):
@@ -209,10 +230,10 @@ class GPT2:
         return sum(arena.nbytes for arena in (self.p, self.m, self.v, self.g, self.a, self.d, self.w, *self.slots))
 
     @classmethod
-    def bytes_needed(cls, model: Model, batch: Batch, tiles: Tiles, options: Options) -> int:
+    def bytes_needed(cls, model: Model, batch: Batch, tiles: Tiles, options: Options, replica: Replica | None = None) -> int:
         """Return `nbytes` of such a model without making it."""
         shape = cls.__new__(cls)
-        shape.model, shape.batch, shape.options, shape.grid = model, batch, options, Grid(model, batch, tiles)
+        shape.model, shape.batch, shape.options, shape.grid, shape.replica = model, batch, options, Grid(model, batch, tiles), replica
         return sum(spec.nbytes for specs in shape._specs() for spec in specs.values())
 
     def initialize(self, seed: int) -> None:

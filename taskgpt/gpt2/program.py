@@ -40,17 +40,20 @@ from taskgpt.gpt2.kernels import (
     residual_forward,
 )
 from taskgpt.gpt2.model import GPT2
+from taskgpt.gpt2.replicas import loss_of_all, say_loss
 from taskgpt.gpt2.shape import MicroBatch
 from taskgpt.gpt2.stored_updates import (
     Spawn,
     add_part,
     decays,
+    gradient,
     is_stored,
     norm_of_gradient,
     norm_parameters,
     part,
     scaled_updates,
     state,
+    stored_parts,
     stored_update,
 )
 from taskgpt.gpt2.updates import linear_update, wpe_update, wte_update
@@ -93,12 +96,16 @@ def training_step(spawn: Spawn, gpt: GPT2) -> None:
         head_forward(spawn, gpt, rows, logits)
         classify(spawn, gpt, rows, logits)
         head_backward(spawn, gpt, rows, logits)
+    if gpt.replica and gpt.micro.is_last:
+        gpt.replica.begin()
+        gpt.replica.reduce(spawn, partial(gradient, gpt), stored_parts(gpt, 0, "wte"))
+        gpt.replica.flush(spawn)  # before the embedding's part is added to it, on all ranks
     loss(spawn, gpt)
     step_loss(spawn, gpt)
     backward(spawn, gpt)
     if gpt.micro.is_last:
         norm_of_gradient(spawn, gpt)
-        if gpt.options.is_scaled:
+        if gpt.is_scaled:
             scaled_updates(spawn, gpt)
 
 
@@ -225,7 +232,7 @@ def head_forward(spawn: Spawn, gpt: GPT2, rows: slice, logits: Tile) -> None:
 
 def classify(spawn: Spawn, gpt: GPT2, rows: slice, logits: Tile) -> None:
     """Compute losses and the gradient of the logits, which takes the place of the logits."""
-    a, targets, valid, scale = gpt.a, gpt.s.targets, gpt.model.vocabulary, 1 / gpt.batch.tokens
+    a, targets, valid, scale = gpt.a, gpt.s.targets, gpt.model.vocabulary, 1 / gpt.step_tokens
     if gpt.options.kernels == "separate":
         row_losses(spawn, gpt, rows, logits)
     for r in gpt.grid.pointwise(rows):
@@ -250,11 +257,15 @@ def loss(spawn: Spawn, gpt: GPT2) -> None:
 
 
 def step_loss(spawn: Spawn, gpt: GPT2) -> None:
-    """Make the loss of a step in micro-batches their mean."""
+    """Make the loss of a step in micro-batches their mean, and that of replicas the mean of all."""
     if gpt.batch.accumulate > 1:
         spawn(loss_add, gpt.a.loss_sum[:], gpt.s.loss[:], int(gpt.micro.is_first), section=("loss", -1))
         if gpt.micro.is_last:
             spawn(loss_mean, gpt.s.loss[:], gpt.a.loss_sum[:], gpt.batch.accumulate, section=("loss", -1))
+    if gpt.replica and gpt.micro.is_last:
+        spawn(say_loss, gpt.s.words[:], gpt.s.loss[:], gpt.batch.accumulate, section=("loss", -1))
+        gpt.replica.gather_words(spawn, gpt.s.words[:], gpt.s.all_words[:])
+        spawn(loss_of_all, gpt.s.loss[:], gpt.s.all_words[:], gpt.replica.micro_batches, section=("loss", -1))
 
 
 def head_backward(spawn: Spawn, gpt: GPT2, rows: slice, dlogits: Tile) -> None:
@@ -398,7 +409,11 @@ def norm_update(spawn: Spawn, gpt: GPT2, l: int, layer: str, dout: Tile, inp: Ti
 def embedding_update(spawn: Spawn, gpt: GPT2, dencoded: Tile) -> None:
     """wte, by vocabulary: its gradient as weight of the head, that as embedding on top."""
     tokens, vs = gpt.s.tokens[:], gpt.grid.vocabulary()
-    if is_stored(gpt, "wte"):
+    if gpt.replica and gpt.micro.is_last:  # whose part of the head is reduced already
+        gpt.replica.gather_rows(spawn, dencoded, gpt.d.all_dencoded[:], tokens, gpt.d.all_tokens[:])
+        for v in vs:
+            spawn(encoder_backward_wte, gpt.g.dwte[v], gpt.d.all_dencoded[:], gpt.d.all_tokens[:], v.start)
+    elif is_stored(gpt, "wte"):
         for v in vs:
             spawn(encoder_backward_wte, gpt.g.dwte[v], dencoded, tokens, v.start)
         stored_update(spawn, gpt, 0, "wte")

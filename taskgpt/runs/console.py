@@ -133,7 +133,7 @@ class Console:
     def begin(self, config: GraphConfig, scheduler: str, data: str, m: GPT2, step: Steps, steps: int) -> None:
         """Say what runs, and how."""
         shape = m.model
-        self.rows, self.steps = m.batch.tokens, steps
+        self.rows, self.steps = m.step_tokens, steps
         sizes = f"L {shape.layers}, NH {shape.heads}, C {shape.channels}, V {shape.vocabulary}"
         work = f"{step.tasks} tasks of {len(step.kernels)} kernels, {step.flops / 1e9:.4g} GFLOP a step"
         self.tell("model", f"{config.name}: {shape.parameter_count():,} parameters, {sizes}")

@@ -116,6 +116,10 @@ class Saver:
         about, self._held = self._held, None
         self._start(self._write, about, self._snapshot.state, "behind training")
 
+    def write_state(self, about: About, state: dict) -> None:
+        """Write a state that somebody else has copied, in a thread of its own."""
+        self._start(self._write, about, state, "behind training")
+
     def _start(self, work: Callable[..., None], *arguments: object) -> None:
         """Have a thread work in the time that the workers leave, where the system knows priorities of threads: on Linux."""
 
@@ -143,7 +147,7 @@ class Saver:
     def _write(self, about: About, state: dict, how: str) -> None:
         path, begin = self.folder.checkpoint(about.step), time.perf_counter()
         try:
-            if not checkpoints.is_finite({name: state[name] for name in self._m.parameters}):
+            if not checkpoints.is_finite({name: state[name] for name in about.model.parameter_shapes()}):
                 raise UserError(f"{shorten(path)}: parameters are not finite, and nothing was saved")
             nbytes = resumable.save(path, about, state, lambda: self._is_cancelled)
             self.newest, self.error = path, None

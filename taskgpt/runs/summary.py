@@ -41,7 +41,7 @@ def summarize(flags, graph_config, scheduler_config, workers, description, repor
             "mean_ms": statistics.fmean(steady) * 1e3,
             "median_ms": median * 1e3,
             "min_ms": min(steady) * 1e3,
-            "tokens_per_s": m.batch.tokens / median,
+            "tokens_per_s": m.step_tokens / median,
             "gflops": speed,
             "sgemm_gflops": sgemm,
             "share_of_sgemm": speed / sgemm,

@@ -45,6 +45,7 @@ class Training:
         self.steps, self.val_graphs, self.sampler = steps, val_graphs, sampler
         self.report, self.stop = report, stop
         self.saver: Saver | None = None  # which is set when nothing is left that could be refused: from then on the folder is its own
+        self.run_name = ""  # in checkpoints
         self.learning_rate = LearningRate(flags.lr, flags.steps, flags.lr_schedule, flags.warmup, flags.final_lr)
         self.begin_step = self.step = 0
         self.loss = self.norm = 0.0
@@ -64,7 +65,7 @@ class Training:
         """Return what a checkpoint after so many steps says, when the batch of the step after it has not been read."""
         val_loss = self._validated[1] if self._validated and self._validated[0] == step and math.isfinite(self._validated[1]) else None
         random = self._paused[1] if self._paused[0] == step else self.sampler.random.state  # a run that goes on samples here once more
-        return About(self.saver.run, step, self.m.model, self.data.train.cursor(), format(random, "x"), val_loss, now())
+        return About(self.run_name, step, self.m.model, self.data.train.cursor(), format(random, "x"), val_loss, now())
 
     def run(self) -> None:
         """Train until the last step is done.
@@ -107,7 +108,7 @@ class Training:
     def last_step(self) -> int:
         """How many steps are done when the run ends: --steps, or fewer by --max-tokens."""
         flags = self.flags
-        return flags.steps if flags.max_tokens is None else min(flags.steps, -(-flags.max_tokens // self.m.batch.tokens))
+        return flags.steps if flags.max_tokens is None else min(flags.steps, -(-flags.max_tokens // self.m.step_tokens))
 
     @property
     def has_diverged(self) -> bool:
@@ -137,12 +138,16 @@ class Training:
         with closing(self.scheduler.run_each(batches())) as runs:
             losses = [self.m.loss_of(n % 2) for n, _ in enumerate(runs)]
         if len(losses) == self.flags.val_batches:
-            self.loss = statistics.fmean(losses)
-            self._validated = self.step, self.loss
-            self.report.validation(self.step, self.loss)
-            if self.loss < self._best_val_loss and self.step and self.saver:
-                self.saver.owe_best()
-            self._best_val_loss = min(self.loss, self._best_val_loss)
+            self._take_validation(statistics.fmean(losses))
+
+    def _take_validation(self, loss: float) -> None:
+        """Take what a validation has found."""
+        self.loss = loss
+        self._validated = self.step, self.loss
+        self.report.validation(self.step, self.loss)
+        if self.loss < self._best_val_loss and self.step and self.saver:
+            self.saver.owe_best()
+        self._best_val_loss = min(self.loss, self._best_val_loss)
 
     def _sample(self) -> None:
         tokenizer = self.data.tokenizer
@@ -164,8 +169,7 @@ class Training:
                     return  # for no step is to run meanwhile
                 for number in range(step * count, (step + 1) * count):
                     slot, graph = self.steps.micro_batch(number)
-                    self.data.train.next_batch(*self.m.inputs(slot))
-                    self.m.set_hyper(step, self.learning_rate(step), self.flags.weight_decay, slot=slot)
+                    self._fill(slot, step, number)
                     yield graph
 
         pace, seconds, number = Pace(time.perf_counter()), 0.0, first * count
@@ -185,6 +189,11 @@ class Training:
                 seconds = 0.0
                 if self.has_diverged:
                     return
+
+    def _fill(self, slot: int, step: int, number: int) -> None:
+        """Write into a slot what a micro-batch of a step begins with."""
+        self.data.train.next_batch(*self.m.inputs(slot))
+        self.m.set_hyper(step, self.learning_rate(step), self.flags.weight_decay, slot=slot)
 
     def _end_step(self, slot: int, seconds: float) -> None:
         """Take what a step has found in its slot, and say it."""
