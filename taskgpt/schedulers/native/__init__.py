@@ -12,6 +12,7 @@ open_run.py   tasks that are spawned while others run
 regions.py    who waits for whom, of what compiled code spawns
 nested.py     what compiled code spawns with
 worker.py     what a worker does, and what the submitting thread does to start, await and stop runs
+held.py       tasks that wait for events after their body
 plan.py       a graph as flat arrays
 policies.py   which ready task goes first
 crew.py       the threads that are workers

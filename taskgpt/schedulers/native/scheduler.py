@@ -9,7 +9,6 @@ before that used the same cells are done, without a barrier (OmpSs-2's taskiter)
 import itertools
 import os
 import threading
-import time
 import weakref
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
@@ -25,6 +24,7 @@ from taskgpt.schedulers.dynamic import Recording, run_program
 from taskgpt.schedulers.native import open_run, worker
 from taskgpt.schedulers.native import table as r
 from taskgpt.schedulers.native.crew import Crew, ThisWorker
+from taskgpt.schedulers.native.held import HeldTasks
 from taskgpt.schedulers.native.plan import Plan, edges_to_next
 from taskgpt.schedulers.native.pointers import OPAQUE_WORDS
 from taskgpt.schedulers.native.policies import POLICIES
@@ -35,8 +35,7 @@ from taskgpt.schedulers.prepare import IS_BUSY, OncePerGraph, OneAtATime, worker
 from taskgpt.schedulers.records import RECORD_TYPE
 from taskgpt.tasks import Graph, TaskError, one_blas_thread
 from taskgpt.tasks.cache import compile_function
-from taskgpt.tasks.events import Awaited
-from taskgpt.tasks.native_entry import give_exception, take_exception
+from taskgpt.tasks.native_entry import take_exception
 from taskgpt.tasks.spawn import Spawn
 from taskgpt.tasks.tensor import ALIGNMENT_BYTES, aligned
 
@@ -86,7 +85,7 @@ class Scheduler(OneAtATime):
         self.settings = settings
         self.workers = worker_count(settings.workers)
         self._policy = POLICIES[settings.policy]
-        self._plans = OncePerGraph(lambda graph: Plan(graph, self._is_held))
+        self._plans = OncePerGraph(lambda graph: Plan(graph, self._held.is_held))
         self._shares = OncePerGraph(_shares)
         self._edges: weakref.WeakKeyDictionary[Plan, weakref.WeakKeyDictionary] = weakref.WeakKeyDictionary()
         self._runs: list[_Run] = []  # under way: at most two, in order
@@ -96,7 +95,7 @@ class Scheduler(OneAtATime):
         self._has_told = False  # of the failure in the table: it was raised
         self._count = 0
         self._program_records: list[np.ndarray] = []  # of what ran in Python
-        self._outside = threading.Lock()  # who lets held tasks go, or submits, or abandons runs
+        self._held = HeldTasks(self._runs, self._this, self._program_records if settings.record else None)
 
     # Life ---------------------------------------------------------------------------------------------------------------------------
 
@@ -144,7 +143,7 @@ class Scheduler(OneAtATime):
         starts = np.concatenate([[0], np.cumsum([count * words for count, words in parts])])
         self._memory = np.zeros(starts[-1] + 16, np.int64)
         words = self._memory[-self._memory.ctypes.data // 8 % 16 :]  # begins a pair of cache lines
-        self._address = words.ctypes.data
+        self._address = self._held.address = words.ctypes.data
         shaped = [words[a:b].reshape(-1, part[1]) for (a, b), part in zip(itertools.pairwise(starts), parts, strict=True)]
         (table,), self._run_words, self._queue_words, idle, self._worker_words, opaque = shaped
         self._table = table
@@ -328,28 +327,8 @@ class Scheduler(OneAtATime):
         return run
 
     def _begin(self, run: _Run, is_next: bool) -> None:
-        with self._outside:
+        with self._held.lock:
             worker.submit(self._address, run.slot, is_next)
-
-    def _is_held(self, instance: int, awaited: Awaited, start_ns: int) -> bool:
-        """Return True for a task that waits for events after its body, and have who fulfils the last one let it go."""
-        number, slot = divmod(instance, 2)
-        run, me, stop_ns = next(run for run in self._runs if run.slot == slot), self._this.me, time.monotonic_ns()
-
-        def let_go(error: BaseException | None) -> None:
-            with self._outside:
-                if run not in self._runs:
-                    return  # abandoned
-                if error is not None:
-                    failed = give_exception(error)
-                    worker.fail_held(self._address, instance, int(run.plan.call_first[number + 1]) - 1, failed)
-                    return
-                if self.settings.record:
-                    row = run.number, number, run.arrays[r.READY_AT][number], start_ns, stop_ns, me
-                    self._program_records.append(np.array([row], RECORD_TYPE))
-                worker.release_held(self._address, instance)
-
-        return not awaited.end_body(let_go)
 
     def _edges_between(self, before: _Run, graph: Graph, plan: Plan) -> tuple[np.ndarray, np.ndarray] | None:
         """Return which tasks of the run before those of the next one wait for; None: all for all."""
@@ -391,7 +370,7 @@ class Scheduler(OneAtATime):
         if not (self._runs or self._table[r.STOPPING]):
             return
         worker.stop(self._address)  # now all stand still
-        with self._outside:
+        with self._held.lock:
             worker.drop_all(self._address)
             if self._table[r.FAILED] and not self._has_told:
                 self._has_told = True
