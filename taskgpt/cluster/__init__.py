@@ -3,5 +3,7 @@
 settings.py    the keys of scheduler_configs/cluster.toml
 opening.py     a client of a cluster: by address, by scheduler file, or of one that is started
 starting.py    who starts one
+checks.py      its workers: waited for, asked what they are, refused with reasons; which of them are members
+facts.py       what a worker is, as it says itself
 dask_links.py  messages between ranks, over Dask's own comms
 """

@@ -70,6 +70,11 @@ class Settings:
         schedule(self.generations)
 
     @property
+    def started(self) -> int:
+        """Return how many workers are started; 0: none, or as many as mpiexec says."""
+        return {"local": 1, "slurm": 1, "pbs": 1, "ssh": len(self.hosts.split())}.get(self.start, 0) * self.members
+
+    @property
     def where(self) -> str:
         """Return what messages call the cluster."""
         return self.address or self.scheduler_file or (f"{self.start} cluster" if self.start else "cluster")
