@@ -18,7 +18,7 @@ SCHEDULERS = {
     "loops-llmc": [],
     "threads": [],
     "local-cluster": ["--set", "coarsen=10"],  # few tasks: each costs it a millisecond, and sampling runs 126 graphs
-    "local-cluster-processes": ["--set", "coarsen=10"],
+    "local-cluster-processes": ["--set", "coarsen=10", "--workers", "1"],
 }
 WAYS = {  # the graph file's fused kernels; llm.c's own; logits in blocks of rows
     "": [],

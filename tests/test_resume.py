@@ -31,7 +31,13 @@ from taskgpt.schedulers.native import Settings
 from taskgpt.tasks import TaskError
 from taskgpt.train import main
 
-SCHEDULERS = [["native", "--workers", "2"], ["sequential"], ["loops"], ["threads"], ["local-cluster", "--set", "processes=true"]]
+SCHEDULERS = [
+    ["native", "--workers", "2"],
+    ["sequential"],
+    ["loops"],
+    ["threads"],
+    ["local-cluster", "--workers", "1", "--set", "processes=true", "coarsen=10"],
+]
 TINY = ["--graph", "tiny", "--scheduler", "native", "--val-every", "3", "--val-batches", "1", "--sample-every", "5"]
 SHAPE = Model(2, 2, 16, 100, 8), Batch(2, 8), Tiles(8, 16, 4, 1, 32)
 
@@ -62,8 +68,8 @@ def untimed(run: Path) -> list[dict]:
     ]
 
 
-@pytest.fixture(autouse=True)
-def patient(monkeypatch):
+@pytest.fixture(autouse=True, scope="module")
+def patient():
     """Have each checkpoint written before training goes on: which ones there are does not depend on the disk or on other threads then."""
     enter, begin = Saver.__enter__, Saver.write
 
@@ -76,8 +82,10 @@ def patient(monkeypatch):
         begin(self)
         self.wait()
 
-    monkeypatch.setattr(Saver, "__enter__", entered)
-    monkeypatch.setattr(Saver, "write", write)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Saver, "__enter__", entered)
+        patched.setattr(Saver, "write", write)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -88,12 +96,26 @@ def whole(text, tmp_path_factory) -> Path:
     return run
 
 
-@pytest.fixture
-def half(text, tmp_path) -> Path:
+@pytest.fixture(scope="module")
+def ended(text, tmp_path_factory) -> Path:
     """Return the folder of a run of 12 steps that has been ended after 7, with checkpoints after 6 and 7."""
-    run = tmp_path / "run"
+    run = tmp_path_factory.mktemp("ended") / "run"
     trained(*TINY, "--data", text, "--steps", 12, "--out", run, "--save-every", 3, "--max-tokens", 7 * 256)
     assert [each.name for each in RunFolder(run).checkpoints] == ["step-00000006", "step-00000007"]
+    return run
+
+
+@pytest.fixture
+def half(ended, tmp_path) -> Path:
+    """Return a copy of it, for one test."""
+    return shutil.copytree(ended, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def every_step(text, tmp_path_factory) -> Path:
+    """Return the folder of a run of 12 steps with a checkpoint after each."""
+    run = tmp_path_factory.mktemp("every") / "run"
+    trained(*TINY, "--data", text, "--steps", 12, "--out", run, "--save-every", 1, "--keep", 20)
     return run
 
 
@@ -186,10 +208,9 @@ def test_an_earlier_checkpoint_by_name(half, whole, capsys):
 
 
 @pytest.mark.parametrize("step", range(1, 12))
-def test_from_any_step(step, text, whole, tmp_path):
+def test_from_any_step(step, every_step, whole, tmp_path):
     """Before a validation, between two, right after a sample: each checkpoint leads to the same end."""
-    run = tmp_path / "run"
-    trained(*TINY, "--data", text, "--steps", 12, "--out", run, "--save-every", 1, "--keep", 20)
+    run = shutil.copytree(every_step, tmp_path / "run")
     assert main(["--resume", str(RunFolder(run).checkpoint(step))]) == 0
     assert untimed(run) == untimed(whole)
 

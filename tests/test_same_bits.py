@@ -108,7 +108,7 @@ def another_way(request, text, tmp_path_factory):
     return settings, train(text, tmp_path_factory.mktemp("way"), settings=settings)
 
 
-@pytest.mark.parametrize(("scheduler", "workers"), [("native", 3), ("loops-llmc", 2), ("threads", 3), ("local-cluster-processes", 2)])
+@pytest.mark.parametrize(("scheduler", "workers"), [("native", 3), ("loops-llmc", 2), ("threads", 3), ("local-cluster-processes", 1)])
 def test_nor_with_other_products(scheduler, workers, text, tmp_path, another_way, reference):
     """Each way to multiply has bits of its own, the same under every scheduler, and numbers near the others'."""
     settings, wanted = another_way
