@@ -61,6 +61,7 @@ class _Thread:
         self.steps, self.machine = steps, machine
         self.step: Step | None = None
         self.is_over = False
+        self._state: tuple | None = None  # as long as it is known: until somebody changes what it is made of
         self._go_on(None)
 
     def _go_on(self, result: Any) -> None:
@@ -77,6 +78,7 @@ class _Thread:
 
     def do(self) -> None:
         name, arguments = self.step
+        self._state = None
         held, sleepers = self.machine.held, self.machine.sleepers
         result = 0
         if name in ATOMIC:
@@ -96,7 +98,7 @@ class _Thread:
         elif name in ("condition_signal", "condition_broadcast"):  # at most one thread waits for what is signalled
             for sleeper in [each for each, condition in sleepers.items() if condition == arguments[0]]:
                 del sleepers[sleeper]
-                sleeper.step = ("mutex_lock", (sleeper.step[1][1],))
+                sleeper.step, sleeper._state = ("mutex_lock", (sleeper.step[1][1],)), None
         elif name == "call_entry":  # into Python, which has no thread to spare
             result = 1
         elif name not in ("relax", "sched_yield"):
@@ -105,6 +107,8 @@ class _Thread:
 
     def state(self) -> tuple:
         """Return all that decides what the thread will do."""
+        if self._state is not None:
+            return self._state
         frames, steps = [], self.steps
         while steps is not None and getattr(steps, "gi_frame", None) is not None:
             frame = steps.gi_frame
@@ -113,7 +117,8 @@ class _Thread:
             )
             frames.append((frame.f_code.co_name, frame.f_lasti, tuple(kept)))
             steps = steps.gi_yieldfrom
-        return self.is_over, self.step and self.step[0], tuple(frames)
+        self._state = self.is_over, self.step and self.step[0], tuple(frames)
+        return self._state
 
 
 class _Machine:

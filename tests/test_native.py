@@ -371,7 +371,7 @@ class TestCalls:
     def test_twins_cached_by_different_processes(self, tmp_path):
         """Two kernels of one file and one signature, compiled and cached by two processes, are still two in a third."""
         (tmp_path / "two_kernels.py").write_text(TWO_KERNELS)
-        environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
         for names in ("one", "hundred", "one hundred"):
             command = [sys.executable, "-m", "two_kernels", *names.split()]
             result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
