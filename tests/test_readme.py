@@ -23,7 +23,7 @@ from taskgpt.products.instruction_sets import of_this_machine
 from taskgpt.programs.show import main as show
 
 SMALL = {
-    "compare": ("--turn", "0.01s", "--precision", "0.9", "--budget", "60s"),  # until six rounds are over
+    "compare": ("--turn", "0.01s", "--precision", "0.9", "--budget", "60s", "--workers", "1"),  # until six rounds are over
     "tune": ("--budget", "6s"),
     "simulate": ("--steps", "3", "--rounds", "1"),
     "step": ("--graphs", "tiny"),
