@@ -18,6 +18,7 @@ To write a program of your own, start with `taskgpt.tasks`, and run it in `with 
 notebooks/cholesky.ipynb show how. To compute a Dask collection with the runtime's own threads, `x.compute(scheduler=taskgpt.get)`.
 """
 
+import importlib
 import itertools
 import sys
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from typing import Any
 
 from taskgpt.errors import begin_program
 
-__all__ = ["get", "scheduler"]
+__all__ = ["get", "scheduler", "train"]
 
 
 # `python -m taskgpt.train` imports this package first, and looks for the module then; what it imports may take seconds.
@@ -52,4 +53,6 @@ def __getattr__(name: str) -> Any:
         from taskgpt.config import scheduler
 
         return scheduler
+    if name == "train":
+        return importlib.import_module("taskgpt.train")  # a module that can be called
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

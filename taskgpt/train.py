@@ -24,9 +24,10 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from types import ModuleType
+from typing import Any, NoReturn
 
-from taskgpt.config import GraphConfig, SchedulerConfig, load_graph, load_scheduler
+from taskgpt.config import CLUSTER, GraphConfig, SchedulerConfig, load_graph, load_scheduler
 from taskgpt.errors import SAVE_SIGNALS, UserError, on_signals, run_program, shorten
 from taskgpt.files import verify_can_write
 from taskgpt.gpt2 import checkpoints
@@ -161,7 +162,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_program("taskgpt train", run, (TaskError, TwinError, AccessError, WorkerError))
 
 
-def train(start: Start, argv: Sequence[str], report: Console, stop: StopRequest) -> int:
+class _Callable(ModuleType):
+    """This module, which is a function, too: `taskgpt.train(graph="tiny", steps=100, client=client)`."""
+
+    def __call__(self, *words: str, client: Any = None, **flags: Any) -> dict[str, Any]:
+        """Train as the command `taskgpt train` does with these words and flags, `batch_size=2` for --batch-size 2; return the summary.
+
+        A flag that takes several words is given a list, one without a word True. `client`: a dask.distributed.Client; the run is then on
+        its cluster. Raises UserError for what the command would refuse, TaskError, WorkerError.
+        """
+        argv = list(words)
+        for name, value in flags.items():
+            given = value if isinstance(value, list | tuple) else [] if value is True else [value]
+            argv += [f"--{name.replace('_', '-')}", *map(str, given)] if value is not None and value is not False else []
+        if client is not None and "scheduler" not in flags:
+            argv += ["--scheduler", CLUSTER]
+
+        def silent_parser() -> argparse.ArgumentParser:
+            p = parser()
+            p.error = _refuse  # type: ignore[method-assign]
+            return p
+
+        with Console() as report, opened(silent_parser, argv, report.say) as start:
+            code = train(start, argv, report, StopRequest(report), client)
+            return report.told | {"exit_code": code}
+
+
+def _refuse(message: str) -> NoReturn:
+    raise UserError(message)
+
+
+def train(start: Start, argv: Sequence[str], report: Console, stop: StopRequest, client: Any = None) -> int:
     """Train as a command says; return the exit code. Raises what `main` answers."""
     flags = start.flags
     if flags.save is not None and flags.steps == 0 and os.path.exists(flags.save):
@@ -169,6 +200,11 @@ def train(start: Start, argv: Sequence[str], report: Console, stop: StopRequest)
     every = Every.of("--save-every", flags.save_every)
     disturbance = Disturbance()
     graph_config, scheduler_config = configure(start)
+    if scheduler_config.scheduler == CLUSTER:
+        from taskgpt.cluster.training import ClusterTraining  # here, as it imports Dask's cluster
+
+        command = shlex.join(["taskgpt", "train", *argv])
+        return ClusterTraining(start, command, parser().parse_args([]), (graph_config, scheduler_config), report, stop).run(client)
     model, batch = graph_config.model, graph_config.batch
     needed = GPT2.bytes_needed(model, batch, graph_config.tiles, graph_config.options)
     held, do = "parameters, gradients, moments and activations", "choose a smaller graph, --batch-size or --seq-len"
@@ -315,7 +351,7 @@ def configure(start: Start) -> tuple[GraphConfig, SchedulerConfig]:
             graph_overrides[key] = value
     if is_watched(flags):
         scheduler_overrides["record"] = RECORD
-    scheduler = load_scheduler(scheduler_name, scheduler_overrides)
+    scheduler = load_scheduler(scheduler_name, scheduler_overrides, may_be_cluster=True)
     if start.about:
         load = partial(start.graph, graph_name if of_graph.graph else None)
     else:
@@ -345,6 +381,8 @@ def _left(path: str) -> str:
     """Return what became of a file that is not written."""
     return f"{shorten(path)} stays as it was" if os.path.exists(path) else f"{shorten(path)} was not written"
 
+
+sys.modules[__name__].__class__ = _Callable
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -106,8 +106,11 @@ class Communicator:
         tag = (number, bucket.times)
         try:
             sent = await self._run(bucket, arrays, tag)
-        except (PeerLost, asyncio.CancelledError) as error:
-            self.fail(error if isinstance(error, PeerLost) else PeerLost("this generation is over"))
+        except asyncio.CancelledError:
+            self.fail(PeerLost("this generation is over"))
+            raise
+        except Exception as error:  # also a defect: no task is to wait for ever
+            self.fail(error)
             return
         with self._lock:
             if self._failure is not None:

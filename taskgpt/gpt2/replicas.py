@@ -35,7 +35,7 @@ class Exchange(Protocol):
 
     number: int
 
-    def new_bucket(self, what: str, parts: int, owners: Iterable[int] = ()) -> int: ...
+    def new_bucket(self, what: str, parts: int, owners: Sequence[int] = ()) -> int: ...
 
 
 def share(micro_batches: int, rank: int, count: int) -> range:
@@ -78,7 +78,7 @@ class Replica:
             if owner == self.rank:
                 yield name, (begin, end)
 
-    def _bucket(self, what: str, parts: int, owners: Iterable[int] = ()) -> int:
+    def _bucket(self, what: str, parts: int, owners: Sequence[int] = ()) -> int:
         if self._next == len(self._buckets):
             self._buckets.append(self.exchange.new_bucket(what, parts, owners))
         self._next += 1

@@ -63,6 +63,7 @@ class Console:
         self.rows = self.steps = self._steps_here = 0
         self.logs = Logs(self.say)
         self.has_lost_output = False
+        self.told: dict[str, Any] = {}  # the summary
         self._progress: Progress | None = None
         self._seconds: deque[float] = deque(maxlen=LAST_STEPS)
         self._live: Live | None = None
@@ -189,6 +190,7 @@ class Console:
 
     def summary(self, summary: dict[str, Any], is_wanted: bool) -> None:
         """The last lines. `is_wanted`: False leaves an earlier log where no step has replaced it."""
+        self.told = summary
         if told := summary["train_loss"]:
             self.tell("train loss", _listed(told, "step", 1))
         if told := summary["val_loss"]:
@@ -197,12 +199,13 @@ class Console:
             s = summary
             steady = f"mean {s['mean_ms']:.1f}, median {s['median_ms']:.1f}, min {s['min_ms']:.1f} ms a step"
             self.tell("time", f"first step {s['first_step_ms']:.1f} ms; then {steady}")
-            self.tell(
-                "speed",
-                f"{s['tokens_per_s']:.0f} tok/s, {s['gflops']:.1f} GFLOP/s = {s['share_of_sgemm']:.0%} of this machine's sgemm "
-                f"on {s['workers']} thread{'s' if s['workers'] > 1 else ''} ({s['sgemm_gflops']:.0f})",
-            )
-            if s["share_of_sgemm"] > 1 and self.multiplies_by_blas:
+            speed, threads = f"{s['tokens_per_s']:.0f} tok/s, {s['gflops']:.1f} GFLOP/s", f"{s['workers']} thread{'s' * (s['workers'] > 1)}"
+            if "share_of_sgemm" in s:
+                share = f"{s['share_of_sgemm']:.0%} of this machine's sgemm on {threads} ({s['sgemm_gflops']:.0f})"
+                self.tell("speed", f"{speed} = {share}")
+            else:
+                self.tell("speed", f"{speed} on {threads}")
+            if s.get("share_of_sgemm", 0) > 1 and self.multiplies_by_blas:
                 self.notes(["faster than sgemm, measured again: the machine is slower since then, or these tiles suit it better"])
         self.tell("memory", f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB at most")
         self.say(f"parameters sha256 {summary['parameters_sha256']}")

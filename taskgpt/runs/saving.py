@@ -116,9 +116,18 @@ class Saver:
         about, self._held = self._held, None
         self._start(self._write, about, self._snapshot.state, "behind training")
 
-    def write_state(self, about: About, state: dict) -> None:
-        """Write a state that somebody else has copied, in a thread of its own."""
-        self._start(self._write, about, state, "behind training")
+    def write_state(self, about: About, state_of: Callable[[], dict]) -> None:
+        """Write a state that comes from somewhere else, in a thread of its own. OSError or LookupError: it does not come."""
+
+        def write() -> None:
+            try:
+                state = state_of()
+            except (OSError, LookupError) as error:
+                self._told.append(f"none after {about.step:,} steps, which was lost on the way: {error}; {self.left}")
+            else:
+                self._write(about, state, "behind training")
+
+        self._start(write)
 
     def _start(self, work: Callable[..., None], *arguments: object) -> None:
         """Have a thread work in the time that the workers leave, where the system knows priorities of threads: on Linux."""

@@ -24,18 +24,19 @@ def memory_in_use(m: GPT2) -> int:
     return m.nbytes + sum(process.memory_full_info().uss for process in (psutil.Process(), *children))
 
 
-def summarize(flags, graph_config, scheduler_config, workers, description, report, m, step, seconds, memory, found) -> dict[str, Any]:
-    """Return what is worth knowing about a run; times leave out the first step, which touches all memory for the first time."""
+def summarize(
+    flags, graph_config, scheduler_config, workers, description, report, m, step, seconds, memory, found, sha256=None
+) -> dict[str, Any]:
+    """Return what is worth knowing about a run; times leave out the first step, which touches all memory for the first time.
+
+    `sha256`: of the parameters, where they are on other machines: then this one's sgemm says nothing.
+    """
     steady = seconds[1:] or seconds
-    summary: dict[str, Any] = {"steps": len(seconds), "parameters_sha256": m.parameters_sha256()}
+    summary: dict[str, Any] = {"steps": len(seconds), "parameters_sha256": m.parameters_sha256() if sha256 is None else sha256}
     summary |= {"train_loss": Losses.of(report.losses).told(), "val_loss": Losses.of(report.validations).told()}
     if seconds:
         median = statistics.median(steady)
         speed = step.flops / median / 1e9
-        sgemm = machine.sgemm_gflops(workers)
-        for _ in range(SGEMM_TRIES - 1):
-            if m.products == BLAS and speed > sgemm:  # the machine was busier now than while it trained
-                sgemm = max(sgemm, machine.sgemm_gflops(workers))
         summary |= {
             "first_step_ms": seconds[0] * 1e3,
             "mean_ms": statistics.fmean(steady) * 1e3,
@@ -43,9 +44,13 @@ def summarize(flags, graph_config, scheduler_config, workers, description, repor
             "min_ms": min(steady) * 1e3,
             "tokens_per_s": m.step_tokens / median,
             "gflops": speed,
-            "sgemm_gflops": sgemm,
-            "share_of_sgemm": speed / sgemm,
         }
+    if seconds and sha256 is None:
+        sgemm = machine.sgemm_gflops(workers)
+        for _ in range(SGEMM_TRIES - 1):
+            if m.products == BLAS and speed > sgemm:  # the machine was busier now than while it trained
+                sgemm = max(sgemm, machine.sgemm_gflops(workers))
+        summary |= {"sgemm_gflops": sgemm, "share_of_sgemm": speed / sgemm}
     return summary | {
         "peak_memory_bytes": memory,
         "workers": workers,

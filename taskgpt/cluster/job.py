@@ -1,0 +1,70 @@
+"""What a driver tells the ranks of a generation, and what they tell it."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from taskgpt.config import GraphConfig
+from taskgpt.gpt2.checkpoints.resumable import About
+
+
+@dataclass(frozen=True)
+class Job:
+    """One generation of a training run.
+
+    run, generation: which; addresses: of the workers, by rank; flags: the command's, as a dict; micro_batches: of a step, of all ranks;
+    until: after how many steps this generation ends; kept: True if a rank has the state that it begins with, or else it is the initial one;
+    workers: of each rank's native scheduler; record: tasks that each of them records.
+    """
+
+    run: str
+    generation: int
+    addresses: tuple[str, ...]
+    flags: dict[str, Any]
+    graph: GraphConfig
+    micro_batches: int
+    until: int
+    kept: bool
+    workers: tuple[int, ...]
+    bucket_bytes: int
+    as_bf16: bool
+    is_sharded: bool
+    timeout_s: float
+    record: int
+    best_val_loss: float
+
+    @property
+    def count(self) -> int:
+        return len(self.addresses)
+
+    @property
+    def topic(self) -> str:
+        """Of the events by which ranks tell the driver something."""
+        return f"taskgpt-{self.run}"
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a rank's part of a generation ended.
+
+    why: "" as agreed, otherwise which rank was lost, and how. step: how many steps are done. kept: True if the rank has the state after
+    them. The others are of what it trained: seconds of each step, sha256 of the parameters, bytes that it sent and received, and of its
+    exchanges by step: seconds that they took, and seconds in which nothing but them was left to do.
+    """
+
+    rank: int
+    step: int
+    why: str = ""
+    kept: bool = False
+    diverged: str = ""
+    asked: str = ""
+    sha256: str = ""
+    memory_bytes: int = 0
+    gflop_per_step: float = 0.0
+    tasks_per_step: int = 0
+    seconds: tuple[float, ...] = ()
+    sent_bytes: int = 0
+    payload_bytes: int = 0
+    network_s: tuple[float, ...] = ()
+    exposed_s: tuple[float, ...] = ()
+    about: About | None = None
+    extra: dict[str, Any] = field(default_factory=dict)

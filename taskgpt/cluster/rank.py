@@ -1,0 +1,217 @@
+"""What runs in a worker: a rank of a generation. It builds the model, takes over the state, and trains until the driver or a loss ends it.
+
+A rank is one long Dask task. It holds a thread of the worker, and the cores that its own workers keep busy; Dask's event loop goes on
+beside it, answers the driver and carries the messages of the links.
+"""
+
+import argparse
+import asyncio
+import hashlib
+import json
+import math
+import resource
+from collections.abc import Coroutine
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from distributed import Worker, get_worker
+
+from taskgpt.cluster.dask_links import connected
+from taskgpt.cluster.job import Ended, Job
+from taskgpt.cluster.kept import Kept, kept
+from taskgpt.cluster.rank_training import Asked, RankReport, RankSaver, RankTraining
+from taskgpt.collectives import Communicator, Links, PeerLost, spread
+from taskgpt.config import load_scheduler
+from taskgpt.errors import UserError
+from taskgpt.files import fill
+from taskgpt.gpt2 import checkpoints
+from taskgpt.gpt2.checkpoints.resumable import About
+from taskgpt.gpt2.model import GPT2
+from taskgpt.gpt2.program import loss_graph
+from taskgpt.gpt2.replicas import Replica, share
+from taskgpt.gpt2.sampling import Sampler
+from taskgpt.gpt2.snapshot import Snapshot
+from taskgpt.gpt2.steps import Steps
+from taskgpt.gpt2.text.data import Data, open_data
+from taskgpt.gpt2.text.parts import Part
+from taskgpt.schedulers import open_scheduler
+from taskgpt.tasks import TaskError, compile_kernels
+
+_WATCH_S = 1.0  # between looks whether Dask still wants this task
+
+
+def train_rank(job: Job, rank: int) -> Ended:
+    """Train as one rank of a generation; return how that ended. Raises UserError for what is wrong here, not at another rank."""
+    worker = get_worker()
+    if worker.address != job.addresses[rank]:
+        raise UserError(f"rank {rank} was to run on {job.addresses[rank]}, and runs on {worker.address}; it does not begin")
+    here = kept(worker, job.run)
+    if job.generation <= here.generation:
+        return Ended(rank, here.step, f"generation {job.generation} is over: generation {here.generation} has begun here")
+    here.generation, here.asked = job.generation, ""
+    links = _on_loop(worker, connected(worker, job.run, job.generation, rank, job.addresses, job.timeout_s))
+    watch = asyncio.run_coroutine_threadsafe(_watch(worker, links, worker.get_current_task()), worker.loop.asyncio_loop)
+    communicator = Communicator(links, job.as_bf16)
+    try:
+        return _Rank(job, rank, worker, here, links, communicator).run()
+    except PeerLost as error:
+        return Ended(rank, here.step, str(error), kept=here.step >= 0)
+    except BaseException as error:
+        links.fail(f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        watch.cancel()
+        communicator.fail(PeerLost("this generation is over"))
+        communicator.close()
+        _on_loop(worker, links.close())
+
+
+def _on_loop(worker: Worker, coroutine: Coroutine) -> Any:
+    return asyncio.run_coroutine_threadsafe(coroutine, worker.loop.asyncio_loop).result()
+
+
+async def _watch(worker: Worker, links: Links, key: str) -> None:
+    """End the generation here when Dask does not want this task any more: the driver has cancelled it, or is gone."""
+    while True:
+        await asyncio.sleep(_WATCH_S)
+        task = worker.state.tasks.get(key)
+        if task is None or task.state != "executing":
+            links.fail("the driver does not want it any more, or is gone")
+            return
+
+
+class _Rank:
+    """A rank from its begin to its end."""
+
+    def __init__(self, job: Job, rank: int, worker: Worker, here: Kept, links: Links, communicator: Communicator):
+        self.job, self.rank, self.worker, self.here = job, rank, worker, here
+        self.links, self.communicator = links, communicator
+        self.flags = argparse.Namespace(**job.flags)
+        self.mine = share(job.micro_batches, rank, job.count)
+
+    def run(self) -> Ended:
+        job, here = self.job, self.here
+        graph = job.graph
+        report = RankReport(self.worker if self.rank == 0 else None, here, job.topic, job.generation)
+        data = open_data(self.flags.data, graph.batch.batch_size, graph.batch.seq_len, graph.model.vocabulary, report.say)
+        m = self._model()
+        steps = Steps(m)
+        vals, sampler = [loss_graph(m, slot) for slot in range(len(m.slots))], Sampler(m)
+        saver = self._saver(m)
+        graphs = [*vals, *sampler.graphs, *([saver.graph] if saver and saver.graph else [])]
+        compile_kernels(list(dict.fromkeys([*steps.kernels, *(kernel for each in graphs for kernel in each.kernels)])))
+        about = self._take_over(m, data)
+        report.data(data.description, data.fingerprint)
+        stop = Asked(here)
+        settings = {"workers": job.workers[self.rank], "record": job.record}
+        config = load_scheduler("native", settings)
+        scheduler = open_scheduler(config.scheduler, config.settings)
+        if m.replica:
+            data = replace(data, train=Part(data.train, self.mine, job.micro_batches))
+        training = RankTraining(self.flags, scheduler, m, data, steps, vals, sampler, report, stop)
+        training.join(job, self.rank, self.communicator, saver)
+        if about is not None:
+            training.resume(about, job.best_val_loss)
+        here.let_go()  # from the first step on, until it is whole again
+        lost = ""
+        with scheduler:
+            try:
+                training.run()
+                self._end_saving(training)
+            except (PeerLost, TaskError) as error:
+                cause = error if isinstance(error, PeerLost) else error.__cause__
+                if not isinstance(cause, PeerLost):
+                    raise
+                lost = str(cause)
+            records = scheduler.take_records() if job.record else None
+        return self._ended(training, m, steps, lost, records)
+
+    def _end_saving(self, training: RankTraining) -> None:
+        saver = training.saver
+        if saver:
+            saver.wait()
+            if training.wants_last and not training.has_diverged:
+                training.save_last()
+
+    def _model(self) -> GPT2:
+        job, graph = self.job, self.job.graph
+        batch, replica = graph.batch, None
+        if job.count > 1:
+            batch = replace(batch, accumulate=len(self.mine))
+            replica = Replica(self.rank, job.count, job.micro_batches, self.communicator, job.bucket_bytes, job.is_sharded)
+        m = GPT2(graph.model, batch, graph.tiles, graph.options, replica=replica)
+        if self.here.gpt is not None:
+            m.take_state(self.here.gpt)
+        return m
+
+    def _saver(self, m: GPT2) -> RankSaver | None:
+        if not (self.rank == 0 or self.job.is_sharded):
+            return None
+        snapshot = None if self.job.is_sharded or not self.flags.save_every else Snapshot(m)
+        return RankSaver(self.job, self.rank, self.worker, self.here, m, snapshot)
+
+    def _take_over(self, m: GPT2, data: Data) -> About | None:
+        """Have all ranks begin with the same state, and with the same data; return what it is. Raises UserError, PeerLost."""
+        digest = hashlib.sha256(json.dumps(data.fingerprint, sort_keys=True).encode()).hexdigest()
+        said = _Said(digest, self.here.step, asdict(self.here.about) if self.here.about else None)
+        others = [_Said(**json.loads(each)) for each in self._tell_all(json.dumps(asdict(said)).encode())]
+        for rank, other in enumerate(others):
+            if other.data != others[0].data:
+                where = f"rank {rank} ({self.job.addresses[rank]})"
+                what = (
+                    "its data differs from that of rank 0; give all workers the same files, the same Python where the text is Python's own"
+                )
+                raise UserError(f"--data {self.flags.data}: {where}: {what}")
+        newest = max(each.step for each in others)
+        if not self.job.kept or newest < 0:
+            if self.job.kept:
+                raise PeerLost("no rank has the state any more")
+            m.initialize(self.flags.seed)
+            return None
+        root = next(rank for rank, each in enumerate(others) if each.step == newest)
+        if any(each.step != newest for each in others):
+            _on_loop(self.worker, spread(self.links, list(m.state.values()), root, ("state",)))
+        return fill(About, found, "state: ") if (found := others[root].about) else None
+
+    def _tell_all(self, message: bytes) -> list[bytes]:
+        """Return the messages of all ranks, by rank."""
+
+        async def tell() -> list[bytes]:
+            mine, others = np.frombuffer(message, np.uint8), [rank for rank in range(self.job.count) if rank != self.rank]
+            await asyncio.gather(*(self.links.send(rank, ("said",), [mine]) for rank in others))
+            return [
+                message if rank == self.rank else (await self.links.receive(rank, ("said",))).tobytes() for rank in range(self.job.count)
+            ]
+
+        return _on_loop(self.worker, tell())
+
+    def _ended(self, training: RankTraining, m: GPT2, steps: Steps, lost: str, records: Any) -> Ended:
+        """Keep the state if it is whole, and say how it ended."""
+        here, about = self.here, training.about_now()
+        here.offered = m.state
+        if not (self.job.is_sharded and self.job.count > 1):
+            here.gpt, here.about, here.step = m, about, about.step
+        bad = "" if checkpoints.is_finite(m.parameters) else "parameters are not finite"
+        if training.has_diverged:
+            bad = f"loss is {training.loss}" if not math.isfinite(training.loss) else f"norm of the gradient is {training.norm}"
+        network, exposed = training.network_times()
+        return Ended(
+            self.rank, training.step, lost, kept=here.gpt is not None, diverged="" if lost else bad, asked=training.stop.heard,
+            sha256="" if lost else m.parameters_sha256(), memory_bytes=_peak_bytes(), gflop_per_step=steps.flops / 1e9,
+            tasks_per_step=steps.tasks, seconds=tuple(training.seconds), sent_bytes=self.links.sent_bytes,
+            payload_bytes=training.payload_bytes, network_s=network, exposed_s=exposed, about=about,
+        )  # fmt: skip
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@dataclass(frozen=True)
+class _Said:
+    """What ranks say to each other first: the digest of their data, and what their state is, if they have one."""
+
+    data: str
+    step: int
+    about: dict[str, Any] | None

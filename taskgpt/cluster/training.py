@@ -1,0 +1,173 @@
+"""`taskgpt train` on a cluster: what the command says, turned into a driver and its ranks; and what a person sees of them."""
+
+import argparse
+import dataclasses
+import shlex
+import statistics
+from contextlib import nullcontext
+from typing import Any
+
+from distributed import Client
+
+from taskgpt.cluster.checks import Member, fit, look, ready
+from taskgpt.cluster.driver import Driver, driving
+from taskgpt.cluster.job import Ended
+from taskgpt.cluster.opening import opened
+from taskgpt.cluster.settings import Settings
+from taskgpt.config import GraphConfig, SchedulerConfig
+from taskgpt.errors import UserError, shorten
+from taskgpt.gpt2 import checkpoints
+from taskgpt.gpt2.model import GPT2
+from taskgpt.gpt2.replicas import Replica
+from taskgpt.gpt2.steps import Steps
+from taskgpt.lab.disturbance import Disturbance
+from taskgpt.lab.machine import usable_cores
+from taskgpt.runs.console import Console, StopRequest
+from taskgpt.runs.saving import Every
+from taskgpt.runs.start import Start, as_argv
+from taskgpt.runs.summary import summarize
+
+_HERE_ONLY = ("check", "trace", "dashboard", "report")  # flags that look into this process
+_TOLD_FLAGS = (
+    "data", "steps", "lr", "lr_schedule", "warmup", "final_lr", "weight_decay", "val_every", "val_batches", "sample_every", "seed", "init",
+    "save_every", "max_tokens",
+)  # fmt: skip  # what ranks are told of a command
+
+
+class ClusterTraining:
+    """A run on a cluster, from its command to its summary. `default`: the flags of a command that says nothing."""
+
+    def __init__(
+        self,
+        start: Start,
+        command: str,
+        default: argparse.Namespace,
+        configs: tuple[GraphConfig, SchedulerConfig],
+        report: Console,
+        stop: StopRequest,
+    ):
+        self.start, self.flags, self.command, self.default = start, start.flags, command, default
+        self.graph, self.scheduler = configs
+        self.settings: Settings = self.scheduler.settings
+        self.report, self.stop = report, stop
+        self._description = ""
+        self._disturbance = Disturbance()
+
+    def run(self, client: Client | None = None) -> int:
+        """Train; return the exit code. `client`: of a cluster that is open already. Raises UserError."""
+        flags = self.flags
+        for name in _HERE_ONLY:
+            if getattr(flags, name):
+                do = "the cluster's own shows its workers" if name == "dashboard" else "take a scheduler of this machine for that"
+                raise UserError(f"--{name}: is not for a run on a cluster; {do}")
+        if flags.save is not None:
+            checkpoints.verify_can_save(flags.save, self.graph.model, 4 * self.graph.model.parameter_count())
+        Every.of("--save-every", flags.save_every)
+        with nullcontext(client) if client else opened(self.settings, self.report.say) as cluster:
+            members = ready(cluster, self.settings, self._bytes_needed(), self.report.say)
+            if self.graph.batch.accumulate == 1 and self.start.about is None and flags.total_batch is None:
+                batch = dataclasses.replace(self.graph.batch, accumulate=len(members))
+                self.graph = dataclasses.replace(self.graph, batch=batch)
+            return self._train(cluster, members)
+
+    def _bytes_needed(self) -> int:
+        """Return the bytes of a rank's tensors, and of the copy of its state that a checkpoint is made from."""
+        graph, replica = self.graph, Replica(0, 2, 2, None, 1)  # type: ignore[arg-type]
+        needed = GPT2.bytes_needed(graph.model, graph.batch, graph.tiles, graph.options, replica)
+        return needed + (12 * graph.model.parameter_count() if self.flags.save_every else 0)
+
+    def _train(self, client: Client, members: list[Member]) -> int:
+        graph, flags, start, report, stop = self.graph, self.flags, self.start, self.report, self.stop
+        told = {name: getattr(flags, name) for name in _TOLD_FLAGS} | {"has_folder": start.folder is not None}
+        driver = Driver(client, self.settings, _Roster(client, members, self._bytes_needed()).members, graph, told, report, stop)
+        if start.about is not None:
+            driver.resume(start.checkpoint, start.about, start.best_val_loss)
+        holder = GPT2(graph.model, graph.batch, graph.tiles, graph.options)  # says how large things are; nobody writes into it
+        steps = Steps(holder)
+        report.open_logs(start.logs())
+        driver.on_data = lambda description, fingerprint: self._begin(driver, holder, steps, members, description, fingerprint)
+        stop.can_wait = True
+        with driving(driver):
+            if flags.max_minutes is not None:
+                stop.end_after(60 * flags.max_minutes)
+            with report.progress(driver.last_step):
+                ended = driver.run()
+            failures = []
+            if ended.diverged:
+                failures.append(
+                    f"after {ended.step} steps the {ended.diverged}, and nothing was saved; try a smaller --lr, or another --init"
+                )
+            elif driver.saver and driver.saver.error:
+                failures.append(str(driver.saver.error))
+            if flags.save is not None and not failures and driver.seconds:
+                checkpoints.save(flags.save, graph.model, driver.fetch_parameters())
+                report.say(f"saved {flags.save}")
+        stop.can_wait = False
+        self._summary(driver, ended, holder, steps, members)
+        if driver.saver and driver.saver.newest and ended.step < flags.steps:
+            report.tell("go on with", f"taskgpt train --resume {shlex.quote(str(start.folder.path))}")
+        if failures:
+            raise UserError("; ".join(failures))
+        return stop.exit_code or (2 if report.has_lost_log or report.has_lost_output else 0)
+
+    def _begin(self, driver: Driver, m: GPT2, steps: Steps, members: list[Member], description: str, fingerprint: dict[str, Any]) -> None:
+        """Say what runs, when rank 0 has told what its data is; from then on the folder is the run's own."""
+        if self._description:
+            return  # a later generation
+        self._description, start, report = description, self.start, self.report
+        changes = start.verify(self.graph, fingerprint) if start.about else []
+        if start.folder:
+            argv = as_argv(self.flags, self.default)
+            driver.saver = start.saver(m, Every(), argv, self.graph, fingerprint, report, self.stop)
+        report.begin(self.graph, described(self.settings, members, driver.micro_batches), description, m, steps, driver.last_step)
+        if start.checkpoint:
+            report.tell("resumed", f"from {shorten(start.checkpoint)}, after {start.about.step:,} steps")
+        report.notes(changes)
+
+    def _summary(self, driver: Driver, ended: Ended, m: GPT2, steps: Steps, members: list[Member]) -> None:
+        report, found = self.report, self._disturbance.found(usable_cores())
+        ranks = driver.generations[-1][1]
+        setup = self.flags, self.graph, self.scheduler, sum(driver.native_workers), self._description, report
+        summary = summarize(*setup, m, steps, driver.seconds, ended.memory_bytes, found, ended.sha256)
+        summary["cluster"] = {
+            "ranks": ranks,
+            "generations": " ".join(f"{step}x{count}" for step, count in driver.generations),
+            "recoveries_s": driver.recoveries,
+            "payload_bytes_per_step": driver.network[-1][2] if driver.network else 0,
+        }
+        if driver.network:
+            steady = driver.network[1:] or driver.network
+            network_s, exposed_s = (sum(each[at] for each in steady) for at in (0, 1))
+            hidden = 1 - exposed_s / network_s if network_s else 1.0
+            summary["cluster"] |= {"network_s_per_step": network_s / len(steady), "hidden_share": hidden}
+            sent = f"{driver.network[-1][2] / 1e6:,.1f} MB sent by each rank a step"
+            report.tell("network", f"{sent}, {network_s / len(steady) * 1e3:.1f} ms, {hidden:.0%} of it behind the backward pass")
+        if len(driver.generations) > 1:
+            report.tell("generations", f"{summary['cluster']['generations']} (repeat this run's bits with --set generations='...')")
+        if driver.recoveries:
+            report.tell("recoveries", f"{len(driver.recoveries)}, median {statistics.median(driver.recoveries):.1f} s")
+        report.summary(summary, is_wanted=bool(driver.seconds))
+
+
+def described(settings: Settings, members: list[Member], micro_batches: int) -> str:
+    """Return a line for people: how many ranks of which cluster."""
+    count = min(len(members), micro_batches)
+    hosts = len({member.host for member in members[:count]})
+    parts = [f"cluster: {count} rank{'s' * (count > 1)} on {hosts} machine{'s' * (hosts > 1)}", shorten(settings.where)]
+    parts += [f"{settings.wire} on the wire"] if settings.wire != "fp32" else []
+    return ", ".join([*parts, "moments in shards"] if settings.zero else parts)
+
+
+class _Roster:
+    """The workers that were found fit to be ranks, also those that come later."""
+
+    def __init__(self, client: Client, members: list[Member], needed_bytes: int):
+        self._client, self._needed_bytes = client, needed_bytes
+        self._known: dict[str, Member | None] = {member.address: member for member in members}
+
+    def members(self, alive: set[str]) -> list[Member]:
+        """Return those of these addresses that are fit, those that were there first before others."""
+        if new := alive - self._known.keys():
+            fits = {member.address: member for member in fit(look(self._client), self._needed_bytes)[0]}
+            self._known |= {address: fits.get(address) for address in sorted(new)}
+        return [member for address, member in self._known.items() if address in alive and member is not None]
