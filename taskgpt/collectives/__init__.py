@@ -6,8 +6,8 @@ communicator.py  buckets of tiles, exchanged when all are handed in
 kernels.py       tasks that hand a tile in, and wait for no more than an event
 """
 
-from taskgpt.collectives.communicator import GATHER, REDUCE, REDUCE_OWN, SPREAD, Communicator, Transfer
+from taskgpt.collectives.communicator import GATHER, MOVE, REDUCE, REDUCE_OWN, SPREAD, Communicator, Transfer
 from taskgpt.collectives.links import Links, PeerLost, Tag
 from taskgpt.collectives.ring import spread
 
-__all__ = ["GATHER", "REDUCE", "REDUCE_OWN", "SPREAD", "Communicator", "Links", "PeerLost", "Tag", "Transfer", "spread"]
+__all__ = ["GATHER", "MOVE", "REDUCE", "REDUCE_OWN", "SPREAD", "Communicator", "Links", "PeerLost", "Tag", "Transfer", "spread"]

@@ -18,7 +18,7 @@ from taskgpt.collectives.links import Links, PeerLost
 from taskgpt.collectives.ring import all_gather, compile_all, deal, deal_to, reduce_scatter
 from taskgpt.tasks.spawn import Event
 
-REDUCE, REDUCE_OWN, SPREAD, GATHER = "reduce", "reduce-own", "spread", "gather"
+REDUCE, REDUCE_OWN, SPREAD, GATHER, MOVE = "reduce", "reduce-own", "spread", "gather", "move"
 
 
 class Transfer(NamedTuple):
@@ -73,7 +73,8 @@ class Communicator:
         """Return the number of a new bucket. All ranks ask for the same ones in the same order.
 
         `what`: REDUCE, all parts summed up on all ranks; REDUCE_OWN, each on its owner alone; SPREAD, each from its owner to all; GATHER,
-        a part of as many equal pieces as there are ranks, of which each rank has its own.
+        a part of as many equal pieces as there are ranks, of which each rank has its own; MOVE, its one part from the first of `owners` to
+        the second, and other ranks hand none in.
         """
         self._buckets.append(_Bucket(what, parts, tuple(owners)))
         return len(self._buckets) - 1
@@ -124,6 +125,13 @@ class Communicator:
     async def _run(self, bucket: _Bucket, arrays: list[np.ndarray], tag: tuple[int, int]) -> int:
         """Run a bucket's collective; return how many bytes of its arrays this rank has sent."""
         links, count = self.links, self.links.count
+        if bucket.what == MOVE:
+            source, to = bucket.owners
+            if links.rank == source:
+                await links.send(to, tag, arrays)
+                return sum(array.nbytes for array in arrays)
+            arrays[0][:] = (await links.receive(source, tag)).view(arrays[0].dtype)
+            return 0
         if bucket.what == GATHER:
             sent = 0
             for part, array in enumerate(arrays):

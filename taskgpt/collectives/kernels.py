@@ -30,6 +30,18 @@ def exchange_numbers(part: InOut[N, np.float64], communicator: int, bucket: int,
 
 
 @kernel(flops=lambda: 0, tags=["network"])
+def send_rows(part: In[R, C], communicator: int, bucket: int):
+    """Send rows to the rank that a bucket of one part says."""
+    communicator_of(communicator).hand_in(bucket, 0, part, event())
+
+
+@kernel(flops=lambda: 0, tags=["network"])
+def receive_rows(part: Out[R, C], communicator: int, bucket: int):
+    """Receive the rows that another rank sends."""
+    communicator_of(communicator).hand_in(bucket, 0, part, event())
+
+
+@kernel(flops=lambda: 0, tags=["network"])
 def gather_rows(out: Out[A, C], inp: In[R, C], communicator: int, bucket: int, place: int):
     """Put the rows of all ranks below each other: A = N * R."""
     _gather(out, inp, communicator, bucket, place)

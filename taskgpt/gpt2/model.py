@@ -12,8 +12,9 @@ from taskgpt.gpt2.gradients import LOSS_OUTLIER, NORM_OUTLIER, NOT_FINITE, UPDAT
 from taskgpt.gpt2.grid import Grid
 from taskgpt.gpt2.replicas import WORDS, Replica
 from taskgpt.gpt2.shape import Batch, MicroBatch, Model, Options, Tiles
+from taskgpt.gpt2.stages import Stage
 from taskgpt.products import way_for
-from taskgpt.tasks import Arena, TensorSpec
+from taskgpt.tasks import Arena, Tensor, TensorSpec, Tile
 
 MATRICES = ("wte", "wpe", "qkvw", "attprojw", "fcw", "fcprojw")  # what weight decay is for; the rest are biases and norms
 
@@ -25,26 +26,47 @@ class GPT2:
     moments, activations, gradients of activations, what the guard has seen, and the step's inputs and outputs. Of the last there are two,
     `slots`, so that the next step's inputs can be written while a step runs; `s` is the first. `micro` says which micro-batch of a step is
     recorded: one that is all of it, if not told otherwise. `shared=True` makes the arenas visible to worker processes. `replica`: if it is
-    one of several (replicas.py). Raises ValueError if the sequence is longer than the model's maximum, MemoryError if there is no room for
-    shared memory.
+    one of several (replicas.py). `stage`: if it has some of the layers (stages.py): tensors are as long as ever, and the memory of layers
+    that are elsewhere is never touched, so that the system gives none. Raises ValueError if the sequence is longer than the model's
+    maximum, MemoryError if there is no room for shared memory.
     """
 
     SLOTS = 2
 
-    def __init__(self, model: Model, batch: Batch, tiles: Tiles, options: Options, shared: bool = False, replica: Replica | None = None):
+    def __init__(
+        self,
+        model: Model,
+        batch: Batch,
+        tiles: Tiles,
+        options: Options,
+        shared: bool = False,
+        replica: Replica | None = None,
+        stage: Stage | None = None,
+    ):
         if batch.seq_len > model.max_seq_len:
             raise ValueError(f"seq_len = {batch.seq_len} is longer than the model's max_seq_len = {model.max_seq_len}")
         self.model, self.batch, self.options, self.grid = model, batch, options, Grid(model, batch, tiles)
-        self.micro, self.replica = MicroBatch(), replica
+        self.micro, self.replica, self.stage = MicroBatch(), replica, stage
         self.p, self.m, self.v, self.g, self.a, self.d, self.w, *slots = (Arena(specs, shared) for specs in self._specs())
         self.slots = tuple(slots)
-        self.s = self.slots[0]
+        self.slot, self.s = 0, self.slots[0]
+        self._activations = [self.a, *(Arena(specs, shared) for specs in self._specs_in_flight())]
 
     def with_slot(self, slot: int, micro: MicroBatch = MicroBatch()) -> "GPT2":  # noqa: B008 - a constant
         """Return the same memory, with another slot as its `s`, for a micro-batch of a step."""
         other = copy.copy(self)
-        other.s, other.micro = self.slots[slot], micro
+        other.slot, other.s, other.micro = slot, self.slots[slot], micro
+        if self.stage:
+            other.a = self._activations_of(micro.number)
         return other
+
+    def _activations_of(self, number: int) -> Arena:
+        """Return the place for the activations of a micro-batch: those in flight have one each."""
+        places = self._activations
+        if not self.has_vocabulary:
+            return places[number % len(places)]
+        layers, head = self.a, places[number % len(places)]
+        return _Joined(layers.tensors | {name: tensor for name, tensor in head.tensors.items() if self._is_of_head(name)})
 
     def take_state(self, other: "GPT2") -> None:
         """Have the memory of another model of the same shape as `state`. Before graphs are recorded."""
@@ -54,6 +76,36 @@ class GPT2:
     def products(self) -> int:
         """Return the way to multiply that the options name."""
         return way_for(self.options.products, self.options.precision)
+
+    @property
+    def layers(self) -> range:
+        """The layers that are here."""
+        return self.stage.layers if self.stage else range(self.model.layers)
+
+    @property
+    def has_vocabulary(self) -> bool:
+        """Return True if the embedding and the head are here."""
+        return self.stage is None or self.stage.is_last
+
+    @property
+    def held(self) -> int:
+        """How many micro-batches of inputs a slot has: those of a graph."""
+        return self.batch.accumulate if self.stage else 1
+
+    @property
+    def tokens(self) -> Tile:
+        """The tokens of the micro-batch."""
+        return self.s.tokens[self._rows_of_slot]
+
+    @property
+    def targets(self) -> Tile:
+        """The targets of the micro-batch."""
+        return self.s.targets[self._rows_of_slot]
+
+    @property
+    def _rows_of_slot(self) -> slice:
+        R = self.batch.rows
+        return slice(self.micro.number * R, (self.micro.number + 1) * R)
 
     @property
     def update(self) -> str:
@@ -108,6 +160,7 @@ class GPT2:
         numbers = TensorSpec((R,), (rows,))
         specs = {
             "encoded": TensorSpec((R, C), (rows, None)),
+            **({"embedded": TensorSpec((2, R, C), (1, rows, None))} if self.stage else {}),
             "ln1": by_rows,
             **self._statistics("ln1", statistic),
             "qkv": TensorSpec((L, R, 3 * C), (1, rows, self.grid.head_cuts)),
@@ -162,6 +215,7 @@ class GPT2:
             "datty": TensorSpec((2, R, C), (1, rows, self.grid.head_cuts)),
             "dqkv": TensorSpec((2, R, 3 * C), (1, rows, self.grid.head_cuts)),
             "dln1": by_columns,
+            **({"dencoded": TensorSpec((R, C), (rows, None))} if self.stage else {}),
             **({"all_dencoded": TensorSpec((self.replica.count * R, C))} if self.replica else {}),
             **({"all_tokens": TensorSpec((self.replica.count * R,), dtype=np.dtype(np.int32))} if self.replica else {}),
         }
@@ -173,8 +227,8 @@ class GPT2:
         return {"loss_window": window, "norm_window": window, "seen": TensorSpec((2,), dtype=np.dtype(np.int64))}
 
     def _step_specs(self) -> dict[str, TensorSpec]:
-        R, rows, number = self.batch.rows, self.grid.row_cuts, TensorSpec((1,))
-        tokens = TensorSpec((R,), (rows,), np.dtype(np.int32))
+        rows, number = self.grid.row_cuts, TensorSpec((1,))
+        tokens = TensorSpec((self.held * self.batch.rows,), (rows,), np.dtype(np.int32))
         f64 = np.dtype(np.float64)
         squares = TensorSpec((self.grid.square_places[""],), (1,), f64)
         specs = {"tokens": tokens, "targets": tokens, "hyper": TensorSpec((7,)), "loss": number, "squares": squares, "norm": number}
@@ -182,14 +236,15 @@ class GPT2:
             specs |= {"scale": number, "verdict": TensorSpec((1,), dtype=np.dtype(np.int32))}
         if self.options.is_guarded:
             specs["z"] = TensorSpec((2,), dtype=f64)
-        if self.replica:
-            specs |= {"words": TensorSpec((WORDS,), dtype=f64), "all_words": TensorSpec((self.replica.count * WORDS,), dtype=f64)}
+        if peers := self.replica or self.stage:
+            specs |= {"words": TensorSpec((WORDS,), dtype=f64), "all_words": TensorSpec((peers.count * WORDS,), dtype=f64)}
         return specs
 
-    def inputs(self, slot: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return tokens and targets of a slot, (B, T) each, to be written."""
+    def inputs(self, slot: int, number: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Return tokens and targets of a slot, (B, T) each, to be written; `number`: of its micro-batch."""
         B, of_slot = self.batch.batch_size, self.slots[slot]
-        return of_slot.tokens.array.reshape(B, -1), of_slot.targets.array.reshape(B, -1)
+        each = self.held, B, self.batch.seq_len
+        return of_slot.tokens.array.reshape(each)[number], of_slot.targets.array.reshape(each)[number]
 
     def loss_of(self, slot: int) -> float:
         """Return the mean loss that the last run with a slot found."""
@@ -227,14 +282,19 @@ class GPT2:
 
     @property
     def nbytes(self) -> int:
+        if self.stage:
+            return self._bytes_of_stage()
         return sum(arena.nbytes for arena in (self.p, self.m, self.v, self.g, self.a, self.d, self.w, *self.slots))
 
     @classmethod
-    def bytes_needed(cls, model: Model, batch: Batch, tiles: Tiles, options: Options, replica: Replica | None = None) -> int:
+    def bytes_needed(
+        cls, model: Model, batch: Batch, tiles: Tiles, options: Options, replica: Replica | None = None, stage: Stage | None = None
+    ) -> int:
         """Return `nbytes` of such a model without making it."""
         shape = cls.__new__(cls)
-        shape.model, shape.batch, shape.options, shape.grid, shape.replica = model, batch, options, Grid(model, batch, tiles), replica
-        return sum(spec.nbytes for specs in shape._specs() for spec in specs.values())
+        shape.model, shape.batch, shape.options, shape.grid = model, batch, options, Grid(model, batch, tiles)
+        shape.replica, shape.stage = replica, stage
+        return shape._bytes_of_stage() if stage else sum(spec.nbytes for specs in shape._specs() for spec in specs.values())
 
     def initialize(self, seed: int) -> None:
         """Draw the parameters as llm.c does: weights N(0, 0.02), those that add to the residual stream N(0, 0.02 / sqrt(2 L)).
@@ -243,14 +303,17 @@ class GPT2:
         Padding rows of wte stay zero.
         """
         for at, (name, tensor) in enumerate(self.p.tensors.items()):
-            array = tensor.array
+            here = tensor.array[self.rows_here(name)]
             if name in MATRICES:
                 scale = 0.02 / np.sqrt(2 * self.model.layers) if name in ("attprojw", "fcprojw") else 0.02
-                drawn = array[: self.model.vocabulary] if name == "wte" else array
-                np.random.default_rng([seed, at]).standard_normal(dtype=np.float32, out=drawn)
+                random, before = np.random.default_rng([seed, at]), np.empty(tensor.shape[1:], np.float32)
+                for _ in range(0 if name in self._of_vocabulary else self.layers.start):
+                    random.standard_normal(dtype=np.float32, out=before)
+                drawn = here[: self.model.vocabulary] if name == "wte" else here
+                random.standard_normal(dtype=np.float32, out=drawn)
                 drawn *= np.float32(scale)
             else:
-                array[...] = self.model.norms.parameters[name[3:]] if name.startswith("ln") else 0.0
+                here[...] = self.model.norms.parameters[name[3:]] if name.startswith("ln") else 0.0
 
     def set_hyper(
         self, step: int, lr: float, weight_decay: float, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, slot: int = 0
@@ -266,3 +329,49 @@ class GPT2:
         for tensor in self.p.tensors.values():
             digest.update(tensor.array)
         return digest.hexdigest()
+
+    # Of a stage ---------------------------------------------------------------------------------------------------------------------
+
+    def _specs_in_flight(self) -> list[dict[str, TensorSpec]]:
+        """Return what the places have for activations beyond the first: the last stage, which ends a micro-batch before it begins the next
+        one, has one place for layers, and keeps of the head what the gradient of wte waits for: that of the embedding, which comes last."""
+        if not self.stage:
+            return []
+        places = min(self.stage.count, self.batch.accumulate) if self.has_vocabulary else self.stage.in_flight
+        specs = {name: spec for name, spec in self._activation_specs().items() if self._is_of_head(name) == self.has_vocabulary}
+        return [specs] * (places - 1)
+
+    def _is_of_head(self, name: str) -> bool:
+        return name.startswith(("lnf", "logits")) or name == "losses"
+
+    def _bytes_of_stage(self) -> int:
+        """Return the bytes of what a stage touches."""
+        p, m, v, g, a, d, *others = self._specs()
+        share = len(self.layers) / self.model.layers
+        needed = sum(spec.nbytes for specs in others for spec in specs.values())
+        for prefixed in (p, m, v, g):
+            for name, spec in prefixed.items():
+                needed += int(spec.nbytes * (share if not name.endswith(self._of_vocabulary) else self.has_vocabulary))
+        for specs in (a, *self._specs_in_flight()):
+            for name, spec in specs.items():
+                is_of_head = self._is_of_head(name) or name in ("embedded", "loss_sum")
+                needed += int(spec.nbytes * (self.has_vocabulary if is_of_head else 1 if name == "encoded" else share))
+        return needed + sum(spec.nbytes for name, spec in d.items() if self.has_vocabulary or name not in ("dlnf", "dencoded"))
+
+    @property
+    def _of_vocabulary(self) -> tuple[str, ...]:
+        """Parameters that belong to no layer: those of embedding, head, and the norm before it."""
+        return "wte", "wpe", *("lnf" + suffix for suffix in self.model.norms.parameters)
+
+    def rows_here(self, name: str) -> slice:
+        """Return which of a parameter's rows, or layers, are here."""
+        if name in self._of_vocabulary:
+            return slice(0, self.p.tensors[name].shape[0] if self.has_vocabulary else 0)
+        return slice(self.layers.start, self.layers.stop)
+
+
+class _Joined(Arena):
+    """Tensors of two arenas as those of one."""
+
+    def __init__(self, tensors: dict[str, Tensor]):
+        self.tensors = tensors

@@ -129,14 +129,14 @@ def logits_blocks(gpt: GPT2) -> list[tuple[slice, Tile]]:
 
 def forward(spawn: Spawn, gpt: GPT2, rows: slice) -> None:
     """Compute all layers for some rows: all, or some of one sequence."""
-    encode(partial(spawn, section=("forward", -1)), gpt, rows)
-    for l in range(gpt.model.layers):
+    encode(partial(spawn, section=("forward", -1)), gpt, gpt.a.encoded[:], rows)
+    for l in gpt.layers:
         block_forward(partial(spawn, section=("forward", l)), gpt, l, rows)
 
 
-def encode(spawn: Spawn, gpt: GPT2, rows: slice) -> None:
+def encode(spawn: Spawn, gpt: GPT2, out: Tile, rows: slice) -> None:
     for r in gpt.grid.pointwise(rows):
-        spawn(encoder_forward, gpt.a.encoded[r], gpt.s.tokens[r], gpt.p.wte[:], gpt.p.wpe[: gpt.batch.seq_len], r.start)
+        spawn(encoder_forward, out[r], gpt.tokens[r], gpt.p.wte[:], gpt.p.wpe[: gpt.batch.seq_len], r.start)
 
 
 def block_forward(spawn: Spawn, gpt: GPT2, l: int, rows: slice) -> None:
@@ -205,7 +205,7 @@ def attend(spawn: Spawn, gpt: GPT2, l: int, rows: slice) -> None:
 
 def stream(gpt: GPT2, l: int) -> Tile:
     """Return the residual stream as it enters layer l."""
-    return gpt.a.encoded[:] if l == 0 else gpt.a.residual3[l - 1]
+    return gpt.a.encoded[:] if l == gpt.layers.start else gpt.a.residual3[l - 1]
 
 
 def norm_weight(gpt: GPT2, l: int, layer: str) -> Tile:
@@ -232,7 +232,7 @@ def head_forward(spawn: Spawn, gpt: GPT2, rows: slice, logits: Tile) -> None:
 
 def classify(spawn: Spawn, gpt: GPT2, rows: slice, logits: Tile) -> None:
     """Compute losses and the gradient of the logits, which takes the place of the logits."""
-    a, targets, valid, scale = gpt.a, gpt.s.targets, gpt.model.vocabulary, 1 / gpt.step_tokens
+    a, targets, valid, scale = gpt.a, gpt.targets, gpt.model.vocabulary, 1 / gpt.step_tokens
     if gpt.options.kernels == "separate":
         row_losses(spawn, gpt, rows, logits)
     for r in gpt.grid.pointwise(rows):
@@ -249,7 +249,7 @@ def row_losses(spawn: Spawn, gpt: GPT2, rows: slice, logits: Tile) -> None:
     for r in gpt.grid.pointwise(rows):
         spawn(softmax_forward, a.logits_max[r], a.logits_rsum[r], logits[within(rows, r)], gpt.model.vocabulary)
     for r in gpt.grid.pointwise(rows):
-        spawn(crossentropy_forward, a.losses[r], logits[within(rows, r)], a.logits_max[r], a.logits_rsum[r], gpt.s.targets[r])
+        spawn(crossentropy_forward, a.losses[r], logits[within(rows, r)], a.logits_max[r], a.logits_rsum[r], gpt.targets[r])
 
 
 def loss(spawn: Spawn, gpt: GPT2) -> None:
@@ -292,22 +292,39 @@ def within(rows: slice, r: slice) -> slice:
 
 def backward(spawn: Spawn, gpt: GPT2) -> None:
     """Go back through the layers. An update follows as soon as its weight is no longer needed; wte, used first and last, comes last."""
+    head_norm_backward(spawn, gpt)
+    layers_backward(spawn, gpt)
+    embeddings_update(spawn, gpt, gradient_of_stream(gpt, 0))
+
+
+def head_norm_backward(spawn: Spawn, gpt: GPT2) -> None:
     d, L = gpt.d, gpt.model.layers
-    last, dlast, update = stream(gpt, L), d.dresidual3[(L - 1) % 2], partial(spawn, section=("update", -1))
+    last, dlast = stream(gpt, L), gradient_of_stream(gpt, L)
     weight, head = norm_weight(gpt, 0, "lnf"), partial(spawn, section=("backward", L))
     for r in gpt.grid.pointwise(gpt.grid.all_rows):
         head(gpt.model.norms.backward, dlast[r], d.dlnf[r], last[r], weight, *norm_statistics(gpt, 0, "lnf", r))
-    norm_update(update, gpt, 0, "lnf", d.dlnf[:], last)
-    for l in reversed(range(L)):
+    norm_update(partial(spawn, section=("update", -1)), gpt, 0, "lnf", d.dlnf[:], last)
+
+
+def layers_backward(spawn: Spawn, gpt: GPT2) -> None:
+    for l in reversed(gpt.layers):
         block_backward(partial(spawn, section=("backward", l)), gpt, l)
-    dencoded = d.dresidual3[(0 - 1) % 2]
+
+
+def embeddings_update(spawn: Spawn, gpt: GPT2, dencoded: Tile) -> None:
+    update = partial(spawn, section=("update", -1))
     embedding_update(update, gpt, dencoded)
     position_update(update, gpt, dencoded)
 
 
+def gradient_of_stream(gpt: GPT2, l: int) -> Tile:
+    """Return the gradient of the residual stream as it enters layer l."""
+    return gpt.d.dresidual3[(l - 1) % 2]
+
+
 def block_backward(spawn: Spawn, gpt: GPT2, l: int) -> None:
     a, d, update = gpt.a, gpt.d, partial(spawn, section=("update", l))
-    slot, below = l % 2, d.dresidual3[(l - 1) % 2]
+    slot, below = l % 2, gradient_of_stream(gpt, l)
     dresidual3, dresidual2, dfch, dln2 = d.dresidual3[slot], d.dresidual2[slot], d.dfch[slot], d.dln2[slot]
     datty, dqkv, dln1 = d.datty[slot], d.dqkv[slot], d.dln1[slot]
 
@@ -408,7 +425,7 @@ def norm_update(spawn: Spawn, gpt: GPT2, l: int, layer: str, dout: Tile, inp: Ti
 
 def embedding_update(spawn: Spawn, gpt: GPT2, dencoded: Tile) -> None:
     """wte, by vocabulary: its gradient as weight of the head, that as embedding on top."""
-    tokens, vs = gpt.s.tokens[:], gpt.grid.vocabulary()
+    tokens, vs = gpt.tokens, gpt.grid.vocabulary()
     if gpt.replica and gpt.micro.is_last:  # whose part of the head is reduced already
         gpt.replica.gather_rows(spawn, dencoded, gpt.d.all_dencoded[:], tokens, gpt.d.all_tokens[:])
         for v in vs:

@@ -150,7 +150,11 @@ class Options:
 
 
 class MicroBatch(NamedTuple):
-    """Where a micro-batch stands in its step: the first writes gradients, the others add to them, the last updates."""
+    """Where a micro-batch stands in its step: the first writes gradients, the others add to them, the last updates.
+
+    number: of those that one graph has, from 0.
+    """
 
     is_first: bool = True
     is_last: bool = True
+    number: int = 0

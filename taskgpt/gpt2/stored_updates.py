@@ -84,6 +84,8 @@ def norm_of_gradient(spawn: Spawn, gpt: GPT2) -> None:
     """Compute the norm from the squares, and `scale`, if what becomes of the gradient depends on it."""
     if gpt.replica:
         squares_of_all(spawn, gpt)
+    if gpt.stage:
+        gpt.stage.reduce_numbers(spawn, gpt.slot, gpt.s.squares[:])
     spawn, s, w, options = partial(spawn, section=("update", -1)), gpt.s, gpt.w, gpt.options
     spawn(gradient_norm, s.norm[:], s.squares[:])
     found = s.loss[:], s.norm[:], options.clip_norm
@@ -117,8 +119,8 @@ def squares_of_all(spawn: Spawn, gpt: GPT2) -> None:
 def every_part(gpt: GPT2, owned: bool = True) -> Iterator[tuple[tuple[str, int], list[Part]]]:
     """Yield (section, parts of a layer's gradient) in the order in which backward finds them; with `owned` those of this rank."""
     layers = ("fcproj", "fc", "ln2", "attproj", "qkv", "ln1")
-    order = [(0, "lnf"), *((l, layer) for l in reversed(range(gpt.model.layers)) for layer in layers), (0, "wte"), (0, "wpe")]
-    for l, layer in order:
+    of_layers = [(l, layer) for l in reversed(gpt.layers) for layer in layers]
+    for l, layer in [(0, "lnf"), *of_layers, (0, "wte"), (0, "wpe")] if gpt.has_vocabulary else of_layers:
         parts = stored_parts(gpt, l, layer)
         if owned and gpt.replica and gpt.replica.is_sharded:
             parts = [part for part in parts if gpt.replica.owns(part[1], part[2])]
