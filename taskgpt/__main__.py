@@ -20,6 +20,7 @@ PROGRAMS = {
     "trace": "report on traces, check them, convert them",
     "compare": "race schedulers, tiles and policies on a graph",
     "tune": "search for the fastest tiles and policy on this machine",
+    "cluster": "test a Dask cluster before a long run on it",
     "simulate": "predict a step on cores that one does not have",
     "bench": "measure a step, a task's overhead, other libraries",
 }

@@ -15,9 +15,9 @@ import pytest
 from pages import PAGES, README, ROOT, blocks, commands
 
 from taskgpt.__main__ import main
-from taskgpt.config import load_graph
+from taskgpt.config import load_graph, load_scheduler
 from taskgpt.lab import machine
-from taskgpt.lab.named import make_config, named_config
+from taskgpt.lab.named import make_config, scheduler_of
 from taskgpt.lab.tuning import tuned
 from taskgpt.products.instruction_sets import of_this_machine
 from taskgpt.programs.show import main as show
@@ -129,7 +129,7 @@ def test_a_command_that_others_stand_for_is_right(command, monkeypatch):
     for word in names(found, "graph") - {"tuned/gpt2-124m-tuned.toml"}:
         make_config(word)
     for word in names(found, "scheduler") - {"whole-tensor", "tuned/native-tuned.toml"}:
-        named_config(word, None)
+        load_scheduler(*scheduler_of(word), may_be_cluster=True)
 
 
 def names(flags: argparse.Namespace, kind: str) -> set[str]:

@@ -5,5 +5,6 @@ opening.py     a client of a cluster: by address, by scheduler file, or of one t
 starting.py    who starts one
 checks.py      its workers: waited for, asked what they are, refused with reasons; which of them are members
 facts.py       what a worker is, as it says itself
+speeds.py      how fast its workers and the links between them are, for `taskgpt cluster check`
 dask_links.py  messages between ranks, over Dask's own comms
 """

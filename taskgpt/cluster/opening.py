@@ -44,7 +44,8 @@ def opened(settings: Settings, say: Callable[[str], None]) -> Iterator[Client]:
     with ExitStack() as stack:
         stack.enter_context(silence_logging_cmgr(logging.CRITICAL))  # what goes wrong is raised
         if settings.start:
-            say(f"starting a cluster: {described(settings)}")
+            if settings.start != "mpi":  # all of whose processes get here, and one further
+                say(f"starting a cluster: {described(settings)}")
             yield STARTERS[settings.start](stack, settings, security)
         else:
             yield stack.enter_context(_connected(_address(settings), settings, security))
