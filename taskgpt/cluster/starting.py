@@ -6,14 +6,13 @@ Everything that is started listens on the address that the settings name, a host
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import dask
 import psutil
 from distributed import Client, SpecCluster
 from distributed.deploy import ssh
-from distributed.deploy.cluster import Cluster
 from distributed.security import Security
 
 from taskgpt.cluster.settings import Settings
@@ -57,7 +56,7 @@ def _ssh(stack: ExitStack, settings: Settings, security: Security) -> Client:
     places = [(host, number) for host in hosts for number in range(settings.members)]
     workers = [process(ssh.Worker, host, nthreads=1, memory_limit=0, name=f"{host}-{number}") for host, number in places]
 
-    def make() -> Cluster:
+    def make() -> SpecCluster:
         with dask.config.set(tls):  # which the processes there inherit: names of files, no keys
             return SpecCluster(dict(enumerate(workers)), scheduler, name="taskgpt", security=security)
 
@@ -77,9 +76,8 @@ def _jobs(stack: ExitStack, settings: Settings, security: Security) -> Client:
     profile = "distributed.worker.profile.enabled"
     prologue = [f"export DASK_{profile.upper().replace('.', '__')}={local_cluster.CONFIG[profile]}", *settings.prologue.splitlines()]
 
-    def make() -> Cluster:
+    def make() -> SpecCluster:
         return make_cluster(
-            n_workers=settings.members,
             cores=settings.cores or usable_cores(),
             processes=1,
             memory=settings.memory,
@@ -97,21 +95,24 @@ def _jobs(stack: ExitStack, settings: Settings, security: Security) -> Client:
         )
 
     submit = {"slurm": "sbatch", "pbs": "qsub"}[settings.start]
-    return _started(stack, settings, make, f"would {submit} take such a job?")
+    return _started(stack, settings, make, f"would {submit} take such a job?", settings.members)
 
 
-def _started(stack: ExitStack, settings: Settings, make: Callable[[], Cluster], question: str) -> Client:
-    """Start a cluster that ends with `stack`; return a client of it. Raises UserError that ends in a question, which to begin with."""
+def _started(stack: ExitStack, settings: Settings, make: Callable[[], SpecCluster], question: str, jobs: int = 0) -> Client:
+    """Start a cluster that ends with `stack`, and further jobs in it; return a client. Raises UserError, which ends in a question."""
 
     def begin() -> Client:
         with dask.config.set(local_cluster.CONFIG), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            cluster = stack.enter_context(make())
+            cluster = make()
+        stack.callback(_close, cluster)
 
         async def whole() -> None:
-            await cluster  # raises what went wrong with a worker, which would be logged
+            await cluster
 
-        cluster.sync(whole)
+        for _ in range(jobs):  # one by one, and not by scale(), which would log what goes wrong, and say nothing here
+            cluster.worker_spec.update(cluster.new_worker_spec())
+            cluster.sync(whole)
         return stack.enter_context(Client(cluster, set_as_default=False))
 
     try:
@@ -121,8 +122,20 @@ def _started(stack: ExitStack, settings: Settings, make: Callable[[], Cluster], 
         why: BaseException = error
         while cause := why.__cause__ or why.__context__:
             why = cause
-        found = f"{type(why).__name__}: {shorten(why)}"
+        found = f"{type(why).__name__}: {shorten(_last_line(str(why)))}"
         raise UserError(f"{settings.where}: did not start: {found}; {question}") from None
+
+
+def _close(cluster: SpecCluster) -> None:
+    with suppress(AssertionError):  # after all the rest, about a job that was refused
+        cluster.close()
+
+
+def _last_line(text: str) -> str:
+    """Return what a command that failed said last, where Dask quotes all that it said."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    said = [line for line in lines if "error" in line.lower()]
+    return (said or lines or [""])[-1]
 
 
 def join_mpi(settings: Settings, security: Security) -> None:
