@@ -4,14 +4,17 @@ import gc
 import json
 import logging
 import os
+import shlex
 import socket
 import subprocess
 import threading
+import warnings
 
 import dask
 import psutil
 import pytest
 from distributed import LocalCluster
+from pages import ROOT, blocks
 
 from taskgpt.cluster import opening
 from taskgpt.cluster.opening import opened
@@ -24,8 +27,6 @@ def settings(**changes) -> Settings:
     return load_scheduler("cluster", changes, may_be_cluster=True).settings
 
 
-# A TLS handshake that fails inside Dask leaves its socket to the garbage collector.
-pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning")
 QUIET = {"dashboard_address": "127.0.0.1:0", "worker_dashboard_address": "127.0.0.1:0", "silence_logs": logging.CRITICAL}
 
 
@@ -38,16 +39,15 @@ def there():
 
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory) -> dict[str, dict[str, str]]:
-    """Of two authorities, `ours` and `others`: settings with the files of a certificate, made by openssl."""
+    """Of two authorities, `ours` and `others`: settings with the files of a certificate, made as the how-to makes them."""
+    lines = [line for block in blocks(ROOT / "docs" / "howto" / "cluster.md", "bash") for line in block.splitlines()]
+    commands = [line for line in lines if line.startswith("openssl ")]
+    assert len(commands) == 3
     found = {}
     for name in ("ours", "others"):
         folder = tmp_path_factory.mktemp(name)
-        for line in (
-            "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -keyout ca.key -out ca.pem -subj /CN=authority",
-            "req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout me.key -out me.csr -subj /CN=me",
-            "x509 -req -in me.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -out me.pem",
-        ):
-            subprocess.run(["openssl", *line.split()], cwd=folder, check=True, capture_output=True)
+        for line in commands:
+            subprocess.run(shlex.split(line), cwd=folder, check=True, capture_output=True)
         found[name] = {f"tls_{key}": str(folder / file) for key, file in (("ca_file", "ca.pem"), ("cert", "me.pem"), ("key", "me.key"))}
     return found
 
@@ -62,11 +62,15 @@ def encrypted(certificates):
 
 def why(**changes) -> str:
     """Return the one line that says why there is no client."""
-    with pytest.raises(UserError) as told, opened(settings(**changes), print):
-        pass
-    gc.collect()
-    assert "\n" not in str(told.value) and len(str(told.value)) < 400
-    return str(told.value)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # a handshake that fails leaves its socket to the garbage collector
+        with pytest.raises(UserError) as told, opened(settings(**changes), print):
+            pass
+        message = str(told.value)
+        del told
+        gc.collect()
+    assert "\n" not in message and len(message) < 400
+    return message
 
 
 def test_by_address_and_by_scheduler_file(there, tmp_path):

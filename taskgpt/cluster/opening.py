@@ -9,6 +9,7 @@ Nothing listens on another address than 127.0.0.1 unless the settings name one: 
 import asyncio
 import logging
 import os
+import socket
 import ssl
 import time
 import warnings
@@ -106,11 +107,15 @@ def _address(settings: Settings) -> str:
 
 def _connected(address: str, settings: Settings, security: Security) -> Client:
     """Return a client. It is asked first who is there: Dask's client would wait for ever for whoever listens and does not answer."""
-    with ThreadPoolExecutor(1) as asking:  # whose thread has no event loop yet, as that of a notebook has
-        try:
+    why, answer = "", {}
+    try:
+        _dial(address)
+        with ThreadPoolExecutor(1) as asking:  # whose thread has no event loop yet, as that of a notebook has
             answer = asking.submit(asyncio.run, _identity(address, security)).result()
-        except Exception as error:
-            raise UserError(f"cluster {shorten(address)}: {_reason(error, address)}") from None
+    except Exception as error:
+        why = _reason(error, address)
+    if why:
+        raise UserError(f"cluster {shorten(address)}: {why}")
     if answer.get("type") != "Scheduler":
         found = shorten(answer.get("type"), 40)
         raise UserError(f"cluster {address}: wanted the address of Dask's scheduler, got that of a {found}; the scheduler prints its own")
@@ -120,6 +125,23 @@ def _connected(address: str, settings: Settings, security: Security) -> Client:
             return Client(address, security=security, set_as_default=False, timeout=CONNECT_S, name="taskgpt")
         except (OSError, ValueError, RuntimeError, TimeoutError) as error:
             raise UserError(f"cluster {shorten(address)}: {_reason(error, address)}") from None
+
+
+def _dial(address: str) -> None:
+    """Connect, and hang up, as soon as somebody listens. Raises OSError, which Dask, as it tries again until time is up, may not know."""
+    protocol, _, place = address.partition("://")
+    if protocol not in ("tcp", "tls"):
+        return
+    host, _, port = place.rpartition(":")
+    deadline = time.monotonic() + CONNECT_S
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
+            return
+        except ConnectionRefusedError:  # it may be about to begin
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(_POLL_S)
 
 
 async def _identity(address: str, security: Security) -> dict[str, Any]:
@@ -136,7 +158,7 @@ def _reason(error: BaseException, address: str) -> str:
     for words, meaning in _MEANINGS.items():
         if words in said:
             return meaning
-    if isinstance(error, TimeoutError):
+    if isinstance(error, TimeoutError | MemoryError):  # the size of an answer, read from what is none
         return f"somebody listens there, but does not answer as Dask's scheduler does; {_DO}"
     if isinstance(error, CommClosedError):
         return _CLOSED[address.startswith("tls://")]
@@ -152,7 +174,8 @@ _MEANINGS = {  # words in what is raised, the first ones first
     "CERTIFICATE_VERIFY_FAILED": "its certificate is not of the authority in tls_ca_file; take that of the cluster",
     "encryption required": "Dask's configuration requires encryption, got tcp://; take tls://",
     "ConnectionRefusedError": f"nobody listens there; {_DO}",
-    "Timed out": f"no answer within {CONNECT_S:.0f} s; is a firewall between? {_DO}",
+    "timed out": f"nobody takes the connection; is a firewall between? {_DO}",  # as the system says it
+    "Timed out": f"nobody takes the connection; is a firewall between? {_DO}",  # and Dask
 }
 _CLOSED = {  # at once, by whoever listens; of TLS or not
     False: "closes the connection at once; if the cluster has TLS, take tls://, and set tls_ca_file, tls_cert and tls_key",
