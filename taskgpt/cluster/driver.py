@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 from distributed import Client, Future, KilledWorker
 
-from taskgpt.cluster.checks import Member, native_workers
+from taskgpt.cluster.checks import Member, ask, native_workers
 from taskgpt.cluster.job import Ended, Job
-from taskgpt.cluster.kept import ask, fetch, forget, make_room, put
+from taskgpt.cluster.kept import fetch, forget, make_room, put, reserve, want
 from taskgpt.cluster.rank import train_rank
 from taskgpt.cluster.settings import Settings, schedule
 from taskgpt.config import GraphConfig
@@ -40,6 +40,7 @@ from taskgpt.runs.console import Console, StopRequest
 from taskgpt.runs.saving import Saver
 
 _LOOK_S, _POLL_S = 0.1, 0.5  # between looks for news of ranks, and for workers that have come or gone
+_RESERVE_S, _LEASE_S = 60.0, 120.0  # how long workers are kept for a generation to begin; what a driver may be silent beside `wait_s`
 _GRACE_S = 5.0  # beyond the time after which a silent rank is lost: until then the others have noticed
 
 
@@ -132,15 +133,27 @@ class Driver:
         while True:
             self._pump(_LOOK_S)
             alive = self._alive()
-            members = self._roster(alive)[:most]
+            members, taken = self._reserve(self._roster(alive), most)
             if len(members) >= least:
                 return members
             if self.stop.is_requested or time.monotonic() > until:
+                others = f" ({taken} are in use by other runs)" * (taken > 0)
                 raise UserError(
-                    f"{self.settings.where}: {len(members)} workers are left, wanted {least}, waited for {self.settings.wait_s:g} s; "
-                    f"start workers{self._go_on()}"
+                    f"{self.settings.where}: {len(members)} workers are left{others}, wanted {least} within {self.settings.wait_s:g} s; "
+                    f"start workers, or wait longer (wait_s){self._go_on()}"
                 )
             time.sleep(_POLL_S)
+
+    def _reserve(self, members: Sequence[Member], most: int) -> tuple[list[Member], int]:
+        """Return at most so many members that no other run has, and how many others have; one after the other, as every run does."""
+        mine: list[Member] = []
+        taken = 0
+        for member in sorted(members, key=lambda each: each.address):
+            if len(mine) < most and (answer := self._call([member.address], reserve, _RESERVE_S).get(member.address)) is True:
+                mine.append(member)
+            elif len(mine) < most:
+                taken += answer is False
+        return [member for member in members if member in mine], taken
 
     def _go_on(self) -> str:
         return ", then go on with --resume" if self.saver and self.saver.newest else ""
@@ -167,7 +180,8 @@ class Driver:
             run=self.run_id, generation=self._number, addresses=addresses,
             flags=self.flags, graph=self.graph, micro_batches=self.micro_batches, until=until, kept=is_kept, workers=self.native_workers,
             bucket_bytes=int(self.settings.bucket_mib * 2**20), as_bf16=self.settings.wire == "bf16", is_sharded=self.settings.zero,
-            timeout_s=self.settings.timeout_s, record=self.settings.record, best_val_loss=self._best_val_loss,
+            timeout_s=self.settings.timeout_s, lease_s=self.settings.wait_s + _LEASE_S, record=self.settings.record,
+            best_val_loss=self._best_val_loss,
         )  # fmt: skip
 
     def _push(self, address: str, checkpoint: Path | None) -> int:
@@ -180,7 +194,8 @@ class Driver:
         else:
             checkpoints.load(self.flags["init"], self.graph.model, holder.parameters)
         arrays = holder.state if about else holder.parameters
-        self.client.run(make_room, self.run_id, of, about, workers=[address])
+        if isinstance(failed := self._call([address], make_room, of, about).get(address), Exception):
+            raise UserError(f"{address}: cannot take the state of the run: {failed}")
         self.client.sync(put, self.client.rpc, address, self.run_id, arrays)
         self._pushed = about is not None
         return about.step if about else 0
@@ -303,7 +318,7 @@ class Driver:
             holder = GPT2(self.graph.model, self.graph.batch, self.graph.tiles, self.graph.options)
             for each, _, parts in offers:
                 self.client.sync(fetch, self.client.rpc, job.addresses[each], self.run_id, holder.state, parts)
-            self.client.run(ask, self.run_id, "taken", workers=[job.addresses[each] for each, *_ in offers], on_error="ignore")
+            self._call([job.addresses[each] for each, *_ in reversed(offers)], want, "taken")
             return holder.state
 
         self.saver.wait()
@@ -327,8 +342,11 @@ class Driver:
                 self._tell(job, "regroup")
 
     def _tell(self, job: Job, what: str) -> None:
-        with suppress(Exception):  # rank 0 may be gone, which is noticed otherwise
-            self.client.run(ask, self.run_id, what, workers=[job.addresses[0]], on_error="ignore")
+        self._call([job.addresses[0]], want, what)  # which may be gone; that is noticed otherwise
+
+    def _call(self, addresses: Sequence[str], function: Callable, *arguments: object) -> dict[str, Any]:
+        """Call a function of kept.py in workers; return what they answer. One that does not, or is gone, is no reason to wait for long."""
+        return ask(self.client, addresses, function, self.run_id, *arguments, timeout_s=self.settings.timeout_s)
 
     # The end ----------------------------------------------------------------------------------------------------------------------------
 
@@ -343,7 +361,9 @@ class Driver:
     def close(self) -> None:
         """Have the workers let go of the run."""
         with suppress(Exception):
-            self.client.run(forget, self.run_id, on_error="ignore")
+            alive = sorted(self._alive())
+            self._call(alive, reserve, 0.0)
+            self._call(alive, forget)
 
     def _end_all(self) -> None:
         self.client.unsubscribe_topic(f"taskgpt-{self.run_id}")

@@ -13,7 +13,8 @@ class Job:
 
     run, generation: which; addresses: of the workers, by rank; flags: the command's, as a dict; micro_batches: of a step, of all ranks;
     until: after how many steps this generation ends; kept: True if a rank has the state that it begins with, or else it is the initial one;
-    workers: of each rank's native scheduler; record: tasks that each of them records.
+    workers: of each rank's native scheduler; lease_s: how long a worker keeps a state for a driver that is silent; record: tasks that each
+    native worker records.
     """
 
     run: str
@@ -29,6 +30,7 @@ class Job:
     as_bf16: bool
     is_sharded: bool
     timeout_s: float
+    lease_s: float
     record: int
     best_val_loss: float
 

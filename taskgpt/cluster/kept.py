@@ -4,7 +4,9 @@ Between the ranks of a run a state goes over their links. Between the driver and
 driver asks the worker's server, as Dask asks it for results. What is kept of a run goes with `forget`, or with the worker.
 """
 
+import asyncio
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +39,7 @@ class Kept:
     offered: dict[str, np.ndarray] = field(default_factory=dict)  # arrays that the driver may fetch
     taken: threading.Event = field(default_factory=threading.Event)  # it has fetched them
     generation: int = -1  # the newest that has begun here
+    is_training: bool = False  # a rank of it runs here
     asked: str = ""  # what the driver wants, "" nothing
     steps: deque[tuple] = field(default_factory=lambda: deque(maxlen=4))  # what the last ones found: who told the driver may have died
 
@@ -46,6 +49,7 @@ class Kept:
 
 
 _of_worker: WeakKeyDictionary[Worker, dict[str, Kept]] = WeakKeyDictionary()
+_reserved: WeakKeyDictionary[Worker, tuple[str, float]] = WeakKeyDictionary()  # for which run, and until when
 
 
 def kept(worker: Worker, run: str) -> Kept:
@@ -71,7 +75,7 @@ def _answer(worker: Worker, run: str, name: str, start: int, stop: int, data: An
 # In the worker, called by the driver through Client.run -----------------------------------------------------------------------------------
 
 
-async def ask(run: str, what: str, dask_worker: Worker) -> None:
+async def want(run: str, what: str, dask_worker: Worker) -> None:
     """Have a run's rank here do something as soon as a step ends: "stop", "regroup", "save"; or "taken": what it offered is fetched."""
     here = kept(dask_worker, run)
     if what == "taken":
@@ -92,9 +96,21 @@ async def make_room(run: str, gpt: tuple, about: About | None, dask_worker: Work
     here.offered = here.gpt.state
 
 
-async def other_runs(run: str, dask_worker: Worker) -> list[str]:
-    """Return the names of the other runs that have something here."""
-    return [each for each in _of_worker.get(dask_worker, {}) if each != run]
+async def reserve(run: str, seconds: float, dask_worker: Worker) -> bool:
+    """Keep a worker for a run's next generation, for so long; return False if another run has it. 0 seconds: give it back."""
+    now, (holder, until) = time.monotonic(), _reserved.get(dask_worker, ("", 0.0))
+    if any(each.is_training for name, each in _of_worker.get(dask_worker, {}).items() if name != run) or (holder != run and until > now):
+        return False
+    _reserved[dask_worker] = run, now + seconds
+    return True
+
+
+async def forget_later(worker: Worker, run: str, generation: int, seconds: float) -> None:
+    """Let go of all that is kept of a run whose driver has not come back after so long: it is gone."""
+    await asyncio.sleep(seconds)
+    here = _of_worker.get(worker, {}).get(run)
+    if here is not None and here.generation == generation and not here.is_training:
+        await forget(run, worker)
 
 
 # In the driver ----------------------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from distributed import Worker, get_worker
 
 from taskgpt.cluster.dask_links import connected
 from taskgpt.cluster.job import Ended, Job
-from taskgpt.cluster.kept import Kept, kept
+from taskgpt.cluster.kept import Kept, forget_later, kept
 from taskgpt.cluster.rank_training import Asked, RankReport, RankSaver, RankTraining
 from taskgpt.collectives import Communicator, Links, PeerLost, spread
 from taskgpt.config import load_scheduler
@@ -49,7 +49,7 @@ def train_rank(job: Job, rank: int) -> Ended:
     here = kept(worker, job.run)
     if job.generation <= here.generation:
         return Ended(rank, here.step, f"generation {job.generation} is over: generation {here.generation} has begun here")
-    here.generation, here.asked = job.generation, ""
+    here.generation, here.asked, here.is_training = job.generation, "", True
     links = _on_loop(worker, connected(worker, job.run, job.generation, rank, job.addresses, job.timeout_s))
     watch = asyncio.run_coroutine_threadsafe(_watch(worker, links, worker.get_current_task()), worker.loop.asyncio_loop)
     communicator = Communicator(links, job.as_bf16)
@@ -65,6 +65,8 @@ def train_rank(job: Job, rank: int) -> Ended:
         communicator.fail(PeerLost("this generation is over"))
         communicator.close()
         _on_loop(worker, links.close())
+        here.is_training = False
+        asyncio.run_coroutine_threadsafe(forget_later(worker, job.run, job.generation, job.lease_s), worker.loop.asyncio_loop)
 
 
 def _on_loop(worker: Worker, coroutine: Coroutine) -> Any:

@@ -21,6 +21,7 @@ from taskgpt.gpt2.text.documents import END_OF_TEXT, decoded
 from taskgpt.gpt2.text.kinds import LOOK_BYTES, refuse_another_kind
 from taskgpt.gpt2.text.mixtures import Mixture, read_mixture
 from taskgpt.gpt2.text.preparation import PIECES
+from taskgpt.gpt2.text.remote import is_url, local_copy
 from taskgpt.gpt2.text.tokenizer import BYTE_VOCAB_SIZE, GPT2_VOCAB_SIZE, Tokenizer, byte_tokenizer, gpt2_tokenizer, read_tokenizer
 from taskgpt.gpt2.text.tokens import Loader, TokenFile
 
@@ -61,6 +62,7 @@ def open_data(spec: str, batch_size: int, seq_len: int, vocab_size: int, say: Ca
       the first tenth of the tokens, at most 32,768, at least one batch;
     - a folder, or a pattern such as `data/fineweb_*.bin`: llm.c's token files `*train*.bin` and `*val*.bin`, in the order of their names,
       and `*tokenizer*.bin` if there is one, to decode what is sampled. Hidden files, such as a Mac's `._a_train.bin`, do not count;
+    - a URL of a text or of such a folder, in whatever fsspec reads: `s3://bucket/tokens`;
     - several of those with weights, `tinyshakespeare=0.3,my.txt=0.7`: each sequence is from one of them, drawn with these proportions;
       validation takes turns in the same proportions.
 
@@ -95,6 +97,8 @@ def _open_mixture(spec: str, sizes: "Sizes", say: Callable[[str], None]) -> Data
 def _open_one(spec: str, sizes: "Sizes", say: Callable[[str], None]) -> Data:
     if spec in DATASETS:
         return _open_dataset(DATASETS[spec], sizes, say)
+    if is_url(spec):
+        spec = str(local_copy(spec, say))
     path = Path(os.path.expanduser(spec))  # Path.expanduser would raise RuntimeError for an unknown user
     try:
         if stat.S_ISDIR(path.stat().st_mode):
