@@ -7,6 +7,8 @@ The map of the house; imports point one way, from the programs down to the tasks
     errors.py palette.py                mistakes and signals; colours
     progress.py downloads.py            how far whatever takes time is; what comes from the network, and the user's cache
     runs/         a training run: its loop, what a person sees of it, its end in numbers
+    cluster/      a Dask cluster: opened, checked, its ranks, a training run on it
+    collectives/  messages and sums among ranks
     tasks/        room 1: kernels, accesses, tiles, graphs. Has heard of neither transformers nor threads
     schedulers/   room 2: ways to run a graph, a file or folder per value of --scheduler
     gpt2/         room 3: GPT-2's kernels, tensors and program, checkpoints, generation/; its data in text/. Has never heard of schedulers
@@ -14,7 +16,7 @@ The map of the house; imports point one way, from the programs down to the tasks
     graphs/             what runs: a TOML file per model, batch and tiling
     scheduler_configs/  how it runs: a TOML file per scheduler set-up
 
-To write a program of your own, start with `taskgpt.tasks`, and run it in `with taskgpt.scheduler("native") as scheduler`; examples/ and
+To train from a program, `taskgpt.train(graph="tiny", steps=100)`. To write a program of your own, start with `taskgpt.tasks`, and run it in `with taskgpt.scheduler("native") as scheduler`; examples/ and
 notebooks/cholesky.ipynb show how. To compute a Dask collection with the runtime's own threads, `x.compute(scheduler=taskgpt.get)`.
 """
 

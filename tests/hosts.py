@@ -16,6 +16,7 @@ outside of namespaces of our own, so that several programs can do this at a time
 `python -m tests.hosts` measures links: what rate and what round trip they have, of those asked for; what they have at most on this machine.
 """
 
+import itertools
 import os
 import shutil
 import signal
@@ -33,6 +34,7 @@ HUB, DEVICE = "hub", "eth0"
 QUEUE_MS = 20  # of what waits at a link that is full; the rest is lost, and TCP sends it again
 BURST_MS, LEAST_BURST = 0.25, 128 << 10  # a timer may be so late and no rate is lost; twice what TCP hands over as one segment
 READY_S = 60
+_names = itertools.count()
 
 SINK = """
 import socket, sys
@@ -219,12 +221,20 @@ class DaskHosts(Hosts):
             self._start(["scheduler", "--port", "8786"])
             self._wait(0, "Scheduler at")
             for number in range(1, len(self.addresses)):
-                words = ["--nthreads", "1", "--memory-limit", "0", "--no-nanny", "--name", str(number)]
-                self._start(["worker", self.scheduler, *words, "--local-directory", str(self.folder / f"worker-{number}")])
+                self._start(self._worker(number))
             for number in range(1, len(self.addresses)):
                 self._wait(number, "Registered to")
             self._cluster = stack.pop_all()
         return self
+
+    def start_worker(self, number: int) -> None:
+        """Start a host's worker again, which has ended, and wait until it is there. Raises OSError."""
+        self._start(self._worker(number), number)
+        self._wait(number, "Registered to")
+
+    def _worker(self, number: int) -> list[str]:
+        words = ["--nthreads", "1", "--memory-limit", "0", "--no-nanny", "--name", f"{number}-{next(_names)}"]  # another each time
+        return ["worker", self.scheduler, *words, "--local-directory", str(self.folder / f"worker-{number}")]
 
     def __exit__(self, *_: object) -> None:
         self._cluster.close()
@@ -233,11 +243,13 @@ class DaskHosts(Hosts):
         """Return what the host's scheduler or worker has said."""
         return (self.folder / f"{number}.log").read_text()
 
-    def _start(self, words: list[str]) -> None:
-        number = len(self.processes)
+    def _start(self, words: list[str], again: int | None = None) -> None:
+        number = len(self.processes) if again is None else again
         command = [sys.executable, "-m", "dask", *words, "--host", self.addresses[number], "--no-dashboard"]
         with (self.folder / f"{number}.log").open("w") as log:
-            self.processes.append(self.popen(number, command, stdout=log, stderr=log, env=self._environment))
+            self.processes[number:] = [
+                self.popen(number, command, stdout=log, stderr=log, env=self._environment), *self.processes[number + 1 :]
+            ]  # fmt: skip
 
     def _wait(self, number: int, words: str) -> None:
         until = time.monotonic() + READY_S
