@@ -16,8 +16,9 @@ The map of the house; imports point one way, from the programs down to the tasks
     graphs/             what runs: a TOML file per model, batch and tiling
     scheduler_configs/  how it runs: a TOML file per scheduler set-up
 
-To train from a program, `taskgpt.train(graph="tiny", steps=100)`. To write a program of your own, start with `taskgpt.tasks`, and run it in `with taskgpt.scheduler("native") as scheduler`; examples/ and
-notebooks/cholesky.ipynb show how. To compute a Dask collection with the runtime's own threads, `x.compute(scheduler=taskgpt.get)`.
+To train from a program, `taskgpt.train(graph="tiny", steps=100)`. To write one of your own, start with `taskgpt.tasks`, and run it in
+`with taskgpt.scheduler("native") as scheduler`; examples/ and notebooks/cholesky.ipynb show how. To compute a Dask collection with the
+runtime's own threads, `x.compute(scheduler=taskgpt.get)`.
 """
 
 import importlib

@@ -41,6 +41,7 @@ from taskgpt.runs.saving import Saver
 
 _LOOK_S, _POLL_S = 0.1, 0.5  # between looks for news of ranks, and for workers that have come or gone
 _RESERVE_S, _LEASE_S = 60.0, 120.0  # how long workers are kept for a generation to begin; what a driver may be silent beside `wait_s`
+_RESULT_S = 10.0  # for a result that a worker has
 _GRACE_S = 5.0  # beyond the time after which a silent rank is lost: until then the others have noticed
 
 
@@ -212,6 +213,7 @@ class Driver:
             for rank, address in enumerate(job.addresses)
         ]  # fmt: skip
         self._asked, noticed, looked = "", 0.0, 0.0
+        self._offers.clear()
         try:
             while not all(each.done() for each in futures):
                 self._pump(_LOOK_S)
@@ -236,14 +238,14 @@ class Driver:
         """Return how the ranks ended that have come back; note which are lost."""
         ended: dict[int, Ended] = {}
         for rank, (future, address) in enumerate(zip(futures, job.addresses, strict=True)):
-            error = None if not future.done() or future.cancelled() else future.exception(timeout=30) if future.status == "error" else None
+            error = future.exception(timeout=_RESULT_S) if future.status == "error" else None
             if isinstance(error, UserError):
                 raise UserError(f"rank {rank} ({address}): {error}")
             if error is not None and not isinstance(error, KilledWorker | CancelledError | OSError):
                 raise error
-            if future.done() and error is None and not future.cancelled() and future.status == "finished":
+            if future.status == "finished":
                 with suppress(Exception):  # it may be gone since
-                    ended[rank] = future.result(timeout=30)
+                    ended[rank] = future.result(timeout=_RESULT_S)
             if rank not in ended:
                 self._lost[address] = self._heard.get(address, (0.0, 0.0))[0]
                 self.report.tell("lost", f"rank {rank} ({address}), after {self._steps_told} steps")
@@ -372,8 +374,15 @@ class Driver:
 
 
 def _is_early(future: Future) -> bool:
-    """Return True if a rank has ended although the others had not."""
-    return future.done()
+    """Return True if a rank has ended otherwise than as agreed."""
+    if not future.done():
+        return False
+    if future.status != "finished":
+        return True
+    try:
+        return bool(future.result(timeout=_RESULT_S).why)
+    except Exception:  # its worker is gone since
+        return True
 
 
 @contextmanager
