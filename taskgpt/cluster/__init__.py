@@ -1,19 +1,11 @@
 """A Dask cluster that is already there, or that is started for a run: how it is opened and checked, and what runs on it.
 
-<<<<<<< HEAD
-settings.py    the keys of scheduler_configs/cluster.toml
-opening.py     a client of a cluster: by address, by scheduler file, or of one that is started
-starting.py    who starts one
-checks.py      its workers: waited for, asked what they are, refused with reasons; which of them are members
-facts.py       what a worker is, as it says itself
-speeds.py      how fast its workers and the links between them are, for `taskgpt cluster check`
-dask_links.py  messages between ranks, over Dask's own comms
-=======
 settings.py       the keys of scheduler_configs/cluster.toml
 opening.py        a client of a cluster: by address, by scheduler file, or of one that is started
 starting.py       who starts one
 checks.py         its workers: waited for, asked what they are, refused with reasons; which of them are members
 facts.py          what a worker is, as it says itself
+speeds.py         how fast its workers and the links between them are, for `taskgpt cluster check`
 dask_links.py     messages between ranks, over Dask's own comms
 job.py            what the driver tells ranks, and they tell it
 kept.py           what a worker keeps of a run between generations, and hands out
@@ -21,5 +13,4 @@ rank_training.py  the training loop in a rank
 rank.py           what runs in a worker
 driver.py         who takes part: a run through its generations
 training.py       `taskgpt train` on a cluster
->>>>>>> 72cc30d (driver: what ended as agreed is no loss)
 """
