@@ -28,9 +28,12 @@ def run(test, count=2, protocol="tcp", security=None):
     async def all_of_it():
         async with contextlib.AsyncExitStack() as stack:
             where = {"protocol": protocol, "security": security, **({"host": "127.0.0.1"} if protocol != "inproc" else {})}
-            scheduler = await stack.enter_async_context(Scheduler(port=0, dashboard=False, dashboard_address=None, **where))
+            scheduler = await stack.enter_async_context(Scheduler(port=0, dashboard=False, dashboard_address="127.0.0.1:0", **where))
             workers = [
-                await stack.enter_async_context(Worker(scheduler.address, nthreads=1, dashboard=False, **where)) for _ in range(count)
+                await stack.enter_async_context(
+                    Worker(scheduler.address, nthreads=1, dashboard=False, dashboard_address="127.0.0.1:0", **where)
+                )
+                for _ in range(count)
             ]
             async with asyncio.timeout(20):
                 await test(workers)
@@ -219,12 +222,14 @@ def test_ranks_that_do_not_agree_on_their_number_are_refused():
     run(test)
 
 
-def test_a_rank_that_begins_late_is_waited_for():
-    """As long as its worker answers, `start_s` at most."""
+@pytest.mark.parametrize("listens", [True, False])
+def test_a_rank_that_begins_late_is_waited_for(listens):
+    """As long as its worker answers, if only that it has heard of no ranks; `start_s` at most."""
 
     async def test(workers):
         addresses = [worker.address for worker in workers]
-        listen(workers[1])
+        if listens:
+            listen(workers[1])
         first = await connected(workers[0], "a run", 0, 0, addresses)
         sending = asyncio.create_task(first.send(1, ("x",), [numbers(3)]))
         await asyncio.sleep(0.1)

@@ -66,6 +66,12 @@ def listen(worker: Worker) -> None:
         worker.handlers[_HANDLER] = here.answer
 
 
+def end(worker: Worker, run: str, why: str) -> None:
+    """End what a worker has of a run, if it has, as `fail` does."""
+    if worker in _places and (links := _places[worker].links.get(run)):
+        links.fail(why)
+
+
 @dataclass
 class _Link:
     """A comm with another rank."""
@@ -257,7 +263,7 @@ class DaskLinks:
         hello = {"run": self._run, "generation": self.generation, "rank": self.rank, "count": self.count}
         comm = await connect(self._addresses[rank], timeout=self._timeout_s, deserialize=False, **self._worker.connection_args)
         try:
-            await comm.write({"op": _HANDLER, "reply": False, "close": True, **hello})
+            await comm.write({"op": _HANDLER, "close": True, **hello})
             return comm, await comm.read() or {"later": "has no rank yet"}  # None: the worker does not listen yet
         except BaseException:
             comm.abort()
