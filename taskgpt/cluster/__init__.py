@@ -13,4 +13,5 @@ rank_training.py  the training loop in a rank
 rank.py           what runs in a worker
 driver.py         who takes part: a run through its generations
 training.py       `taskgpt train` on a cluster
+owned.py          any tiled program, each tile on the worker that is its home
 """

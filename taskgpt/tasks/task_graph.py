@@ -117,9 +117,10 @@ class TaskGraph:
         The task is made to be looked at, and kept by nobody else: the graph has its numbers alone.
         """
         caller = sys._getframe(1)
-        return self._spawn(kernel, args, section, priority, (caller.f_code, caller.f_lasti))
+        return self.spawn_at(kernel, args, section, priority, (caller.f_code, caller.f_lasti))
 
-    def _spawn(self, kernel: Kernel, args: tuple, section: Section, priority: int, where: Where) -> Task:
+    def spawn_at(self, kernel: Kernel, args: tuple, section: Section, priority: int, where: Where) -> Task:
+        """Do what `spawn` does, for a line of a program that has spawned the task elsewhere."""
         if this_thread.at is not None or self.runs or self._is_derived:
             self._verify_may_record()
         if type(kernel) is not Kernel:
@@ -212,7 +213,7 @@ class TaskGraph:
         calls.verify_apart(self._calls, signatures[0])
         if any(signature.reductions for signature in signatures) or self._may_meet_groups(calls):
             for number in range(loop.size):
-                self._spawn(kernel, calls.at(number), section, priority, where)
+                self.spawn_at(kernel, calls.at(number), section, priority, where)
             return range(begin, len(self._columns))
         self._record_loop(calls, signatures, which, section, priority, where)
         return range(begin, len(self._columns))
