@@ -109,12 +109,13 @@ def run(flags: argparse.Namespace) -> int:
     chosen = load_scheduler(flags.scheduler, may_be_cluster=True)
     if chosen.scheduler != "cluster":
         raise UserError(f"--scheduler {flags.scheduler}: wanted a cluster: cluster-local, or tcp://HOST:PORT")
-    from taskgpt.cluster.opening import opened  # here, as Dask takes a second, and one process needs none
+    from taskgpt.cluster.checks import wait_for_workers  # here, as Dask takes a second, and one process needs none
+    from taskgpt.cluster.opening import opened
     from taskgpt.cluster.owned import run_owned
 
     with opened(chosen.settings, print) as client:
-        client.wait_for_workers(1, timeout=chosen.settings.wait_s)
-        done = run_owned(client, program, specs(flags.size, flags.tile), gather=["error"])
+        wait_for_workers(client, chosen.settings)
+        done = run_owned(client, program, specs(flags.size, flags.tile), gather=["error"], ranks=chosen.settings.ranks)
     tiles = flags.size // flags.tile
     lower_mib = tiles * (tiles + 1) // 2 * flags.tile**2 * 8 / 2**20
     print(f"{tiles * (tiles + 1) // 2} tiles of {flags.tile} x {flags.tile}, {lower_mib:.1f} MiB")

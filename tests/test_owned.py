@@ -90,7 +90,7 @@ def test_the_pages_program_runs(client, tmp_path, monkeypatch, capsys):
 def test_mistakes_are_told_before_anything_runs(client):
     """Where there are too few workers, no such tensor, or a function that workers cannot import."""
     specs = programs.heat_specs()
-    with pytest.raises(UserError, match="wanted 4 workers, got 3; wait for them"):
+    with pytest.raises(UserError, match="wanted 4 workers, got 3 that are fit"):
         run_owned(client, programs.heat, specs, ranks=4)
     with pytest.raises(UserError, match="there is no tensor 'z'; there are x, y, total"):
         run_owned(client, programs.heat, specs, gather=["z"])

@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from distributed import Client, Future, Worker, get_worker, wait
 
-from taskgpt.cluster.dask_links import TIMEOUT_S, connected, end
+from taskgpt.cluster.checks import fit, look
+from taskgpt.cluster.dask_links import TIMEOUT_S, connected, end, listen
 from taskgpt.collectives.links import PeerLost
 from taskgpt.collectives.owners import Exchange, Home, block_cyclic, share_of
 from taskgpt.collectives.partial import PartialArena
@@ -118,16 +119,18 @@ def run_owned(
         if getattr(function, "__module__", "__main__") == "__main__":
             name = getattr(function, "__qualname__", repr(function))
             raise UserError(f"run_owned: workers import '{name}', and cannot import __main__; move it to a module")
-    there = sorted(client.scheduler_info()["workers"].items(), key=lambda found: (found[1]["host"], str(found[1]["name"]), found[0]))
-    addresses = [address for address, _ in there][: ranks or None]
-    if len(addresses) < max(1, ranks):
-        raise UserError(f"run_owned: wanted {max(1, ranks)} workers, got {len(addresses)}; wait for them: client.wait_for_workers(n)")
+    members, faults = fit(look(client), 0)
+    if len(members) < max(1, ranks) or (faults and not ranks):
+        wanted = f"{max(1, ranks)} workers" if len(members) < max(1, ranks) else "all workers"
+        raise UserError("; ".join([f"run_owned: wanted {wanted}, got {len(members)} that are fit", *faults]))
+    addresses = [member.address for member in members][: ranks or None]
     arena = PartialArena(dict(specs))
     for name in gather:
         if name not in arena.tensors:
             raise UserError(f"run_owned: gather: there is no tensor '{name}'; there are {', '.join(arena.tensors)}")
     share_of(program, arena, home, 0, len(addresses))  # a mistake of the program is raised here
     run = uuid.uuid4().hex
+    client.run(_listen_here, workers=addresses)
     job = _Job(run, addresses, program, dict(specs), home, tuple(gather), timeout_s)
     futures = [
         client.submit(
@@ -200,6 +203,10 @@ class _Job(NamedTuple):
     home: Home
     gather: tuple[str, ...]
     timeout_s: float
+
+
+def _listen_here(dask_worker: Worker) -> None:
+    listen(dask_worker)
 
 
 def _end_here(run: str, why: str, dask_worker: Worker) -> None:

@@ -247,12 +247,15 @@ def _slots(share: Share, window: int) -> dict[int, int]:
     """Return the slot of each move to the share's rank, by its number."""
     taken: dict[int, int] = {}
     free: deque[int] = deque()
+    made = 0
     for step in share.steps:
         if isinstance(step, _Drop):
             free.append(taken[step.move.number])
         elif isinstance(step, Move) and step.to == share.rank:
-            made = len(set(taken.values()))
-            taken[step.number] = made if made < window or not free else free.popleft()
+            if made < window or not free:
+                free.appendleft(made)
+                made += 1
+            taken[step.number] = free.popleft()
     return taken
 
 
