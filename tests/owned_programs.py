@@ -39,6 +39,11 @@ def die(out: InOut[R, C, F64]):
 
 
 @kernel
+def stop(out: InOut[R, C, F64]):
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+@kernel
 def refuse(out: InOut[R, C, F64]):
     raise ValueError("not today")
 
@@ -67,6 +72,11 @@ def heat(spawn, arena) -> None:
 def lost(spawn, arena) -> None:
     """The process of one tile is killed, and the others wait for it."""
     broken(spawn, arena, die)
+
+
+def silent(spawn, arena) -> None:
+    """The process of one tile is stopped, and the others wait for it."""
+    broken(spawn, arena, stop)
 
 
 def refused(spawn, arena) -> None:

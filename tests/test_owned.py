@@ -3,6 +3,7 @@
 import os
 import re
 import runpy
+import signal
 import sys
 import threading
 
@@ -15,6 +16,7 @@ from pages import ROOT, files
 
 sys.path.insert(0, str(ROOT))
 from examples import cholesky_on_a_cluster as cholesky
+from taskgpt.cluster import owned
 from taskgpt.cluster.owned import run_owned
 from taskgpt.errors import UserError
 from taskgpt.schedulers import WorkerError
@@ -125,10 +127,19 @@ def test_a_task_that_fails_is_the_error(client):
     factor(client, 3)
 
 
-def test_a_worker_that_is_killed_is_the_error(client):
+@pytest.mark.parametrize(
+    "program, reason",
+    [(programs.lost, "is lost: .*"), (programs.silent, "(was silent for|cannot be reached: no answer within) 2 s")],
+    ids=["killed", "stopped"],
+)
+def test_a_worker_that_is_gone_is_the_error(client, monkeypatch, program, reason):
     """One, which says which; the others go on with the next program."""
+    monkeypatch.setattr(owned, "_LAST_WORDS_S", 0.5)  # those of the one that is stopped are not waited for
+    pids = client.run(os.getpid)
     with pytest.raises(
-        WorkerError, match=r"^rank 1 \(tcp://.*\) is lost: .*; the tiles whose home it was are gone: run the program again$"
-    ):
-        run_owned(client, programs.lost, programs.heat_specs())
+        WorkerError, match=rf"rank 1 \(tcp://.*\) {reason}; the tiles whose home it was are gone: run the program again$"
+    ) as raised:
+        run_owned(client, program, programs.heat_specs(), timeout_s=2)
+    if program is programs.silent:
+        os.kill(pids[re.search("tcp://[0-9.:]+", str(raised.value))[0]], signal.SIGKILL)
     factor(client, 2)

@@ -15,14 +15,14 @@ import resource
 import sys
 import time
 import uuid
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from distributed import Client, Future, Worker, get_worker, wait
+from distributed import Client, Future, KilledWorker, Worker, get_worker, wait
 
-from taskgpt.cluster.checks import fit, look
+from taskgpt.cluster.checks import ask, fit, look
 from taskgpt.cluster.dask_links import TIMEOUT_S, connected, end, listen
 from taskgpt.collectives.links import PeerLost
 from taskgpt.collectives.owners import Exchange, Home, block_cyclic, share_of
@@ -34,7 +34,7 @@ from taskgpt.schedulers import WorkerError
 from taskgpt.tasks import TaskError, TensorSpec, compile_kernels
 
 _POLL_S = 1.0
-_LAST_WORDS_S = 10.0  # what ranks say after one has failed: its own error tells more than theirs
+_LAST_WORDS_S = 3.0  # for ranks to end, after one has failed: its own error tells more than theirs
 
 
 class RankDone(NamedTuple):
@@ -139,13 +139,14 @@ def run_owned(
         for rank, address in enumerate(addresses)
     ]
     try:
-        lost = _wait(client, futures, addresses)
-        if lost or any(future.status == "error" for future in futures):
-            raise _failure(client, run, futures, addresses, lost)
+        _wait(client, futures, addresses)
+        if any(future.status != "finished" for future in futures):
+            raise _failure(client, run, futures, addresses)
         found = client.gather(futures)
+    except KeyboardInterrupt:
+        _end(client, run, addresses, "the program was given up")
+        raise
     finally:
-        if not all(future.done() for future in futures):  # an interrupt
-            _end(client, run, addresses, "the program was given up")
         client.cancel(futures)
     tensors = {name: np.zeros(specs[name].shape, specs[name].dtype) for name in gather}
     for cells, _ in found:
@@ -154,42 +155,39 @@ def run_owned(
     return Done(tensors, tuple(done for _, done in found))
 
 
-def _wait(client: Client, futures: Sequence[Future], addresses: Sequence[str]) -> list[int]:
-    """Wait until all ranks are done, or one fails; return those whose workers are gone."""
-    pending = list(futures)
-    while pending:
+def _wait(client: Client, futures: Sequence[Future], addresses: Sequence[str]) -> None:
+    """Wait until all ranks are done, one fails, or the worker of one is gone."""
+    pending = dict(zip(futures, addresses, strict=True))
+    while pending and all(future.status in ("pending", "finished") for future in futures):
         with contextlib.suppress(asyncio.TimeoutError), client.as_current():
-            wait(pending, timeout=_POLL_S, return_when="FIRST_COMPLETED")
-        if any(future.status not in ("pending", "finished") for future in futures):
+            wait(list(pending), timeout=_POLL_S, return_when="FIRST_COMPLETED")
+        pending = {future: address for future, address in pending.items() if not future.done()}
+        if not client.scheduler_info()["workers"].keys() >= set(pending.values()):
             break
-        pending = [future for future in pending if not future.done()]
-        workers = client.scheduler_info()["workers"]
-        if lost := [rank for rank, future in enumerate(futures) if future in pending and addresses[rank] not in workers]:
-            return lost
-    return []
 
 
-def _failure(client: Client, run: str, futures: Sequence[Future], addresses: Sequence[str], lost: Sequence[int]) -> Exception:
+def _failure(client: Client, run: str, futures: Sequence[Future], addresses: Sequence[str]) -> Exception:
     """End all ranks, and return the one error that says why."""
     _end(client, run, addresses, "another rank has failed")
     workers = client.scheduler_info()["workers"]
-    there = [future for future, address in zip(futures, addresses, strict=True) if address in workers]
-    if there:
+    if there := [future for future, address in zip(futures, addresses, strict=True) if address in workers]:
         with contextlib.suppress(asyncio.TimeoutError), client.as_current():
             wait(there, timeout=_LAST_WORDS_S)
     errors = {rank: future.exception() for rank, future in enumerate(futures) if future.status == "error"}
     for rank, error in errors.items():
-        if not isinstance(error, PeerLost):
-            what = f"rank {rank} ({addresses[rank]}): {error if isinstance(error, TaskError) else f'{type(error).__name__}: {error}'}"
-            return TaskError(what) if isinstance(error, TaskError) else WorkerError(what)
-    gone = [rank for rank, address in enumerate(addresses) if address not in workers]
-    why = [f"rank {rank} ({addresses[rank]}) is lost: its worker is gone" for rank in gone or lost] or [str(e) for e in errors.values()]
-    return WorkerError(f"{why[0] if why else 'a rank was cancelled'}; the tiles whose home it was are gone: run the program again")
+        where = f"rank {rank} ({addresses[rank]})"
+        if isinstance(error, TaskError):
+            return TaskError(f"{where}: {error}")
+        if not isinstance(error, (PeerLost, KilledWorker)):
+            return WorkerError(f"{where}: {type(error).__name__}: {error}")
+    gone = [f"rank {rank} ({address}) is lost: its worker is gone" for rank, address in enumerate(addresses) if address not in workers]
+    why = [*gone, *map(str, errors.values()), "ranks were cancelled"]
+    return WorkerError(f"{why[0]}; the tiles whose home it was are gone: run the program again")
 
 
-def _end(client: Client, run: str, addresses: Iterable[str], why: str) -> None:
-    workers = client.scheduler_info()["workers"]
-    client.run(_end_here, run, why, workers=[address for address in addresses if address in workers], on_error="ignore")
+def _end(client: Client, run: str, addresses: Sequence[str], why: str) -> None:
+    """End all ranks that answer: one that hangs does not."""
+    ask(client, addresses, _end_here, run, why, timeout_s=_LAST_WORDS_S)
 
 
 # In a worker ----------------------------------------------------------------------------------------------------------------------------
