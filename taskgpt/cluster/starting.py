@@ -3,6 +3,7 @@
 Everything that is started listens on the address that the settings name, a host or an interface, and on 127.0.0.1 where they name none.
 """
 
+import logging
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ import psutil
 from distributed import Client, SpecCluster
 from distributed.deploy import ssh
 from distributed.security import Security
+from distributed.utils import silence_logging_cmgr
 
 from taskgpt.cluster.settings import Settings
 from taskgpt.errors import UserError, shorten
@@ -127,7 +129,7 @@ def _started(stack: ExitStack, settings: Settings, make: Callable[[], SpecCluste
 
 
 def _close(cluster: SpecCluster) -> None:
-    with suppress(AssertionError):  # after all the rest, about a job that was refused
+    with suppress(AssertionError, OSError):  # after all the rest, about a job that was refused; by a scheduler that is gone
         cluster.close()
 
 
@@ -154,16 +156,17 @@ def join_mpi(settings: Settings, security: Security) -> None:
         what = "wanted 3 processes at least, for Dask's scheduler, the program and one worker"
         raise UserError(f"{settings.where}: {what}, got {size}; begin with `mpiexec -n 4`, say")
     dask.config.set({**local_cluster.CONFIG, **_tls_config(security)})
-    is_program = initialize(
-        interface=settings.interface or _loopback(),
-        nthreads=1,
-        memory_limit=0,
-        dashboard=False,
-        dashboard_address=_HERE,
-        protocol=_protocol(security),
-        worker_options={"dashboard_address": _HERE},
-        exit=False,
-    )
+    with silence_logging_cmgr(logging.ERROR):  # each process would tell its whole life on the one standard error that all have
+        is_program = initialize(
+            interface=settings.interface or _loopback(),
+            nthreads=1,
+            memory_limit=0,
+            dashboard=False,
+            dashboard_address=_HERE,
+            protocol=_protocol(security),
+            worker_options={"dashboard_address": _HERE},
+            exit=False,
+        )
     if not is_program:
         raise SystemExit(0)
 
