@@ -6,6 +6,7 @@ variant names its scheduler and what it changes. Unknown keys, wrong types and v
 """
 
 import dataclasses
+import datetime
 import importlib
 import re
 from collections.abc import Callable
@@ -219,9 +220,10 @@ def find_file(kind: str, name: str) -> Path:
 
 
 def _parse_value(text: str) -> Any:
-    """Parse a value as TOML does; a bare word, or whatever else is not one value, is a string."""
+    """Parse a value as TOML does; a bare word, a time or a date, which no key is, or whatever else is not one value, is a string."""
     try:
         table = parse_toml(f"value = {text}")
     except (ValueError, RecursionError):
         return text
-    return table["value"] if len(table) == 1 else text
+    value = table["value"]
+    return text if len(table) > 1 or isinstance(value, datetime.date | datetime.time) else value

@@ -182,8 +182,11 @@ def test_generations_are_steps_and_ranks():
 
 def test_values_are_what_toml_says_or_words():
     """A change gives one value: TOML behind it, say a second key, makes it a word, which is refused where a number is wanted."""
-    words = ["tiles.rows=3", "a=1.5", "b=true", "c=static", "d='x y'", "e=", "f=x=y"]
-    assert parse_settings(words) == ({"tiles.rows": 3}, {"a": 1.5, "b": True, "c": "static", "d": "x y", "e": "", "f": "x=y"})
+    words = ["tiles.rows=3", "a=1.5", "b=true", "c=static", "d='x y'", "e=", "f=x=y", "g=08:00:00"]
+    assert parse_settings(words) == (
+        {"tiles.rows": 3},
+        {"a": 1.5, "b": True, "c": "static", "d": "x y", "e": "", "f": "x=y", "g": "08:00:00"},
+    )
     graph, _ = parse_settings(["tiles.rows=3\nx=4"])
     with pytest.raises(UserError, match=r"tiles\.rows: wanted int, got '3\\nx=4'"):
         load_graph("tiny", graph)
