@@ -11,7 +11,8 @@ from test_trace import NAMES, traced
 from taskgpt.lab.traces.comparison import Comparison
 from taskgpt.lab.traces.efficiency import analyse, in_words
 from taskgpt.lab.traces.idle import CAUSES, gaps
-from taskgpt.lab.traces.trace import RUN_TYPE, Trace, TracedGraph
+from taskgpt.lab.traces.trace import RUN_TYPE, Trace
+from taskgpt.lab.traces.traced_graph import TracedGraph
 from taskgpt.programs import trace as trace_program
 from taskgpt.schedulers.records import RECORD_TYPE
 

@@ -8,7 +8,8 @@ import numpy as np
 
 from taskgpt.lab.traces import formats, page, timeline
 from taskgpt.lab.traces.comparison import Comparison
-from taskgpt.lab.traces.trace import RECORD_TYPE, RUN_TYPE, Trace, TracedGraph
+from taskgpt.lab.traces.trace import RECORD_TYPE, RUN_TYPE, Trace
+from taskgpt.lab.traces.traced_graph import TracedGraph
 from taskgpt.programs.trace import steps_of
 
 from . import Case

@@ -20,7 +20,8 @@ from taskgpt.gpt2.program import training_graph
 from taskgpt.lab import machine
 from taskgpt.lab.named import Prepared, make, prepare, record
 from taskgpt.lab.roofline import Product, product_of, way_of
-from taskgpt.lab.traces.trace import Trace, TracedGraph
+from taskgpt.lab.traces.trace import Trace
+from taskgpt.lab.traces.traced_graph import TracedGraph
 from taskgpt.tasks import Graph, Task
 
 COLD = 2  # runs, the first ones, whose times do not count: memory and caches are cold

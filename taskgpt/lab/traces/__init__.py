@@ -1,6 +1,7 @@
 """Traces: a run as data, written and read.
 
-trace.py        which task ran when, on which worker; trace_file.py: how that lies in trace.npz
+trace.py        which task ran when, on which worker; traced_graph.py: what the tasks were; trace_file.py: how that lies in trace.npz
+network.py      what several ranks exchanged; ranks.py: one trace of what each of them recorded
 formats.py      the formats that a trace is written in, a file each: perfetto.py, paraver.py (and paraver_views.py), ovni.py, table.py.
                 A new one is a file and a line
 rules.py        what their checkers raise; ovni_check.py: ovni's

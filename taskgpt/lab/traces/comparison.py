@@ -48,12 +48,15 @@ class Comparison:
         spent = {"in tasks": [f["useful_ms"] / f["steps"] for f in found]}
         spent |= {"in tasks of other runs": [f["other_runs_ms"] / f["steps"] for f in found]}
         spent |= {_idle(cause): [f["idle_ms"][cause] / f["steps"] for f in found] for cause in CAUSES}
+        if any(f["by_rank"] for f in found):
+            spent["of idle: dependency, in exchanges"] = [f["network_idle_ms"] / f["steps"] for f in found]
         factors = {name: [f["efficiency"][name] for f in found] for name in found[0]["efficiency"]}
         tables = [
             self._beside("efficiency", factors, ".3f"),
             self._beside("time, ms", {name: [get(f) for f in found] for name, get in times.items()}, ".2f"),
             self._beside("all workers' time, ms a step", spent, ".2f"),
         ]
+        tables += [_ranks(f, name) for f, name in zip(found, self.names, strict=True) if f["by_rank"]]
         tables += [self._differences(other) for other in range(1, len(found))]
         for what in ("kernel", "layer", "phase"):
             by_name = [{row["name"]: row["ms"] / f["steps"] for row in f[f"by_{what}"]} for f in found]
@@ -138,6 +141,24 @@ def _speeds(found: dict[str, Any], name: str) -> Table:
     }
     over = [reason for share, reason in reasons.items() if any((r[share] or 0) > 1 for r in found["by_kernel"])]
     caption = " ".join([f"kernels, {name}: a worker's speed, and its share of the limit.", *over]).removesuffix(".")
+    return {"caption": caption, "head": head, "rows": rows}
+
+
+def _ranks(found: dict[str, Any], name: str) -> Table:
+    """Return what each rank did, a row each."""
+    rows = [
+        [
+            r["name"],
+            str(r["workers"]),
+            f"{r['parallel_efficiency']:.3f}",
+            f"{r['load_balance']:.3f}",
+            *(f"{r[key] / r['steps']:.2f}" for key in ("useful_ms", "exchange_ms", "network_idle_ms", "sent_mb")),
+        ]
+        for r in found["by_rank"]
+    ]
+    error_us = max(r["clock_error_us"] for r in found["by_rank"])
+    caption = f"ranks, {name}: ms and MB a step, of all its workers; their clocks agree to {error_us:,.0f} us"
+    head = ["", "workers", "efficiency", "balance", "in tasks", "exchanges", "idle for them", "MB sent"]
     return {"caption": caption, "head": head, "rows": rows}
 
 

@@ -11,7 +11,7 @@ worker with the most of it.
     computation scaling = useful of a 1-worker trace / useful, of a step each
     global efficiency   = parallel efficiency x computation scaling
 
-A worker that runs no task idles, for the causes of idle.py.
+A worker that runs no task idles, for the causes of idle.py. A step of several ranks is one of each.
 """
 
 import itertools
@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from taskgpt.lab.traces.idle import CAUSES, gaps, in_runs_ns
+from taskgpt.lab.traces.ranks import split
 from taskgpt.lab.traces.trace import Trace
 from taskgpt.tasks import dependencies
 
@@ -48,25 +49,26 @@ def analyse(trace: Trace, reference: Trace | None = None, limits: dict[str, floa
         "scheduling efficiency": unhindered_ns / wall_ns,
     }
     scaling = _useful_a_step(reference) / _useful_a_step(trace) if reference else None
-    ends = np.sort(trace.runs["end_ns"])
-    steps_ns = np.diff(ends) if len(ends) > 1 else np.array([wall_ns])
+    steps_ns = np.concatenate([np.diff(np.sort(trace.runs["end_ns"][trace.rank_of_run == rank])) for rank in range(len(trace.ranks))])
     return {
         "scheduler": trace.about["scheduler"],
         "workers": workers,
-        "steps": len(trace.runs),
+        "steps": _steps(trace),
         "tasks": len(r),
         "limits": limits,
         "wall_ms": wall_ns / 1e6,
-        "step_ms": float(np.median(steps_ns)) / 1e6,
+        "step_ms": float(np.median(steps_ns) if len(steps_ns) else wall_ns) / 1e6,
         "efficiency": {name: float(value) for name, value in factors.items()}
         | {
             "computation scaling": None if scaling is None else float(scaling),
             "global efficiency": None if scaling is None else float(scaling * factors["parallel efficiency"]),
         },
         "idle_ms": {cause: float(idle[cause].sum()) / 1e6 for cause in CAUSES},
+        "network_idle_ms": float(waits["network"].sum()) / 1e6,
         "useful_ms": float(useful.sum() - elsewhere.sum()) / 1e6,
         "other_runs_ms": float(elsewhere.sum()) / 1e6,
         **{f"by_{name}": _by(trace, name, limits) for name in ("kernel", "layer", "phase")},
+        "by_rank": _by_rank(trace, waits) if len(trace.ranks) > 1 else [],
         "longest_path": longest_path(trace),
     }
 
@@ -87,7 +89,49 @@ def in_words(trace: Trace) -> str:
 
 
 def _useful_a_step(trace: Trace) -> float:
-    return float((trace.records["stop_ns"] - trace.records["start_ns"]).sum()) / len(trace.runs)
+    return float((trace.records["stop_ns"] - trace.records["start_ns"]).sum()) / _steps(trace)
+
+
+def _steps(trace: Trace) -> int:
+    """Return how many runs there are, of the rank that has most."""
+    return int(np.bincount(trace.rank_of_run).max())
+
+
+def _by_rank(trace: Trace, waits: np.ndarray) -> list[dict[str, Any]]:
+    """Return what each rank's workers did, and its exchanges: while at least one was under way (`exchange_ms`), and while besides nothing
+    was to be done (`network_idle_ms`, of all its workers)."""
+    found = []
+    for number, (rank, part) in enumerate(zip(trace.ranks, split(trace), strict=True)):
+        if not len(part.records):
+            continue
+        wall_ns, elsewhere = in_runs_ns(part)
+        useful = np.bincount(part.records["worker"], part.records["stop_ns"] - part.records["start_ns"], part.workers) + elsewhere
+        x = part.exchanges
+        x = x[(x["end_ns"] > part.begin_ns) & (x["begin_ns"] < part.end_ns)]
+        found.append(
+            {
+                "rank": number,
+                "name": rank.name,
+                "workers": part.workers,
+                "steps": len(part.runs),
+                "parallel_efficiency": float(useful.sum() / (part.workers * wall_ns)),
+                "load_balance": float(useful.mean() / useful.max()),
+                "useful_ms": float(useful.sum() - elsewhere.sum()) / 1e6,
+                "network_idle_ms": float(waits["network"][trace.rank_of_worker[waits["worker"]] == number].sum()) / 1e6,
+                "exchange_ms": covered_ns(x["begin_ns"], x["end_ns"]) / 1e6,
+                "sent_mb": float(x["bytes"].sum()) / 1e6,
+                "clock_error_us": rank.clock_error_ns / 1e3,
+            }
+        )
+    return found
+
+
+def covered_ns(begin: np.ndarray, end: np.ndarray) -> int:
+    """Return for how long at least one of these intervals goes on."""
+    order = np.argsort(begin, kind="stable")
+    begin, end = begin[order], np.maximum.accumulate(end[order]) if len(end) else end
+    before = np.concatenate([begin[:1], end[:-1]])
+    return int((end - np.maximum(begin, before)).clip(0).sum())
 
 
 def _by(trace: Trace, name: str, limits: dict[str, float] | None) -> list[dict[str, Any]]:
@@ -127,6 +171,7 @@ def longest_path(trace: Trace) -> dict[str, Any]:
     lengths = (trace.runs["end_ns"] - trace.runs["begin_ns"]).tolist()
     chosen = lengths.index(statistics.median_low(lengths))
     graph = trace.graphs[trace.runs["graph"][chosen]]
+    workers = trace.ranks[trace.rank_of_run[chosen]].workers
     mine = trace.records[trace.records["run"] == chosen]
     took = np.zeros(len(graph), np.int64)
     took[mine["task"]] = mine["stop_ns"] - mine["start_ns"]
@@ -139,7 +184,7 @@ def longest_path(trace: Trace) -> dict[str, Any]:
         "t1_ms": total / 1e6,
         "tinf_ms": longest / 1e6,
         "average_parallelism": total / max(1, longest),
-        "bound_ms": max(total / trace.workers, longest) / 1e6,
+        "bound_ms": max(total / workers, longest) / 1e6,
         "path": [
             {"task": task, "kernel": graph.kernels[graph.kernel[task]], "layer": int(graph.layer[task]), "ms": took[task] / 1e6}
             for task in path

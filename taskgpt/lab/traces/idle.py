@@ -2,20 +2,36 @@
 
 Of any moment's I idle workers and R ready tasks that nobody runs, min(I, R) idle although there is work: for `barrier`, as many as of the
 ready tasks belong to a later loop than the one that runs (fork-join only), the others for `scheduling`. The rest idle for `dependency`:
-nothing is ready. `between`: no run is under way. Idle workers share alike.
+nothing is ready. `between`: no run is under way. Idle workers share alike. Workers of a rank run its tasks alone: each rank stands for
+itself, and of its time for `dependency`, that while one of its exchanges is under way counts as `network` too.
 """
 
 import numpy as np
 
+from taskgpt.lab.traces.ranks import split
 from taskgpt.lab.traces.trace import Trace
 
 CAUSES = ("barrier", "dependency", "scheduling", "between")
-GAP_TYPE = np.dtype([("worker", np.int64), ("begin_ns", np.int64), ("end_ns", np.int64), *((cause, np.float64) for cause in CAUSES)])
+GAP_TYPE = np.dtype([("worker", np.int64), ("begin_ns", np.int64), ("end_ns", np.int64), *((name, float) for name in (*CAUSES, "network"))])
 
 
 def gaps(trace: Trace) -> np.ndarray:
-    """Return the gaps, GAP_TYPE, by worker and time, from the trace's beginning to its end; the ns of causes add up to end - begin."""
-    r, moments = trace.records, _moments(trace)
+    """Return the gaps, GAP_TYPE, by worker and time, from the trace's beginning to its end; the ns of causes add up to end - begin.
+
+    network: how much of `dependency` it is.
+    """
+    first_worker, found = 0, []
+    for part in split(trace):
+        mine = _gaps(part, trace.begin_ns, trace.end_ns)
+        mine["worker"] += first_worker
+        first_worker += part.workers
+        found.append(mine)
+    return np.concatenate(found)
+
+
+def _gaps(trace: Trace, begin_ns: int, end_ns: int) -> np.ndarray:
+    """Return those of one rank, from some beginning to some end."""
+    r, x, moments = trace.records, trace.exchanges, _moments(trace, begin_ns, end_ns)
     idle = trace.workers - sum(_under_way(moments, each["start_ns"], each["stop_ns"]) for each in (r, trace.others))
     ready = _under_way(moments, r["ready_ns"], r["start_ns"])
     is_between = _is_between(trace, moments)
@@ -29,7 +45,8 @@ def gaps(trace: Trace) -> np.ndarray:
         "dependency": np.where(is_between, 0, (idle - with_work) * share),
         "between": np.where(is_between, (idle - with_work) * share, 0),
     }
-    found = _of_each_worker(trace)
+    shares["network"] = np.where(_under_way(moments, x["begin_ns"], x["end_ns"]) > 0, shares["dependency"], 0)
+    found = _of_each_worker(trace, begin_ns, end_ns)
     first, last = (np.searchsorted(moments, found[name]) for name in ("begin_ns", "end_ns"))
     for cause, part in shares.items():
         so_far = np.concatenate([[0.0], np.cumsum(part * np.diff(moments))])
@@ -39,17 +56,18 @@ def gaps(trace: Trace) -> np.ndarray:
 
 def in_runs_ns(trace: Trace) -> tuple[int, np.ndarray]:
     """Return how long runs were under way, and the time of each worker's tasks of other runs in the meantime."""
-    moments = _moments(trace)
+    moments = _moments(trace, trace.begin_ns, trace.end_ns)
     so_far = np.concatenate([[0], np.cumsum(np.where(_is_between(trace, moments), 0, np.diff(moments)))])
     start, stop = (np.searchsorted(moments, trace.others[name].clip(moments[0], moments[-1])) for name in ("start_ns", "stop_ns"))
     return int(so_far[-1]), np.bincount(trace.others["worker"], so_far[stop] - so_far[start], trace.workers)
 
 
-def _moments(trace: Trace) -> np.ndarray:
-    """Return when anything changes, from the trace's beginning to its end."""
+def _moments(trace: Trace, begin_ns: int, end_ns: int) -> np.ndarray:
+    """Return when anything changes, from a beginning to an end."""
     r, o, runs = trace.records, trace.others, trace.runs
     times = [r["ready_ns"], r["start_ns"], r["stop_ns"], o["start_ns"], o["stop_ns"], runs["begin_ns"], runs["end_ns"]]
-    return np.unique(np.concatenate([[trace.begin_ns, trace.end_ns], *times]).clip(trace.begin_ns, trace.end_ns))
+    times += [trace.exchanges[name] for name in ("begin_ns", "end_ns")]
+    return np.unique(np.concatenate([[begin_ns, end_ns], *times]).clip(begin_ns, end_ns))
 
 
 def _under_way(moments: np.ndarray, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
@@ -62,7 +80,7 @@ def _is_between(trace: Trace, moments: np.ndarray) -> np.ndarray:
     return _under_way(moments, trace.runs["begin_ns"], trace.runs["end_ns"]) == 0
 
 
-def _of_each_worker(trace: Trace) -> np.ndarray:
+def _of_each_worker(trace: Trace, begin_ns: int, end_ns: int) -> np.ndarray:
     """Return the gaps without their causes."""
     parts = []
     everything = np.concatenate([trace.records, trace.others])
@@ -73,8 +91,8 @@ def _of_each_worker(trace: Trace) -> np.ndarray:
         mine = everything[bounds[worker] : bounds[worker + 1]]
         part = np.zeros(len(mine) + 1, GAP_TYPE)
         part["worker"] = worker
-        part["begin_ns"] = np.concatenate([[trace.begin_ns], mine["stop_ns"]]).clip(trace.begin_ns, trace.end_ns)
-        part["end_ns"] = np.concatenate([mine["start_ns"], [trace.end_ns]]).clip(trace.begin_ns, trace.end_ns)
+        part["begin_ns"] = np.concatenate([[begin_ns], mine["stop_ns"]]).clip(begin_ns, end_ns)
+        part["end_ns"] = np.concatenate([mine["start_ns"], [end_ns]]).clip(begin_ns, end_ns)
         parts.append(part[part["end_ns"] > part["begin_ns"]])
     return np.concatenate(parts)
 

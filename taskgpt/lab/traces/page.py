@@ -12,7 +12,8 @@ from taskgpt.files import write_whole
 from taskgpt.lab.theme import html_page
 from taskgpt.lab.traces.efficiency import longest_path
 from taskgpt.lab.traces.idle import CAUSES, gaps
-from taskgpt.lab.traces.trace import Trace, TracedGraph
+from taskgpt.lab.traces.trace import Trace
+from taskgpt.lab.traces.traced_graph import TracedGraph
 
 _BODY, _STYLE = (Path(__file__).with_name(f"page.{kind}") for kind in ("html", "css"))
 

@@ -11,6 +11,10 @@ their tag the kernel.
 Kernels, phases and layers are numbered from FIRST on, one after the other, as Paraver draws a value in the colour that STATES_COLOR has for
 its number: so each has its colour of taskgpt.palette, and none a state's.
 
+Each rank of a trace of several is a process (TASK), whose last thread is its network: Group Communication (13) while an exchange is under
+way, events 70000006 with how many are. Messages are communications between these threads, their tag MESSAGE and the bucket. A worker's gap
+that is mostly due to an exchange under way is Group Communication too.
+
 A gap between two tasks is one state, that of the cause to which most of it is due: times by state differ from those of `trace report`,
 which shares a gap among its causes.
 """
@@ -33,31 +37,63 @@ from taskgpt.lab.traces.idle import CAUSES, gaps
 from taskgpt.lab.traces.rules import RuleError, reading
 from taskgpt.lab.traces.trace import Trace
 
-IDLE, RUNNING, SYNCHRONIZATION, SCHEDULING = 0, 1, 5, 7
+IDLE, RUNNING, SYNCHRONIZATION, SCHEDULING, COMMUNICATION = 0, 1, 5, 7, 13
 STATES = {IDLE: "Idle", RUNNING: "Running", SYNCHRONIZATION: "Synchronization", SCHEDULING: "Scheduling and Fork/Join"}
+STATES |= {COMMUNICATION: "Group Communication"}
 STATE_OF = {"barrier": SYNCHRONIZATION, "dependency": IDLE, "scheduling": SCHEDULING, "between": IDLE}  # by what a gap is mostly due to
 OUTLINED, TASK_FUNCTION, TASK_ID = 60000018, 60000023, 60000028
-LAYER, PHASE, STEP, FLOPS, BYTES = range(70000001, 70000006)
-FIRST = 10
+LAYER, PHASE, STEP, FLOPS, BYTES, EXCHANGES = range(70000001, 70000007)
+FIRST = 20
+MESSAGE = 1_000_000
 _CHUNK = 20_000  # lines in memory at a time
+_COMMUNICATION = "3:%d:1:%d:%d:%d:%d:%d:1:%d:%d:%d:%d:%d:%d"
 
 
 def write(trace: Trace, path: str | Path) -> None:
     """Write path, a .prv, and the .pcf, .row and .cfgs beside it, each file whole or not at all. Raises OSError or UserError."""
     path = Path(path)
     _put(path.with_suffix(".pcf"), iter([_pcf(trace)]))
-    _put(path.with_suffix(".row"), _row(trace.workers))
+    _put(path.with_suffix(".row"), _row(trace))
     function = OUTLINED if trace.about["is_fork_join"] else TASK_FUNCTION
     timelines = {"kernel": ("Kernel", function), "layer": ("Layer", LAYER), "phase": ("Phase", PHASE), "step": ("Step", STEP)}
     paraver_views.write(path.with_suffix(".cfgs"), {"state": ("State", None), **timelines}, profiled="kernel")
     _put(path, _prv(trace))
 
 
-def _row(workers: int) -> Iterator[str]:
-    yield f"LEVEL CPU SIZE {workers}"
-    yield from (f"worker {worker}" for worker in range(workers))
-    yield from ("", "LEVEL NODE SIZE 1", "node", "", f"LEVEL THREAD SIZE {workers}")
-    yield from (f"THREAD 1.1.{worker + 1}" for worker in range(workers))
+class _Places:
+    """Where things stand in the file. Of each worker, and then of each rank's network: `cpu`, `task` and `thread`, all from 1.
+
+    threads: how many each rank has.
+    """
+
+    def __init__(self, trace: Trace):
+        workers = [rank.workers for rank in trace.ranks]
+        has_network = len(workers) > 1
+        self.threads = [count + has_network for count in workers]
+        first, rank = np.cumsum([0, *self.threads])[:-1], trace.rank_of_worker
+        place = np.arange(trace.workers) - np.searchsorted(rank, rank)
+        of_networks = np.arange(len(workers)) if has_network else np.empty(0, int)
+        self.network = trace.workers + of_networks
+        self.task = np.concatenate([rank, of_networks]) + 1
+        self.thread = np.concatenate([place, np.array(workers)[of_networks]]) + 1
+        self.cpu = first[self.task - 1] + self.thread
+
+    def of(self, who: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return self.cpu[who], self.task[who], self.thread[who]
+
+
+def _row(trace: Trace) -> Iterator[str]:
+    places, ranks = _Places(trace), trace.ranks
+    whose = [f"rank {n} " if len(ranks) > 1 else "" for n in range(len(ranks))]
+    yield f"LEVEL CPU SIZE {sum(places.threads)}"
+    for name, rank in zip(whose, ranks, strict=True):
+        yield from (f"{name}worker {worker}" for worker in range(rank.workers))
+        yield from [f"{name}network"] * bool(name)
+    yield from ("", "LEVEL NODE SIZE 1", "node", "")
+    if len(ranks) > 1:
+        yield from (f"LEVEL TASK SIZE {len(ranks)}", *(label(rank.name) for rank in ranks), "")
+    yield f"LEVEL THREAD SIZE {sum(places.threads)}"
+    yield from (f"THREAD 1.{task}.{thread}" for task, count in enumerate(places.threads, start=1) for thread in range(1, count + 1))
 
 
 def _put(path: Path, lines: Iterator[str]) -> None:
@@ -85,8 +121,12 @@ def _prv(trace: Trace) -> Iterator[str]:
     """Yield the lines, by time."""
     length = trace.end_ns - trace.begin_ns
     now = strftime("%d/%m/%Y at %H:%M", localtime())
-    yield f"#Paraver ({now}):{length}_ns:1({trace.workers}):1:1({trace.workers}:1)"
-    parts = [*_states(trace, length), *_tasks(trace), _communications(trace)]
+    places = _Places(trace)
+    tasks = ",".join(f"{count}:1" for count in places.threads)
+    yield f"#Paraver ({now}):{length}_ns:1({sum(places.threads)}):1:{len(places.threads)}({tasks})"
+    parts = [*_states(trace, length, places), *_tasks(trace, places), _communications(trace, places)]
+    if len(trace.ranks) > 1:
+        parts += [*_exchanges(trace, length, places), _messages(trace, length, places)]
     part_of = np.repeat(np.arange(len(parts)), [len(part.times) for part in parts])
     row_of = np.concatenate([np.arange(len(part.times)) for part in parts])
     order = np.lexsort([np.concatenate([getattr(part, key) for part in parts]) for key in ("sequence", "times")])
@@ -101,16 +141,45 @@ def _prv(trace: Trace) -> Iterator[str]:
         yield from lines
 
 
-def _states(trace: Trace, length: int) -> Iterator[_Lines]:
+def _states(trace: Trace, length: int, places: _Places) -> Iterator[_Lines]:
     """Yield those of the tasks, of tasks that were left out, and of gaps."""
     idle = gaps(trace)
     idle_state = np.array([STATE_OF[cause] for cause in CAUSES])[np.argmax([idle[cause] for cause in CAUSES], axis=0)]
+    idle_state[(idle_state == IDLE) & (idle["network"] > (idle["end_ns"] - idle["begin_ns"]) / 2)] = COMMUNICATION
     spans = [(found, "start_ns", "stop_ns", np.full(len(found), RUNNING)) for found in (trace.records, trace.others)]
     for found, begin, end, state in [*spans, (idle, "begin_ns", "end_ns", idle_state)]:
         since, until = ((found[name] - trace.begin_ns).clip(0, length) for name in (begin, end))
         has_length = until > since
-        thread, since, until, state = (column[has_length] for column in (found["worker"] + 1, since, until, state))
-        yield _Lines(since, np.zeros_like(since), "1:%d:1:1:%d:%d:%d:%d", (thread, thread, since, until, state))
+        who, since, until, state = (column[has_length] for column in (found["worker"], since, until, state))
+        yield _state_lines(places.of(who), since, until, state)
+
+
+def _state_lines(where: tuple, since: np.ndarray, until: np.ndarray, state: np.ndarray) -> _Lines:
+    return _Lines(since, np.zeros_like(since), "1:%d:1:%d:%d:%d:%d:%d", (*where, since, until, state))
+
+
+def _exchanges(trace: Trace, length: int, places: _Places) -> Iterator[_Lines]:
+    """Yield states and events of the ranks' networks: whenever the number of exchanges under way changes."""
+    for rank, who in enumerate(places.network):
+        mine = trace.exchanges[trace.exchanges["rank"] == rank]
+        begin, end = ((mine[name] - trace.begin_ns).clip(0, length) for name in ("begin_ns", "end_ns"))
+        moments = np.unique(np.concatenate([[0, length], begin, end]))
+        changes = [np.bincount(np.searchsorted(moments, each), minlength=len(moments)) for each in (begin, end)]
+        count = np.cumsum(changes[0] - changes[1])
+        where = places.of(np.full(len(moments), who))
+        yield _Lines(moments, np.zeros_like(moments), f"2:%d:1:%d:%d:%d:{EXCHANGES}:%d", (*where, moments, count))
+        state = np.where(count > 0, COMMUNICATION, IDLE)
+        yield _state_lines(tuple(each[:-1] for each in where), moments[:-1], moments[1:], state[:-1])
+
+
+def _messages(trace: Trace, length: int, places: _Places) -> _Lines:
+    """Return a line for each message that was sent and received within the trace."""
+    m, begin = trace.messages, trace.begin_ns
+    m = m[(m["send_ns"] >= begin) & (np.maximum(m["sent_ns"], m["received_ns"]) <= begin + length)]
+    send, received = m["send_ns"] - begin, m["received_ns"] - begin
+    one, other = (places.of(places.network[m[name]]) for name in ("source", "target"))
+    values = *one, send, send, *other, received, received, m["bytes"], m["bucket"] + MESSAGE
+    return _Lines(send, np.zeros_like(send), _COMMUNICATION, values)
 
 
 def _numbers(trace: Trace) -> dict[str, int]:
@@ -119,27 +188,27 @@ def _numbers(trace: Trace) -> dict[str, int]:
     return {"kernel": FIRST, "phase": phase, "layer": phase + len(trace.names("phase")) + 1}
 
 
-def _tasks(trace: Trace) -> Iterator[_Lines]:
+def _tasks(trace: Trace, places: _Places) -> Iterator[_Lines]:
     """Yield the events that begin tasks, and those that end them: each after those of the worker's task before, which may take no time."""
     r, function = trace.records, OUTLINED if trace.about["is_fork_join"] else TASK_FUNCTION
-    starts, stops, thread, number = r["start_ns"] - trace.begin_ns, r["stop_ns"] - trace.begin_ns, r["worker"] + 1, np.arange(len(r))
+    starts, stops, where, number = r["start_ns"] - trace.begin_ns, r["stop_ns"] - trace.begin_ns, places.of(r["worker"]), np.arange(len(r))
     coloured = {what: trace.column(what) + first for what, first in _numbers(trace).items()}
     values = {function: coloured["kernel"], TASK_ID: r["task"] + 1}
     values |= {LAYER: coloured["layer"], PHASE: coloured["phase"], STEP: trace.runs["step"][r["run"]] + 1}  # 0 ends them
     costs = {FLOPS: trace.column("flops"), BYTES: trace.column("bytes")}
-    begins, ends = (":".join(["2:%d:1:1:%d:%d", *words]) for words in ([f"{n}:%d" for n in values | costs], [f"{n}:0" for n in values]))
-    yield _Lines(starts, 2 * number, begins, (thread, thread, starts, *values.values(), *costs.values()))
-    yield _Lines(stops, 2 * number + 1, ends, (thread, thread, stops))
+    begins, ends = (":".join(["2:%d:1:%d:%d:%d", *words]) for words in ([f"{n}:%d" for n in values | costs], [f"{n}:0" for n in values]))
+    yield _Lines(starts, 2 * number, begins, (*where, starts, *values.values(), *costs.values()))
+    yield _Lines(stops, 2 * number + 1, ends, (*where, stops))
 
 
-def _communications(trace: Trace) -> _Lines:
+def _communications(trace: Trace, places: _Places) -> _Lines:
     """Return a line for each dependency: sent when the one that is waited for stops, received when the one that waits starts."""
     r, sizes, tags = trace.records, trace.column("bytes"), trace.column("kernel") + FIRST
     before, after = (np.concatenate([np.empty(0, np.int64), *each]) for each in list(zip(*trace.dependencies(), strict=True)) or [(), ()])
     out, ready, start = (r[name][at] - trace.begin_ns for name, at in (("stop_ns", before), ("ready_ns", after), ("start_ns", after)))
-    one, other, ready = r["worker"][before] + 1, r["worker"][after] + 1, np.maximum(ready, out)
-    values = one, one, out, out, other, other, start, ready, sizes[after], tags[after]
-    return _Lines(out, np.zeros_like(out), "3:%d:1:1:%d:%d:%d:%d:1:1:%d:%d:%d:%d:%d", values)
+    one, other, ready = places.of(r["worker"][before]), places.of(r["worker"][after]), np.maximum(ready, out)
+    values = *one, out, out, *other, start, ready, sizes[after], tags[after]
+    return _Lines(out, np.zeros_like(out), _COMMUNICATION, values)
 
 
 def _values(trace: Trace) -> dict[str, dict[int, tuple[str, str]]]:
@@ -155,7 +224,7 @@ def _values(trace: Trace) -> dict[str, dict[int, tuple[str, str]]]:
 
 
 def _pcf(trace: Trace) -> str:
-    colours = {IDLE: "117,195,255", RUNNING: "0,0,255", SYNCHRONIZATION: "179,0,0", SCHEDULING: "255,255,0"}
+    colours = {IDLE: "117,195,255", RUNNING: "0,0,255", SYNCHRONIZATION: "179,0,0", SCHEDULING: "255,255,0", COMMUNICATION: "255,144,26"}
     values = _values(trace)
     for numbered in values.values():
         colours |= {n: ",".join(map(str, palette.channels(colour))) for n, (_, colour) in numbered.items()}
@@ -169,6 +238,7 @@ def _pcf(trace: Trace) -> str:
         (STEP, "Step, counted from 1", {}),
         (FLOPS, "Floating-point operations of the task", {}),
         (BYTES, "Bytes that the task moves", {}),
+        (EXCHANGES, "Exchanges under way", {}),
     ]
     options = f"LEVEL THREAD,UNITS NANOSEC,LOOK_BACK 100,SPEED 1,FLAG_ICONS ENABLED,NUM_OF_STATE_COLORS {len(colours)},YMAX_SCALE 37"
     pairs = (option.rsplit(" ", 1) for option in options.split(","))
@@ -186,7 +256,7 @@ def _pcf(trace: Trace) -> str:
 
 # The checker reads what is there, and knows nothing of how it was written -----------------------------------------------------------------
 
-_HEADER = re.compile(r"#Paraver \(\d\d/\d\d/\d{4} at \d\d:\d\d\):(\d+)_ns:1\((\d+)\):1:1\((\d+):1\)")
+_HEADER = re.compile(r"#Paraver \(\d\d/\d\d/\d{4} at \d\d:\d\d\):(\d+)_ns:1\((\d+)\):1:(\d+)\((\d+:1(?:,\d+:1)*)\)")
 _FIELDS = {"1": 8, "3": 15}
 
 
@@ -206,8 +276,12 @@ def check(path: str | Path) -> dict[str, int]:
         first = file.readline().rstrip("\n")
         header = _HEADER.fullmatch(first)
         if not header:
-            raise RuleError(f"{path}:1: wanted a header, #Paraver (date):END_ns:1(cpus):1:1(threads:1), got {shorten(first)}")
-        end, cpus, threads = map(int, header.groups())
+            raise RuleError(f"{path}:1: wanted a header, #Paraver (date):END_ns:1(cpus):1:tasks(threads:1,...), got {shorten(first)}")
+        end, cpus, tasks = map(int, header.groups()[:3])
+        sizes = [int(each.partition(":")[0]) for each in header[4].split(",")]
+        if len(sizes) != tasks:
+            raise RuleError(f"{path}:1: wanted threads of {shorten(tasks)} tasks, got {len(sizes)}")
+        threads, first = sum(sizes), [0, *itertools.accumulate(sizes)]
         if threads != named_threads:
             wanted = f"LEVEL THREAD SIZE {shorten(threads)} in {path.with_suffix('.row').name}, and as many names"
             raise RuleError(f"{path}:1: wanted {wanted}, got {named_threads}")
@@ -225,8 +299,9 @@ def check(path: str | Path) -> dict[str, int]:
                 raise wrong("8 fields of a state, 15 of a communication, pairs of type and value of an event")
             kind, cpu, application, task, thread, time, *rest = map(int, words)
             ends = [(cpu, application, task, thread)] + ([tuple(rest[1:5])] if kind == 3 else [])
-            if not all(1 <= c <= cpus and (a, t) == (1, 1) and 1 <= th <= threads for c, a, t, th in ends):
-                raise wrong(f"cpu 1 to {cpus}, application 1, task 1, thread 1 to {threads}")
+            if not all(1 <= c <= cpus and a == 1 and 1 <= t <= tasks and 1 <= th <= sizes[t - 1] for c, a, t, th in ends):
+                raise wrong(f"cpu 1 to {cpus}, application 1, task 1 to {tasks}, thread 1 to {', '.join(map(str, sizes))}")
+            thread += first[task - 1]
             if not last <= time <= end:
                 raise wrong(f"a time from {last}, that of the line before, to {end}")
             last = time

@@ -1,5 +1,8 @@
 """A trace as Chrome JSON, for ui.perfetto.dev: a track a worker, a slice a task, a counter of ready tasks.
 
+Each rank is a process. Below its workers it has tracks of its exchanges with the others, and of the messages that it sends and receives,
+as many as are under way at a time; a flow leads from where a message is sent to where it comes.
+
 The format is Google's "Trace Event Format": times in microseconds, `X` a slice, `C` a counter, `M` a name, `s` and `f` ends of an arrow.
 Processes and threads count from 1: Perfetto reads a tid of 0 as none, puts its slices on thread `pid`, and drops those that overlap there.
 """
@@ -16,10 +19,10 @@ import numpy as np
 
 from taskgpt.errors import shorten
 from taskgpt.files import JSON, replacing
+from taskgpt.lab.traces.network import WHATS, lanes
 from taskgpt.lab.traces.rules import RuleError, reading
 from taskgpt.lab.traces.trace import Trace
 
-PROCESS = 1
 _CHUNK = 10_000  # events in memory at a time
 _SPACE = re.compile(r"[ \t\r\n]*")
 
@@ -40,27 +43,46 @@ def write(trace: Trace, path: str | Path, arrows: bool = False) -> None:
         file.write(b"\n]}\n")
 
 
+class _Tracks:
+    """Where tasks are drawn: process and thread of each worker, by its number."""
+
+    def __init__(self, trace: Trace):
+        self.rank = trace.rank_of_worker.tolist()
+        first = np.searchsorted(self.rank, self.rank)
+        self.thread = (np.arange(trace.workers) - first + 1).tolist()
+
+    def of(self, worker: int) -> dict[str, int]:
+        return {"pid": self.rank[worker] + 1, "tid": self.thread[worker]}
+
+
 def _events(trace: Trace, arrows: bool) -> Iterator[dict[str, Any]]:
-    yield {"ph": "M", "pid": PROCESS, "name": "process_name", "args": {"name": trace.about["scheduler"]}}
-    for worker in range(trace.workers):
-        thread = {"ph": "M", "pid": PROCESS, "tid": worker + 1}
-        yield {**thread, "name": "thread_name", "args": {"name": f"worker {worker}"}}
-        yield {**thread, "name": "thread_sort_index", "args": {"sort_index": worker}}
-    yield from _slices(trace)
+    tracks, ranks = _Tracks(trace), trace.ranks
+    for number, rank in enumerate(ranks):
+        process = {"ph": "M", "pid": number + 1}
+        yield {**process, "name": "process_name", "args": {"name": rank.name or trace.about["scheduler"]}}
+        for worker in range(rank.workers):
+            yield from _named({**process, "tid": worker + 1}, f"worker {worker}", worker)
+    yield from _slices(trace, tracks)
     yield from _ready_tasks(trace)
+    if len(ranks) > 1:
+        yield from _network(trace)
     if arrows:
-        yield from _arrows(trace)
+        yield from _arrows(trace, tracks)
 
 
-def _slices(trace: Trace) -> Iterator[dict[str, Any]]:
+def _named(thread: dict[str, Any], name: str, place: int) -> Iterator[dict[str, Any]]:
+    yield {**thread, "name": "thread_name", "args": {"name": name}}
+    yield {**thread, "name": "thread_sort_index", "args": {"sort_index": place}}
+
+
+def _slices(trace: Trace, tracks: _Tracks) -> Iterator[dict[str, Any]]:
     for record in trace.records:
         run, task, ready, start, stop, worker = record.tolist()
         graph, step, *_ = trace.runs[run].tolist()
         of = trace.graphs[graph]
         yield {
             "ph": "X",
-            "pid": PROCESS,
-            "tid": worker + 1,
+            **tracks.of(worker),
             "ts": (start - trace.begin_ns) / 1e3,
             "dur": (stop - start) / 1e3,
             "name": of.kernels[of.kernel[task]],
@@ -79,18 +101,61 @@ def _slices(trace: Trace) -> Iterator[dict[str, Any]]:
 
 
 def _ready_tasks(trace: Trace) -> Iterator[dict[str, Any]]:
-    """Yield the number of tasks that are ready and wait, whenever it changes."""
-    times = np.concatenate([trace.records["ready_ns"], trace.records["start_ns"]])
-    change = np.repeat([1, -1], len(trace.records))
-    moments, at = np.unique(times, return_inverse=True)
-    counts = np.cumsum(np.bincount(at, change, len(moments))).astype(int)
-    for moment, count in zip(moments.tolist(), counts.tolist(), strict=True):
-        yield {"ph": "C", "pid": PROCESS, "name": "ready tasks", "ts": (moment - trace.begin_ns) / 1e3, "args": {"ready": count}}
+    """Yield the number of each rank's tasks that are ready and wait, whenever it changes."""
+    rank_of = trace.rank_of_worker[trace.records["worker"]]
+    for rank in range(len(trace.ranks)):
+        records = trace.records[rank_of == rank]
+        times = np.concatenate([records["ready_ns"], records["start_ns"]])
+        change = np.repeat([1, -1], len(records))
+        moments, at = np.unique(times, return_inverse=True)
+        counts = np.cumsum(np.bincount(at, change, len(moments))).astype(int)
+        for moment, count in zip(moments.tolist(), counts.tolist(), strict=True):
+            yield {"ph": "C", "pid": rank + 1, "name": "ready tasks", "ts": (moment - trace.begin_ns) / 1e3, "args": {"ready": count}}
 
 
-def _arrows(trace: Trace) -> Iterator[dict[str, Any]]:
+def _network(trace: Trace) -> Iterator[dict[str, Any]]:
+    """Yield slices of exchanges and of messages, and a flow along each message that takes time; those within the trace."""
+    x, m, begin, names = trace.exchanges, trace.messages, trace.begin_ns, [rank.name for rank in trace.ranks]
+    x, m = x[x["begin_ns"] >= begin], m[np.minimum(m["send_ns"], m["asked_ns"]) >= begin]
+    x, m = x[x["end_ns"] > x["begin_ns"]], m[(m["sent_ns"] > m["send_ns"]) & (m["received_ns"] > m["asked_ns"])]
+    tids: dict[tuple[int, str, int], int] = {}
+    track: dict[tuple[str, int], dict[str, int]] = {}  # of a side of a message, by its number
+    sides = (
+        ("exchange", x, "rank", "begin_ns", "end_ns"),
+        ("send", m, "source", "send_ns", "sent_ns"),
+        ("receive", m, "target", "asked_ns", "received_ns"),
+    )
+    for what, rows, whose, since, until in sides:
+        for rank in range(len(names)):
+            mine = np.flatnonzero(rows[whose] == rank)
+            lane = lanes(rows[since][mine], rows[until][mine])
+            for at, number in zip(mine.tolist(), lane.tolist(), strict=True):
+                key = rank, what, number
+                if key not in tids:
+                    tids[key] = trace.ranks[rank].workers + 1 + sum(each[0] == rank for each in tids)
+                    yield from _named({"ph": "M", "pid": rank + 1, "tid": tids[key]}, f"{what} {number}", tids[key])
+                row = rows[at]
+                thread = track[what, at] = {"pid": rank + 1, "tid": tids[key]}
+                peer = {} if what == "exchange" else {"to": names[row["target"]], "from": names[row["source"]]}
+                yield {
+                    "ph": "X",
+                    **thread,
+                    "ts": (int(row[since]) - begin) / 1e3,
+                    "dur": int(row[until] - row[since]) / 1e3,
+                    "name": f"{WHATS[row['what']] if what == 'exchange' else what} {row['bucket']}",
+                    "cat": what,
+                    "args": {"bucket": int(row["bucket"]), "bytes": int(row["bytes"]), **peer},
+                }
+    for at, row in enumerate(m):
+        for kind, what, moment in (("s", "send", row["send_ns"]), ("f", "receive", row["received_ns"] - 1)):
+            if row["send_ns"] < row["received_ns"]:
+                ends = {"ts": (int(moment) - begin) / 1e3, "id": at + 1, "name": "message", "cat": "message"}
+                yield {"ph": kind, "bp": "e", **track[what, at], **ends}
+
+
+def _arrows(trace: Trace, tracks: _Tracks) -> Iterator[dict[str, Any]]:
     """Yield both ends of each, inside the slices: Perfetto finds them by time. Tasks that took no time have no inside, and no arrows."""
-    r, number = trace.records, 0
+    r, number = trace.records, len(trace.messages)
     for before, after in trace.dependencies():
         takes_time = (r["start_ns"] < r["stop_ns"])[[before, after]].all(axis=0)
         for a, b in zip(r[before[takes_time]], r[after[takes_time]], strict=True):
@@ -99,8 +164,7 @@ def _arrows(trace: Trace) -> Iterator[dict[str, Any]]:
                 yield {
                     "ph": kind,
                     "bp": "e",
-                    "pid": PROCESS,
-                    "tid": int(worker) + 1,
+                    **tracks.of(worker),
                     "ts": (int(moment) - trace.begin_ns) / 1e3,
                     "id": number,
                     "name": "dependency",
@@ -112,13 +176,13 @@ def _arrows(trace: Trace) -> Iterator[dict[str, Any]]:
 
 
 def check(path: str | Path) -> dict[str, int]:
-    """Return how many tasks (slices), counters and arrows the file has. Raises RuleError for what a viewer would drop or show wrongly."""
+    """Return how many tasks, other slices, counters and arrows there are. Raises RuleError for what a viewer would drop or show wrongly."""
     with reading(path):
         return _check(path, _read(Path(path).read_text(encoding="utf-8")))
 
 
 def _check(path: str | Path, events: Iterator[Any]) -> dict[str, int]:
-    counts = {"tasks": 0, "counters": 0, "arrows": 0}
+    counts = {"tasks": 0, "other slices": 0, "counters": 0, "arrows": 0}
     named: set[tuple[int, int]] = set()  # pid and tid of a track
     tracks: dict[tuple[int, int], list[tuple[float, float, int]]] = {}  # (begin, end, number of the event) of each slice
     ends: list[tuple[tuple[int, int], float, int]] = []  # (track, time, number) of each arrow's
@@ -139,7 +203,7 @@ def _check(path: str | Path, events: Iterator[Any]) -> dict[str, int]:
         if kind == "M" and event.get("name") == "thread_name":
             named.add(track)
         elif kind == "X":
-            counts["tasks"] += 1
+            counts["other slices" if event.get("cat") in ("exchange", "send", "receive") else "tasks"] += 1
             if track not in named:
                 raise wrong("a track with a name")
             if not event.get("name") or not 0 <= event.get("dur", -1) < 2**53:

@@ -19,88 +19,28 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from taskgpt.config import SchedulerConfig, load_scheduler
 from taskgpt.errors import UserError, shorten
 from taskgpt.files import fill, replacing
-from taskgpt.lab.traces import trace_file
+from taskgpt.lab.traces import network, trace_file
+from taskgpt.lab.traces.network import EXCHANGE_TYPE, MESSAGE_TYPE, Rank, ranks_of
 from taskgpt.lab.traces.rules import whole
-from taskgpt.schedulers import Scheduler, loops, open_scheduler
+from taskgpt.lab.traces.traced_graph import LARGEST, TracedGraph
+from taskgpt.schedulers import Scheduler, open_scheduler
 from taskgpt.schedulers.records import RECORD_TYPE
 from taskgpt.schedulers.repetition import run_while
 from taskgpt.tasks import Graph, Tile
 
-VERSION = 2  # 1 had neither numbers of runs nor edges between them
+VERSION = 3  # 1 had neither numbers of runs nor edges between them, 2 no ranks
 RECORD = 1_000_000  # for schedulers' setting `record`: what is not used takes no memory
 RUN_TYPE = np.dtype([(name, np.int64) for name in ("graph", "step", "begin_ns", "end_ns", "number")])
 _RUN_TYPE_1 = np.dtype(RUN_TYPE.descr[:-1])
 _MOST_WORKERS = 4096  # of a trace with fewer records than that
-_LARGEST = 2**53  # of numbers that are added up, and drawn with JavaScript's
-_TYPES = (np.dtype(np.uint8), np.dtype(np.int64), RECORD_TYPE, RUN_TYPE, _RUN_TYPE_1)
-
-
-@dataclass(frozen=True, eq=False)
-class TracedGraph:
-    """What a trace says of the tasks of a graph.
-
-    Arrays have an item a task: kernel (an index into kernels), phase (into phases), layer (-1 = none), flops, bytes, loop (fork-join's: a
-    number that grows with each barrier). The predecessors of task t are predecessors[first[t]:first[t + 1]]. calls: a line of text a task.
-    """
-
-    name: str
-    kernels: list[str]
-    phases: list[str]
-    calls: list[str]
-    kernel: np.ndarray
-    phase: np.ndarray
-    layer: np.ndarray
-    flops: np.ndarray
-    bytes: np.ndarray
-    loop: np.ndarray
-    first: np.ndarray
-    predecessors: np.ndarray
-
-    ARRAYS = ("kernel", "phase", "layer", "flops", "bytes", "loop", "first", "predecessors")
-
-    @classmethod
-    def of(cls, graph: Graph) -> "TracedGraph":
-        tasks = graph.tasks
-        kernels = list(dict.fromkeys(task.name for task in tasks))
-        phases = list(dict.fromkeys(task.section[0] for task in tasks))
-        columns = {
-            "kernel": [kernels.index(task.name) for task in tasks],
-            "phase": [phases.index(task.section[0]) for task in tasks],
-            "layer": [max(-1, task.section[1]) for task in tasks],
-            "flops": [task.flops for task in tasks],
-            "bytes": [task.bytes for task in tasks],
-            "loop": [number for number, loop in enumerate(loops.cut(graph)) for _ in loop],
-            "first": [0, *itertools.accumulate(len(task.predecessors) for task in tasks)],
-            "predecessors": [p for task in tasks for p in task.predecessors],
-        }
-        calls = [str(task).partition(" ")[2] for task in tasks]
-        return cls(graph.name, kernels, phases, calls, **{name: np.array(column, np.int64) for name, column in columns.items()})
-
-    def __len__(self) -> int:
-        return len(self.kernel)
-
-    def verify(self) -> None:
-        """Raise ValueError if arrays do not fit each other, hold impossible numbers, or let a task wait for a later one."""
-        where = f"graph {shorten(self.name)}"
-        lengths = {name: len(getattr(self, name)) for name in ("calls", *self.ARRAYS)}
-        wanted = dict.fromkeys(lengths, len(self)) | {"first": len(self) + 1, "predecessors": lengths["predecessors"]}
-        if lengths != wanted or any(getattr(self, name).dtype != np.int64 for name in self.ARRAYS):
-            raise ValueError(f"{where}: wanted int64 arrays of these lengths, {wanted}, got {lengths}")
-        if self.first[0] != 0 or self.first[-1] != len(self.predecessors) or (np.diff(self.first) < 0).any():
-            raise ValueError(f"{where}: wanted predecessors cut into one part a task")
-        earlier = np.repeat(np.arange(len(self)), np.diff(self.first))
-        limits = {"kernel": len(self.kernels), "phase": len(self.phases), "predecessors": earlier, "loop": len(self) + 1}
-        limits |= {"layer": 2**31, "flops": _LARGEST, "bytes": _LARGEST}
-        for name, limit in limits.items():
-            if not ((getattr(self, name) >= (-1 if name == "layer" else 0)) & (getattr(self, name) < limit)).all():
-                raise ValueError(f"{where}: a number in {name} beyond what there is")
+_TYPES = (np.dtype(np.uint8), np.dtype(np.int64), RECORD_TYPE, RUN_TYPE, _RUN_TYPE_1, EXCHANGE_TYPE, MESSAGE_TYPE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +52,7 @@ class Trace:
     no room for a record. others: records of runs that were left out, whose run means nothing: workers were busy then, not idle.
     edges[a, b]: rows (task of graph a, task of graph b that waits for it) where a run of b comes right after one of a. Of pairs that are
     not there nothing is known, and all tasks of b may wait for all of a.
+    exchanges, messages: EXCHANGE_TYPE and MESSAGE_TYPE, where there are several ranks: processes that about's `ranks` names (network.py).
     """
 
     about: dict[str, Any]
@@ -121,10 +62,26 @@ class Trace:
     lost: int = 0
     others: np.ndarray = field(default_factory=lambda: np.empty(0, RECORD_TYPE))
     edges: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)
+    exchanges: np.ndarray = field(default_factory=lambda: np.empty(0, EXCHANGE_TYPE))
+    messages: np.ndarray = field(default_factory=lambda: np.empty(0, MESSAGE_TYPE))
 
     @property
     def workers(self) -> int:
+        """Of all ranks."""
         return int(self.about["workers"])
+
+    @property
+    def ranks(self) -> list[Rank]:
+        """One, if only one process ran it."""
+        return ranks_of(self.about)
+
+    @property
+    def rank_of_run(self) -> np.ndarray:
+        return np.searchsorted([rank.first_run for rank in self.ranks], self.runs["number"], side="right") - 1
+
+    @property
+    def rank_of_worker(self) -> np.ndarray:
+        return np.repeat(np.arange(len(self.ranks)), [rank.workers for rank in self.ranks])
 
     @property
     def begin_ns(self) -> int:
@@ -157,8 +114,9 @@ class Trace:
         return self._only(np.array([self.graphs[g].name == name for g in self.runs["graph"]], bool))
 
     def without_first(self, count: int) -> "Trace":
-        """Return the trace without its first runs."""
-        return self._only(np.arange(len(self.runs)) >= count)
+        """Return the trace without the first runs, of each rank."""
+        rank = self.rank_of_run  # in order, as numbers are
+        return self._only(np.arange(len(self.runs)) - np.searchsorted(rank, rank) >= count)
 
     def _only(self, chosen: np.ndarray) -> "Trace":
         """Return the chosen runs, counted anew."""
@@ -168,19 +126,23 @@ class Trace:
         records["run"] = number[records["run"]]
         others = np.concatenate([self.others, self.records[~is_in]])
         others = others[np.argsort(others["start_ns"], kind="stable")]
-        return Trace(self.about, self.graphs, self.runs[chosen], records, self.lost, others, self.edges)
+        return replace(self, runs=self.runs[chosen], records=records, others=others)
 
     def save(self, path: str | Path) -> None:
         """Write the file, whole or not at all. Raises OSError."""
+        with replacing(path) as file:
+            self.put(file)
+
+    def put(self, file: BinaryIO) -> None:
+        """Write what `save` writes. Raises OSError."""
         texts = {"about": json.dumps(self.about), "calls": json.dumps([graph.calls for graph in self.graphs])}
         heads = [{"name": g.name, "kernels": g.kernels, "phases": g.phases} for g in self.graphs]
         texts["head"] = json.dumps({"taskgpt_trace": VERSION, "lost": self.lost, "graphs": heads, "edges": list(self.edges)})
         arrays = {name: np.frombuffer(text.encode(), np.uint8) for name, text in texts.items()}
-        arrays |= {"runs": self.runs, "records": self.records, "others": self.others}
+        arrays |= {name: getattr(self, name) for name in ("runs", "records", "others", "exchanges", "messages")}
         arrays |= {f"{name}-{at}": getattr(graph, name) for at, graph in enumerate(self.graphs) for name in TracedGraph.ARRAYS}
         arrays |= {f"edges-{at}": edges.ravel() for at, edges in enumerate(self.edges.values())}
-        with replacing(path) as file:
-            np.savez_compressed(file, **arrays)
+        np.savez_compressed(file, **arrays)
 
     @classmethod
     def load(cls, path: str | Path) -> "Trace":
@@ -190,14 +152,19 @@ class Trace:
             data = whole(file)
         except UserError as error:
             raise UserError(f"{error}; wanted a trace, as `taskgpt train --trace DIR` writes it") from None
+        return cls.parse(data, str(file))
+
+    @classmethod
+    def parse(cls, data: bytes, where: str) -> "Trace":
+        """Read what `put` has written. Raises UserError, which begins with `where`."""
         try:
             trace = cls._from(trace_file.unpacked(data, _TYPES))
             trace.verify()
         except (ValueError, UserError, KeyError) as error:
             what = f"{error} is missing" if isinstance(error, KeyError) else error
-            raise UserError(f"{file}: no trace, or a damaged one ({what}); record it again with --trace") from None
+            raise UserError(f"{where}: no trace, or a damaged one ({what}); record it again with --trace") from None
         except MemoryError:
-            raise UserError(f"{file}: a trace that needs more memory than there is") from None
+            raise UserError(f"{where}: a trace that needs more memory than there is") from None
         return trace
 
     @classmethod
@@ -205,8 +172,8 @@ class Trace:
         """Return what the arrays of a file say. Raises ValueError, UserError without the file's name, and KeyError."""
         head, about, calls = (trace_file.parsed(found[name]) for name in ("head", "about", "calls"))
         version = head.get("taskgpt_trace") if isinstance(head, dict) else None
-        if version not in (1, VERSION):
-            raise ValueError(f"of version {shorten(version)}, and this taskgpt reads 1 and {VERSION}")
+        if version not in range(1, VERSION + 1):
+            raise ValueError(f"of version {shorten(version)}, and this taskgpt reads 1 to {VERSION}")
         head, calls = fill(_Head, head, "head."), fill(_Calls, {"calls": calls}, "").calls
         graphs = [
             TracedGraph(calls=lines, **vars(words), **{name: found[f"{name}-{at}"] for name in TracedGraph.ARRAYS})
@@ -216,7 +183,8 @@ class Trace:
         if runs.dtype == _RUN_TYPE_1:
             runs = np.array([(*run, number) for number, run in enumerate(runs.tolist())], RUN_TYPE)
         edges = {pair: found[f"edges-{at}"].reshape(-1, 2) for at, pair in enumerate(head.edges)}
-        return cls(about, graphs, runs, found["records"], head.lost, found["others"], edges)
+        of_ranks = {name: found[name] for name in ("exchanges", "messages") if name in found}
+        return cls(about, graphs, runs, found["records"], head.lost, found["others"], edges, **of_ranks)
 
     def verify(self) -> None:
         """Raise ValueError, saying where, if a part is missing, does not fit the others, or holds what cannot be.
@@ -227,6 +195,7 @@ class Trace:
         if r.dtype != RECORD_TYPE or o.dtype != RECORD_TYPE or runs.dtype != RUN_TYPE:
             raise ValueError("records or runs have other fields")
         _verify_about(self.about, max(_MOST_WORKERS, len(r) + len(o)))
+        network.verify(self.ranks, self.workers, self.exchanges, self.messages)
         for graph in self.graphs:
             graph.verify()
         sizes = np.array([len(graph) for graph in self.graphs], np.int64)
@@ -234,13 +203,15 @@ class Trace:
             ("run", r["run"], len(runs)),
             ("graph", runs["graph"], len(self.graphs)),
             ("worker", np.concatenate([r["worker"], o["worker"]]), self.workers),
-            ("step", runs["step"], _LARGEST),
-            ("run's number", runs["number"], _LARGEST),
+            ("step", runs["step"], LARGEST),
+            ("run's number", runs["number"], LARGEST),
         ):
             if len(values) and not 0 <= values.min() <= values.max() < limit:
                 raise ValueError(f"a {what} beyond the {limit} that there are")
         if len(r) and not ((r["task"] >= 0) & (r["task"] < sizes[runs["graph"][r["run"]]])).all():
             raise ValueError("a task that its graph does not have")
+        if len(r) and (self.rank_of_run[r["run"]] != self.rank_of_worker[r["worker"]]).any():
+            raise ValueError("a worker that runs a task of another rank")
         for (a, b), edges in self.edges.items():
             if (
                 edges.dtype != np.int64
@@ -272,8 +243,8 @@ class Trace:
                 raise ValueError(f"wanted {what}s by start time")
         if (np.diff(runs["number"]) <= 0).any():
             raise ValueError("wanted runs in order")
-        if (length := self.end_ns - self.begin_ns) >= _LARGEST:
-            raise ValueError(f"wanted less than {_LARGEST:,} ns from the beginning to the end, got {length:,}")
+        if (length := self.end_ns - self.begin_ns) >= LARGEST:
+            raise ValueError(f"wanted less than {LARGEST:,} ns from the beginning to the end, got {length:,}")
         everything = np.concatenate([r, self.others])
         everything = everything[np.lexsort([everything["stop_ns"], everything["start_ns"], everything["worker"]])]
         a, b = everything[:-1], everything[1:]
