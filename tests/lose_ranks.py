@@ -111,6 +111,8 @@ def main(faults: int = 30, deaths: int = 10, seed: int = 0) -> int:
                 bad += not same
                 recoveries += found["cluster"]["recoveries_s"]
                 print(f"{what}: {generations}, {'the same bits' if same else 'OTHER BITS'}, {found['cluster']['recoveries_s']}", flush=True)
+                if not same:
+                    print([(each["steps"], each["parameters_sha256"], each["cluster"]["generations"]) for each in (found, planned)])
             except (TimeoutError, RuntimeError) as error:
                 bad += 1
                 print(f"{what}: {type(error).__name__}\n{error}", flush=True)

@@ -7,6 +7,7 @@ checks.py         its workers: waited for, asked what they are, refused with rea
 facts.py          what a worker is, as it says itself
 speeds.py         how fast its workers and the links between them are, for `taskgpt cluster check`
 dask_links.py     messages between ranks, over Dask's own comms
+mpi_links.py      the same over MPI, where mpiexec has started the workers
 job.py            what the driver tells ranks, and they tell it
 kept.py           what a worker keeps of a run between generations, and hands out
 rank_training.py  the training loop in a rank

@@ -181,9 +181,17 @@ class Driver:
             run=self.run_id, generation=self._number, addresses=addresses,
             flags=self.flags, graph=self.graph, micro_batches=self.micro_batches, until=until, kept=is_kept, workers=self.native_workers,
             bucket_bytes=int(self.settings.bucket_mib * 2**20), as_bf16=self.settings.wire == "bf16", is_sharded=self.settings.zero,
-            timeout_s=self.settings.timeout_s, lease_s=self.settings.wait_s + _LEASE_S, record=self.settings.record,
+            timeout_s=self.settings.timeout_s, lease_s=self.settings.wait_s + _LEASE_S, mpi=self._mpi_ranks(members),
+            record=self.settings.record,
             best_val_loss=self._best_val_loss,
         )  # fmt: skip
+
+    def _mpi_ranks(self, members: Sequence[Member]) -> tuple[int, ...]:
+        """Return the members' numbers in MPI, if MPI is to carry their messages. Raises UserError if it is asked for, and cannot."""
+        asked, without = self.settings.collectives, [member.address for member in members if member.mpi_rank is None]
+        if asked == "mpi" and without:
+            raise UserError(f"{self.settings.where}: collectives=mpi: mpiexec did not start {', '.join(without)}; take collectives=dask")
+        return () if asked == "dask" or without else tuple(member.mpi_rank for member in members)  # type: ignore[misc]
 
     def _push(self, address: str, checkpoint: Path | None) -> int:
         """Put the state of a checkpoint, or of --init, into a worker; return after how many steps it is."""

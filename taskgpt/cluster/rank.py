@@ -20,6 +20,7 @@ from distributed import Worker, get_worker
 from taskgpt.cluster.dask_links import connected
 from taskgpt.cluster.job import Ended, Job
 from taskgpt.cluster.kept import Kept, forget_later, kept
+from taskgpt.cluster.mpi_links import MpiLinks
 from taskgpt.cluster.rank_training import Asked, RankReport, RankSaver, RankTraining
 from taskgpt.collectives import Communicator, Links, PeerLost, spread
 from taskgpt.config import load_scheduler
@@ -50,7 +51,10 @@ def train_rank(job: Job, rank: int) -> Ended:
     if job.generation <= here.generation:
         return Ended(rank, here.step, f"generation {job.generation} is over: generation {here.generation} has begun here")
     here.generation, here.asked, here.is_training = job.generation, "", True
-    links = _on_loop(worker, connected(worker, job.run, job.generation, rank, job.addresses, job.timeout_s))
+    if job.mpi:
+        links: Any = MpiLinks(job.run, job.generation, rank, job.mpi, job.timeout_s, worker.loop.asyncio_loop)
+    else:
+        links = _on_loop(worker, connected(worker, job.run, job.generation, rank, job.addresses, job.timeout_s))
     watch = asyncio.run_coroutine_threadsafe(_watch(worker, links, worker.get_current_task()), worker.loop.asyncio_loop)
     communicator = Communicator(links, job.as_bf16)
     try:
@@ -156,7 +160,8 @@ class _Rank:
     def _take_over(self, m: GPT2, data: Data) -> About | None:
         """Have all ranks begin with the same state, and with the same data; return what it is. Raises UserError, PeerLost."""
         digest = hashlib.sha256(json.dumps(data.fingerprint, sort_keys=True).encode()).hexdigest()
-        said = _Said(digest, self.here.step, asdict(self.here.about) if self.here.about else None)
+        has_state = self.here.step >= 0
+        said = _Said(digest, self.here.step, _sum_of_words(m) if has_state else 0, asdict(self.here.about) if self.here.about else None)
         others = [_Said(**json.loads(each)) for each in self._tell_all(json.dumps(asdict(said)).encode())]
         for rank, other in enumerate(others):
             if other.data != others[0].data:
@@ -172,6 +177,9 @@ class _Rank:
             m.initialize(self.flags.seed)
             return None
         root = next(rank for rank, each in enumerate(others) if each.step == newest)
+        if len({each.words for each in others if each.step == newest}) > 1:  # a defect, here or of a machine's memory: nobody's is trusted
+            self.here.let_go()
+            raise PeerLost(f"ranks have different states after {newest} steps")
         if any(each.step != newest for each in others):
             _on_loop(self.worker, spread(self.links, list(m.state.values()), root, ("state",)))
         return fill(About, found, "state: ") if (found := others[root].about) else None
@@ -206,14 +214,20 @@ class _Rank:
         )  # fmt: skip
 
 
+def _sum_of_words(m: GPT2) -> int:
+    """Return the sum of the bits of a state, 32 by 32, mod 2^64: two states that differ anywhere hardly have the same."""
+    return sum(int(array.reshape(-1).view(np.uint32).sum(dtype=np.uint64)) for array in m.state.values()) % 2**64
+
+
 def _peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 @dataclass(frozen=True)
 class _Said:
-    """What ranks say to each other first: the digest of their data, and what their state is, if they have one."""
+    """What ranks say to each other first: the digest of their data; what their state is, if they have one, and the sum of its words."""
 
     data: str
     step: int
+    words: int
     about: dict[str, Any] | None
