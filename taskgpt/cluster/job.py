@@ -13,8 +13,8 @@ class Job:
 
     run, generation: which; addresses: of the workers, by rank; flags: the command's, as a dict; micro_batches: of a step, of all ranks;
     until: after how many steps this generation ends; kept: True if a rank has the state that it begins with, or else it is the initial one;
-    workers: of each rank's native scheduler; lease_s: how long a worker keeps a state for a driver that is silent; mpi: each rank's number in
-    MPI, if that carries messages; record: tasks that each native worker records.
+    workers: of each rank's native scheduler; lease_s: how long a worker keeps a state for a driver that is silent; mpi: each rank's number
+    in MPI, if that carries messages; record: tasks that each native worker records.
     """
 
     run: str

@@ -181,6 +181,8 @@ class _Rank:
             self.here.let_go()
             raise PeerLost(f"ranks have different states after {newest} steps")
         if any(each.step != newest for each in others):
+            if self.here.step != newest:
+                self.here.let_go()  # which is overwritten from here on, and half of it if this does not come to its end
             _on_loop(self.worker, spread(self.links, list(m.state.values()), root, ("state",)))
         return fill(About, found, "state: ") if (found := others[root].about) else None
 
