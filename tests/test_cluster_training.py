@@ -3,11 +3,14 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
 from distributed import Client, LocalCluster
+from hosts import DaskHosts, why_not
 
 import taskgpt
 from taskgpt.errors import UserError
@@ -103,6 +106,35 @@ def test_shards_are_saved_whole(client, text, tmp_path):
     assert parts["parameters_sha256"] == whole["parameters_sha256"]
     first, second = (tmp_path / name / "step-00000006" / "tensors.safetensors" for name in ("parts", "whole"))
     assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.mark.skipif(bool(why_not()), reason=why_not() or "there are hosts")
+def test_hosts_have_the_bits_of_processes(client, text, tmp_path):
+    """Two machines with a link of 1 Gb/s, and two processes of one: the same parameters. The link carries what ranks say they send."""
+    here = run(text, client, steps=20, val_every=0)
+    with DaskHosts(2, gbits=1) as hosts:
+        words = [
+            "--graph",
+            "tiny",
+            "--data",
+            text,
+            "--steps",
+            "20",
+            "--val-every",
+            "0",
+            "--sample-every",
+            "0",
+            "--log",
+            tmp_path / "log.jsonl",
+        ]
+        before = hosts.bytes(1)[1]
+        done = hosts.popen(0, [sys.executable, "-m", "taskgpt.train", *words, "--scheduler", hosts.scheduler], stdout=subprocess.PIPE)
+        said, _ = done.communicate(timeout=120)
+        sent = hosts.bytes(1)[1] - before
+    assert done.returncode == 0, said
+    there = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["summary"]
+    assert there["parameters_sha256"] == here["parameters_sha256"]
+    assert there["cluster"]["payload_bytes_per_step"] * 20 < sent < there["cluster"]["payload_bytes_per_step"] * 20 * 1.1 + 2_000_000
 
 
 def test_what_is_wrong_is_one_message(client, text, tmp_path):
