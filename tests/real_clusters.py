@@ -288,6 +288,7 @@ def requeued(environment: dict[str, str]) -> list[str]:
         assert job[1:] == ["5:00", "taskgpt"], job
         slurm_says(environment, "scontrol", "requeue", job[0])
         wait_until(lambda: not psutil.pid_exists(member.pid), "the worker of the requeued job has ended")
+        time.sleep(2)  # SLURM knows old from new credentials of a job by the second
         begin = time.monotonic()
         slurm_says(environment, "scontrol", "update", f"JobId={job[0]}", "StartTime=now")  # SLURM waits for two minutes else
         slurm_says(environment, "scontrol", "release", job[0])
