@@ -1,6 +1,7 @@
 """Events in recorded graphs: a task is done when its body is, and all that it waits for has happened."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from plain_schedulers import scheduler
@@ -9,6 +10,7 @@ from taskgpt.tasks import Arena, Graph, In, InOut, Out, TaskError, TensorSpec, c
 
 [N] = dims("N")
 SCHEDULERS = ["sequential", "loops", "threads", "local-cluster", "native"]
+elsewhere = ThreadPoolExecutor(1)
 later: list = []  # what a test does with an event that a task hands out
 
 
@@ -42,6 +44,12 @@ def fulfil_all(out: Out[N]):
     out[:] = len(later)
     while later:
         later.pop().fulfil()
+
+
+@kernel
+def fulfil_at_once_elsewhere(out: Out[N]):
+    out[:] = 1
+    elsewhere.submit(event().fulfil)
 
 
 @kernel
@@ -163,3 +171,14 @@ def test_happens_once():
         s.run(graph)
     with pytest.raises(RuntimeError, match="fulfilled before"):
         later.pop().fulfil()
+
+
+def test_runs_that_end_while_others_are_held():
+    """Tasks of one run look for it while another ends, again and again."""
+    a, graph = arena(), Graph("hand out")
+    for n in range(4):
+        graph.spawn(fulfil_at_once_elsewhere, a.x[n])
+        graph.spawn(add, a.y[n], a.x[n])
+    with scheduler("native", workers=2) as s:
+        assert sum(1 for _ in s.run_each([graph] * 500)) == 500
+    assert a.y.array[:, 0].tolist() == [500] * 4

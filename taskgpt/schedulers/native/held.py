@@ -29,7 +29,8 @@ class HeldTasks:
     def is_held(self, instance: int, awaited: Awaited, start_ns: int) -> bool:
         """Return True for a task that waits for events after its body, and have who fulfils the last one let it go."""
         number, slot = divmod(instance, 2)
-        run, me, stop_ns = next(run for run in self._runs if run.slot == slot), self._this.me, time.monotonic_ns()
+        under_way = list(self._runs)  # in one go: the submitting thread may take one out at any moment
+        run, me, stop_ns = next(run for run in under_way if run.slot == slot), self._this.me, time.monotonic_ns()
 
         def let_go(error: BaseException | None) -> None:
             with self.lock:
