@@ -1,11 +1,14 @@
 """Traces of several ranks: merged by one clock, in every format, and what a report says of them; and what a run on a cluster writes."""
 
 import json
+import logging
 
 import numpy as np
 import pytest
+from distributed import Client, LocalCluster
 from test_efficiency import hand_made
 
+import taskgpt
 from taskgpt.lab.traces import formats
 from taskgpt.lab.traces.comparison import Comparison
 from taskgpt.lab.traces.efficiency import analyse
@@ -117,3 +120,42 @@ def test_a_trace_of_ranks_that_cannot_be_is_refused(trace, name, at, what):
 
 def test_what_overlaps_lies_side_by_side():
     assert lanes(np.array([0, 5, 10, 10]), np.array([10, 20, 15, 30])).tolist() == [0, 1, 0, 2]
+
+
+@pytest.fixture(scope="module")
+def client():
+    options = {"dashboard_address": "127.0.0.1:0", "worker_dashboard_address": None, "scheduler_kwargs": {"dashboard": False}}
+    options |= {"threads_per_worker": 1, "processes": True, "memory_limit": 0, "silence_logs": 50}
+    with LocalCluster(n_workers=2, **options) as started, Client(started, set_as_default=False) as client:
+        client.wait_for_workers(2, timeout=60)
+        yield client
+
+
+def test_a_run_on_a_cluster_writes_one_trace_and_one_log(client, tmp_path, capsys):
+    """Of both ranks, each step, with every message of every exchange; and what a worker warns of, with its rank, without Dask's chatter."""
+
+    def warn_often(dask_worker):
+        for name in ("distributed.worker", "mine"):
+            for n in range(100):
+                dask_worker.loop.call_later(n / 10, logging.getLogger(name).warning, "careful\nhere")
+
+    (tmp_path / "hamlet.txt").write_text("To be, or not to be, that is the question:\n" * 600)
+    client.run(warn_often)
+    flags = {"steps": 20, "val_every": 0, "sample_every": 0, "out": tmp_path / "run", "log": tmp_path / "log.jsonl"}
+    taskgpt.train(graph="tiny", data=str(tmp_path / "hamlet.txt"), client=client, trace=tmp_path / "trace", **flags)
+    trace = Trace.load(tmp_path / "trace").select("training step")
+    assert np.bincount(trace.rank_of_run).tolist() == [20, 20]
+    assert [rank.name.split()[:2] for rank in trace.ranks] == [["rank", "0"], ["rank", "1"]]
+    turns = np.unique(trace.exchanges[["rank", "bucket", "turn"]])
+    assert len(turns) == len(trace.exchanges) == 2 * 20 * (trace.exchanges["bucket"].max() + 1)
+    sent = [trace.messages["bytes"][(trace.messages["source"] == rank) & (trace.messages["bucket"] >= 0)].sum() for rank in (0, 1)]
+    assert sent == [trace.exchanges["bytes"][trace.exchanges["rank"] == rank].sum() for rank in (0, 1)]
+    assert formats.check(tmp_path / "trace")["perfetto"]["arrows"] > 0
+    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    network = [each for each in records if "network_ms" in each]
+    assert [each["step"] for each in network] == list(range(20)) and {each["ranks"] for each in network} == {2}
+    assert all(each["exposed_ms"] >= 0 and each["network_ms"] > 0 for each in network)
+    lines = (tmp_path / "run" / "workers.log").read_text().splitlines()
+    assert {line.split(" ", 1)[1][:8] for line in lines} == {"rank 0 (", "rank 1 ("}
+    assert all("WARNING mine: careful" in line for line in lines)
+    assert "WARNING mine" in capsys.readouterr().out

@@ -140,8 +140,8 @@ def test_hosts_have_the_bits_of_processes(client, text, tmp_path):
 def test_what_is_wrong_is_one_message(client, text, tmp_path):
     with pytest.raises(UserError, match="no such file or folder"):
         run("nowhere.txt", client)
-    with pytest.raises(UserError, match="--trace: is not for a run on a cluster"):
-        run(text, client, trace=tmp_path / "trace")
+    with pytest.raises(UserError, match="--report: is not for a run on a cluster"):
+        run(text, client, report=tmp_path / "page.html")
     with pytest.raises(UserError, match="--steps"):
         taskgpt.train(steps="many", client=client)
     assert run(text, client, steps=1)["steps"] == 1

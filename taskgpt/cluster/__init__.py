@@ -14,5 +14,7 @@ rank_training.py  the training loop in a rank
 rank.py           what runs in a worker
 driver.py         who takes part: a run through its generations
 training.py       `taskgpt train` on a cluster
+worker_logs.py    what workers log, for the driver
+traces.py         one trace of all ranks
 owned.py          any tiled program, each tile on the worker that is its home
 """

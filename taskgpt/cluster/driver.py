@@ -29,6 +29,7 @@ from taskgpt.cluster.job import Ended, Job
 from taskgpt.cluster.kept import fetch, forget, make_room, put, reserve, want
 from taskgpt.cluster.rank import train_rank
 from taskgpt.cluster.settings import Settings, schedule
+from taskgpt.cluster.traces import Traces
 from taskgpt.config import GraphConfig
 from taskgpt.errors import UserError
 from taskgpt.files import fill
@@ -47,7 +48,8 @@ _GRACE_S = 5.0  # beyond the time after which a silent rank is lost: until then 
 
 class Driver:
     """Leads a run. `roster`: which of some addresses are fit to be ranks; `on_data(description, fingerprint)`: called when rank 0 has
-    opened its data, before it trains; `saver`: what writes checkpoints, None where nothing does.
+    opened its data, before it trains; `on_log(line)`: called for what a worker logs; `saver`: what writes checkpoints, None where nothing
+    does; `traces`: what collects traces, likewise.
 
     After `run`: seconds of every step; network, of every step (seconds of exchanges, seconds of them in which nothing else was left to do,
     bytes that rank 0 sent); generations, (first step, ranks) of each; recoveries, in seconds from the news of a loss to the next step.
@@ -73,7 +75,9 @@ class Driver:
         self.generations: list[tuple[int, int]] = []
         self.recoveries: list[float] = []
         self.saver: Saver | None = None
+        self.traces: Traces | None = None
         self.on_data: Callable[[str, dict[str, Any]], None] = lambda description, fingerprint: None
+        self.on_log: Callable[[str], None] = report.say
         self._roster = roster
         self._begin: tuple[Path, About] | None = None  # the checkpoint that the run goes on from
         self._best_val_loss = math.inf
@@ -220,7 +224,7 @@ class Driver:
             )
             for rank, address in enumerate(job.addresses)
         ]  # fmt: skip
-        self._asked, noticed, looked = "", 0.0, 0.0
+        self._asked, self._job_now, noticed, looked = "", job, 0.0, 0.0
         self._offers.clear()
         try:
             while not all(each.done() for each in futures):
@@ -257,6 +261,8 @@ class Driver:
             if rank not in ended:
                 self._lost[address] = self._heard.get(address, (0.0, 0.0))[0]
                 self.report.tell("lost", f"rank {rank} ({address}), after {self._steps_told} steps")
+        if self.traces:
+            self.traces.collect(job, ended)
         return ended
 
     def _alive(self) -> set[str]:
@@ -291,10 +297,15 @@ class Driver:
             self._take_offer(*found)
         elif what == "data":
             self.on_data(found[0], json.loads(found[1]))
+            if self.traces and self._job_now:
+                self.traces.begin(self._job_now)
         elif what == "say":
             self.report.say(found[0])
+        elif what == "log":
+            self.on_log(found[0])
         elif what == "network":
             self.network.append(tuple(found[1:]))
+            self._log_network(*found)
         elif (what, found[0]) not in self._told:  # a generation that goes on from an earlier step tells some things again
             self._told.add((what, found[0]))
             if what == "step":
@@ -313,6 +324,11 @@ class Driver:
         self._steps_told = step + 1
         self.seconds.append(seconds)
         self.report.step(step, loss, norm, skipped, rate, seconds)
+
+    def _log_network(self, step: int, network_s: float, exposed_s: float, payload_bytes: int) -> None:
+        ranks = self.generations[-1][1]
+        of_step = {"network_ms": network_s * 1e3, "exposed_ms": exposed_s * 1e3, "sent_bytes": payload_bytes, "ranks": ranks}
+        self.report.logs.write({"step": step} | of_step)
 
     def _take_offer(self, rank: int, about: dict[str, Any], ranges: dict) -> None:
         """Fetch and write a checkpoint, when all ranks that have a part of it offer it."""
@@ -336,7 +352,6 @@ class Driver:
 
     def _ask(self, job: Job) -> None:
         """Tell rank 0 what the person wants, once."""
-        self._job_now = job
         wanted = "stop" if self.stop.is_requested else "save" if self.stop.wants_save else ""
         if wanted and self._asked != "stop" and (wanted != self._asked or wanted == "save"):
             self._asked, self.stop.wants_save = wanted, False

@@ -51,7 +51,8 @@ class Ended:
 
     why: "" as agreed, otherwise which rank was lost, and how. step: how many steps are done. kept: True if the rank has the state after
     them. The others are of what it trained: seconds of each step, sha256 of the parameters, bytes that it sent and received, and of its
-    exchanges by step: seconds that they took, and seconds in which nothing but them was left to do.
+    exchanges by step: seconds that they took, and seconds in which nothing but them was left to do. traced: sizes of
+    what is offered of its trace.
     """
 
     rank: int
@@ -69,5 +70,6 @@ class Ended:
     payload_bytes: int = 0
     network_s: tuple[float, ...] = ()
     exposed_s: tuple[float, ...] = ()
+    traced: tuple[int, ...] = ()
     about: About | None = None
     extra: dict[str, Any] = field(default_factory=dict)

@@ -22,7 +22,9 @@ from taskgpt.cluster.job import Ended, Job
 from taskgpt.cluster.kept import Kept, forget_later, kept
 from taskgpt.cluster.mpi_links import MpiLinks
 from taskgpt.cluster.rank_training import Asked, RankReport, RankSaver, RankTraining
-from taskgpt.collectives import Communicator, Links, PeerLost, spread
+from taskgpt.cluster.traces import answer_clock, offers
+from taskgpt.cluster.worker_logs import told_to_driver
+from taskgpt.collectives import Communicator, Links, NotedLinks, PeerLost, spread
 from taskgpt.config import load_scheduler
 from taskgpt.errors import UserError
 from taskgpt.files import fill
@@ -36,6 +38,7 @@ from taskgpt.gpt2.snapshot import Snapshot
 from taskgpt.gpt2.steps import Steps
 from taskgpt.gpt2.text.data import Data, open_data
 from taskgpt.gpt2.text.parts import Part
+from taskgpt.lab.traces.trace import Traced
 from taskgpt.schedulers import open_scheduler
 from taskgpt.tasks import TaskError, compile_kernels
 
@@ -48,6 +51,7 @@ def train_rank(job: Job, rank: int) -> Ended:
     if worker.address != job.addresses[rank]:
         raise UserError(f"rank {rank} was to run on {job.addresses[rank]}, and runs on {worker.address}; it does not begin")
     here = kept(worker, job.run)
+    answer_clock(worker)
     if job.generation <= here.generation:
         return Ended(rank, here.step, f"generation {job.generation} is over: generation {here.generation} has begun here")
     here.generation, here.asked, here.is_training = job.generation, "", True
@@ -56,9 +60,10 @@ def train_rank(job: Job, rank: int) -> Ended:
     else:
         links = _on_loop(worker, connected(worker, job.run, job.generation, rank, job.addresses, job.timeout_s))
     watch = asyncio.run_coroutine_threadsafe(_watch(worker, links, worker.get_current_task()), worker.loop.asyncio_loop)
-    communicator = Communicator(links, job.as_bf16)
+    communicator = Communicator(NotedLinks(links) if job.record else links, job.as_bf16)
     try:
-        return _Rank(job, rank, worker, here, links, communicator).run()
+        with told_to_driver(worker, job, rank):
+            return _Rank(job, rank, worker, here, links, communicator).run()
     except PeerLost as error:
         return Ended(rank, here.step, str(error), kept=here.step >= 0)
     except BaseException as error:
@@ -113,6 +118,8 @@ class _Rank:
         settings = {"workers": job.workers[self.rank], "record": job.record}
         config = load_scheduler("native", settings)
         scheduler = open_scheduler(config.scheduler, config.settings)
+        if job.record:
+            scheduler = Traced(scheduler)
         if m.replica:
             data = replace(data, train=Part(data.train, self.mine, job.micro_batches))
         training = RankTraining(self.flags, scheduler, m, data, steps, vals, sampler, report, stop)
@@ -130,8 +137,8 @@ class _Rank:
                 if not isinstance(cause, PeerLost):
                     raise
                 lost = str(cause)
-            records = scheduler.take_records() if job.record else None
-        return self._ended(training, m, steps, lost, records)
+            traced = self._traced(training, scheduler) if isinstance(scheduler, Traced) else {}
+        return self._ended(training, m, steps, lost, traced)
 
     def _end_saving(self, training: RankTraining) -> None:
         saver = training.saver
@@ -198,10 +205,16 @@ class _Rank:
 
         return _on_loop(self.worker, tell())
 
-    def _ended(self, training: RankTraining, m: GPT2, steps: Steps, lost: str, records: Any) -> Ended:
+    def _traced(self, training: RankTraining, scheduler: Traced) -> dict[str, np.ndarray]:
+        """Return what the driver is offered of this rank's trace."""
+        links = self.communicator.links
+        noted = links.noted if isinstance(links, NotedLinks) else []
+        return offers(scheduler, [*training.transfers, *self.communicator.take_transfers()], noted)
+
+    def _ended(self, training: RankTraining, m: GPT2, steps: Steps, lost: str, traced: dict[str, np.ndarray]) -> Ended:
         """Keep the state if it is whole, and say how it ended."""
         here, about = self.here, training.about_now()
-        here.offered = m.state
+        here.offered = m.state | traced
         if not (self.job.is_sharded and self.job.count > 1):
             here.gpt, here.about, here.step = m, about, about.step
         bad = "" if checkpoints.is_finite(m.parameters) else "parameters are not finite"
@@ -212,7 +225,8 @@ class _Rank:
             self.rank, training.step, lost, kept=here.gpt is not None, diverged="" if lost else bad, asked=training.stop.heard,
             sha256="" if lost else m.parameters_sha256(), memory_bytes=_peak_bytes(), gflop_per_step=steps.flops / 1e9,
             tasks_per_step=steps.tasks, seconds=tuple(training.seconds), sent_bytes=self.links.sent_bytes,
-            payload_bytes=training.payload_bytes, network_s=network, exposed_s=exposed, about=about,
+            payload_bytes=training.payload_bytes, network_s=network, exposed_s=exposed,
+            traced=tuple(len(each) for each in traced.values()), about=about,
         )  # fmt: skip
 
 

@@ -142,6 +142,7 @@ class RankTraining(Training):
         self.job, self.rank, self.communicator = job, rank, communicator
         self.saver, self.run_name = saver, job.run
         self.payload_bytes = 0
+        self.transfers: list[Transfer] = []  # all, where the job is recorded
         self._abouts: dict[int, About] = {}  # by steps done: what the state is then, of the last few
         self._said: dict[int, np.ndarray] = {}  # words, where there is nobody else
         self._transfers: dict[int, list[Transfer]] = {}  # by turn
@@ -208,6 +209,8 @@ class RankTraining(Training):
         for transfer in self.communicator.take_transfers():
             self._transfers.setdefault(transfer.turn, []).append(transfer)
             self.payload_bytes += transfer.payload_bytes
+            if self.job.record:
+                self.transfers.append(transfer)
         mine = self._transfers.pop(self._turn, [])
         self._turn += 1
         busy, exposed = _busy_s(mine), _exposed_s([each for each in mine if each.what != SPREAD])

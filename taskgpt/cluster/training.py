@@ -14,20 +14,25 @@ from taskgpt.cluster.driver import Driver, driving
 from taskgpt.cluster.job import Ended
 from taskgpt.cluster.opening import opened
 from taskgpt.cluster.settings import Settings
+from taskgpt.cluster.traces import Traces
 from taskgpt.config import GraphConfig, SchedulerConfig
 from taskgpt.errors import UserError, shorten
 from taskgpt.gpt2 import checkpoints
 from taskgpt.gpt2.model import GPT2
 from taskgpt.gpt2.replicas import Replica
 from taskgpt.gpt2.steps import Steps
+from taskgpt.lab import machine
 from taskgpt.lab.disturbance import Disturbance
-from taskgpt.lab.machine import usable_cores
+from taskgpt.lab.traces.formats import save, verify_can_save
+from taskgpt.lab.traces.trace import RECORD
 from taskgpt.runs.console import Console, StopRequest
+from taskgpt.runs.folder import now
 from taskgpt.runs.saving import Every
 from taskgpt.runs.start import Start, as_argv
 from taskgpt.runs.summary import summarize
 
-_HERE_ONLY = ("check", "trace", "dashboard", "report")  # flags that look into this process
+_HERE_ONLY = ("check", "dashboard", "report")  # flags that look into this process
+WORKERS_LOG = "workers.log"  # in a run's folder
 _TOLD_FLAGS = (
     "data", "steps", "lr", "lr_schedule", "warmup", "final_lr", "weight_decay", "val_every", "val_batches", "sample_every", "seed", "init",
     "save_every", "max_tokens",
@@ -63,6 +68,9 @@ class ClusterTraining:
         if flags.save is not None:
             checkpoints.verify_can_save(flags.save, self.graph.model, 4 * self.graph.model.parameter_count())
         Every.of("--save-every", flags.save_every)
+        if flags.trace is not None:
+            verify_can_save(flags.trace)
+            self.settings = dataclasses.replace(self.settings, record=RECORD)
         with nullcontext(client) if client else opened(self.settings, self.report.say) as cluster:
             members = ready(cluster, self.settings, self._bytes_needed(), self.report.say)
             if self.graph.batch.accumulate == 1 and self.start.about is None and flags.total_batch is None:
@@ -80,6 +88,8 @@ class ClusterTraining:
         graph, flags, start, report, stop = self.graph, self.flags, self.start, self.report, self.stop
         told = {name: getattr(flags, name) for name in _TOLD_FLAGS} | {"has_folder": start.folder is not None}
         driver = Driver(client, self.settings, _Roster(client, members, self._bytes_needed()).members, graph, told, report, stop)
+        driver.on_log = self._log_of_worker
+        driver.traces = Traces(client) if flags.trace is not None else None
         if start.about is not None:
             driver.resume(start.checkpoint, start.about, start.best_val_loss)
         holder = GPT2(graph.model, graph.batch, graph.tiles, graph.options)  # says how large things are; nobody writes into it
@@ -104,11 +114,33 @@ class ClusterTraining:
                 report.say(f"saved {flags.save}")
         stop.can_wait = False
         self._summary(driver, ended, holder, steps, members)
+        self._save_trace(driver)
         if driver.saver and driver.saver.newest and ended.step < flags.steps:
             report.tell("go on with", f"taskgpt train --resume {shlex.quote(str(start.folder.path))}")
         if failures:
             raise UserError("; ".join(failures))
         return stop.exit_code or (2 if report.has_lost_log or report.has_lost_output else 0)
+
+    def _log_of_worker(self, line: str) -> None:
+        """Show what a worker has logged, and add it to the folder's log of workers."""
+        self.report.notes([line])
+        if self.start.folder is not None:
+            try:
+                with open(self.start.folder.path / WORKERS_LOG, "a", encoding="utf-8") as file:
+                    file.write(f"{now()} {line}\n")
+            except OSError as error:  # the training is worth more
+                self.report.notes([f"{WORKERS_LOG}: cannot write: {error.strerror}"])
+
+    def _save_trace(self, driver: Driver) -> None:
+        """Write the trace of all ranks. Raises UserError."""
+        if driver.traces is None:
+            return
+        self.report.notes(driver.traces.notes)
+        trace = driver.traces.merged({"command": self.command, "machine": machine.describe()})
+        if trace is None or not driver.seconds:
+            self.report.tell("trace", f"no step ran; {self.flags.trace} stays as it was")
+        else:
+            self.report.tell("trace", save(trace, self.flags.trace))
 
     def _begin(self, driver: Driver, m: GPT2, steps: Steps, members: list[Member], description: str, fingerprint: dict[str, Any]) -> None:
         """Say what runs, when rank 0 has told what its data is; from then on the folder is the run's own."""
@@ -125,7 +157,7 @@ class ClusterTraining:
         report.notes(changes)
 
     def _summary(self, driver: Driver, ended: Ended, m: GPT2, steps: Steps, members: list[Member]) -> None:
-        report, found = self.report, self._disturbance.found(usable_cores())
+        report, found = self.report, self._disturbance.found(machine.usable_cores())
         ranks = driver.generations[-1][1]
         setup = self.flags, self.graph, self.scheduler, sum(driver.native_workers), self._description, report
         summary = summarize(*setup, m, steps, driver.seconds, ended.memory_bytes, found, ended.sha256)

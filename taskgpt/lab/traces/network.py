@@ -8,7 +8,7 @@ import numpy as np
 
 from taskgpt.files import fill
 
-WHATS = ("reduce", "reduce-own", "spread", "gather")  # what an exchange does, by its number
+WHATS = ("reduce", "reduce-own", "spread", "gather", "move")  # what an exchange does, by its number
 # rank; bucket and turn: which exchange, and how often before; when its first and its last part were handed in, and when it was done; sent
 EXCHANGE_TYPE = np.dtype([(name, np.int64) for name in ("rank", "bucket", "turn", "what", "first_ns", "begin_ns", "end_ns", "bytes")])
 # bucket: -1 of none. send, sent: while the source sent it; asked, received: while the target waited for it

@@ -54,7 +54,9 @@ def merged(names: Sequence[str], parts: Sequence[Part], about: Mapping[str, Any]
     for part in parts:
         trace = _by(part.clock, part.trace)
         number = np.array([places.setdefault(_key(graph), len(places)) for graph in trace.graphs], np.int64)
-        graphs += [graph for graph, place in zip(trace.graphs, number.tolist(), strict=True) if place == len(graphs)]
+        for graph, place in zip(trace.graphs, number.tolist(), strict=True):
+            if place == len(graphs):
+                graphs.append(graph)
         before = of_rank[part.process]
         runs = trace.runs.copy()
         runs["graph"] = number[runs["graph"]]
