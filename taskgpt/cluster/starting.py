@@ -24,6 +24,7 @@ from taskgpt.schedulers.cores import usable_cores
 
 _HERE = "127.0.0.1:0"  # where each process serves its own state over HTTP; Dask's default is every address
 _IDLE = "1 hour"  # after which a scheduler on another machine ends by itself, with its workers: who started it may have been killed
+_NO_SCHEDULER = "60 s"  # after which a worker ends that has not found its scheduler
 
 
 def described(settings: Settings) -> str:
@@ -56,7 +57,8 @@ def _ssh(stack: ExitStack, settings: Settings, security: Security) -> Client:
     hosts = settings.hosts.split()
     scheduler = process(ssh.Scheduler, hosts[0], dashboard=False, port=0, idle_timeout=_IDLE)
     places = [(host, number) for host in hosts for number in range(settings.members)]
-    workers = [process(ssh.Worker, host, nthreads=1, memory_limit=0, name=f"{host}-{number}") for host, number in places]
+    alone = {"nthreads": 1, "memory_limit": 0, "death_timeout": _NO_SCHEDULER}
+    workers = [process(ssh.Worker, host, name=f"{host}-{number}", **alone) for host, number in places]
 
     def make() -> SpecCluster:
         with dask.config.set(tls):  # which the processes there inherit: names of files, no keys
