@@ -68,9 +68,10 @@ class ClusterTraining:
         if flags.save is not None:
             checkpoints.verify_can_save(flags.save, self.graph.model, 4 * self.graph.model.parameter_count())
         Every.of("--save-every", flags.save_every)
+        record = (self.settings.record or RECORD) if flags.trace is not None else 0
+        self.settings = dataclasses.replace(self.settings, record=record)
         if flags.trace is not None:
             verify_can_save(flags.trace)
-            self.settings = dataclasses.replace(self.settings, record=RECORD)
         with nullcontext(client) if client else opened(self.settings, self.report.say) as cluster:
             members = ready(cluster, self.settings, self._bytes_needed(), self.report.say)
             if self.graph.batch.accumulate == 1 and self.start.about is None and flags.total_batch is None:

@@ -9,7 +9,7 @@ from distributed import Worker
 
 from taskgpt.cluster.job import Job
 from taskgpt.collectives import PeerLost
-from taskgpt.errors import shorten
+from taskgpt.errors import UserError, shorten
 
 _OF_OTHERS = ("distributed", "tornado", "bokeh", "asyncio")
 _LONGEST = 2000  # characters of a message
@@ -29,12 +29,12 @@ class _ToDriver(logging.Handler):
 
 @contextmanager
 def told_to_driver(worker: Worker, job: Job, rank: int) -> Iterator[None]:
-    """Tell the driver what is logged as a warning or an error meanwhile, and what ends the rank that is no loss of another."""
+    """Tell the driver what is logged as a warning or an error meanwhile, and what ends the rank, unless a user can mend it."""
     handler, root = _ToDriver(worker, job, rank), logging.getLogger()
     root.addHandler(handler)
     try:
         yield
-    except PeerLost:
+    except (PeerLost, UserError):  # which the driver says itself
         raise
     except BaseException:
         logging.getLogger("taskgpt").exception("ended")
