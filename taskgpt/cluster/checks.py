@@ -45,6 +45,9 @@ def ready(client: Client, settings: Settings, needed_bytes: int, say: Callable[[
     """
     wait_for_workers(client, settings)
     found = look(client)
+    while _some_left(client, found):  # one that dies is no fault of the others
+        wait_for_workers(client, settings)
+        found = look(client)
     members, faults = fit(found, needed_bytes)
     members = members[: settings.ranks or None]
     if faults := [*faults, *crowded(members, found, needed_bytes)]:
@@ -69,6 +72,12 @@ def wait_for_workers(client: Client, settings: Settings) -> None:
 def look(client: Client) -> Answers:
     """Return what each worker is by its address: what facts.facts_of says of it, or why it did not answer."""
     return ask(client, list(client.scheduler_info(n_workers=-1)["workers"]), facts_of, timeout_s=ANSWER_S)
+
+
+def _some_left(client: Client, found: Answers) -> bool:
+    """Return True if a worker that did not answer is the cluster's no more."""
+    silent = {address for address, facts in found.items() if isinstance(facts, OSError)}
+    return bool(silent - client.scheduler_info(n_workers=-1)["workers"].keys())
 
 
 def ask(client: Client, addresses: Sequence[str], function: Callable, *args: object, timeout_s: float) -> dict[str, Any]:
