@@ -157,6 +157,18 @@ def add_workers(to: Flags, help: str, several: bool = False) -> None:
     _add(to, "--workers", "--worker", told, dest="workers", read=read, metavar="N")
 
 
+def add_numbers(to: Flags, flag: str, read_one: Callable[[str], float], help: str, **others: Any) -> None:
+    """Add a flag for a list of numbers. `read_one`: see below."""
+
+    def read(flag: str, words: list[str]) -> list[float]:
+        try:
+            return [read_one(word) for word in listed(words)]
+        except argparse.ArgumentTypeError as error:
+            raise UserError(f"{flag}: {error}") from None
+
+    to.add_argument(flag, action=_Words, read=read, help=help, **others)
+
+
 def add_changes(to: Flags, several: bool = False, has_auto: bool = False, has_scheduler: bool = True) -> None:
     """Add --tiles and --set, of whose values every combination is meant. `has_auto`: tiles may be `auto`, those that tuning found."""
 

@@ -6,5 +6,6 @@ events.py         a clock, on which workers take tasks and finish them
 simulated.py      schedulers on that clock, with the native scheduler's own queues
 stepped.py        the native scheduler's compiled functions, a step at a time
 contention.py     them on cores that send each other cache lines
+scaling.py        a step of many ranks, which exchange gradients; scaling_picture.py draws it
 validation.py     predicted beside measured
 """

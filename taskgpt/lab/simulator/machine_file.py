@@ -21,7 +21,8 @@ from taskgpt.lab import machine as this
 from taskgpt.lab.named import split_changes
 
 MACHINES = Path(__file__).with_name("machines")
-# Measured on two cores of an AMD EPYC (family 26), with empty tasks: Task Bench's patterns, 1 to 32 workers.
+# Measured on two cores of an AMD EPYC (family 26), with empty tasks: Task Bench's patterns, 1 to 32 workers; of messages, with two ranks of
+# a Dask cluster on hosts of network namespaces: `python -m tests.scaling`.
 OVERHEADS_US = {
     "task_us": 0.3,
     "call_us": 2.2,
@@ -34,6 +35,9 @@ OVERHEADS_US = {
     "line_us": 0.06,
     "far_line_us": 0.13,
     "wake_us": 5.0,
+    "message_us": 270.0,
+    "copy_mib_us": 700.0,
+    "add_mib_us": 50.0,
 }
 
 
@@ -73,6 +77,9 @@ class Machine:
     line_us: float = _overhead()  # until a core has a cache line that another one of its socket has written
     far_line_us: float = _overhead()  # the same between sockets
     wake_us: float = _overhead()  # until a thread that slept runs
+    message_us: float = _overhead()  # of a core, for a message between ranks, whatever its size
+    copy_mib_us: float = _overhead()  # and for each MiB that it sends and receives at the same time
+    add_mib_us: float = _overhead()  # and for each MiB of gradients that it adds to others
 
     def __post_init__(self):
         if self.sgemm_busy_gflops > self.sgemm_gflops:

@@ -98,6 +98,11 @@ class Times:
         self._first: tuple[Graph, np.ndarray] | None = None
         self._trace = None if source in ("measured", "rates") else Trace.load(source)
 
+    @property
+    def measures_all(self) -> bool:
+        """Return True if every graph's tasks are measured: else other kernels than the first graph's have no rate."""
+        return self._source == "measured"
+
     @cached_property
     def _rates(self) -> "Rates":
         return Rates.of(*self._first, Speeds())
