@@ -439,7 +439,7 @@ def test_a_scheduler_without_a_model_is_told():
     ("flags", "message"),
     [
         (["--schedulers", "whole-tensor"], "whole-tensor: has no tasks to simulate"),
-        (["--schedulers", "tcp://10.0.0.1:8786"], "clusters by address are not supported yet"),
+        (["--schedulers", "tcp://10.0.0.1:8786"], "on a cluster runs `taskgpt train` alone; choose a scheduler of this machine"),
         (["--t1", "nan"], "--t1: wanted at least 0.001, got nan"),
         (["--t1", "inf"], "--t1: wanted at most 1,000,000,000, got inf"),
         (["--steps", "1000000000"], "--steps: wanted at most 1,000,000, got 1000000000"),
