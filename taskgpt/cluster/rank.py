@@ -167,8 +167,9 @@ class _Rank:
     def _take_over(self, m: GPT2, data: Data) -> About | None:
         """Have all ranks begin with the same state, and with the same data; return what it is. Raises UserError, PeerLost."""
         digest = hashlib.sha256(json.dumps(data.fingerprint, sort_keys=True).encode()).hexdigest()
-        has_state = self.here.step >= 0
-        said = _Said(digest, self.here.step, _sum_of_words(m) if has_state else 0, asdict(self.here.about) if self.here.about else None)
+        here = self.here
+        about = asdict(here.about) if here.about else None
+        said = _Said(digest, here.step, _sum_of_words(m) if here.step >= 0 else 0, list(map(list, here.steps)), about)
         others = [_Said(**json.loads(each)) for each in self._tell_all(json.dumps(asdict(said)).encode())]
         for rank, other in enumerate(others):
             if other.data != others[0].data:
@@ -187,6 +188,8 @@ class _Rank:
         if len({each.words for each in others if each.step == newest}) > 1:  # a defect, here or of a machine's memory: nobody's is trusted
             self.here.let_go()
             raise PeerLost(f"ranks have different states after {newest} steps")
+        here.steps.clear()  # who is rank 0 now tells the driver what a lost one may not have told
+        here.steps.extend(map(tuple, others[root].steps))
         if any(each.step != newest for each in others):
             if self.here.step != newest:
                 self.here.let_go()  # which is overwritten from here on, and half of it if this does not come to its end
@@ -246,4 +249,5 @@ class _Said:
     data: str
     step: int
     words: int
+    steps: list[list]  # what its last steps found: see Kept
     about: dict[str, Any] | None
