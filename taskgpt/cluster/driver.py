@@ -37,6 +37,7 @@ from taskgpt.gpt2 import checkpoints
 from taskgpt.gpt2.checkpoints import resumable
 from taskgpt.gpt2.checkpoints.resumable import About
 from taskgpt.gpt2.model import GPT2
+from taskgpt.gpt2.stages import Stage
 from taskgpt.runs.console import Console, StopRequest
 from taskgpt.runs.saving import Saver
 
@@ -52,7 +53,8 @@ class Driver:
     does; `traces`: what collects traces, likewise.
 
     After `run`: seconds of every step; network, of every step (seconds of exchanges, seconds of them in which nothing else was left to do,
-    bytes that rank 0 sent); generations, (first step, ranks) of each; recoveries, in seconds from the news of a loss to the next step.
+    bytes that rank 0 sent); generations, (first step, ranks) of each; recoveries, in seconds from the news of a loss to the next step;
+    ended, how each rank of the last generation has.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class Driver:
         self.native_workers: tuple[int, ...] = ()
         self.generations: list[tuple[int, int]] = []
         self.recoveries: list[float] = []
+        self.ended: dict[int, Ended] = {}
         self.saver: Saver | None = None
         self.traces: Traces | None = None
         self.on_data: Callable[[str, dict[str, Any]], None] = lambda description, fingerprint: None
@@ -113,6 +116,8 @@ class Driver:
                 first = ended.get(0)
                 if first and not any(each.why for each in ended.values()) and len(ended) == job.count:
                     step, holders = first.step, dict.fromkeys(job.addresses, first.step)
+                    self.ended = ended
+                    first = dataclasses.replace(first, diverged=next((each.diverged for each in ended.values() if each.diverged), ""))
                     if first.diverged or first.asked == "stop" or step >= self.last_step or self.stop.is_requested:
                         self._last = job, first
                         return first
@@ -131,7 +136,7 @@ class Driver:
 
     def _choose(self, plan: Sequence[tuple[int, int]], step: int) -> list[Member]:
         """Return the members of the next generation. Raises UserError if none come."""
-        planned = [count for first, count in plan if first <= step]
+        planned = [self.settings.stages] if self.settings.is_staged else [count for first, count in plan if first <= step]
         most = planned[-1] if planned else min(self.settings.ranks or self.micro_batches, self.micro_batches)
         least = planned[-1] if planned else 1
         until = time.monotonic() + self.settings.wait_s
@@ -172,7 +177,7 @@ class Driver:
         saved_step = resumable.read_about(saved).step if saved else -1
         is_kept = newest >= 0 and newest >= saved_step
         if not is_kept and (saved is not None or self.flags["init"] is not None):
-            newest, is_kept = self._push(addresses[0], saved), True
+            newest, is_kept = self._push(addresses, saved), True
         step = max(newest, 0)
         self._number += 1
         self.native_workers = tuple(native_workers(member, members, self.settings) for member in members)
@@ -185,6 +190,7 @@ class Driver:
             run=self.run_id, generation=self._number, addresses=addresses,
             flags=self.flags, graph=self.graph, micro_batches=self.micro_batches, until=until, kept=is_kept, workers=self.native_workers,
             bucket_bytes=int(self.settings.bucket_mib * 2**20), as_bf16=self.settings.wire == "bf16", is_sharded=self.settings.zero,
+            is_staged=self.settings.is_staged,
             timeout_s=self.settings.timeout_s, lease_s=self.settings.wait_s + _LEASE_S, mpi=self._mpi_ranks(members),
             record=self.settings.record,
             best_val_loss=self._best_val_loss,
@@ -197,8 +203,8 @@ class Driver:
             raise UserError(f"{self.settings.where}: collectives=mpi: mpiexec did not start {', '.join(without)}; take collectives=dask")
         return () if asked == "dask" or without else tuple(member.mpi_rank for member in members)  # type: ignore[misc]
 
-    def _push(self, address: str, checkpoint: Path | None) -> int:
-        """Put the state of a checkpoint, or of --init, into a worker; return after how many steps it is."""
+    def _push(self, addresses: Sequence[str], checkpoint: Path | None) -> int:
+        """Put the state of a checkpoint, or of --init, into the first worker, or into each its stage; return after how many steps it is."""
         of = self.graph.model, self.graph.batch, self.graph.tiles, self.graph.options
         holder, about = GPT2(*of), None
         if checkpoint is not None:
@@ -207,11 +213,19 @@ class Driver:
         else:
             checkpoints.load(self.flags["init"], self.graph.model, holder.parameters)
         arrays = holder.state if about else holder.parameters
-        if isinstance(failed := self._call([address], make_room, of, about).get(address), Exception):
-            raise UserError(f"{address}: cannot take the state of the run: {failed}")
-        self.client.sync(put, self.client.rpc, address, self.run_id, arrays)
+        for rank, address in enumerate(addresses if self.settings.is_staged else addresses[:1]):
+            ranges = {name: at for name, at in self._elements_of(rank).items() if name in arrays}
+            if isinstance(failed := self._call([address], make_room, of, about).get(address), Exception):
+                raise UserError(f"{address}: cannot take the state of the run: {failed}")
+            self.client.sync(put, self.client.rpc, address, self.run_id, arrays, ranges)
         self._pushed = about is not None
         return about.step if about else 0
+
+    def _elements_of(self, rank: int) -> dict[str, list[tuple[int, int]]]:
+        """Return which elements of the state a rank has, of which the memory is not touched."""
+        of, count = (self.graph.model, self.graph.batch, self.graph.tiles, self.graph.options), self.settings.stages
+        stage = Stage(rank, count, self.graph.model, self.micro_batches, GPT2.SLOTS, None) if self.settings.is_staged else None
+        return GPT2(*of, stage=stage).elements_here()
 
     # A generation -----------------------------------------------------------------------------------------------------------------------
 
@@ -336,7 +350,7 @@ class Driver:
         offers = self._offers.setdefault(said.step, [])
         offers.append((rank, said, ranges))
         job = self._job_now
-        if job is None or not self.saver or len(offers) < (job.count if job.is_sharded else 1):
+        if job is None or not self.saver or len(offers) < (job.count if job.is_in_parts else 1):
             return
         del self._offers[said.step]
 
@@ -376,11 +390,12 @@ class Driver:
     # The end ----------------------------------------------------------------------------------------------------------------------------
 
     def fetch_parameters(self) -> dict[str, np.ndarray]:
-        """Return the parameters that rank 0 has at the end."""
+        """Return the parameters that rank 0 has at the end, or all stages together."""
         holder = GPT2(self.graph.model, self.graph.batch, self.graph.tiles, self.graph.options)
         job, _ = self._last
-        ranges = {name: [(0, array.size)] for name, array in holder.parameters.items()}
-        self.client.sync(fetch, self.client.rpc, job.addresses[0], self.run_id, holder.parameters, ranges)
+        for rank, address in enumerate(job.addresses if job.is_staged else job.addresses[:1]):
+            ranges = {name: at for name, at in self._elements_of(rank).items() if name in holder.parameters}
+            self.client.sync(fetch, self.client.rpc, address, self.run_id, holder.parameters, ranges)
         return holder.parameters
 
     def close(self) -> None:

@@ -13,8 +13,9 @@ class Job:
 
     run, generation: which; addresses: of the workers, by rank; flags: the command's, as a dict; micro_batches: of a step, of all ranks;
     until: after how many steps this generation ends; kept: True if a rank has the state that it begins with, or else it is the initial one;
-    workers: of each rank's native scheduler; lease_s: how long a worker keeps a state for a driver that is silent; mpi: each rank's number
-    in MPI, if that carries messages; record: tasks that each native worker records.
+    workers: of each rank's native scheduler; is_staged: True if ranks are stages of one model, not replicas; lease_s: how long a worker
+    keeps a state for a driver that is silent; mpi: each rank's number in MPI, if that carries messages; record: tasks that each native
+    worker records.
     """
 
     run: str
@@ -29,6 +30,7 @@ class Job:
     bucket_bytes: int
     as_bf16: bool
     is_sharded: bool
+    is_staged: bool
     timeout_s: float
     lease_s: float
     mpi: tuple[int, ...]
@@ -38,6 +40,11 @@ class Job:
     @property
     def count(self) -> int:
         return len(self.addresses)
+
+    @property
+    def is_in_parts(self) -> bool:
+        """True if no rank has the whole state: what a lost one had can only come from a checkpoint."""
+        return self.is_staged or (self.is_sharded and self.count > 1)
 
     @property
     def topic(self) -> str:
@@ -51,8 +58,8 @@ class Ended:
 
     why: "" as agreed, otherwise which rank was lost, and how. step: how many steps are done. kept: True if the rank has the state after
     them. The others are of what it trained: seconds of each step, sha256 of the parameters, bytes that it sent and received, and of its
-    exchanges by step: seconds that they took, and seconds in which nothing but them was left to do. traced: sizes of
-    what is offered of its trace.
+    exchanges by step: seconds that they took, and seconds in which nothing but them was left to do; of a stage, the seconds of its tasks.
+    traced: sizes of what is offered of its trace.
     """
 
     rank: int
@@ -70,6 +77,7 @@ class Ended:
     payload_bytes: int = 0
     network_s: tuple[float, ...] = ()
     exposed_s: tuple[float, ...] = ()
+    busy_s: tuple[float, ...] = ()
     traced: tuple[int, ...] = ()
     about: About | None = None
     extra: dict[str, Any] = field(default_factory=dict)

@@ -125,9 +125,9 @@ async def fetch(pool: ConnectionPool, address: str, run: str, arrays: Mapping[st
         arrays[name].reshape(-1).view(np.uint8)[start:stop] = answer["data"]
 
 
-async def put(pool: ConnectionPool, address: str, run: str, arrays: Mapping[str, np.ndarray]) -> None:
-    """Fill a worker's arrays with those of the same names. Raises as `fetch`."""
-    for name, start, stop in _pieces(arrays, {name: [(0, array.size)] for name, array in arrays.items()}):
+async def put(pool: ConnectionPool, address: str, run: str, arrays: Mapping[str, np.ndarray], ranges: Ranges) -> None:
+    """Fill ranges of a worker's arrays with those of the same names. Raises as `fetch`."""
+    for name, start, stop in _pieces(arrays, ranges):
         piece = arrays[name].reshape(-1).view(np.uint8)[start:stop]
         answer = await pool(address).taskgpt_state(run=run, name=name, start=start, stop=stop, data=to_serialize(piece))
         if "missing" in answer:

@@ -6,6 +6,7 @@ beside it, answers the driver and carries the messages of the links.
 
 import argparse
 import asyncio
+import gc
 import hashlib
 import json
 import math
@@ -21,6 +22,7 @@ from taskgpt.cluster.dask_links import connected
 from taskgpt.cluster.job import Ended, Job
 from taskgpt.cluster.kept import Kept, forget_later, kept
 from taskgpt.cluster.mpi_links import MpiLinks
+from taskgpt.cluster.rank_stages import StageTraining, sha256_of_stages
 from taskgpt.cluster.rank_training import Asked, RankReport, RankSaver, RankTraining
 from taskgpt.cluster.traces import answer_clock, offers
 from taskgpt.cluster.worker_logs import told_to_driver
@@ -31,10 +33,12 @@ from taskgpt.files import fill
 from taskgpt.gpt2 import checkpoints
 from taskgpt.gpt2.checkpoints.resumable import About
 from taskgpt.gpt2.model import GPT2
+from taskgpt.gpt2.pipeline import stage_loss_graph
 from taskgpt.gpt2.program import loss_graph
 from taskgpt.gpt2.replicas import Replica, share
 from taskgpt.gpt2.sampling import Sampler
 from taskgpt.gpt2.snapshot import Snapshot
+from taskgpt.gpt2.stages import Stage
 from taskgpt.gpt2.steps import Steps
 from taskgpt.gpt2.text.data import Data, open_data
 from taskgpt.gpt2.text.parts import Part
@@ -55,6 +59,7 @@ def train_rank(job: Job, rank: int) -> Ended:
     if job.generation <= here.generation:
         return Ended(rank, here.step, f"generation {job.generation} is over: generation {here.generation} has begun here")
     here.generation, here.asked, here.is_training = job.generation, "", True
+    gc.collect()  # of the model of a generation before, if a circle holds it: of two there would not be room
     if job.mpi:
         links: Any = MpiLinks(job.run, job.generation, rank, job.mpi, job.timeout_s, worker.loop.asyncio_loop)
     else:
@@ -108,21 +113,21 @@ class _Rank:
         data = open_data(self.flags.data, graph.batch.batch_size, graph.batch.seq_len, graph.model.vocabulary, report.say)
         m = self._model()
         steps = Steps(m)
-        vals, sampler = [loss_graph(m, slot) for slot in range(len(m.slots))], Sampler(m)
+        vals, sampler = [(stage_loss_graph if m.stage else loss_graph)(m, slot) for slot in range(len(m.slots))], Sampler(m)
         saver = self._saver(m)
-        graphs = [*vals, *sampler.graphs, *([saver.graph] if saver and saver.graph else [])]
+        graphs = [*vals, *([] if m.stage else sampler.graphs), *([saver.graph] if saver and saver.graph else [])]
         compile_kernels(list(dict.fromkeys([*steps.kernels, *(kernel for each in graphs for kernel in each.kernels)])))
         about = self._take_over(m, data)
         report.data(data.description, data.fingerprint)
         stop = Asked(here)
-        settings = {"workers": job.workers[self.rank], "record": job.record}
+        settings = {"workers": job.workers[self.rank], "record": job.record or (4 * steps.tasks if m.stage else 0)}
         config = load_scheduler("native", settings)
         scheduler = open_scheduler(config.scheduler, config.settings)
         if job.record:
             scheduler = Traced(scheduler)
         if m.replica:
             data = replace(data, train=Part(data.train, self.mine, job.micro_batches))
-        training = RankTraining(self.flags, scheduler, m, data, steps, vals, sampler, report, stop)
+        training = (StageTraining if m.stage else RankTraining)(self.flags, scheduler, m, data, steps, vals, sampler, report, stop)
         training.join(job, self.rank, self.communicator, saver)
         if about is not None:
             training.resume(about, job.best_val_loss)
@@ -149,19 +154,21 @@ class _Rank:
 
     def _model(self) -> GPT2:
         job, graph = self.job, self.job.graph
-        batch, replica = graph.batch, None
-        if job.count > 1:
+        batch, replica, stage = graph.batch, None, None
+        if job.is_staged:
+            stage = Stage(self.rank, job.count, graph.model, job.micro_batches, GPT2.SLOTS, self.communicator)
+        elif job.count > 1:
             batch = replace(batch, accumulate=len(self.mine))
             replica = Replica(self.rank, job.count, job.micro_batches, self.communicator, job.bucket_bytes, job.is_sharded)
-        m = GPT2(graph.model, batch, graph.tiles, graph.options, replica=replica)
+        m = GPT2(graph.model, batch, graph.tiles, graph.options, replica=replica, stage=stage)
         if self.here.gpt is not None:
             m.take_state(self.here.gpt)
         return m
 
     def _saver(self, m: GPT2) -> RankSaver | None:
-        if not (self.rank == 0 or self.job.is_sharded):
+        if not (self.rank == 0 or self.job.is_sharded or self.job.is_staged):
             return None
-        snapshot = None if self.job.is_sharded or not self.flags.save_every else Snapshot(m)
+        snapshot = None if self.job.is_sharded or self.job.is_staged or not self.flags.save_every else Snapshot(m)
         return RankSaver(self.job, self.rank, self.worker, self.here, m, snapshot)
 
     def _take_over(self, m: GPT2, data: Data) -> About | None:
@@ -217,18 +224,20 @@ class _Rank:
     def _ended(self, training: RankTraining, m: GPT2, steps: Steps, lost: str, traced: dict[str, np.ndarray]) -> Ended:
         """Keep the state if it is whole, and say how it ended."""
         here, about = self.here, training.about_now()
-        here.offered = m.state | traced
-        if not (self.job.is_sharded and self.job.count > 1):
+        here.offered = traced if lost and self.job.is_in_parts else m.state | traced
+        if not self.job.is_in_parts:
             here.gpt, here.about, here.step = m, about, about.step
-        bad = "" if checkpoints.is_finite(m.parameters) else "parameters are not finite"
+        parameters = {name: mine for name, array in m.parameters.items() if (mine := array[m.rows_here(name)]).size}
+        bad = "" if checkpoints.is_finite(parameters) else "parameters are not finite"
         if training.has_diverged:
             bad = f"loss is {training.loss}" if not math.isfinite(training.loss) else f"norm of the gradient is {training.norm}"
         network, exposed = training.network_times()
+        sha256 = "" if lost else _on_loop(self.worker, sha256_of_stages(self.links, m)) if m.stage else m.parameters_sha256()
         return Ended(
             self.rank, training.step, lost, kept=here.gpt is not None, diverged="" if lost else bad, asked=training.stop.heard,
-            sha256="" if lost else m.parameters_sha256(), memory_bytes=_peak_bytes(), gflop_per_step=steps.flops / 1e9,
+            sha256=sha256, memory_bytes=_peak_bytes(), gflop_per_step=steps.flops / 1e9,
             tasks_per_step=steps.tasks, seconds=tuple(training.seconds), sent_bytes=self.links.sent_bytes,
-            payload_bytes=training.payload_bytes, network_s=network, exposed_s=exposed,
+            payload_bytes=training.payload_bytes, network_s=network, exposed_s=exposed, busy_s=tuple(training.busy_s),
             traced=tuple(len(each) for each in traced.values()), about=about,
         )  # fmt: skip
 

@@ -85,7 +85,7 @@ class _Names:
 
 
 class RankSaver(Saver):
-    """Offers checkpoints to the driver, who fetches and writes them. With shards, all ranks offer their parts at the same time."""
+    """Offers checkpoints to the driver, who fetches and writes them. Shards and stages offer their parts at the same time."""
 
     def __init__(self, job: Job, rank: int, worker: Worker, here: Kept, m: GPT2, snapshot: Snapshot | None):
         every = Every.of("--save-every", job.flags["save_every"])
@@ -122,7 +122,9 @@ class RankSaver(Saver):
 
     def _ranges(self) -> dict[str, list[tuple[int, int]]]:
         """Return which elements of each array are this rank's to give."""
-        if not self._job.is_sharded or self._job.count == 1:
+        if self._job.is_staged:
+            return self._m.elements_here()
+        if not self._job.is_in_parts:
             return {name: [(0, array.size)] for name, array in self._m.state.items()}
         mine = {name: [(0, array.size)] for name, array in self._m.state.items() if name[:2] not in ("m_", "v_") and self._rank == 0}
         for name, at in self._m.replica.owned():
@@ -149,6 +151,7 @@ class RankTraining(Training):
         self._turn = 0
         self._network: list[float] = []
         self._exposed: list[float] = []
+        self.busy_s: list[float] = []
 
     @property
     def wants_last(self) -> bool:
@@ -178,10 +181,14 @@ class RankTraining(Training):
             self._abouts[step] = self.about(step)
             self._abouts.pop(step - 3, None)
         super()._fill(slot, step, number)
-        if last and self.m.replica is not None:
+        if last and self._has_others:
             self.m.slots[slot].words.array[:] = self._words(step)
         elif last:
             self._said[step] = self._words(step)
+
+    @property
+    def _has_others(self) -> bool:
+        return (self.m.replica or self.m.stage) is not None
 
     def _words(self, step: int) -> np.ndarray:
         words = np.zeros(WORDS)
@@ -194,8 +201,8 @@ class RankTraining(Training):
     def _end_step(self, slot: int, seconds: float) -> None:
         step = self.step
         super()._end_step(slot, seconds)
-        self._hear(self.m.slots[slot].all_words.array[:WORDS] if self.m.replica is not None else self._said.pop(step))
-        if self.m.replica is not None:
+        self._hear(self.m.slots[slot].all_words.array[:WORDS] if self._has_others else self._said.pop(step))
+        if self._has_others:
             self._note_transfers(step)
 
     def _hear(self, words: np.ndarray) -> None:

@@ -44,6 +44,7 @@ class Settings:
     timeout_s: float = field(metadata={"at_least": 1, "at_most": 3600})
     wire: str = field(metadata={"choices": ("fp32", "bf16")})
     zero: bool
+    stages: int = field(metadata=_MOST_WORKERS)
     bucket_mib: float = field(metadata={"at_least": 0.001, "at_most": 1024})
     collectives: str = field(metadata={"choices": ("auto", "dask", "mpi")})
     tls_ca_file: str
@@ -68,11 +69,27 @@ class Settings:
         if len(files) in (1, 2):
             raise ValueError(f"{files[0]}: tls_ca_file, tls_cert and tls_key go together, got {' and '.join(files)} alone; name all three")
         schedule(self.generations)
+        if self.stages > 1:
+            self._place_stages()
+
+    def _place_stages(self) -> None:
+        """Have as many ranks as stages. Raises ValueError for what is for replicas."""
+        given = {"zero": self.zero, "generations": self.generations, 'wire = "bf16"': self.wire == "bf16"}
+        if names := [name for name, value in given.items() if value]:
+            raise ValueError(f"stages: {names[0]} is for ranks that each have the whole model; leave it out, or set stages = 0")
+        if self.ranks not in (0, self.stages):
+            raise ValueError(f"stages: each is one rank, got stages = {self.stages} and ranks = {self.ranks}; leave ranks out")
+        object.__setattr__(self, "ranks", self.stages)
 
     @property
     def started(self) -> int:
         """Return how many workers are started; 0: none, or as many as mpiexec says."""
         return {"local": 1, "slurm": 1, "pbs": 1, "ssh": len(self.hosts.split())}.get(self.start, 0) * self.members
+
+    @property
+    def is_staged(self) -> bool:
+        """True if ranks are stages of one model."""
+        return self.stages > 1
 
     @property
     def where(self) -> str:

@@ -20,6 +20,7 @@ from taskgpt.errors import UserError, shorten
 from taskgpt.gpt2 import checkpoints
 from taskgpt.gpt2.model import GPT2
 from taskgpt.gpt2.replicas import Replica
+from taskgpt.gpt2.stages import Stage
 from taskgpt.gpt2.steps import Steps
 from taskgpt.lab import machine
 from taskgpt.lab.disturbance import Disturbance
@@ -72,22 +73,31 @@ class ClusterTraining:
         self.settings = dataclasses.replace(self.settings, record=record)
         if flags.trace is not None:
             verify_can_save(flags.trace)
+        if self.settings.stages > self.graph.model.layers:
+            wanted = f"stages: wanted at most {self.graph.model.layers}, one for each layer of the model, got {self.settings.stages}"
+            raise UserError(f"{wanted}; take fewer")
         with nullcontext(client) if client else opened(self.settings, self.report.say) as cluster:
             members = ready(cluster, self.settings, self._bytes_needed(), self.report.say)
-            if self.graph.batch.accumulate == 1 and self.start.about is None and flags.total_batch is None:
+            if not self.settings.is_staged and self.graph.batch.accumulate == 1 and self.start.about is None and flags.total_batch is None:
                 batch = dataclasses.replace(self.graph.batch, accumulate=len(members))
                 self.graph = dataclasses.replace(self.graph, batch=batch)
             return self._train(cluster, members)
 
     def _bytes_needed(self) -> int:
-        """Return the bytes of a rank's tensors, and of the copy of its state that a checkpoint is made from."""
-        graph, replica = self.graph, Replica(0, 2, 2, None, 1)  # type: ignore[arg-type]
+        """Return the bytes of a rank's tensors, and of the copy of its state that a checkpoint is made from; of stages the largest."""
+        graph, replica, count = self.graph, Replica(0, 2, 2, None, 1), self.settings.stages  # type: ignore[arg-type]
+        if self.settings.is_staged:
+            stages = [Stage(rank, count, graph.model, graph.batch.accumulate, GPT2.SLOTS, None) for rank in range(count)]
+            return max(GPT2.bytes_needed(graph.model, graph.batch, graph.tiles, graph.options, stage=stage) for stage in stages)
         needed = GPT2.bytes_needed(graph.model, graph.batch, graph.tiles, graph.options, replica)
         return needed + (12 * graph.model.parameter_count() if self.flags.save_every else 0)
 
     def _train(self, client: Client, members: list[Member]) -> int:
         graph, flags, start, report, stop = self.graph, self.flags, self.start, self.report, self.stop
         told = {name: getattr(flags, name) for name in _TOLD_FLAGS} | {"has_folder": start.folder is not None}
+        if self.settings.is_staged and flags.sample_every:
+            told["sample_every"] = 0
+            report.say("stages write no samples on the way; `taskgpt sample --init RUN` does, from a checkpoint")
         driver = Driver(client, self.settings, _Roster(client, members, self._bytes_needed()).members, graph, told, report, stop)
         driver.on_log = self._log_of_worker
         driver.traces = Traces(client) if flags.trace is not None else None
@@ -168,25 +178,46 @@ class ClusterTraining:
             "recoveries_s": driver.recoveries,
             "payload_bytes_per_step": driver.network[-1][2] if driver.network else 0,
         }
-        if driver.network:
+        if self.settings.is_staged:
+            summary["cluster"] |= self._stages_found(driver)
+        elif driver.network:
             steady = driver.network[1:] or driver.network
             network_s, exposed_s = (sum(each[at] for each in steady) for at in (0, 1))
             hidden = 1 - exposed_s / network_s if network_s else 1.0
             summary["cluster"] |= {"network_s_per_step": network_s / len(steady), "hidden_share": hidden}
             sent = f"{driver.network[-1][2] / 1e6:,.1f} MB sent by each rank a step"
             report.tell("network", f"{sent}, {network_s / len(steady) * 1e3:.1f} ms, {hidden:.0%} of it behind the backward pass")
-        if len(driver.generations) > 1:
+        if len(driver.generations) > 1 and not self.settings.is_staged:  # of stages, they change no bit
             report.tell("generations", f"{summary['cluster']['generations']} (repeat this run's bits with --set generations='...')")
         if driver.recoveries:
             report.tell("recoveries", f"{len(driver.recoveries)}, median {statistics.median(driver.recoveries):.1f} s")
         report.summary(summary, is_wanted=bool(driver.seconds))
 
+    def _stages_found(self, driver: Driver) -> dict[str, Any]:
+        """Say what each stage had to do, and return it: seconds without a task are a bubble, whether of the schedule or of the network."""
+        count, micro_batches = self.settings.stages, driver.micro_batches
+        ranks = [driver.ended[rank] for rank in range(count)] if len(driver.ended) == count else []
+        needed = [round(each.memory_bytes / 2**30, 2) for each in ranks]
+        found: dict[str, Any] = {"stages": count, "memory_gib": needed, "bubble_of_schedule": (count - 1) / (micro_batches + count - 1)}
+        steps = len(ranks[0].busy_s) if ranks else 0
+        if steps > 1:  # of the first, which warms up, nothing is said
+            wall_s = sum(ranks[0].seconds[-steps + 1 :])
+            shares = [sum(each.busy_s[1:]) / (wall_s * workers) for each, workers in zip(ranks, driver.native_workers, strict=True)]
+            found |= {"busy_shares": shares, "bubble": 1 - statistics.fmean(shares)}
+            said = f"{found['bubble']:.0%} of the workers' time without a task, {found['bubble_of_schedule']:.0%} by the schedule"
+            self.report.tell("bubble", f"{said} of {count} stages and {micro_batches} micro-batch{'es' * (micro_batches > 1)}")
+        self.report.tell("stages", f"{', '.join(f'{each:.2f}' for each in needed)} GiB at most")
+        return found
+
 
 def described(settings: Settings, members: list[Member], micro_batches: int) -> str:
     """Return a line for people: how many ranks of which cluster."""
-    count = min(len(members), micro_batches)
+    count = settings.stages if settings.is_staged else min(len(members), micro_batches)
     hosts = len({member.host for member in members[:count]})
-    parts = [f"cluster: {count} rank{'s' * (count > 1)} on {hosts} machine{'s' * (hosts > 1)}", shorten(settings.where)]
+    parts = [
+        f"cluster: {count} {'stage' if settings.is_staged else 'rank'}{'s' * (count > 1)} on {hosts} machine{'s' * (hosts > 1)}",
+        shorten(settings.where),
+    ]
     parts += [f"{settings.wire} on the wire"] if settings.wire != "fp32" else []
     return ", ".join([*parts, "moments in shards"] if settings.zero else parts)
 

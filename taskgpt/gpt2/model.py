@@ -363,11 +363,24 @@ class GPT2:
         """Parameters that belong to no layer: those of embedding, head, and the norm before it."""
         return "wte", "wpe", *("lnf" + suffix for suffix in self.model.norms.parameters)
 
+    @property
+    def of_layers(self) -> list[str]:
+        """Parameters whose first axis is that of layers."""
+        return [name for name in self.p.tensors if name not in self._of_vocabulary]
+
     def rows_here(self, name: str) -> slice:
         """Return which of a parameter's rows, or layers, are here."""
         if name in self._of_vocabulary:
             return slice(0, self.p.tensors[name].shape[0] if self.has_vocabulary else 0)
         return slice(self.layers.start, self.layers.stop)
+
+    def elements_here(self) -> dict[str, list[tuple[int, int]]]:
+        """Return which elements of the arrays of `state` are here, in ranges. What the guard has seen is everywhere."""
+        found = {}
+        for prefix, name in ((prefix, name) for prefix in ("", "m_", "v_") for name in self.p.tensors):
+            here, row = self.rows_here(name), self.p.tensors[name].array[0].size
+            found[prefix + name] = [(here.start * row, here.stop * row)]
+        return found | {name: [(0, tensor.array.size)] for name, tensor in self.w.tensors.items()}
 
 
 class _Joined(Arena):

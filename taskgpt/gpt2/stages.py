@@ -37,9 +37,11 @@ def layers_of(model: Model, rank: int, count: int) -> range:
 class Stage:
     """Which stage a model is, and what its program exchanges. `micro_batches`: of a step; `slots`: of the model."""
 
-    def __init__(self, rank: int, count: int, model: Model, micro_batches: int, slots: int, exchange: Exchange):
+    def __init__(self, rank: int, count: int, model: Model, micro_batches: int, slots: int, exchange: Exchange | None):
         self.rank, self.count, self.micro_batches, self.exchange = rank, count, micro_batches, exchange
         self.layers = layers_of(model, rank, count)
+        if exchange is None:
+            return
         into = [((at - 1) % count, at) for at in range(count)]  # of each stage: where its residual stream comes from
         self._residuals = [[exchange.new_bucket(MOVE, 1, hop) for _ in range(micro_batches)] for hop in into]
         self._gradients = [[exchange.new_bucket(MOVE, 1, hop[::-1]) for _ in range(micro_batches)] for hop in into]

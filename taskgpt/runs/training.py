@@ -191,8 +191,9 @@ class Training:
                     return
 
     def _fill(self, slot: int, step: int, number: int) -> None:
-        """Write into a slot what a micro-batch of a step begins with."""
-        self.data.train.next_batch(*self.m.inputs(slot))
+        """Write into a slot what a graph of a step begins with."""
+        for held in range(self.m.held):
+            self.data.train.next_batch(*self.m.inputs(slot, held))
         self.m.set_hyper(step, self.learning_rate(step), self.flags.weight_decay, slot=slot)
 
     def _end_step(self, slot: int, seconds: float) -> None:
