@@ -43,6 +43,7 @@ from taskgpt.runs.saving import Saver
 
 _LOOK_S, _POLL_S = 0.1, 0.5  # between looks for news of ranks, and for workers that have come or gone
 _RESERVE_S, _LEASE_S = 60.0, 120.0  # how long workers are kept for a generation to begin; what a driver may be silent beside `wait_s`
+_MOST_FRUITLESS = 5
 _RESULT_S = 10.0  # for a result that a worker has
 _GRACE_S = 5.0  # beyond the time after which a silent rank is lost: until then the others have noticed
 
@@ -91,6 +92,7 @@ class Driver:
         self._pushed = False  # the state of this generation comes from a checkpoint
         self._job_now: Job | None = None
         self._number = -1  # of the generation
+        self._fruitless = 0  # generations, the last ones, that have done no step
         self._heard: dict[str, tuple[float, float]] = {}  # of each worker: when the scheduler last heard of it, and when we saw that
         self._lost: dict[str, float] = {}  # workers that were lost, and what the scheduler had heard of them then
         self._lost_s = 0.0  # when a loss was noticed that is not made good yet
@@ -112,7 +114,9 @@ class Driver:
             while True:
                 members = self._choose(plan, step)
                 job = self._job(members, plan, step, holders)
+                before = self._steps_told
                 ended = self._generation(job)
+                self._fruitless = self._fruitless + 1 if self._steps_told == before else 0
                 first = ended.get(0)
                 if first and not any(each.why for each in ended.values()) and len(ended) == job.count:
                     step, holders = first.step, dict.fromkeys(job.addresses, first.step)
@@ -122,6 +126,11 @@ class Driver:
                         self._last = job, first
                         return first
                     continue
+                if self._fruitless == _MOST_FRUITLESS:
+                    whys = "; ".join(dict.fromkeys(each.why for each in ended.values() if each.why)) or "all ranks were lost"
+                    raise UserError(
+                        f"{self.settings.where}: {_MOST_FRUITLESS} generations in a row ended without a step: {whys}{self._go_on()}"
+                    )
                 holders = {job.addresses[rank]: each.step for rank, each in ended.items() if each.kept}
                 step = max(holders.values(), default=begin)
         finally:

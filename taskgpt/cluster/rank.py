@@ -176,7 +176,8 @@ class _Rank:
         digest = hashlib.sha256(json.dumps(data.fingerprint, sort_keys=True).encode()).hexdigest()
         here = self.here
         about = asdict(here.about) if here.about else None
-        said = _Said(digest, here.step, _sum_of_words(m) if here.step >= 0 else 0, list(map(list, here.steps)), about)
+        words = _sum_of_words(m) if here.step >= 0 and not self.job.is_staged else 0  # stages have a part of the state each
+        said = _Said(digest, here.step, words, list(map(list, here.steps)), about)
         others = [_Said(**json.loads(each)) for each in self._tell_all(json.dumps(asdict(said)).encode())]
         for rank, other in enumerate(others):
             if other.data != others[0].data:
