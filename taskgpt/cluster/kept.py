@@ -105,6 +105,12 @@ async def reserve(run: str, seconds: float, dask_worker: Worker) -> bool:
     return True
 
 
+def give_back(worker: Worker, run: str) -> None:
+    """Have a worker that was kept for a run be anybody's, as its rank here has ended: the driver, if it wants it again, says so."""
+    if _reserved.get(worker, ("", 0.0))[0] == run:
+        del _reserved[worker]
+
+
 async def forget_later(worker: Worker, run: str, generation: int, seconds: float) -> None:
     """Let go of all that is kept of a run whose driver has not come back after so long: it is gone."""
     await asyncio.sleep(seconds)

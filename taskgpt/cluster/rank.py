@@ -20,7 +20,7 @@ from distributed import Worker, get_worker
 
 from taskgpt.cluster.dask_links import connected
 from taskgpt.cluster.job import Ended, Job
-from taskgpt.cluster.kept import Kept, forget_later, kept
+from taskgpt.cluster.kept import Kept, forget_later, give_back, kept
 from taskgpt.cluster.mpi_links import MpiLinks
 from taskgpt.cluster.rank_stages import StageTraining, sha256_of_stages
 from taskgpt.cluster.rank_training import Asked, RankReport, RankSaver, RankTraining
@@ -80,6 +80,7 @@ def train_rank(job: Job, rank: int) -> Ended:
         communicator.close()
         _on_loop(worker, links.close())
         here.is_training = False
+        give_back(worker, job.run)
         asyncio.run_coroutine_threadsafe(forget_later(worker, job.run, job.generation, job.lease_s), worker.loop.asyncio_loop)
 
 
