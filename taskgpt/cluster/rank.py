@@ -59,7 +59,8 @@ def train_rank(job: Job, rank: int) -> Ended:
     if job.generation <= here.generation:
         return Ended(rank, here.step, f"generation {job.generation} is over: generation {here.generation} has begun here")
     here.generation, here.asked, here.is_training = job.generation, "", True
-    gc.collect()  # of the model of a generation before, if a circle holds it: of two there would not be room
+    if job.is_staged and job.generation:
+        gc.collect()  # of the model of the generation before, if a circle holds it: of two there would not be room
     if job.mpi:
         links: Any = MpiLinks(job.run, job.generation, rank, job.mpi, job.timeout_s, worker.loop.asyncio_loop)
     else:
