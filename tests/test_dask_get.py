@@ -180,7 +180,7 @@ class TestContract:
         code = "import sys, taskgpt; assert 'dask' not in sys.modules; assert callable(taskgpt.get); taskgpt.nothing"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         assert done.stderr.endswith("AttributeError: module 'taskgpt' has no attribute 'nothing'\n")
-        assert taskgpt.__all__ == ["get", "scheduler"]
+        assert taskgpt.__all__ == ["get", "scheduler", "train"]
 
 
 FAN = "a-->p b-->p a-->u u-->q"
