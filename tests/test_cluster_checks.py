@@ -96,7 +96,7 @@ def test_what_a_run_goes_on_with_is_noted():
 @pytest.fixture(scope="module")
 def there():
     """A cluster of two workers in threads of this process."""
-    quiet = {"dashboard_address": "127.0.0.1:0", "worker_dashboard_address": "127.0.0.1:0", "silence_logs": 50}
+    quiet = {"dashboard_address": "127.0.0.1:0", "scheduler_kwargs": {"dashboard": False}, "silence_logs": 50}
     with LocalCluster(n_workers=2, threads_per_worker=1, processes=False, protocol="tcp://", memory_limit=0, **quiet) as cluster:
         yield cluster
 
@@ -130,7 +130,7 @@ def test_processes_that_a_run_cannot_use(tmp_path, monkeypatch):
             sys.meta_path.insert(0, Without())
         """)
     )
-    quiet = {"dashboard_address": "127.0.0.1:0", "silence_logs": 50}
+    quiet = {"dashboard_address": "127.0.0.1:0", "scheduler_kwargs": {"dashboard": False}, "silence_logs": 50}
     with LocalCluster(n_workers=0, processes=False, protocol="tcp://", **quiet) as cluster:
         worker = [sys.executable, "-m", "distributed.cli.dask_worker", cluster.scheduler_address, "--no-nanny", "--no-dashboard"]
         worker += ["--host", "127.0.0.1", "--nthreads", "1", "--local-directory", str(tmp_path), "--name"]

@@ -27,7 +27,7 @@ def settings(**changes) -> Settings:
     return load_scheduler("cluster", changes, may_be_cluster=True).settings
 
 
-QUIET = {"dashboard_address": "127.0.0.1:0", "worker_dashboard_address": "127.0.0.1:0", "silence_logs": logging.CRITICAL}
+QUIET = {"dashboard_address": "127.0.0.1:0", "scheduler_kwargs": {"dashboard": False}, "silence_logs": logging.CRITICAL}
 
 
 @pytest.fixture(scope="module")

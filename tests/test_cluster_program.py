@@ -13,7 +13,7 @@ from taskgpt.cluster import speeds
 @pytest.fixture(scope="module")
 def address():
     """Of a cluster of two workers in threads of this process."""
-    quiet = {"dashboard_address": "127.0.0.1:0", "worker_dashboard_address": "127.0.0.1:0", "silence_logs": 50}
+    quiet = {"dashboard_address": "127.0.0.1:0", "scheduler_kwargs": {"dashboard": False}, "silence_logs": 50}
     with LocalCluster(n_workers=2, threads_per_worker=1, processes=False, protocol="tcp://", memory_limit=0, **quiet) as cluster:
         yield cluster.scheduler_address
 

@@ -28,7 +28,7 @@ def client():
     """A cluster of three worker processes."""
     options = {"threads_per_worker": 1, "host": "127.0.0.1", "dashboard_address": "127.0.0.1:0", "scheduler_kwargs": {"dashboard": False}}
     with (
-        LocalCluster(n_workers=3, worker_dashboard_address="127.0.0.1:0", memory_limit=0, **options) as cluster,
+        LocalCluster(n_workers=3, memory_limit=0, **options) as cluster,
         Client(cluster, set_as_default=False) as client,
     ):
         client.wait_for_workers(3)

@@ -73,7 +73,7 @@ def _jobs(stack: ExitStack, settings: Settings, security: Security) -> Client:
     import dask_jobqueue
 
     make_cluster = {"slurm": dask_jobqueue.SLURMCluster, "pbs": dask_jobqueue.PBSCluster}[settings.start]
-    worker = ["--nthreads", "1", "--memory-limit", "0", "--dashboard-address", _HERE]  # the last of each counts
+    worker = ["--nthreads", "1", "--memory-limit", "0", "--no-dashboard", "--dashboard-address", _HERE]  # the last of each counts
     if not settings.interface:
         worker += ["--host", "127.0.0.1"]
     listens = {"interface": settings.interface} if settings.interface else {"host": "127.0.0.1"}

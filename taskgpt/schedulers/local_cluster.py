@@ -191,7 +191,10 @@ def start(stack: ExitStack, processes: bool, **others: object) -> tuple[LocalClu
             # What is started from here, and by that, inherits the mask and leaves them to the main process, which may yet save its work.
             # SIGUSR1, with which it says that the end is near, would end them.
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
-        quiet = {"worker_dashboard_address": "127.0.0.1:0", "silence_logs": logging.CRITICAL}  # what goes wrong is raised
+        # Where the scheduler has no dashboard, worker processes have none: each would import bokeh, 0.8 s of a core. They listen on their
+        # host all the same, 127.0.0.1; threads have none, and would listen on all.
+        worker_dashboard = "127.0.0.1:0" if not processes or others["scheduler_kwargs"]["dashboard"] else None
+        quiet = {"worker_dashboard_address": worker_dashboard, "silence_logs": logging.CRITICAL}  # what goes wrong is raised
         try:
             with dask.config.set(CONFIG):
                 cluster = stack.enter_context(LocalCluster(processes=processes, memory_limit=0, **quiet, **others))
