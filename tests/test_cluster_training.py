@@ -3,17 +3,23 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from distributed import Client, LocalCluster
 from hosts import DaskHosts, why_not
 
 import taskgpt
+from taskgpt.cluster import rank_training
+from taskgpt.cluster.kept import Kept
 from taskgpt.errors import UserError
+from taskgpt.lab.dashboard.live import Live
+from taskgpt.runs.console import Console
 
 TEXT = "To be, or not to be, that is the question:\nWhether 'tis nobler in the mind to suffer\n\n" * 400
 
@@ -84,12 +90,62 @@ def strike(client, number: int, after_lines: int, log):
     return thread
 
 
+@pytest.fixture
+def shown(monkeypatch):
+    """Return what a page shows, and what ranks have said for it, when there is a page."""
+    pytest.importorskip("bokeh", reason="the dashboard needs bokeh: pip install 'taskgpt[dashboard]'")
+    kept: list = []
+    open_live, rank = Console.open_live, Live.rank
+
+    def keep(console: Console, workers: int) -> Live:
+        kept.extend((open_live(console, workers), []))
+        return kept[0]
+
+    def listen(live: Live, *said) -> None:
+        kept[1].append(said)
+        rank(live, *said)
+
+    monkeypatch.setattr(Console, "open_live", keep)
+    monkeypatch.setattr(Live, "rank", listen)
+    return kept
+
+
+def verify_page(live, said, cluster, before, after):
+    """Compare the page with the summary, and with the addresses of the workers before the run and after it."""
+    from bokeh.document import Document
+    from bokeh.models import Div
+
+    from taskgpt.lab.dashboard.page import fill, rank_table
+
+    assert all(seconds > 0 and wait_s > 0 for number, _, seconds, wait_s in said if number == 1)
+    assert {number for number, step, *_ in said if step < 120} == {0, 1}  # before they end, which the driver is told anyway
+    table = rank_table(live.ranks)
+    rows = [dict(zip(table["head"], (cell.replace(",", "") for cell in row), strict=True)) for row in table["rows"]]
+    here, lost = ([row for row in rows if row["state"] == state] for state in ("here", "lost"))
+    generations = cluster["generations"].split()
+    assert [row["rank"] for row in here] == [str(rank) for rank in range(int(generations[-1].partition("x")[2]))]
+    assert {row["generation"] for row in here} == {str(len(generations) - 1)} and {row["steps done"] for row in here} == {"120"}
+    assert {row["worker"] for row in here} <= after and {row["machine"] for row in here} == {socket.gethostname()}
+    assert all(float(row["tok/s"]) > 0 for row in here)
+    assert all((float(row["ms waiting for the network"]) > 0) if len(here) == 2 else (row["of the step"] == "-") for row in here)
+    assert {row["worker"] for row in lost} == before - {row["worker"] for row in here}
+    document = Document()
+    fill(document, live, {})
+    page = "".join(div.text for div in document.select({"type": Div}))
+    assert all(row["worker"] in page for row in rows) and f"on {len(here)} rank" in page
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_lost_worker_costs_a_step_and_no_bit(client, text, tmp_path, number, capsys):
-    """The others go on from memory; the bits are those of a run that was planned to lose it, and to get another, at those steps."""
+def test_a_lost_worker_costs_a_step_and_no_bit(client, text, tmp_path, number, capsys, shown):
+    """The others go on from memory; the bits are those of a run that was planned to lose it, and to get another, at those steps.
+
+    The dashboard's page has a row for each rank, by its own word, and says who was lost.
+    """
+    before = set(client.scheduler_info()["workers"])
     thread = strike(client, number, 10, tmp_path / "log.jsonl")
-    found = run(text, client, steps=120, val_every=0, log=tmp_path / "log.jsonl", set=["timeout_s=2"])
+    found = run(text, client, steps=120, val_every=0, log=tmp_path / "log.jsonl", set=["timeout_s=2"], dashboard=0)
     thread.join()
+    verify_page(*shown, found["cluster"], before, set(client.scheduler_info()["workers"]))
     client.wait_for_workers(2, timeout=60)
     generations = found["cluster"]["generations"]
     assert " " in generations and found["steps"] == 120
@@ -97,6 +153,25 @@ def test_a_lost_worker_costs_a_step_and_no_bit(client, text, tmp_path, number, c
     planned = run(text, client, steps=120, val_every=0, set=[f"generations={generations}"], total_batch=512)
     assert planned["cluster"]["generations"] == generations
     assert planned["parameters_sha256"] == found["parameters_sha256"]
+
+
+def test_a_rank_says_how_it_is_now_and_then(monkeypatch):
+    """Twice a second at most, also if it is not rank 0, and only where somebody is shown that; it goes on if it cannot."""
+    clock, said = [0.0], []
+
+    def log_event(topic, told):
+        said.append((clock[0], topic, told["generation"], told["what"], *told["found"]))
+        raise OSError("the scheduler is gone")
+
+    monkeypatch.setattr(rank_training, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    for is_watched in (True, False):
+        job = SimpleNamespace(topic="run", generation=3, is_watched=is_watched)
+        report = rank_training.RankReport(job, 1, SimpleNamespace(log_event=log_event), Kept())
+        for step in range(12):
+            clock[0] = step / 8
+            report.rank(step, 0.125, 0.03)
+            report.say("nothing")
+    assert said == [(step / 8, "run", 3, "rank", 1, step, 0.125, 0.03) for step in (0, 4, 8)]
 
 
 def test_shards_are_saved_whole(client, text, tmp_path):

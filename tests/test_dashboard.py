@@ -303,9 +303,12 @@ def test_a_browser_shows_a_program_that_is_no_training(tmp_path):
 @needs_browser
 @pytest.mark.parametrize(("name", "stops"), [("native", False), ("native", True), ("local-cluster", False)])
 def test_a_page_says_how_the_run_ended(name, stops, tmp_path):
-    """Who looks until the end sees whether it is finished, though the server is gone by then; and where it was, and the last sample."""
+    """Who looks until the end sees whether it is finished, though the server is gone by then; and where it was, and the last sample.
+
+    Also of a run that goes on from a checkpoint, after its first steps.
+    """
     bare = opened(name)
-    live = Live(2, "a run", total=3)
+    live = Live(2, "a run", total=9)
     dashboard = Dashboard(live, "" if name == "local-cluster" else "0")
     found = {}
 
@@ -316,7 +319,7 @@ def test_a_page_says_how_the_run_ended(name, stops, tmp_path):
         found["text"], _ = visit(dashboard.url, ready, text, tmp_path, expected="CONNECTION_REFUSED|Failed to connect")
 
     with socket.create_server(("127.0.0.1", 0)) as doorbell, bare, dashboard.serve(bare):
-        for step in range(2 if stops else 3):
+        for step in range(6, 8 if stops else 9):
             live.step(step, 2.5, 1000.0, left_s=60)
         live.samples.append((2, "to be <or> not"))
         viewer = threading.Thread(target=look)
@@ -325,7 +328,7 @@ def test_a_page_says_how_the_run_ended(name, stops, tmp_path):
         with doorbell.accept()[0] as visitor:  # who sees the sample
             visitor.sendall(b"HTTP/1.1 204 No Content\r\n\r\n")
     viewer.join(30)
-    assert ("step 2 of 3, ended early: loss" if stops else "step 3 of 3, finished: loss") in found["text"]
+    assert ("step 8 of 9, ended early: loss" if stops else "step 9 of 9, finished: loss") in found["text"]
     assert "sample after 2 steps" in found["text"] and "to be &lt;or&gt; not" in found["text"]
 
 

@@ -37,7 +37,9 @@ from taskgpt.gpt2 import checkpoints
 from taskgpt.gpt2.checkpoints import resumable
 from taskgpt.gpt2.checkpoints.resumable import About
 from taskgpt.gpt2.model import GPT2
+from taskgpt.gpt2.replicas import share
 from taskgpt.gpt2.stages import Stage
+from taskgpt.lab.dashboard.live import Live, Rank
 from taskgpt.runs.console import Console, StopRequest
 from taskgpt.runs.saving import Saver
 
@@ -51,7 +53,7 @@ _GRACE_S = 5.0  # beyond the time after which a silent rank is lost: until then 
 class Driver:
     """Leads a run. `roster`: which of some addresses are fit to be ranks; `on_data(description, fingerprint)`: called when rank 0 has
     opened its data, before it trains; `on_log(line)`: called for what a worker logs; `saver`: what writes checkpoints, None where nothing
-    does; `traces`: what collects traces, likewise.
+    does; `traces`: what collects traces, likewise; `live`: what somebody is shown meanwhile, likewise.
 
     After `run`: seconds of every step; network, of every step (seconds of exchanges, seconds of them in which nothing else was left to do,
     bytes that rank 0 sent); generations, (first step, ranks) of each; recoveries, in seconds from the news of a loss to the next step;
@@ -80,6 +82,7 @@ class Driver:
         self.ended: dict[int, Ended] = {}
         self.saver: Saver | None = None
         self.traces: Traces | None = None
+        self.live: Live | None = None
         self.on_data: Callable[[str, dict[str, Any]], None] = lambda description, fingerprint: None
         self.on_log: Callable[[str], None] = report.say
         self._roster = roster
@@ -192,6 +195,8 @@ class Driver:
         self.native_workers = tuple(native_workers(member, members, self.settings) for member in members)
         until = min([first for first, _ in plan if first > step], default=self.last_step)
         self.generations.append((step, len(members)))
+        if self.live:
+            self.live.begin_ranks(self._rank_of(rank, members, step) for rank in range(len(members)))
         if self._number:
             where = "from memory" if step and not self._pushed else ("from the last checkpoint" if step else "from the beginning")
             self.report.tell("generation", f"{self._number}: {len(members)} ranks go on after {step} steps, {where}")
@@ -199,11 +204,16 @@ class Driver:
             run=self.run_id, generation=self._number, addresses=addresses,
             flags=self.flags, graph=self.graph, micro_batches=self.micro_batches, until=until, kept=is_kept, workers=self.native_workers,
             bucket_bytes=int(self.settings.bucket_mib * 2**20), as_bf16=self.settings.wire == "bf16", is_sharded=self.settings.zero,
-            is_staged=self.settings.is_staged,
+            is_staged=self.settings.is_staged, is_watched=self.live is not None,
             timeout_s=self.settings.timeout_s, lease_s=self.settings.wait_s + _LEASE_S, mpi=self._mpi_ranks(members),
             record=self.settings.record,
             best_val_loss=self._best_val_loss,
         )  # fmt: skip
+
+    def _rank_of(self, rank: int, members: Sequence[Member], step: int) -> Rank:
+        """Return what is known of a rank before it says anything."""
+        mine = self.micro_batches if self.settings.is_staged else len(share(self.micro_batches, rank, len(members)))
+        return Rank(rank, members[rank].address, members[rank].host, self._number, mine * self.graph.batch.rows, step)
 
     def _mpi_ranks(self, members: Sequence[Member]) -> tuple[int, ...]:
         """Return the members' numbers in MPI, if MPI is to carry their messages. Raises UserError if it is asked for, and cannot."""
@@ -284,6 +294,10 @@ class Driver:
             if rank not in ended:
                 self._lost[address] = self._heard.get(address, (0.0, 0.0))[0]
                 self.report.tell("lost", f"rank {rank} ({address}), after {self._steps_told} steps")
+            if self.live and rank not in ended:
+                self.live.lose_rank(rank)
+            elif self.live and (seconds := ended[rank].seconds):  # it may have said nothing of its last steps
+                self.live.rank(rank, ended[rank].step, seconds[-1], ended[rank].exposed_s[-1] if ended[rank].exposed_s else None)
         if self.traces:
             self.traces.collect(job, ended)
         return ended
@@ -326,6 +340,9 @@ class Driver:
             self.report.say(found[0])
         elif what == "log":
             self.on_log(found[0])
+        elif what == "rank":
+            if self.live:
+                self.live.rank(*found)
         elif what == "network":
             self.network.append(tuple(found[1:]))
             self._log_network(*found)

@@ -13,9 +13,9 @@ class Job:
 
     run, generation: which; addresses: of the workers, by rank; flags: the command's, as a dict; micro_batches: of a step, of all ranks;
     until: after how many steps this generation ends; kept: True if a rank has the state that it begins with, or else it is the initial one;
-    workers: of each rank's native scheduler; is_staged: True if ranks are stages of one model, not replicas; lease_s: how long a worker
-    keeps a state for a driver that is silent; mpi: each rank's number in MPI, if that carries messages; record: tasks that each native
-    worker records.
+    workers: of each rank's native scheduler; is_staged: True if ranks are stages of one model, not replicas; is_watched: True if each
+    is to say how it is; lease_s: how long a worker keeps a state for a driver that is silent; mpi: each rank's number in MPI, if that
+    carries messages; record: tasks that each native worker records.
     """
 
     run: str
@@ -31,6 +31,7 @@ class Job:
     as_bf16: bool
     is_sharded: bool
     is_staged: bool
+    is_watched: bool
     timeout_s: float
     lease_s: float
     mpi: tuple[int, ...]

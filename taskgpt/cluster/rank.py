@@ -111,7 +111,7 @@ class _Rank:
     def run(self) -> Ended:
         job, here = self.job, self.here
         graph = job.graph
-        report = RankReport(self.worker if self.rank == 0 else None, here, job.topic, job.generation)
+        report = RankReport(job, self.rank, self.worker, here)
         data = open_data(self.flags.data, graph.batch.batch_size, graph.batch.seq_len, graph.model.vocabulary, report.say)
         m = self._model()
         steps = Steps(m)

@@ -1,15 +1,17 @@
 """The loop of training in a rank: the one of every training run, with what ranks say to each other on the way.
 
 Whatever decides how the run goes on, a stop, a checkpoint, new members, is said by rank 0 in a word of a step, and heard by all ranks at
-the end of that step: so all do the same after the same step. What a person sees comes from rank 0, by the driver.
+the end of that step: so all do the same after the same step. What a person sees comes from rank 0, by the driver, and from each rank how it
+is itself.
 """
 
 import dataclasses
 import json
+import math
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from taskgpt.tasks import Graph
 ASKED = ("", "stop", "regroup")  # what the driver can ask for, by the word that says it
 _ASKED_WORD, _SAVE_WORD = 1, 2
 _LOOK_S = 0.1
+_TELL_S = 0.5  # between what a rank says of itself: a page looks once a second
 
 
 class Asked:
@@ -45,14 +48,20 @@ class Asked:
 
 
 class RankReport:
-    """In place of Console: rank 0 tells the driver, the others nobody. What the last steps found is kept, for one that is rank 0 next."""
+    """In place of Console: rank 0 tells the driver, the others nothing but how they are. What the last steps found is kept, for one that is
+    rank 0 next.
+    """
 
-    def __init__(self, worker: Worker | None, here: Kept, topic: str, generation: int):
-        self._worker, self._here, self._topic, self._generation = worker, here, topic, generation
+    def __init__(self, job: Job, rank: int, worker: Worker, here: Kept):
+        self._job, self._rank, self._worker, self._here = job, rank, worker, here
+        self._told_s = -math.inf
 
     def tell(self, what: str, *found: Any) -> None:
-        if self._worker is not None:
-            self._worker.log_event(self._topic, {"generation": self._generation, "what": what, "found": found})
+        if self._rank == 0:
+            self._send(what, found)
+
+    def _send(self, what: str, found: tuple) -> None:
+        self._worker.log_event(self._job.topic, {"generation": self._job.generation, "what": what, "found": found})
 
     def say(self, line: str) -> None:
         self.tell("say", line)
@@ -75,6 +84,14 @@ class RankReport:
 
     def network(self, step: int, network_s: float, exposed_s: float, payload_bytes: int) -> None:
         self.tell("network", step, network_s, exposed_s, payload_bytes)
+
+    def rank(self, step: int, seconds: float, wait_s: float | None) -> None:
+        """Say how this rank is, if somebody is shown that, and it was not said a moment ago; whatever becomes of that, the rank goes on."""
+        now_s = time.monotonic()
+        if self._job.is_watched and now_s - self._told_s >= _TELL_S:
+            self._told_s = now_s
+            with suppress(Exception):
+                self._send("rank", (self._rank, step, seconds, wait_s))
 
 
 class _Names:
@@ -204,6 +221,7 @@ class RankTraining(Training):
         self._hear(self.m.slots[slot].all_words.array[:WORDS] if self._has_others else self._said.pop(step))
         if self._has_others:
             self._note_transfers(step)
+        self.report.rank(self.step, seconds, self._exposed[-1] if self._exposed else None)
 
     def _hear(self, words: np.ndarray) -> None:
         """Take what rank 0 has said in the step that has ended."""

@@ -5,7 +5,7 @@ import dataclasses
 import shlex
 import statistics
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distributed import Client
 
@@ -32,7 +32,10 @@ from taskgpt.runs.saving import Every
 from taskgpt.runs.start import Start, as_argv
 from taskgpt.runs.summary import summarize
 
-_HERE_ONLY = ("check", "dashboard", "report")  # flags that look into this process
+if TYPE_CHECKING:
+    from taskgpt.lab.dashboard.dashboard import Dashboard
+
+_HERE_ONLY = ("check", "report")  # flags that look into this process
 WORKERS_LOG = "workers.log"  # in a run's folder
 _TOLD_FLAGS = (
     "data", "steps", "lr", "lr_schedule", "warmup", "final_lr", "weight_decay", "val_every", "val_batches", "sample_every", "seed", "init",
@@ -58,14 +61,14 @@ class ClusterTraining:
         self.report, self.stop = report, stop
         self._description = ""
         self._disturbance = Disturbance()
+        self._dashboard: Dashboard | None = None
 
     def run(self, client: Client | None = None) -> int:
         """Train; return the exit code. `client`: of a cluster that is open already. Raises UserError."""
         flags = self.flags
         for name in _HERE_ONLY:
             if getattr(flags, name):
-                do = "the cluster's own shows its workers" if name == "dashboard" else "take a scheduler of this machine for that"
-                raise UserError(f"--{name}: is not for a run on a cluster; {do}")
+                raise UserError(f"--{name}: is not for a run on a cluster; take a scheduler of this machine for that")
         if flags.save is not None:
             checkpoints.verify_can_save(flags.save, self.graph.model, 4 * self.graph.model.parameter_count())
         Every.of("--save-every", flags.save_every)
@@ -73,6 +76,12 @@ class ClusterTraining:
         self.settings = dataclasses.replace(self.settings, record=record)
         if flags.trace is not None:
             verify_can_save(flags.trace)
+        if flags.dashboard is not None:
+            from taskgpt.lab.dashboard.dashboard import Dashboard  # here, as it takes half a second, and needs bokeh
+
+            live = self.report.open_live(0)
+            live.begin_ranks(())
+            self._dashboard = Dashboard(live, flags.dashboard)
         if self.settings.stages > self.graph.model.layers:
             wanted = f"stages: wanted at most {self.graph.model.layers}, one for each layer of the model, got {self.settings.stages}"
             raise UserError(f"{wanted}; take fewer")
@@ -101,6 +110,7 @@ class ClusterTraining:
         driver = Driver(client, self.settings, _Roster(client, members, self._bytes_needed()).members, graph, told, report, stop)
         driver.on_log = self._log_of_worker
         driver.traces = Traces(client) if flags.trace is not None else None
+        driver.live = self._dashboard.live if self._dashboard else None
         if start.about is not None:
             driver.resume(start.checkpoint, start.about, start.best_val_loss)
         holder = GPT2(graph.model, graph.batch, graph.tiles, graph.options)  # says how large things are; nobody writes into it
@@ -108,7 +118,7 @@ class ClusterTraining:
         report.open_logs(start.logs())
         driver.on_data = lambda description, fingerprint: self._begin(driver, holder, steps, members, description, fingerprint)
         stop.can_wait = True
-        with driving(driver):
+        with self._dashboard.serve() if self._dashboard else nullcontext(), driving(driver):
             if flags.max_minutes is not None:
                 stop.end_after(60 * flags.max_minutes)
             with report.progress(driver.last_step):
@@ -165,6 +175,8 @@ class ClusterTraining:
         report.begin(self.graph, described(self.settings, members, driver.micro_batches), description, m, steps, driver.last_step)
         if start.checkpoint:
             report.tell("resumed", f"from {shorten(start.checkpoint)}, after {start.about.step:,} steps")
+        if self._dashboard:
+            report.tell("dashboard", self._dashboard.url)
         report.notes(changes)
 
     def _summary(self, driver: Driver, ended: Ended, m: GPT2, steps: Steps, members: list[Member]) -> None:

@@ -4,6 +4,9 @@
     with Traced(scheduler, on_run=dashboard.look) as traced, dashboard.serve(scheduler):
         ...                                                 # dashboard.url is http://127.0.0.1:8787/taskgpt, or a free port
 
+    with dashboard.serve():                                 # a run whose tasks are elsewhere: /taskgpt shows its ranks, without /tasks
+        ...
+
 The server is a Dask cluster without workers, inside this process. Bound to 127.0.0.1 unless asked for more: whoever can reach it can look.
 """
 
@@ -13,7 +16,7 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -35,7 +38,7 @@ if TYPE_CHECKING:
     from bokeh.document import Document
 
 PORT = 8787  # Dask's
-# Dask's pages, and their parts, that have something to show without Dask's workers.
+# Dask's pages, and their parts, that have something to show without Dask's workers; the first ones are of tasks.
 PAGES, PLOTS = ("tasks", "system"), ("individual-task-stream", "individual-scheduler-system")
 SPANS = 5000  # tasks that the task stream shows: some steps
 GOODBYE_SECONDS = 2  # for a page to say that the run is over
@@ -69,13 +72,15 @@ class Dashboard:
         self.task_stream: TaskStreamPlugin | None = None
 
     @contextmanager
-    def serve(self, scheduler: Scheduler) -> Iterator[None]:
+    def serve(self, scheduler: Scheduler | None = None) -> Iterator[None]:
         """Serve the pages; those of a scheduler that has a dashboard, and so a task stream, already are joined by ours.
+
+        None: no task runs here.
 
         Raises UserError if that scheduler has its dashboard switched off, or elsewhere than at the address asked for.
         """
         with dask.config.set(_CONFIG):
-            if scheduler.serves_dashboard:
+            if scheduler is not None and scheduler.serves_dashboard:
                 if self.address or scheduler.settings.dashboard < 0:
                     raise UserError("--dashboard: local-cluster serves its own; choose its port with --set dashboard=PORT, 0 for any")
                 self._link(scheduler.dask_scheduler, "127.0.0.1")
@@ -86,8 +91,10 @@ class Dashboard:
             with ThreadPoolExecutor(1) as starter:
                 cluster = starter.submit(self._start).result()
             with cluster:
-                self.task_stream, self._loop = TaskStreamPlugin(cluster.scheduler), cluster.loop
-                cluster.scheduler.add_plugin(self.task_stream)
+                if scheduler is not None:
+                    self.task_stream, self._loop = TaskStreamPlugin(cluster.scheduler), cluster.loop
+                    cluster.scheduler.add_plugin(self.task_stream)
+                _leave(cluster.scheduler, *((PAGES, PLOTS) if scheduler is not None else (PAGES[1:], PLOTS[1:])))
                 self._link(cluster.scheduler, self._host)
                 with self._showing_the_end():
                     yield
@@ -108,12 +115,8 @@ class Dashboard:
             applications["/status"] = status
 
     def _link(self, dask_scheduler: DaskScheduler, host: str) -> None:
-        """Put the page into the bar at the top of every page; of Dask's own, leave those that have something to show."""
-        from distributed.dashboard.scheduler import template_variables
-
-        pages, plots = (template_variables(dask_scheduler)[name] for name in ("pages", "plots"))  # lists that the pages share
-        if self.task_stream is not None:
-            pages[:], plots[:] = PAGES, [plot for plot in plots if plot["url"] in PLOTS]
+        """Put the page into the bar at the top of every page."""
+        pages, _ = _bar(dask_scheduler)
         pages[:] = ["taskgpt", *(page for page in pages if page != "taskgpt")]
         name = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
         self.url = f"http://{name}:{dask_scheduler.http_server.port}/taskgpt"
@@ -130,7 +133,7 @@ class Dashboard:
         try:
             yield
         finally:
-            self.live.end = "ended early" if self.live.trains and len(self.live.steps) != self.live.total else "finished"
+            self.live.end = "ended early" if self.live.trains and self.live.done != self.live.total else "finished"
             told = []
             for document, update in list(self.viewers.items()):
                 told.append(threading.Event())
@@ -168,6 +171,20 @@ class Dashboard:
                 }
             )
             self.task_stream.index += 1
+
+
+def _bar(dask_scheduler: DaskScheduler) -> tuple[list[str], list[dict[str, str]]]:
+    """Return the pages and the plots that the bar leads to, lists that all pages share."""
+    from distributed.dashboard.scheduler import template_variables
+
+    variables = template_variables(dask_scheduler)
+    return variables["pages"], variables["plots"]
+
+
+def _leave(dask_scheduler: DaskScheduler, names: Sequence[str], of_plots: Sequence[str]) -> None:
+    """Leave, of Dask's own pages, those that have something to show."""
+    pages, plots = _bar(dask_scheduler)
+    pages[:], plots[:] = names, [plot for plot in plots if plot["url"] in of_plots]
 
 
 def _colour(kernel: str) -> str:

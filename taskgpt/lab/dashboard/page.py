@@ -1,9 +1,11 @@
 """The page /taskgpt in Dask's dashboard, in Bokeh: loss, speed, efficiency, kernels, waiting tasks, samples. Needs bokeh.
 
-Of a program that is no training it shows its runs: their time and efficiency, kernels and waiting tasks.
+Of a program that is no training it shows its runs: their time and efficiency, kernels and waiting tasks. Of a training on a cluster, whose
+tasks are elsewhere, it shows a table of ranks in place of these.
 """
 
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
@@ -14,8 +16,8 @@ from bokeh.plotting import figure
 from distributed.dashboard.components.scheduler import env
 
 from taskgpt import palette
-from taskgpt.lab import theme
-from taskgpt.lab.dashboard.live import Live
+from taskgpt.lab import layout, theme
+from taskgpt.lab.dashboard.live import Live, Rank
 from taskgpt.progress import minutes
 
 PERIOD_MS = 1000  # between two looks
@@ -45,6 +47,8 @@ def fill(document: Document, live: Live, extra: dict[str, Any]) -> Callable[[], 
     top = Div(
         sizing_mode="stretch_width", styles={"font-size": "120%", "margin": "4px 12px"}, stylesheets=[GlobalInlineStyleSheet(css=_STYLE)]
     )
+    table = {"margin": "4px 12px", "overflow-x": "auto", "padding-bottom": "10px"}  # for the bar that scrolls
+    ranks = Div(sizing_mode="stretch_width", styles=table, stylesheets=[theme.CSS], visible=live.ranks is not None)
     samples = Div(sizing_mode="stretch_width", styles={"margin": "4px 12px"})
 
     def over_steps(title: str, name: str, unit: str, colour: str):
@@ -82,6 +86,8 @@ def fill(document: Document, live: Live, extra: dict[str, Any]) -> Callable[[], 
             validations.stream(dict(zip(("step", "loss"), map(list, zip(*marks, strict=True)), strict=True)))
             seen["validations"] += len(marks)
         top.text, samples.text = head(live), _samples(live)
+        if live.ranks is not None:
+            ranks.text = layout.to_html(rank_table(live.ranks))
         if not new:
             return
         steps.stream(dict(zip(columns, map(list, zip(*new, strict=True)), strict=True)), KEPT)
@@ -95,8 +101,9 @@ def fill(document: Document, live: Live, extra: dict[str, Any]) -> Callable[[], 
 
     update()
     document.add_periodic_callback(update, PERIOD_MS)
-    plots = row(*first, efficiency, bars, depth, sizing_mode="stretch_width", styles={"flex-wrap": "wrap"})
-    document.add_root(column(top, plots, samples, sizing_mode="stretch_width"))
+    of_tasks = [efficiency, bars, depth] if live.ranks is None else []
+    plots = row(*first, *of_tasks, sizing_mode="stretch_width", styles={"flex-wrap": "wrap"})
+    document.add_root(column(top, plots, ranks, samples, sizing_mode="stretch_width"))
     document.title = "taskgpt"
     document.template = env.get_template("simple.html")
     document.template_variables.update(extra)
@@ -135,8 +142,27 @@ def head(live: Live) -> str:
         step, loss, tokens, share = live.steps[-1]
         left = live.end or (f"{minutes(live.left_s)} left" if live.left_s > 0 else "the last things")
         now = f"step {step + 1:,} of {live.total:,}, {left}: loss {loss:.4f}, {tokens:,.0f} tok/s, "
-        now += f"parallel efficiency {share:.3f} on {live.workers} workers"
+        now += f"parallel efficiency {share:.3f} on {live.workers} workers" if live.ranks is None else _on_ranks(live.ranks)
     return f"<b>{escape(live.title)}</b><br>{escape(now)}"
+
+
+def _on_ranks(ranks: Sequence[Rank]) -> str:
+    count = sum(not each.is_lost for each in ranks)
+    shares = [each.wait_s / each.seconds for each in ranks if each.wait_s is not None and not each.is_lost]
+    waited = f", {statistics.fmean(shares):.0%} of the last step waiting for the network" if shares else ""
+    return f"on {count} rank{'s' * (count != 1)}{waited}"
+
+
+def rank_table(ranks: Sequence[Rank]) -> layout.Table:
+    """Return a row for each rank; of one that is lost, what it said last."""
+    rows = []
+    for each in ranks:
+        waited = ["-", "-"] if each.wait_s is None else [f"{each.wait_s * 1e3:,.1f}", f"{each.wait_s / each.seconds:.0%}"]
+        speed = f"{each.tokens / each.seconds:,.0f}" if each.seconds else "-"
+        who = [str(each.number), each.address, each.machine, str(each.generation), "lost" if each.is_lost else "here"]
+        rows.append([*who, f"{each.step:,}", speed, *waited])
+    head = ["rank", "worker", "machine", "generation", "state", "steps done", "tok/s", "ms waiting for the network", "of the step"]
+    return {"caption": "ranks", "head": head, "rows": rows}
 
 
 def _samples(live: Live) -> str:
