@@ -220,10 +220,14 @@ def find_file(kind: str, name: str) -> Path:
 
 
 def _parse_value(text: str) -> Any:
-    """Parse a value as TOML does; a bare word, a time or a date, which no key is, or whatever else is not one value, is a string."""
+    """Parse a value as TOML does; a bare word, a time or a date, which no key is, or whatever else is not one value, is a string.
+
+    So is 0x2, two ranks from step 0 on: no number here is written in sixteens.
+    """
     try:
         table = parse_toml(f"value = {text}")
     except (ValueError, RecursionError):
         return text
     value = table["value"]
-    return text if len(table) > 1 or isinstance(value, datetime.date | datetime.time) else value
+    is_text = len(table) > 1 or isinstance(value, datetime.date | datetime.time) or text.startswith("0x")
+    return text if is_text else value

@@ -18,7 +18,7 @@ class InMemoryLinks:
         self.sent_bytes = self.received_bytes = 0
         self._mail: dict = defaultdict(asyncio.Queue)
         self._over = asyncio.Event()
-        self.why = ""
+        self.over = ""
 
     @property
     def count(self) -> int:
@@ -26,7 +26,7 @@ class InMemoryLinks:
 
     async def send(self, to, tag, buffers):
         if self._over.is_set():
-            raise PeerLost(self.why)
+            raise PeerLost(self.over)
         message = np.concatenate([np.frombuffer(each, np.uint8) for each in buffers])
         self.sent_bytes += message.nbytes
         await asyncio.sleep(0)
@@ -39,14 +39,14 @@ class InMemoryLinks:
         over.cancel()
         if not got.done():
             got.cancel()
-            raise PeerLost(self.why)
+            raise PeerLost(self.over)
         self.received_bytes += got.result().nbytes
         return got.result()
 
     def fail(self, why):
         def end():
             for each in self.peers:
-                each.why = each.why or why
+                each.over = each.over or why
                 each._over.set()
 
         self.loop.call_soon_threadsafe(end)

@@ -181,6 +181,16 @@ def test_shards_are_saved_whole(client, text, tmp_path):
     assert parts["parameters_sha256"] == whole["parameters_sha256"]
     first, second = (tmp_path / name / "step-00000006" / "tensors.safetensors" for name in ("parts", "whole"))
     assert first.read_bytes() == second.read_bytes()
+    plan = "generations=0x2 3x1"
+    parts = run(text, client, set=["zero=true", plan], total_batch=512, out=tmp_path / "on")
+    assert parts["parameters_sha256"] == run(text, client, set=[plan], total_batch=512)["parameters_sha256"]
+
+
+def test_ranks_end_together_when_numbers_are_none_any_more(client, text, capsys):
+    """Also those with different shares, of which one has begun more of the next step than another: nobody is lost."""
+    with pytest.raises(UserError, match="after 2 steps the loss is nan"):
+        run(text, client, val_every=0, lr=1e30, total_batch=768)
+    assert "generation" not in capsys.readouterr().out
 
 
 @pytest.mark.skipif(bool(why_not()), reason=why_not() or "there are hosts")
@@ -219,4 +229,8 @@ def test_what_is_wrong_is_one_message(client, text, tmp_path):
         run(text, client, report=tmp_path / "page.html")
     with pytest.raises(UserError, match="--steps"):
         taskgpt.train(steps="many", client=client)
-    assert run(text, client, steps=1)["steps"] == 1
+    with pytest.raises(UserError, match="generations: wanted at most 1 ranks, one for each micro-batch of a step, got 2"):
+        run(text, client, steps=3, set=["generations=0x2"], total_batch=256, save_every=1)
+    with pytest.raises(UserError, match="with zero, no rank has the whole state to go on from; give the run a folder for it, --out"):
+        run(text, client, set=["zero=true", "generations=0x2 3x1"])
+    assert run(text, client, steps=2, save_every=1)["steps"] == 2  # without a folder

@@ -12,7 +12,9 @@ job.py            what the driver tells ranks, and they tell it
 kept.py           what a worker keeps of a run between generations, and hands out
 rank_training.py  the training loop in a rank
 rank.py           what runs in a worker
-driver.py         who takes part: a run through its generations
+membership.py     which workers a run may have as ranks, and what each has of it
+offers.py         checkpoints that ranks offer, fetched and written
+driver.py         a run through its generations
 training.py       `taskgpt train` on a cluster
 worker_logs.py    what workers log, for the driver
 traces.py         one trace of all ranks

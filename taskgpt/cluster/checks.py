@@ -9,6 +9,7 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -61,7 +62,7 @@ def wait_for_workers(client: Client, settings: Settings) -> None:
     """Return when there are as many workers as the run wants, or at least one. Raises UserError if time is up."""
     wanted, deadline = settings.ranks or settings.started or 1, time.monotonic() + settings.wait_s
     with Progress("waiting for workers", wanted) as progress:
-        while (count := len(client.scheduler_info(n_workers=-1)["workers"])) < wanted:
+        while (count := len(workers_of(client))) < wanted:
             if (left_s := deadline - time.monotonic()) <= 0:
                 do = "start more, or wait longer (wait_s)" + ", or take fewer (ranks)" * (count > 0)
                 raise UserError(f"{settings.where}: wanted {_counted(wanted)} within {settings.wait_s:g} s, got {count}; {do}")
@@ -71,30 +72,33 @@ def wait_for_workers(client: Client, settings: Settings) -> None:
 
 def look(client: Client) -> Answers:
     """Return what each worker is by its address: what facts.facts_of says of it, or why it did not answer."""
-    return ask(client, list(client.scheduler_info(n_workers=-1)["workers"]), facts_of, timeout_s=ANSWER_S)
+    return ask(client, list(workers_of(client)), facts_of, timeout_s=ANSWER_S)
+
+
+def looking(client: Client, addresses: Sequence[str]) -> Future[Answers]:
+    """Begin to `look` at these workers alone; return what will have the answers."""
+    return asking(client, addresses, facts_of, timeout_s=ANSWER_S)
+
+
+def workers_of(client: Client) -> dict[str, dict[str, Any]]:
+    """Return what Dask's scheduler says of its workers, by address. Raises UserError if the connection to it is lost for good."""
+    workers = client.scheduler_info(n_workers=-1).get("workers")
+    if workers is None or client.status not in ("running", "connecting"):
+        where = getattr(client.scheduler, "address", "the cluster")
+        raise UserError(f"{where}: Dask's scheduler is gone, and its workers with it; start it and them again")
+    return workers
 
 
 def _some_left(client: Client, found: Answers) -> bool:
     """Return True if a worker that did not answer is the cluster's no more."""
     silent = {address for address, facts in found.items() if isinstance(facts, OSError)}
-    return bool(silent - client.scheduler_info(n_workers=-1)["workers"].keys())
+    return bool(silent - workers_of(client).keys())
 
 
-def ask(client: Client, addresses: Sequence[str], function: Callable, *args: object, timeout_s: float) -> dict[str, Any]:
+def ask(client: Client, addresses: Sequence[str], function: Callable, *args: object, timeout_s: float) -> Answers:
     """Call a function in these workers, all at once; return what each answers by its address, or what was raised. One may hang alone."""
-    answers: dict[str, Any] = {}
-
-    async def one(address: str) -> None:
-        try:
-            answer = client.run(function, *args, workers=[address], on_error="return", asynchronous=True)
-            answers[address] = (await asyncio.wait_for(answer, timeout_s)).get(address, ConnectionError("is gone"))
-        except Exception as error:
-            answers[address] = error
-
-    async def every() -> None:
-        await asyncio.gather(*map(one, addresses))
-
-    asked = asyncio.run_coroutine_threadsafe(every(), client.loop.asyncio_loop)
+    answers: Answers = {}
+    asked = asking(client, addresses, function, *args, timeout_s=timeout_s, answers=answers)
     try:
         with Progress("asking workers", len(addresses)) as progress:
             while not asked.done():
@@ -103,7 +107,27 @@ def ask(client: Client, addresses: Sequence[str], function: Callable, *args: obj
                     asked.result(POLL_S)
     finally:
         asked.cancel()
-    return {address: answers[address] for address in addresses}
+    return asked.result()
+
+
+def asking(
+    client: Client, addresses: Sequence[str], function: Callable, *args: object, timeout_s: float, answers: Answers | None = None
+) -> Future[Answers]:
+    """Begin to `ask`; return what will have the answers. `answers`: where they are put as they come."""
+    found: Answers = {} if answers is None else answers
+
+    async def one(address: str) -> None:
+        try:
+            answer = client.run(function, *args, workers=[address], on_error="return", asynchronous=True)
+            found[address] = (await asyncio.wait_for(answer, timeout_s)).get(address, ConnectionError("is gone"))
+        except Exception as error:
+            found[address] = error
+
+    async def every() -> Answers:
+        await asyncio.gather(*map(one, addresses))
+        return {address: found[address] for address in addresses}
+
+    return asyncio.run_coroutine_threadsafe(every(), client.loop.asyncio_loop)
 
 
 # What is wrong ----------------------------------------------------------------------------------------------------------------------------

@@ -101,7 +101,7 @@ class DaskLinks:
         self._boxes: dict[tuple[int, Tag], asyncio.Future[np.ndarray | None]] = {}
         self._parts: dict[tuple[int, Tag], tuple[np.ndarray, int]] = {}  # of messages of several pieces: the array, and how much has come
         self._ended: set[int] = set()  # ranks that have said goodbye
-        self._over = ""  # why nothing is sent or received any more
+        self.over = ""  # why nothing is sent or received any more
         self._leaving: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._start(self._beat())
@@ -194,7 +194,7 @@ class DaskLinks:
 
     def _take(self, key: tuple[int, Tag], total: int, piece: np.ndarray) -> None:
         """Put a piece of a message to the others of it; deliver the message when it is whole."""
-        if self._over:
+        if self.over:
             return
         if piece.size < total:
             whole, filled = self._parts.pop(key, None) or (np.empty(total, np.uint8), 0)
@@ -272,7 +272,7 @@ class DaskLinks:
     async def take(self, comm: Comm, rank: int) -> None:
         """Serve a comm that another rank has dialled, until it closes."""
         await comm.write({"welcome": True})
-        if not self._over:
+        if not self.over:
             link = _Link(comm, rank)
             self._links.append(link)
             await self._read(link)
@@ -280,7 +280,7 @@ class DaskLinks:
     async def _beat(self) -> None:
         """Send heartbeats, and end the generation when another rank's do not come."""
         every_s = min(1.0, self._timeout_s / 5)
-        while not self._over:
+        while not self.over:
             await asyncio.sleep(every_s)
             if self._worker.status in (Status.closing, Status.closed, Status.failed):
                 self.fail("its worker closes")
@@ -301,8 +301,8 @@ class DaskLinks:
         return f"rank {rank} ({self._addresses[rank]})"
 
     def _verify_not_over(self) -> None:
-        if self._over:
-            raise PeerLost(f"generation {self.generation} is over: {self._over}")
+        if self.over:
+            raise PeerLost(f"generation {self.generation} is over: {self.over}")
 
     def _verify_there(self, rank: int) -> None:
         if rank in self._ended:
@@ -317,7 +317,7 @@ class DaskLinks:
         link.gone.set()
         if why:
             self._end(why)
-        if self._over:
+        if self.over:
             return  # we say goodbye too, or have
         self._links.remove(link)
         if not self._open(link.rank):  # on the other comm of two that dialled each other, something may come before the goodbye
@@ -329,9 +329,9 @@ class DaskLinks:
 
     def _end(self, why: str, told: str | None = None) -> None:
         """End the generation here, and tell the others why; an empty `told`: as agreed."""
-        if self._over:
+        if self.over:
             return
-        self._over = why
+        self.over = why
         for box in self._boxes.values():
             if not box.done():
                 box.set_result(None)

@@ -3,8 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from taskgpt.cluster.kept import Held
 from taskgpt.config import GraphConfig
 from taskgpt.gpt2.checkpoints.resumable import About
+
+END = "end"  # the offer of what a rank has at its end: its state, if it is whole, and what was recorded
 
 
 @dataclass(frozen=True)
@@ -12,10 +15,11 @@ class Job:
     """One generation of a training run.
 
     run, generation: which; addresses: of the workers, by rank; flags: the command's, as a dict; micro_batches: of a step, of all ranks;
-    until: after how many steps this generation ends; kept: True if a rank has the state that it begins with, or else it is the initial one;
+    until: after how many steps this generation ends; kept: the state that it begins with, which a rank has, or None for the initial one;
     workers: of each rank's native scheduler; is_staged: True if ranks are stages of one model, not replicas; is_watched: True if each
     is to say how it is; lease_s: how long a worker keeps a state for a driver that is silent; mpi: each rank's number in MPI, if that
-    carries messages; record: tasks that each native worker records.
+    carries messages; record: tasks that each native worker records; saved_step: of the newest checkpoint, or where the run begins;
+    unsaved_s: seconds since then.
     """
 
     run: str
@@ -25,7 +29,7 @@ class Job:
     graph: GraphConfig
     micro_batches: int
     until: int
-    kept: bool
+    kept: Held | None
     workers: tuple[int, ...]
     bucket_bytes: int
     as_bf16: bool
@@ -37,6 +41,8 @@ class Job:
     mpi: tuple[int, ...]
     record: int
     best_val_loss: float
+    saved_step: int
+    unsaved_s: float
 
     @property
     def count(self) -> int:
@@ -52,21 +58,24 @@ class Job:
         """Of the events by which ranks tell the driver something."""
         return f"taskgpt-{self.run}"
 
+    def offer_of(self, what: object) -> str:
+        """Return the name of what a rank offers: a checkpoint, by its step, or END."""
+        return f"{self.generation} {what}"
+
 
 @dataclass(frozen=True)
 class Ended:
     """How a rank's part of a generation ended.
 
-    why: "" as agreed, otherwise which rank was lost, and how. step: how many steps are done. kept: True if the rank has the state after
-    them. The others are of what it trained: seconds of each step, sha256 of the parameters, bytes that it sent and received, and of its
-    exchanges by step: seconds that they took, and seconds in which nothing but them was left to do; of a stage, the seconds of its tasks.
+    why: "" as agreed, otherwise which rank was lost, and how. step: how many steps are done. The others are of what it trained: seconds of
+    each step, sha256 of the parameters, bytes that it sent and received, and of its exchanges by step: seconds that they took, and seconds
+    in which nothing but them was left to do; of a stage, the seconds of its tasks.
     traced: sizes of what is offered of its trace.
     """
 
     rank: int
     step: int
     why: str = ""
-    kept: bool = False
     diverged: str = ""
     asked: str = ""
     sha256: str = ""

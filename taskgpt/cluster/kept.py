@@ -1,7 +1,8 @@
 """What a worker process keeps of a training run between its generations, and hands out: whole states, and what it is asked for.
 
 Between the ranks of a run a state goes over their links. Between the driver and a rank it goes over Dask's own connections, in pieces: the
-driver asks the worker's server, as Dask asks it for results. What is kept of a run goes with `forget`, or with the worker.
+driver asks the worker's server, as Dask asks it for results, by the name of an offer. Who offers takes the offer back before its arrays
+change, so that all pieces of an offer are of one moment. What is kept of a run goes with `forget`, or with the worker.
 """
 
 import asyncio
@@ -10,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -23,29 +24,52 @@ from taskgpt.gpt2.model import GPT2
 
 PIECE_BYTES = 16 << 20
 Ranges = Mapping[str, Sequence[tuple[int, int]]]  # of elements of arrays, by their names
+ROOM = "room"  # the offer to which the driver puts a state
 _HANDLER = "taskgpt_state"
+_POLL_S = 0.05
+
+
+class Held(NamedTuple):
+    """Which whole state a worker has: after how many steps, and of which generation. Those of one generation and step are the same."""
+
+    step: int
+    generation: int
+
+
+NO_STATE = Held(-1, -1)
+
+
+@dataclass
+class Offer:
+    """Arrays that the driver may fetch, or fill. `taken`: it has, or it does not want them."""
+
+    arrays: Mapping[str, np.ndarray]
+    taken: threading.Event = field(default_factory=threading.Event)
 
 
 @dataclass
 class Kept:
-    """What a worker has of a run. `gpt`: memory whose state is that after `step` steps, -1 if it has none that is whole.
-
-    `about`: what the run is then, None if it begins.
-    """
+    """What a worker has of a run. `gpt`: memory whose state is `held`; `about`: what the run is then, None if it begins."""
 
     gpt: GPT2 | None = None
-    step: int = -1
+    held: Held = NO_STATE
     about: About | None = None
-    offered: dict[str, np.ndarray] = field(default_factory=dict)  # arrays that the driver may fetch
-    taken: threading.Event = field(default_factory=threading.Event)  # it has fetched them
+    room: GPT2 | None = None  # for a state that the driver is putting here
+    offers: dict[str, Offer] = field(default_factory=dict)
     generation: int = -1  # the newest that has begun here
     is_training: bool = False  # a rank of it runs here
-    asked: str = ""  # what the driver wants, "" nothing
+    is_forgotten: bool = False  # nothing is to be left once it has ended
+    asked: tuple[int, str] = -1, ""  # which generation the driver wants something of, and what
     steps: deque[tuple] = field(default_factory=lambda: deque(maxlen=4))  # what the last ones found: who told the driver may have died
 
     def let_go(self) -> None:
-        """Have no whole state any more."""
-        self.gpt, self.step, self.about, self.offered = None, -1, None, {}
+        """Have no whole state any more, and offer nothing."""
+        self.gpt, self.held, self.about, self.room = None, NO_STATE, None, None
+        self.offers.clear()
+
+    def keep(self, gpt: GPT2, about: About | None, generation: int) -> None:
+        """Have a whole state from now on."""
+        self.gpt, self.about, self.held = gpt, about, Held(about.step if about else 0, generation)
 
 
 _of_worker: WeakKeyDictionary[Worker, dict[str, Kept]] = WeakKeyDictionary()
@@ -60,12 +84,12 @@ def kept(worker: Worker, run: str) -> Kept:
     return _of_worker[worker].setdefault(run, Kept())
 
 
-def _answer(worker: Worker, run: str, name: str, start: int, stop: int, data: Any = None) -> Any:
+def _answer(worker: Worker, run: str, offer: str, name: str, start: int, stop: int, data: Any = None) -> Any:
     """Give a piece of an array that is offered, or take one."""
-    array = kept(worker, run).offered.get(name)
-    if array is None:
+    found = kept(worker, run).offers.get(offer)
+    if found is None or name not in found.arrays:
         return {"missing": name}
-    piece = array.reshape(-1).view(np.uint8)[start:stop]
+    piece = found.arrays[name].reshape(-1).view(np.uint8)[start:stop]
     if data is None:
         return {"data": to_serialize(piece)}
     piece[:] = data
@@ -75,25 +99,55 @@ def _answer(worker: Worker, run: str, name: str, start: int, stop: int, data: An
 # In the worker, called by the driver through Client.run -----------------------------------------------------------------------------------
 
 
-async def want(run: str, what: str, dask_worker: Worker) -> None:
-    """Have a run's rank here do something as soon as a step ends: "stop", "regroup", "save"; or "taken": what it offered is fetched."""
-    here = kept(dask_worker, run)
-    if what == "taken":
-        here.taken.set()
-    else:
-        here.asked = what
+async def want(run: str, generation: int, what: str, dask_worker: Worker) -> bool:
+    """Have a generation's rank here do something as soon as a step ends, also one that is yet to begin: "stop", "regroup", "save"."""
+    kept(dask_worker, run).asked = generation, what
+    return True
+
+
+async def take(run: str, offer: str, dask_worker: Worker) -> None:
+    """Have who has offered something not wait any longer: it is fetched, or not wanted."""
+    if found := kept(dask_worker, run).offers.get(offer):
+        found.taken.set()
 
 
 async def forget(run: str, dask_worker: Worker) -> None:
-    """Let go of all that is kept of a run."""
-    _of_worker.get(dask_worker, {}).pop(run, None)
+    """Let go of all that is kept of a run; while a rank of it is here, as soon as that has ended."""
+    _forget(dask_worker, run)
 
 
-async def make_room(run: str, gpt: tuple, about: About | None, dask_worker: Worker) -> None:
-    """Make room for a state that the driver will put here; `gpt`: what GPT2 is made with."""
+def _forget(worker: Worker, run: str) -> None:
+    here = _of_worker.get(worker, {}).get(run)
+    if here is not None and here.is_training:
+        here.is_forgotten = True
+    elif here is not None:
+        del _of_worker[worker][run]
+
+
+async def holding(run: str, dask_worker: Worker) -> Held:
+    """Return which state of a run is here, when no rank of it is here any more, which may yet have to notice that it is not wanted."""
+    here = _of_worker.get(dask_worker, {}).get(run, Kept())
+    while here.is_training:
+        await asyncio.sleep(_POLL_S)
+    return here.held
+
+
+async def make_room(run: str, gpt: tuple, seconds: float, dask_worker: Worker) -> None:
+    """Make room for a state that the driver will put here; `gpt`: what GPT2 is made with; `seconds`: for a driver that is silent."""
     here = kept(dask_worker, run)
-    here.gpt, here.step, here.about = GPT2(*gpt), about.step if about else 0, about
-    here.offered = here.gpt.state
+    here.let_go()
+    here.room = GPT2(*gpt)
+    here.offers[ROOM] = Offer(here.room.state)
+    forget_later(dask_worker, run, here.generation, seconds)
+
+
+async def keep_room(run: str, about: About | None, generation: int, dask_worker: Worker) -> None:
+    """Take what was put here for a state: it is whole. `generation`: that it is for."""
+    here = kept(dask_worker, run)
+    assert here.room is not None
+    here.keep(here.room, about, generation)
+    here.room = None
+    del here.offers[ROOM]
 
 
 async def reserve(run: str, seconds: float, dask_worker: Worker) -> bool:
@@ -105,38 +159,48 @@ async def reserve(run: str, seconds: float, dask_worker: Worker) -> bool:
     return True
 
 
-def give_back(worker: Worker, run: str) -> None:
-    """Have a worker that was kept for a run be anybody's, as its rank here has ended: the driver, if it wants it again, says so."""
+def give_back(worker: Worker, run: str, seconds: float) -> None:
+    """Have a worker be anybody's in so long, as its rank here has ended: until then the driver may want it again."""
     if _reserved.get(worker, ("", 0.0))[0] == run:
-        del _reserved[worker]
+        _reserved[worker] = run, time.monotonic() + seconds
 
 
-async def forget_later(worker: Worker, run: str, generation: int, seconds: float) -> None:
-    """Let go of all that is kept of a run whose driver has not come back after so long: it is gone."""
-    await asyncio.sleep(seconds)
-    here = _of_worker.get(worker, {}).get(run)
-    if here is not None and here.generation == generation and not here.is_training:
-        await forget(run, worker)
+def forget_later(worker: Worker, run: str, generation: int, seconds: float) -> None:
+    """Let go of all that is kept of a run if its driver has not come back after so long: it is gone. From any thread."""
+
+    def look() -> None:
+        here = _of_worker.get(worker, {}).get(run)
+        if here is not None and here.generation == generation and not here.is_training:
+            _forget(worker, run)
+
+    loop = worker.loop.asyncio_loop
+    loop.call_soon_threadsafe(loop.call_later, seconds, look)
 
 
 # In the driver ----------------------------------------------------------------------------------------------------------------------------
 
 
-async def fetch(pool: ConnectionPool, address: str, run: str, arrays: Mapping[str, np.ndarray], ranges: Ranges) -> None:
-    """Fill ranges of arrays with what a worker offers under their names. Raises OSError if it is gone, LookupError if it has none."""
+async def fetch(
+    pool: ConnectionPool, address: str, run: str, offer: str, arrays: Mapping[str, np.ndarray], ranges: Ranges, timeout_s: float
+) -> None:
+    """Fill ranges of arrays with what a worker offers under their names.
+
+    Raises OSError if it is gone, or gives no piece within `timeout_s`; LookupError if it does not offer that any more.
+    """
     for name, start, stop in _pieces(arrays, ranges):
-        answer = await pool(address).taskgpt_state(run=run, name=name, start=start, stop=stop)
+        piece = pool(address).taskgpt_state(run=run, offer=offer, name=name, start=start, stop=stop)
+        answer = await asyncio.wait_for(piece, timeout_s)
         if "missing" in answer:
-            raise LookupError(f"{address} has no array '{name}' of this run any more")
+            raise LookupError(f"{address} does not offer array '{name}' of this run any more")
         arrays[name].reshape(-1).view(np.uint8)[start:stop] = answer["data"]
 
 
-async def put(pool: ConnectionPool, address: str, run: str, arrays: Mapping[str, np.ndarray], ranges: Ranges) -> None:
-    """Fill ranges of a worker's arrays with those of the same names. Raises as `fetch`."""
+async def put(pool: ConnectionPool, address: str, run: str, arrays: Mapping[str, np.ndarray], ranges: Ranges, timeout_s: float) -> None:
+    """Fill ranges of the arrays that a worker has made room for with those of the same names. Raises as `fetch`."""
     for name, start, stop in _pieces(arrays, ranges):
-        piece = arrays[name].reshape(-1).view(np.uint8)[start:stop]
-        answer = await pool(address).taskgpt_state(run=run, name=name, start=start, stop=stop, data=to_serialize(piece))
-        if "missing" in answer:
+        data = to_serialize(arrays[name].reshape(-1).view(np.uint8)[start:stop])
+        taken = pool(address).taskgpt_state(run=run, offer=ROOM, name=name, start=start, stop=stop, data=data)
+        if "missing" in await asyncio.wait_for(taken, timeout_s):
             raise LookupError(f"{address} has no room for array '{name}' of this run")
 
 

@@ -38,7 +38,7 @@ class MpiLinks:
         self._sending: list[tuple[Any, np.ndarray, asyncio.Future | None]] = []  # requests, what they read, who waits for them
         self._lock = threading.Lock()  # a head and its body leave together
         self._heard = dict.fromkeys(range(self.count), time.monotonic())
-        self._over = ""
+        self.over = ""
         self._is_closed = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="taskgpt-mpi", daemon=True)
         self._thread.start()
@@ -88,9 +88,9 @@ class MpiLinks:
     def _end(self, why: str) -> bool:
         """End the generation here; return False if it has ended before."""
         with self._lock:
-            if self._over:
+            if self.over:
                 return False
-            self._over = why
+            self.over = why
 
         def tell() -> None:
             waiting = [box for box in self._boxes.values() if not box.done()]
@@ -103,8 +103,8 @@ class MpiLinks:
         return True
 
     def _verify_not_over(self) -> None:
-        if self._over:
-            raise PeerLost(f"generation {self._about[1]} is over: {self._over}")
+        if self.over:
+            raise PeerLost(f"generation {self._about[1]} is over: {self.over}")
 
     def _box(self, source: int, tag: Tag) -> asyncio.Future:
         return self._boxes.get((source, tag)) or self._boxes.setdefault((source, tag), self.loop.create_future())
@@ -117,7 +117,7 @@ class MpiLinks:
             if not (self._take() | self._finish_sends()):
                 time.sleep(_IDLE_S)
             now = time.monotonic()
-            if now - beat > _BEAT_S and not self._over:
+            if now - beat > _BEAT_S and not self.over:
                 beat = now
                 for rank, heard in self._heard.items():
                     if rank != self.rank:

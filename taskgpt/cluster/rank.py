@@ -19,8 +19,8 @@ import numpy as np
 from distributed import Worker, get_worker
 
 from taskgpt.cluster.dask_links import connected
-from taskgpt.cluster.job import Ended, Job
-from taskgpt.cluster.kept import Kept, forget_later, give_back, kept
+from taskgpt.cluster.job import END, Ended, Job
+from taskgpt.cluster.kept import Held, Kept, Offer, forget_later, give_back, kept
 from taskgpt.cluster.mpi_links import MpiLinks
 from taskgpt.cluster.rank_stages import StageTraining, sha256_of_stages
 from taskgpt.cluster.rank_training import Asked, RankReport, RankSaver, RankTraining
@@ -47,6 +47,7 @@ from taskgpt.schedulers import open_scheduler
 from taskgpt.tasks import TaskError, compile_kernels
 
 _WATCH_S = 1.0  # between looks whether Dask still wants this task
+_BETWEEN_S = 15.0  # beyond `timeout_s`: how long a driver may take from the end of a generation to the next
 
 
 def train_rank(job: Job, rank: int) -> Ended:
@@ -57,21 +58,35 @@ def train_rank(job: Job, rank: int) -> Ended:
     here = kept(worker, job.run)
     answer_clock(worker)
     if job.generation <= here.generation:
-        return Ended(rank, here.step, f"generation {job.generation} is over: generation {here.generation} has begun here")
-    here.generation, here.asked, here.is_training = job.generation, "", True
+        return Ended(rank, max(0, here.held.step), f"generation {job.generation} is over: generation {here.generation} has begun here")
+    here.generation, here.is_training = job.generation, True
     if job.is_staged and job.generation:
         gc.collect()  # of the model of the generation before, if a circle holds it: of two there would not be room
+    key = worker.get_current_task()
+    try:
+        with told_to_driver(worker, job, rank):
+            return _train(job, rank, worker, here, key)
+    except PeerLost as error:
+        return Ended(rank, max(0, here.held.step), str(error))
+    finally:
+        here.is_training = False
+        # The driver may need it again for the next generation, after it has waited for ranks that are silent.
+        give_back(worker, job.run, job.timeout_s + _BETWEEN_S if _is_wanted(worker, key) else 0.0)
+        forget_later(worker, job.run, job.generation, 0.0 if here.is_forgotten else job.lease_s)
+
+
+def _train(job: Job, rank: int, worker: Worker, here: Kept, key: str) -> Ended:
+    """Train, and leave nothing behind but what is kept. Raises PeerLost if that ends before it has begun."""
     if job.mpi:
         links: Any = MpiLinks(job.run, job.generation, rank, job.mpi, job.timeout_s, worker.loop.asyncio_loop)
     else:
         links = _on_loop(worker, connected(worker, job.run, job.generation, rank, job.addresses, job.timeout_s))
-    watch = asyncio.run_coroutine_threadsafe(_watch(worker, links, worker.get_current_task()), worker.loop.asyncio_loop)
+    watch = asyncio.run_coroutine_threadsafe(_watch(worker, links, key), worker.loop.asyncio_loop)
     communicator = Communicator(NotedLinks(links) if job.record else links, job.as_bf16)
     try:
-        with told_to_driver(worker, job, rank):
-            return _Rank(job, rank, worker, here, links, communicator).run()
-    except PeerLost as error:
-        return Ended(rank, here.step, str(error), kept=here.step >= 0)
+        return _Rank(job, rank, worker, here, links, communicator).run()
+    except PeerLost:
+        raise
     except BaseException as error:
         links.fail(f"{type(error).__name__}: {error}")
         raise
@@ -80,9 +95,6 @@ def train_rank(job: Job, rank: int) -> Ended:
         communicator.fail(PeerLost("this generation is over"))
         communicator.close()
         _on_loop(worker, links.close())
-        here.is_training = False
-        give_back(worker, job.run)
-        asyncio.run_coroutine_threadsafe(forget_later(worker, job.run, job.generation, job.lease_s), worker.loop.asyncio_loop)
 
 
 def _on_loop(worker: Worker, coroutine: Coroutine) -> Any:
@@ -93,10 +105,14 @@ async def _watch(worker: Worker, links: Links, key: str) -> None:
     """End the generation here when Dask does not want this task any more: the driver has cancelled it, or is gone."""
     while True:
         await asyncio.sleep(_WATCH_S)
-        task = worker.state.tasks.get(key)
-        if task is None or task.state != "executing":
+        if not _is_wanted(worker, key):
             links.fail("the driver does not want it any more, or is gone")
             return
+
+
+def _is_wanted(worker: Worker, key: str) -> bool:
+    task = worker.state.tasks.get(key)
+    return task is not None and task.state == "executing"
 
 
 class _Rank:
@@ -121,7 +137,7 @@ class _Rank:
         compile_kernels(list(dict.fromkeys([*steps.kernels, *(kernel for each in graphs for kernel in each.kernels)])))
         about = self._take_over(m, data)
         report.data(data.description, data.fingerprint)
-        stop = Asked(here)
+        stop = Asked(job, here, self.links)
         settings = {"workers": job.workers[self.rank], "record": job.record or (4 * steps.tasks if m.stage else 0)}
         config = load_scheduler("native", settings)
         scheduler = open_scheduler(config.scheduler, config.settings)
@@ -133,11 +149,13 @@ class _Rank:
         training.join(job, self.rank, self.communicator, saver)
         if about is not None:
             training.resume(about, job.best_val_loss)
+            training.saved_step = job.saved_step
         here.let_go()  # from the first step on, until it is whole again
         lost = ""
         with scheduler:
             try:
                 training.run()
+                self.communicator.verify_goes_on()
                 self._end_saving(training)
             except (PeerLost, TaskError) as error:
                 cause = error if isinstance(error, PeerLost) else error.__cause__
@@ -163,23 +181,25 @@ class _Rank:
             batch = replace(batch, accumulate=len(self.mine))
             replica = Replica(self.rank, job.count, job.micro_batches, self.communicator, job.bucket_bytes, job.is_sharded)
         m = GPT2(graph.model, batch, graph.tiles, graph.options, replica=replica, stage=stage)
-        if self.here.gpt is not None:
+        if job.kept is None:
+            self.here.let_go()  # of a state from before a new beginning, moments and all
+        elif self.here.gpt is not None:
             m.take_state(self.here.gpt)
         return m
 
     def _saver(self, m: GPT2) -> RankSaver | None:
-        if not (self.rank == 0 or self.job.is_sharded or self.job.is_staged):
+        if not self.flags.has_folder or not (self.rank == 0 or self.job.is_sharded or self.job.is_staged):
             return None
         snapshot = None if self.job.is_sharded or self.job.is_staged or not self.flags.save_every else Snapshot(m)
-        return RankSaver(self.job, self.rank, self.worker, self.here, m, snapshot)
+        return RankSaver(self.job, self.rank, self.worker, self.here, m, snapshot, self.communicator)
 
     def _take_over(self, m: GPT2, data: Data) -> About | None:
         """Have all ranks begin with the same state, and with the same data; return what it is. Raises UserError, PeerLost."""
         digest = hashlib.sha256(json.dumps(data.fingerprint, sort_keys=True).encode()).hexdigest()
         here = self.here
         about = asdict(here.about) if here.about else None
-        words = _sum_of_words(m) if here.step >= 0 and not self.job.is_staged else 0  # stages have a part of the state each
-        said = _Said(digest, here.step, words, list(map(list, here.steps)), about)
+        words = _sum_of_words(m) if here.gpt is not None and not self.job.is_staged else 0  # stages have a part of the state each
+        said = _Said(digest, list(here.held), words, list(map(list, here.steps)), about)
         others = [_Said(**json.loads(each)) for each in self._tell_all(json.dumps(asdict(said)).encode())]
         for rank, other in enumerate(others):
             if other.data != others[0].data:
@@ -188,21 +208,21 @@ class _Rank:
                     "its data differs from that of rank 0; give all workers the same files, the same Python where the text is Python's own"
                 )
                 raise UserError(f"--data {self.flags.data}: {where}: {what}")
-        newest = max(each.step for each in others)
-        if not self.job.kept or newest < 0:
-            if self.job.kept:
-                raise PeerLost("no rank has the state any more")
+        if self.job.kept is None:
             m.initialize(self.flags.seed)
             return None
-        root = next(rank for rank, each in enumerate(others) if each.step == newest)
-        if len({each.words for each in others if each.step == newest}) > 1:  # a defect, here or of a machine's memory: nobody's is trusted
+        roots = [rank for rank, each in enumerate(others) if Held(*each.held) == self.job.kept]
+        if not roots:
+            raise PeerLost("no rank has the state any more")
+        if len({others[rank].words for rank in roots}) > 1:  # a defect, here or of a machine's memory: nobody's is trusted
             self.here.let_go()
-            raise PeerLost(f"ranks have different states after {newest} steps")
+            raise PeerLost(f"ranks have different states after {self.job.kept.step} steps")
+        root = roots[0]
         here.steps.clear()  # who is rank 0 now tells the driver what a lost one may not have told
         here.steps.extend(map(tuple, others[root].steps))
-        if any(each.step != newest for each in others):
-            if self.here.step != newest:
-                self.here.let_go()  # which is overwritten from here on, and half of it if this does not come to its end
+        if len(roots) < self.job.count:
+            if here.held != self.job.kept:
+                here.let_go()  # which is overwritten from here on, and half of it if this does not come to its end
             _on_loop(self.worker, spread(self.links, list(m.state.values()), root, ("state",)))
         return fill(About, found, "state: ") if (found := others[root].about) else None
 
@@ -227,9 +247,9 @@ class _Rank:
     def _ended(self, training: RankTraining, m: GPT2, steps: Steps, lost: str, traced: dict[str, np.ndarray]) -> Ended:
         """Keep the state if it is whole, and say how it ended."""
         here, about = self.here, training.about_now()
-        here.offered = traced if lost and self.job.is_in_parts else m.state | traced
+        here.offers[self.job.offer_of(END)] = Offer(traced if lost and self.job.is_in_parts else m.state | traced)
         if not self.job.is_in_parts:
-            here.gpt, here.about, here.step = m, about, about.step
+            here.keep(m, about, self.job.generation)
         parameters = {name: mine for name, array in m.parameters.items() if (mine := array[m.rows_here(name)]).size}
         bad = "" if checkpoints.is_finite(parameters) else "parameters are not finite"
         if training.has_diverged:
@@ -237,7 +257,7 @@ class _Rank:
         network, exposed = training.network_times()
         sha256 = "" if lost else _on_loop(self.worker, sha256_of_stages(self.links, m)) if m.stage else m.parameters_sha256()
         return Ended(
-            self.rank, training.step, lost, kept=here.gpt is not None, diverged="" if lost else bad, asked=training.stop.heard,
+            self.rank, training.step, lost, diverged="" if lost else bad, asked=training.stop.heard,
             sha256=sha256, memory_bytes=_peak_bytes(), gflop_per_step=steps.flops / 1e9,
             tasks_per_step=steps.tasks, seconds=tuple(training.seconds), sent_bytes=self.links.sent_bytes,
             payload_bytes=training.payload_bytes, network_s=network, exposed_s=exposed, busy_s=tuple(training.busy_s),
@@ -259,7 +279,7 @@ class _Said:
     """What ranks say to each other first: the digest of their data; what their state is, if they have one, and the sum of its words."""
 
     data: str
-    step: int
+    held: list[int]
     words: int
     steps: list[list]  # what its last steps found: see Kept
     about: dict[str, Any] | None

@@ -19,8 +19,8 @@ import numpy as np
 from distributed import Worker
 
 from taskgpt.cluster.job import Job
-from taskgpt.cluster.kept import Kept
-from taskgpt.collectives import SPREAD, Communicator, Transfer
+from taskgpt.cluster.kept import Kept, Offer
+from taskgpt.collectives import SPREAD, Communicator, Links, Transfer
 from taskgpt.gpt2.checkpoints import resumable
 from taskgpt.gpt2.checkpoints.resumable import About
 from taskgpt.gpt2.model import GPT2
@@ -39,12 +39,29 @@ _TELL_S = 0.5  # between what a rank says of itself: a page looks once a second
 class Asked:
     """In place of StopRequest: what rank 0 was asked for, and all ranks have heard."""
 
-    def __init__(self, here: Kept):
-        self.here, self.heard, self.wants_save = here, "", False
+    def __init__(self, job: Job, here: Kept, links: Links):
+        self._job, self._here, self._links = job, here, links
+        self.heard, self.wants_save = "", False
 
     @property
     def is_requested(self) -> bool:
-        return self.heard != ""
+        return self.heard != "" or self.is_unwanted
+
+    @property
+    def is_unwanted(self) -> bool:
+        """True once the generation is over, which a rank alone has nobody to hear from: then no further step begins."""
+        return self._links.over != ""
+
+    @property
+    def now(self) -> str:
+        """What the driver asks this rank for."""
+        generation, what = self._here.asked
+        return what if generation == self._job.generation else ""
+
+    def answer_save(self) -> None:
+        """Have a checkpoint not asked for any more, as all ranks have heard that one is due."""
+        if self.now == "save":
+            self._here.asked = self._job.generation, ""
 
 
 class RankReport:
@@ -104,10 +121,11 @@ class _Names:
 class RankSaver(Saver):
     """Offers checkpoints to the driver, who fetches and writes them. Shards and stages offer their parts at the same time."""
 
-    def __init__(self, job: Job, rank: int, worker: Worker, here: Kept, m: GPT2, snapshot: Snapshot | None):
+    def __init__(self, job: Job, rank: int, worker: Worker, here: Kept, m: GPT2, snapshot: Snapshot | None, communicator: Communicator):
         every = Every.of("--save-every", job.flags["save_every"])
         super().__init__(_Names(), job.run, m, snapshot, every, 0, lambda line: None)  # type: ignore[arg-type]
-        self._job, self._rank, self._worker, self._here = job, rank, worker, here
+        self._job, self._rank, self._worker, self._here, self._communicator = job, rank, worker, here, communicator
+        self._last_s -= job.unsaved_s
         self.is_told = False  # rank 0 has said that one is due, and all have heard it
         self._has_said = False
 
@@ -126,16 +144,22 @@ class RankSaver(Saver):
         super().hold(about)
         self.is_told = self._has_said = False
 
+    def write_now(self, about: About) -> None:
+        """Offer the model itself, which does not change meanwhile. Raises PeerLost if the generation ends before it is fetched."""
+        super().write_now(about)
+        self._communicator.verify_goes_on()
+
     def _write(self, about: About, state: dict, how: str) -> None:
-        self._here.offered, path = state, self.folder.checkpoint(about.step)
-        self._here.taken.clear()
+        """Offer a state until the driver has it, or the generation is over."""
+        name = self._job.offer_of(about.step)
+        offer = self._here.offers[name] = Offer(state)
         found = self._rank, dataclasses.asdict(about), self._ranges()
-        told = {"generation": self._job.generation, "what": "offer", "found": found}
-        self._worker.log_event(self._job.topic, told)
-        while not self._here.taken.wait(_LOOK_S):
-            if self._is_cancelled:
-                return
-        self.newest = path
+        self._worker.log_event(self._job.topic, {"generation": self._job.generation, "what": "offer", "found": found})
+        while not offer.taken.wait(_LOOK_S) and not self._communicator.links.over:
+            pass
+        self._here.offers.pop(name, None)
+        if offer.taken.is_set():
+            self.newest = self.folder.checkpoint(about.step)
 
     def _ranges(self) -> dict[str, list[tuple[int, int]]]:
         """Return which elements of each array are this rank's to give."""
@@ -166,14 +190,15 @@ class RankTraining(Training):
         self._said: dict[int, np.ndarray] = {}  # words, where there is nobody else
         self._transfers: dict[int, list[Transfer]] = {}  # by turn
         self._turn = 0
+        self._until = job.until  # after how many steps it ends, as all ranks know
         self._network: list[float] = []
         self._exposed: list[float] = []
         self.busy_s: list[float] = []
 
     @property
     def wants_last(self) -> bool:
-        """True if a checkpoint is due at the end: the run's, or that of a stop."""
-        return self.flags.has_folder and (self.step >= self.last_step or self.stop.heard == "stop")
+        """True if a checkpoint is due at an agreed end: the run's, that of a stop, or any where no rank has the whole state."""
+        return self.saver is not None and (self.step >= self.last_step or self.stop.heard == "stop" or self.job.is_in_parts)
 
     def about_now(self) -> About:
         """Return what the state is after the steps done, also if one more has begun, and was not finished."""
@@ -187,10 +212,13 @@ class RankTraining(Training):
 
     @property
     def _is_over(self) -> bool:
-        return super()._is_over or self.step >= self.job.until
+        return self.has_diverged or self._ends_before(self.step)
+
+    def _ends_before(self, step: int) -> bool:
+        return step >= self._until or self.stop.is_unwanted
 
     def _next_pause(self) -> int:
-        return min(super()._next_pause(), self.job.until)
+        return min(super()._next_pause(), self._until)
 
     def _fill(self, slot: int, step: int, number: int) -> None:
         first, last = number % self.steps.count == 0, (number + 1) % self.steps.count == 0
@@ -210,9 +238,9 @@ class RankTraining(Training):
     def _words(self, step: int) -> np.ndarray:
         words = np.zeros(WORDS)
         if self.rank == 0:
-            asked = self.stop.here.asked
+            asked = self.stop.now
             words[_ASKED_WORD] = ASKED.index(asked) if asked in ASKED else 0
-            words[_SAVE_WORD] = self.saver is not None and (asked == "save" or (step > self.begin_step and self.saver.wants(step)))
+            words[_SAVE_WORD] = self.saver is not None and (asked == "save" or (step > self.saved_step and self.saver.wants(step)))
         return words
 
     def _end_step(self, slot: int, seconds: float) -> None:
@@ -224,11 +252,13 @@ class RankTraining(Training):
         self.report.rank(self.step, seconds, self._exposed[-1] if self._exposed else None)
 
     def _hear(self, words: np.ndarray) -> None:
-        """Take what rank 0 has said in the step that has ended."""
+        """Take what rank 0 has said in the step that has ended. Some ranks have begun the next step, which is the last of all, then."""
         self.stop.heard = self.stop.heard or ASKED[int(words[_ASKED_WORD])]
+        if self.stop.heard or self.has_diverged:
+            self._until = min(self._until, self.step + 1)
         if words[_SAVE_WORD] and self.saver:
             self.saver.is_told = True
-            self.stop.here.asked = "" if self.stop.here.asked == "save" else self.stop.here.asked
+            self.stop.answer_save()
 
     def _note_transfers(self, step: int) -> None:
         for transfer in self.communicator.take_transfers():
@@ -254,6 +284,8 @@ class RankTraining(Training):
 
         def graphs() -> Iterator[Graph]:
             for n in range(batches):
+                if self.stop.is_unwanted:
+                    return
                 slot = mine.index(n) % 2 if n in mine else -1
                 self.data.val.next_batch(*(of_others if slot < 0 else self.m.inputs(slot)))
                 if slot >= 0:

@@ -5,6 +5,7 @@ time some times, at the begin and at the end of a generation, and believes the f
 Processes of one machine have one clock, which the system's boot id tells.
 """
 
+import asyncio
 import hashlib
 import io
 import time
@@ -17,7 +18,7 @@ import numpy as np
 from distributed import Client, Worker
 from distributed.core import ConnectionPool
 
-from taskgpt.cluster.job import Ended, Job
+from taskgpt.cluster.job import END, Ended, Job
 from taskgpt.cluster.kept import fetch
 from taskgpt.collectives import Noted, Transfer
 from taskgpt.lab.traces.network import EXCHANGE_TYPE, WHATS
@@ -62,8 +63,8 @@ def _tag(tag: tuple) -> tuple[int, int]:
 class Traces:
     """Collects what the ranks of a run have recorded. notes: what is missing, and why."""
 
-    def __init__(self, client: Client):
-        self._client = client
+    def __init__(self, client: Client, timeout_s: float):
+        self._client, self._timeout_s = client, timeout_s
         self._names: dict[str, str] = {}  # of processes, by their addresses, in the order in which they took part
         self._parts: list[Part] = []
         self._clocks: dict[str, list[tuple[int, int, int]]] = {}  # of this generation: what `_ask` found
@@ -91,9 +92,8 @@ class Traces:
             types = np.dtype(np.uint8), EXCHANGE_TYPE, NOTED_TYPE
             arrays = {name: np.empty(size, of) for name, size, of in zip((_TRACE, _EXCHANGES, _NOTED), sizes, types, strict=True)}
             try:
-                self._client.sync(
-                    fetch, self._client.rpc, address, job.run, arrays, {name: [(0, len(each))] for name, each in arrays.items()}
-                )
+                whole = {name: [(0, len(each))] for name, each in arrays.items()}
+                self._client.sync(fetch, self._client.rpc, address, job.run, job.offer_of(END), arrays, whole, self._timeout_s)
             except (OSError, LookupError) as error:
                 self.notes.append(f"the trace has nothing of {self._names[address]} in generation {job.generation}: {error}")
                 continue
@@ -113,7 +113,7 @@ class Traces:
     def _measure(self, addresses: Sequence[str]) -> None:
         for address in addresses:
             with suppress(OSError):  # it is gone, which is noticed otherwise
-                self._clocks[address].append(self._client.sync(_ask, self._client.rpc, address))
+                self._clocks[address].append(self._client.sync(_ask, self._client.rpc, address, self._timeout_s))
 
     def _clock(self, address: str) -> Clock:
         found = self._clocks[address]
@@ -123,12 +123,12 @@ class Traces:
         return Clock(at, add, max(error))
 
 
-async def _ask(pool: ConnectionPool, address: str) -> tuple[int, int, int]:
-    """Return what a clock says, how far ours is ahead of it then, and how wrong that may be, in ns."""
+async def _ask(pool: ConnectionPool, address: str, timeout_s: float) -> tuple[int, int, int]:
+    """Return what a clock says, how far ours is ahead of it then, and how wrong that may be, in ns. Raises OSError."""
     found = []
     for _ in range(_ASKED):
         before_ns = time.monotonic_ns()
-        answer = await pool(address).taskgpt_clock()
+        answer = await asyncio.wait_for(pool(address).taskgpt_clock(), timeout_s)
         after_ns = time.monotonic_ns()
         if answer["boot"] and answer["boot"] == _boot_id():
             return answer["ns"], 0, 0

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from distributed import Client
 
-from taskgpt.cluster.checks import Member, fit, look, ready
+from taskgpt.cluster.checks import Member, ready
 from taskgpt.cluster.driver import Driver, driving
 from taskgpt.cluster.job import Ended
+from taskgpt.cluster.membership import Roster
 from taskgpt.cluster.opening import opened
-from taskgpt.cluster.settings import Settings
+from taskgpt.cluster.settings import Settings, schedule
 from taskgpt.cluster.traces import Traces
 from taskgpt.config import GraphConfig, SchedulerConfig
 from taskgpt.errors import UserError, shorten
@@ -90,7 +91,17 @@ class ClusterTraining:
             if not self.settings.is_staged and self.graph.batch.accumulate == 1 and self.start.about is None and flags.total_batch is None:
                 batch = dataclasses.replace(self.graph.batch, accumulate=len(members))
                 self.graph = dataclasses.replace(self.graph, batch=batch)
+            self._verify_generations()
             return self._train(cluster, members)
+
+    def _verify_generations(self) -> None:
+        """Raises UserError for a plan of generations that this run cannot have."""
+        planned, micro_batches = schedule(self.settings.generations), self.graph.batch.accumulate
+        if planned and (most := max(count for _, count in planned)) > micro_batches:
+            wanted = f"wanted at most {micro_batches} ranks, one for each micro-batch of a step, got {most}"
+            raise UserError(f"generations: {wanted}; take fewer, or a larger --total-batch")
+        if self.settings.zero and len(planned) > 1 and self.start.folder is None:
+            raise UserError("generations: with zero, no rank has the whole state to go on from; give the run a folder for it, --out DIR")
 
     def _bytes_needed(self) -> int:
         """Return the bytes of a rank's tensors, and of the copy of its state that a checkpoint is made from; of stages the largest."""
@@ -107,9 +118,9 @@ class ClusterTraining:
         if self.settings.is_staged and flags.sample_every:
             told["sample_every"] = 0
             report.say("stages write no samples on the way; `taskgpt sample --init RUN` does, from a checkpoint")
-        driver = Driver(client, self.settings, _Roster(client, members, self._bytes_needed()).members, graph, told, report, stop)
+        driver = Driver(client, self.settings, Roster(client, members, self._bytes_needed()).members, graph, told, report, stop)
         driver.on_log = self._log_of_worker
-        driver.traces = Traces(client) if flags.trace is not None else None
+        driver.traces = Traces(client, self.settings.timeout_s) if flags.trace is not None else None
         driver.live = self._dashboard.live if self._dashboard else None
         if start.about is not None:
             driver.resume(start.checkpoint, start.about, start.best_val_loss)
@@ -128,15 +139,15 @@ class ClusterTraining:
                 failures.append(
                     f"after {ended.step} steps the {ended.diverged}, and nothing was saved; try a smaller --lr, or another --init"
                 )
-            elif driver.saver and driver.saver.error:
-                failures.append(str(driver.saver.error))
+            elif driver.offers.saver and driver.offers.saver.error:
+                failures.append(str(driver.offers.saver.error))
             if flags.save is not None and not failures and driver.seconds:
                 checkpoints.save(flags.save, graph.model, driver.fetch_parameters())
                 report.say(f"saved {flags.save}")
         stop.can_wait = False
         self._summary(driver, ended, holder, steps, members)
         self._save_trace(driver)
-        if driver.saver and driver.saver.newest and ended.step < flags.steps:
+        if driver.offers.saver and driver.offers.saver.newest and ended.step < flags.steps:
             report.tell("go on with", f"taskgpt train --resume {shlex.quote(str(start.folder.path))}")
         if failures:
             raise UserError("; ".join(failures))
@@ -171,7 +182,7 @@ class ClusterTraining:
         changes = start.verify(self.graph, fingerprint) if start.about else []
         if start.folder:
             argv = as_argv(self.flags, self.default)
-            driver.saver = start.saver(m, Every(), argv, self.graph, fingerprint, report, self.stop)
+            driver.offers.saver = start.saver(m, Every(), argv, self.graph, fingerprint, report, self.stop)
         report.begin(self.graph, described(self.settings, members, driver.micro_batches), description, m, steps, driver.last_step)
         if start.checkpoint:
             report.tell("resumed", f"from {shorten(start.checkpoint)}, after {start.about.step:,} steps")
@@ -200,7 +211,8 @@ class ClusterTraining:
             sent = f"{driver.network[-1][2] / 1e6:,.1f} MB sent by each rank a step"
             report.tell("network", f"{sent}, {network_s / len(steady) * 1e3:.1f} ms, {hidden:.0%} of it behind the backward pass")
         if len(driver.generations) > 1 and not self.settings.is_staged:  # of stages, they change no bit
-            report.tell("generations", f"{summary['cluster']['generations']} (repeat this run's bits with --set generations='...')")
+            told = summary["cluster"]["generations"]
+            report.tell("generations", told + " (repeat this run's bits with --set generations='...')" * (not driver.generations[0][0]))
         if driver.recoveries:
             report.tell("recoveries", f"{len(driver.recoveries)}, median {statistics.median(driver.recoveries):.1f} s")
         report.summary(summary, is_wanted=bool(driver.seconds))
@@ -232,18 +244,3 @@ def described(settings: Settings, members: list[Member], micro_batches: int) -> 
     ]
     parts += [f"{settings.wire} on the wire"] if settings.wire != "fp32" else []
     return ", ".join([*parts, "moments in shards"] if settings.zero else parts)
-
-
-class _Roster:
-    """The workers that were found fit to be ranks, also those that come later."""
-
-    def __init__(self, client: Client, members: list[Member], needed_bytes: int):
-        self._client, self._needed_bytes = client, needed_bytes
-        self._known: dict[str, Member | None] = {member.address: member for member in members}
-
-    def members(self, alive: set[str]) -> list[Member]:
-        """Return those of these addresses that are fit, those that were there first before others."""
-        if new := alive - self._known.keys():
-            fits = {member.address: member for member in fit(look(self._client), self._needed_bytes)[0]}
-            self._known |= {address: fits.get(address) for address in sorted(new)}
-        return [member for address, member in self._known.items() if address in alive and member is not None]

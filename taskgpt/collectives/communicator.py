@@ -161,6 +161,11 @@ class Communicator:
         chunks = [[row.reshape(-1)] for row in rows]
         asyncio.run_coroutine_threadsafe(all_gather(self.links, chunks, tag), self.links.loop).result()
 
+    def verify_goes_on(self) -> None:
+        """Raise PeerLost if this generation is over, which a rank without others notices in no other way."""
+        if self.links.over:
+            raise PeerLost(f"this generation is over: {self.links.over}")
+
     def fail(self, error: BaseException) -> None:
         """Have every task fail that waits for an exchange, and those to come. From any thread."""
         with self._lock:

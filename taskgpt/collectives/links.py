@@ -21,6 +21,7 @@ class Links(Protocol):
     loop: asyncio.AbstractEventLoop
     sent_bytes: int  # with what frames them
     received_bytes: int
+    over: str  # why this generation is over here, "" while it goes on; from any thread
 
     async def send(self, to: int, tag: Tag, buffers: Sequence[np.ndarray]) -> None:
         """Send arrays, whose elements lie side by side, as one message; when it returns, they may be written again. Raises PeerLost."""

@@ -36,6 +36,10 @@ class NotedLinks:
     def received_bytes(self) -> int:
         return self._links.received_bytes
 
+    @property
+    def over(self) -> str:
+        return self._links.over
+
     async def send(self, to: int, tag: Tag, buffers: Sequence[np.ndarray]) -> None:
         begin_ns = time.monotonic_ns()
         await self._links.send(to, tag, buffers)

@@ -95,7 +95,7 @@ class Saver:
         by_steps = every.steps is not None and step % every.steps == 0
         by_time = every.seconds is not None and time.monotonic() - self._last_s >= every.seconds
         self._is_owed |= by_steps or by_time
-        return self._is_owed and not self._is_writing
+        return self._is_owed and not self.is_writing
 
     @property
     def is_copying(self) -> bool:
@@ -103,7 +103,8 @@ class Saver:
         return self._held is not None
 
     @property
-    def _is_writing(self) -> bool:
+    def is_writing(self) -> bool:
+        """True while a thread makes a checkpoint."""
         return self._thread is not None and self._thread.is_alive()
 
     def hold(self, about: About) -> None:
@@ -117,13 +118,16 @@ class Saver:
         self._start(self._write, about, self._snapshot.state, "behind training")
 
     def write_state(self, about: About, state_of: Callable[[], dict]) -> None:
-        """Write a state that comes from somewhere else, in a thread of its own. OSError or LookupError: it does not come."""
+        """Write a state that comes from somewhere else, in a thread of its own. OSError, LookupError, MemoryError: it does not come."""
 
         def write() -> None:
             try:
                 state = state_of()
-            except (OSError, LookupError) as error:
-                self._told.append(f"none after {about.step:,} steps, which was lost on the way: {error}; {self.left}")
+            except (OSError, LookupError, MemoryError) as error:
+                why = str(error) or type(error).__name__
+                self._told.append(f"none after {about.step:,} steps, which was lost on the way: {why}; {self.left}")
+            except Exception as error:  # a defect, which is not to end in this thread unseen
+                self._defect = error
             else:
                 self._write(about, state, "behind training")
 

@@ -47,7 +47,8 @@ class Training:
         self.saver: Saver | None = None  # which is set when nothing is left that could be refused: from then on the folder is its own
         self.run_name = ""  # in checkpoints
         self.learning_rate = LearningRate(flags.lr, flags.steps, flags.lr_schedule, flags.warmup, flags.final_lr)
-        self.begin_step = self.step = 0
+        self.step = 0
+        self.saved_step = 0  # after which no checkpoint is needed: the run begins there, or has one
         self.loss = self.norm = 0.0
         self.seconds: list[float] = []
         self._paused = 0, sampler.random.state  # after how many steps training last stood still, and the random numbers before it sampled
@@ -58,7 +59,7 @@ class Training:
         """Go on from a checkpoint, whose tensors are in the model. Raises UserError if it does not fit the data."""
         self.data.train.restore(about.train_data)
         self.sampler.random.state = int(about.sampler, 16)
-        self.begin_step = self.step = about.step
+        self.step = self.saved_step = about.step
         self._best_val_loss = best_val_loss
 
     def about(self, step: int) -> About:
@@ -89,7 +90,7 @@ class Training:
     def save_last(self) -> list[str]:
         """Have a checkpoint of the model as it is; return why there is none. Between steps, when all has gone well."""
         saver = self.saver
-        if self.step > self.begin_step and saver.newest != saver.folder.checkpoint(self.step):
+        if self.step > self.saved_step and saver.newest != saver.folder.checkpoint(self.step):
             saver.write_now(self.about(self.step))
         return [str(saver.error)] if saver.error else []
 
@@ -98,11 +99,15 @@ class Training:
         if self.stop.wants_save:
             self.stop.wants_save = False
             self.saver.owe()
-        return step > self.begin_step and self.saver.is_due(step)
+        return step > self.saved_step and self.saver.is_due(step)
 
     @property
     def _is_over(self) -> bool:
         return self.step >= self.last_step or self.stop.is_requested or self.has_diverged
+
+    def _ends_before(self, step: int) -> bool:
+        """Return True if a step is not to begin, when the one before it is under way."""
+        return self.stop.is_requested or self.has_diverged
 
     @property
     def last_step(self) -> int:
@@ -160,7 +165,7 @@ class Training:
 
         def graphs() -> Iterator[Graph]:
             for step in range(first, last):
-                if self.stop.is_requested:
+                if self._ends_before(step):
                     return
                 if saver and saver.graph and self._may_save(step):
                     saver.hold(self.about(step))
@@ -175,6 +180,8 @@ class Training:
         pace, seconds, number = Pace(time.perf_counter()), 0.0, first * count
         with closing(self.scheduler.run_each(graphs())) as runs:
             for graph in runs:
+                if self.has_diverged:
+                    continue  # what has begun is finished, and is of no use
                 if saver:
                     if graph is saver.graph:
                         saver.write()
@@ -187,8 +194,6 @@ class Training:
                     continue
                 self._end_step((number - 1) % len(self.m.slots), seconds)
                 seconds = 0.0
-                if self.has_diverged:
-                    return
 
     def _fill(self, slot: int, step: int, number: int) -> None:
         """Write into a slot what a graph of a step begins with."""
