@@ -10,6 +10,7 @@ The map of the house; imports point one way, from the programs down to the tasks
     cluster/      a Dask cluster: opened, checked, its ranks, a training run on it
     collectives/  messages and sums among ranks
     tasks/        room 1: kernels, accesses, tiles, graphs. Has heard of neither transformers nor threads
+    sharing/      processes that share the cores of a machine; pointers.py, what compiled code needs of C
     schedulers/   room 2: ways to run a graph, a file or folder per value of --scheduler
     gpt2/         room 3: GPT-2's kernels, tensors and program, checkpoints, generation/; its data in text/. Has never heard of schedulers
     lab/          room 4: looks at runs, graphs and the machine, in rooms of its own

@@ -21,6 +21,7 @@ PROGRAMS = {
     "compare": "race schedulers, tiles and policies on a graph",
     "tune": "search for the fastest tiles and policy on this machine",
     "cluster": "test a Dask cluster before a long run on it",
+    "share": "list the programs that share cores, and who holds which",
     "simulate": "predict a step on cores that one does not have",
     "bench": "measure a step, a task's overhead, other libraries",
 }

@@ -54,6 +54,7 @@ from taskgpt.programs.arguments import (
     add_changes,
     add_graph,
     add_scheduler,
+    add_share,
     add_workers,
     count,
     part,
@@ -112,6 +113,7 @@ def parser() -> argparse.ArgumentParser:
     how = p.add_argument_group("how it runs")
     add_scheduler(how, "native")
     add_workers(how, "default: the scheduler file's")
+    add_share(how)
     how.add_argument("--check", action="store_true", help="run every task on guarded copies and report undeclared accesses (slow)")
     out = p.add_argument_group("what comes out")
     out.add_argument("--val-every", type=count, default=10, metavar="N", help="validation loss every N steps, 0 = never (default 10)")

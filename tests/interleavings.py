@@ -101,9 +101,21 @@ class _Thread:
                 sleeper.step, sleeper._state = ("mutex_lock", (sleeper.step[1][1],)), None
         elif name == "call_entry":  # into Python, which has no thread to spare
             result = 1
+        elif name == "futex_wait":
+            if Memory.word(arguments[0]) & 0xFFFFFFFF == arguments[1] & 0xFFFFFFFF:
+                sleepers[self] = arguments[0]
+                self.step = ("asleep", arguments)
+                return
+        elif name == "futex_wake":
+            for sleeper in [each for each, address in sleepers.items() if address == arguments[0]][: arguments[1]]:
+                del sleepers[sleeper]
+                sleeper.wake()
         elif name not in ("relax", "sched_yield"):
             raise ValueError(f"no step '{name}'")
         self._go_on(result)
+
+    def wake(self) -> None:
+        self.step, self._state = ("relax", ()), None
 
     def state(self) -> tuple:
         """Return all that decides what the thread will do."""
@@ -124,13 +136,21 @@ class _Thread:
 class _Machine:
     """Threads on the memory of a scheduler, from the beginning."""
 
-    def __init__(self, threads: list[Callable[[], Steps]]):
+    def __init__(self, threads: list[Callable[[], Steps]], sleeps: int):
+        self.sleeps = sleeps
         self.held: dict[int, _Thread] = {}
         self.sleepers: dict[_Thread, int] = {}
         self.threads = [_Thread(thread(), self) for thread in threads]
 
     def those_that_can(self) -> list[int]:
-        return [at for at, thread in enumerate(self.threads) if thread.can_go_on]
+        can = [at for at, thread in enumerate(self.threads) if thread.can_go_on]
+        if not can and self.sleeps:
+            self.sleeps -= 1
+            for sleeper in self.sleepers:
+                sleeper.wake()
+            self.sleepers.clear()
+            return self.those_that_can()
+        return can
 
 
 def run_alone(steps: Steps) -> Any:
@@ -143,9 +163,11 @@ def run_alone(steps: Steps) -> Any:
         return end.value
 
 
-def ends(still: Still, threads: list[Callable[[], Steps]], most_switches: int = EVERY) -> Iterator[bool]:
+def ends(still: Any, threads: list[Callable[[], Steps]], most_switches: int = EVERY, sleeps: int = 0) -> Iterator[bool]:
     """Yield whether all threads are through, at the end of every interleaving, or of those that leave a thread that could go on so often.
 
+    `still`: the memory, `everything`, and what threads have `found`. `sleeps`: how often those that sleep on a futex wake up because their
+    time is over, when no thread can go on.
     An end is when no thread can go on; then what threads wrote to `still.found` is there. From a state that was met, nobody goes on again.
     """
     before = [array.copy() for array in still.everything]
@@ -155,7 +177,7 @@ def ends(still: Still, threads: list[Callable[[], Steps]], most_switches: int = 
         for array, content in zip(still.everything, before, strict=True):
             array[...] = content
         still.found.clear()
-        machine = _Machine(threads)
+        machine = _Machine(threads, sleeps)
         for at in schedule:
             machine.threads[at].do()
         return machine
@@ -171,7 +193,13 @@ def ends(still: Still, threads: list[Callable[[], Steps]], most_switches: int = 
                 break
             contents = hash(b"".join(array.tobytes() for array in still.everything))
             last = schedule[-1] if schedule else -1
-            key = (contents, tuple(still.found), last if most_switches < EVERY else 0, *(thread.state() for thread in machine.threads))
+            key = (
+                contents,
+                machine.sleeps,
+                tuple(still.found),
+                last if most_switches < EVERY else 0,
+                *(thread.state() for thread in machine.threads),
+            )
             if met.get(key, most_switches + 1) <= switches:
                 break
             met[key] = switches

@@ -26,9 +26,9 @@ gpt2 schedulers.native schedulers.loops schedulers.threads schedulers.sequential
 gpt2.text schedulers schedulers.records schedulers.dask_get schedulers.dynamic
 downloads
 files schedulers.prepare products collectives cluster.settings
-schedulers.repetition
+schedulers.repetition sharing
 tasks schedulers.cores errors lab
-palette progress
+palette progress pointers
 """
 FLOOR_OF = {room: number for number, floor in enumerate(reversed(FLOORS.split("\n"))) for room in floor.split()}
 ROOMS = sorted(FLOOR_OF, key=len, reverse=True)

@@ -157,6 +157,12 @@ def add_workers(to: Flags, help: str, several: bool = False) -> None:
     _add(to, "--workers", "--worker", told, dest="workers", read=read, metavar="N")
 
 
+def add_share(to: Flags) -> None:
+    """Add --share NAME, which is --set share=NAME."""
+    told = "share the cores, task by task, with the programs that name the same share, `node` say: --set share=NAME"
+    to.add_argument("--share", action="append", type="share={}".format, help=told, dest="set", default=[], metavar="NAME")
+
+
 def add_numbers(to: Flags, flag: str, read_one: Callable[[str], float], help: str, **others: Any) -> None:
     """Add a flag for a list of numbers. `read_one`: see below."""
 

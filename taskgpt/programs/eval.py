@@ -35,7 +35,7 @@ from taskgpt.lab import machine
 from taskgpt.lab.layout import field
 from taskgpt.lab.named import overridden
 from taskgpt.lab.report import compile_with_progress
-from taskgpt.programs.arguments import MODEL_HELP, Parser, add_changes, add_graph, add_scheduler, add_workers, positive
+from taskgpt.programs.arguments import MODEL_HELP, Parser, add_changes, add_graph, add_scheduler, add_share, add_workers, positive
 from taskgpt.progress import Progress
 from taskgpt.schedulers import Scheduler, WorkerError, open_scheduler
 from taskgpt.tasks import AccessError, Graph, TaskError, TwinError
@@ -59,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         add_changes(p)
         add_scheduler(p, "native")
         add_workers(p, "default: the scheduler file's")
+        add_share(p)
         p.add_argument("--json", metavar="FILE", help="write the numbers")
         flags = p.parse_args(argv)
         if flags.json is not None:

@@ -30,7 +30,7 @@ from taskgpt.lab import machine
 from taskgpt.lab.layout import field
 from taskgpt.lab.named import scheduler_of
 from taskgpt.lab.report import compile_with_progress
-from taskgpt.programs.arguments import MODEL_HELP, Parser, add_scheduler, add_workers, count, part, positive, rate
+from taskgpt.programs.arguments import MODEL_HELP, Parser, add_scheduler, add_share, add_workers, count, part, positive, rate
 from taskgpt.progress import Progress
 from taskgpt.schedulers import Scheduler, WorkerError, open_scheduler
 from taskgpt.tasks import AccessError, TaskError, TwinError
@@ -62,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--batch-size", type=positive, default=BATCH_SIZE, metavar="B", help=f"texts at a time (default {BATCH_SIZE})")
     add_scheduler(run, "native")
     add_workers(run, "default: the scheduler file's")
+    add_share(run)
     run.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=V", help="keys of the scheduler file: idle=busy")
     p.add_argument("--json", metavar="FILE", help="write texts, token ids and speeds")
     return p

@@ -15,16 +15,18 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from queue import SimpleQueue
 from typing import Self
 
 from taskgpt.schedulers.prepare import InTurn, OncePerGraph, worker_count
 from taskgpt.schedulers.records import Recorder
+from taskgpt.sharing.member import Cores, Terms
 from taskgpt.tasks import Graph, Task, one_blas_thread
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Terms):
     """The keys of scheduler_configs/loops.toml."""
 
     workers: int = field(metadata={"at_least": 0, "at_most": 4096})
@@ -48,6 +50,7 @@ class Scheduler(InTurn):
         self.settings = settings
         self.workers = worker_count(settings.workers)
         self.recorder = Recorder(settings.record)
+        self._cores = Cores(settings, self.workers)
         self._run_task: Callable[[Task], None] = Task.run_calls
         self._loops = OncePerGraph(self._cut_and_deal)
         self._helpers: list[_Helper] = []
@@ -56,7 +59,8 @@ class Scheduler(InTurn):
     def _start(self) -> None:
         with ExitStack() as stack:
             stack.enter_context(one_blas_thread)
-            self._helpers = [stack.enter_context(_Helper(self._work)) for _ in range(self.workers - 1)]
+            stack.enter_context(self._cores)
+            self._helpers = [stack.enter_context(_Helper(partial(self._work, me))) for me in range(1, self.workers)]
             self._close = stack.pop_all().close
 
     def _stop(self) -> None:
@@ -97,7 +101,7 @@ class Scheduler(InTurn):
     def _fork_and_join(self, parts: list[list[Task]]) -> None:
         mine, *theirs = self._shares(parts)
         barrier = [helper.start(share) for helper, share in zip(self._helpers, theirs, strict=False)]
-        self._work(mine)
+        self._work(0, mine)
         for done in barrier:
             done.acquire()
         if self._failures:
@@ -110,15 +114,17 @@ class Scheduler(InTurn):
         queue = deque(parts)
         return [_take(queue) for _ in range(min(self.workers, len(parts)))]
 
-    def _work(self, tasks: Iterable[Task]) -> None:
-        failures, run_task = self._failures, self._run_task
+    def _work(self, me: int, tasks: Iterable[Task]) -> None:
+        failures, run_task, cores = self._failures, self._run_task, self._cores
         try:
             for task in tasks:
                 if failures:
-                    return
+                    break
+                cores.hold(me)
                 run_task(task)
         except BaseException as error:
             failures.append(error)
+        cores.let_go(me)
 
 
 def cut(graph: Graph) -> Iterator[list[Task]]:

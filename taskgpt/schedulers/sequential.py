@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from taskgpt.schedulers.dynamic import Recording, run_program
 from taskgpt.schedulers.prepare import InTurn
 from taskgpt.schedulers.records import Recorder
+from taskgpt.sharing.member import Cores, Terms
 from taskgpt.tasks import Graph, one_blas_thread
 from taskgpt.tasks.spawn import Spawn
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Terms):
     """The keys of scheduler_configs/sequential.toml."""
 
     workers: int
@@ -34,12 +35,15 @@ class Scheduler(InTurn):
         super().__init__()
         self.settings = settings
         self.recorder = Recorder(settings.record)
+        self._cores = Cores(settings, 1)
 
     def _start(self) -> None:
+        self._cores.__enter__()
         one_blas_thread.acquire()
 
     def _stop(self) -> None:
         one_blas_thread.release()
+        self._cores.__exit__()
 
     @contextmanager
     def program(self, patience_s: float = 60.0, check: bool = False) -> Iterator[Spawn]:
@@ -61,5 +65,9 @@ class Scheduler(InTurn):
 
     def _run(self, graph: Graph) -> None:
         run_task = self.recorder.begin(graph)
-        for task in graph.tasks:
-            run_task(task)
+        try:
+            for task in graph.tasks:
+                self._cores.hold(0)
+                run_task(task)
+        finally:
+            self._cores.let_go(0)

@@ -11,13 +11,14 @@ import dask.threaded
 
 from taskgpt.schedulers.prepare import InTurn, OncePerGraph, worker_count
 from taskgpt.schedulers.records import Recorder
+from taskgpt.sharing.member import Cores, Terms
 from taskgpt.tasks import Graph, Task, coarsen, one_blas_thread
 
 _TOKEN = "0" * 32  # of a form that Dask's tools take off, so that the kernel's name is left
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Terms):
     """The keys of scheduler_configs/threads.toml."""
 
     workers: int = field(metadata={"at_least": 0, "at_most": 4096})
@@ -34,10 +35,12 @@ class Scheduler(InTurn):
         self.workers = worker_count(settings.workers)
         self.recorder = Recorder(settings.record)
         self._run_task: Callable[[Task], None] = Task.run_calls
+        self._cores = Cores(settings, self.workers)
         self._coarse = OncePerGraph(self._coarsen)
         self._dask_graph = OncePerGraph(self._translate)
 
     def _start(self) -> None:
+        self._cores.__enter__()
         self._coordinator = ThreadPoolExecutor(1, "taskgpt-coordinator")
         self._pool = ThreadPoolExecutor(self.workers, "taskgpt-threads")
         one_blas_thread.acquire()
@@ -46,6 +49,7 @@ class Scheduler(InTurn):
         self._coordinator.shutdown()
         self._pool.shutdown()
         one_blas_thread.release()
+        self._cores.__exit__()
 
     def describe(self) -> str:
         size = f"at most {self.settings.coarsen} tasks a step" if self.settings.coarsen else "tasks as recorded"
@@ -72,7 +76,8 @@ class Scheduler(InTurn):
         return layers.to_dict(), last
 
     def _call(self, task: Task, *_predecessors: None) -> None:
-        self._run_task(task)
+        with self._cores.one():
+            self._run_task(task)
 
     def as_run(self, graph: Graph) -> Graph:
         return self._coarse(graph) or graph

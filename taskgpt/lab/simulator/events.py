@@ -11,7 +11,7 @@ import heapq
 import numpy as np
 from numba import types
 
-from taskgpt.schedulers.native.pointers import words_at
+from taskgpt.pointers import words_at
 from taskgpt.schedulers.native.queues import is_anything_ready, take
 from taskgpt.schedulers.native.table import NOTHING, REMAINING, compiled, instance_of, run_in, slot_of, task_of
 from taskgpt.schedulers.native.worker import release

@@ -21,15 +21,17 @@ from typing import Any
 
 from numba.core.registry import CPUDispatcher
 
-from taskgpt.schedulers.native import heap, idle, nested, open_run, places, pointers, queues, regions, release, ring, table, worker
+from taskgpt import pointers
+from taskgpt.schedulers.native import heap, idle, nested, open_run, places, queues, regions, release, ring, table, worker
+from taskgpt.sharing import layout, leases
 
 Step = tuple[str, tuple]  # a primitive of pointers.py, and its arguments
 Steps = Generator[Step, Any, Any]
 
-MODULES = [table, ring, heap, idle, queues, release, places, open_run, regions, nested, worker]
+MODULES = [layout, leases, table, ring, heap, idle, queues, release, places, open_run, regions, nested, worker]
 ATOMIC = {"load", "store", "store_last", "fetch_add", "fetch_or", "fetch_and", "exchange", "compare_exchange"}
 WAITS = {"relax", "sched_yield", "mutex_lock", "mutex_unlock", "condition_wait", "condition_timedwait", "condition_signal"}
-WAITS |= {"condition_broadcast"}
+WAITS |= {"condition_broadcast", "futex_wait", "futex_wake"}
 STEPS = ATOMIC | WAITS | {"call_entry"}
 
 
@@ -68,6 +70,11 @@ class Memory:
         return words.address + pointers.WORD_BYTES * int(index)
 
     @staticmethod
+    def word(address: int) -> int:
+        """Return the word at an address."""
+        return ctypes.c_int64.from_address(address).value
+
+    @staticmethod
     def do(step: Step) -> int:
         """Do an atomic step; return what it returns."""
         name, (words, index, *value) = step
@@ -91,7 +98,12 @@ class Stepped:
     """The compiled functions of the scheduler by their names: generators, or plain functions where they have no step."""
 
     def __init__(self, memory: Memory):
-        replaced = {"words_at": memory.words_at, "address_of": memory.address_of, "clock_gettime": lambda *_: 0}
+        replaced = {
+            "words_at": memory.words_at,
+            "address_of": memory.address_of,
+            "clock_gettime": lambda *_: 0,
+            "sched_setaffinity": lambda *_: 0,
+        }
         known = {name: value for module in MODULES for name, value in vars(module).items() if isinstance(value, CPUDispatcher)}
         trees = {name: _tree(function) for name, function in known.items()}
         stepping = _that_step(trees)

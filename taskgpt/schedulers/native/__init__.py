@@ -1,6 +1,5 @@
 """Our own scheduler, after nOS-V, read in this order:
 
-pointers.py   memory by address, atomics, the clock and threads that sleep, for compiled code
 table.py      what the workers share, and where it is
 ring.py       queues without waiting: deques and inboxes
 heap.py       instances in the order of their ranks

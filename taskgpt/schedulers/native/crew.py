@@ -79,6 +79,7 @@ class Crew:
             worker.want_back(self._address, me)
             self._left[me].acquire()
             self.this.me = me
+            worker.get_core_back(self._address, me)
 
     def join(self) -> None:
         """Have the workers return, and wait for them, even if Ctrl-C is pressed: their code must not vanish while they run."""

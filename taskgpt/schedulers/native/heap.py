@@ -1,6 +1,6 @@
 """A binary heap of instances in the order of their keys. For whoever holds the queue's lock."""
 
-from taskgpt.schedulers.native.pointers import store, words_at
+from taskgpt.pointers import store, words_at
 from taskgpt.schedulers.native.table import INSTANCES, KEYS, SIZE, compiled
 
 

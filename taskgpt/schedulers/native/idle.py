@@ -7,7 +7,7 @@ task, or with what to do. Who wants to wait no longer takes his own bit back; if
 before the look, and the push of a task before the look for bits: so one of the two sees the other.
 """
 
-from taskgpt.schedulers.native.pointers import (
+from taskgpt.pointers import (
     condition_signal,
     condition_wait,
     exchange,

@@ -11,6 +11,7 @@ as tasks in Python do (crew.py), which takes the GIL.
 
 from numba import types
 
+from taskgpt.pointers import WORD_BYTES, address_of, call_entry, fetch_or, load, relax, store, words_at
 from taskgpt.schedulers.native.open_run import (
     ALL_DONE,
     AWAITED,
@@ -21,7 +22,6 @@ from taskgpt.schedulers.native.open_run import (
     settle_in,
 )
 from taskgpt.schedulers.native.places import has_edges, let_go, new_place, pool_in
-from taskgpt.schedulers.native.pointers import WORD_BYTES, address_of, call_entry, fetch_or, load, relax, store, words_at
 from taskgpt.schedulers.native.queues import is_nested, push, take_others_nested, take_own_nested
 from taskgpt.schedulers.native.regions import free_book, most_edges, new_book, note, region_of, wait_for
 from taskgpt.schedulers.native.table import (
@@ -42,11 +42,14 @@ from taskgpt.schedulers.native.table import (
     RESULTS_AT,
     SCRATCH,
     SERIALS,
+    SHARE_AT,
     STATES,
     compiled,
     run_in,
     worker_of,
 )
+from taskgpt.schedulers.native.worker import get_core
+from taskgpt.sharing.leases import keeps_core
 from taskgpt.tasks.frames import (
     CALLED_WORDS,
     CARRIED,
@@ -202,6 +205,8 @@ def _help(t, me):
         return False
     worker[INSIDE] += 1
     while instance != NOTHING:
+        if t[SHARE_AT] != 0 and not keeps_core(words_at(t[SHARE_AT]), me):
+            get_core(t, me, True)  # this thread is in the middle of a task, which no other can go on with
         instance = run_spawned(t, me, instance)
         if instance != NOTHING and not is_nested(t, instance):  # a task of Python's may wait for what this thread is to do after it
             push(t, me, instance)

@@ -13,8 +13,7 @@ Spawning from Python holds the GIL, so that there is one who does so at a time; 
 
 from numba import njit, types
 
-from taskgpt.schedulers.native.places import CLOSED, add_edge, has_edges, let_go, new_place, pool_in
-from taskgpt.schedulers.native.pointers import (
+from taskgpt.pointers import (
     REALTIME,
     WORD_BYTES,
     address_of,
@@ -31,6 +30,7 @@ from taskgpt.schedulers.native.pointers import (
     store,
     words_at,
 )
+from taskgpt.schedulers.native.places import CLOSED, add_edge, has_edges, let_go, new_place, pool_in
 from taskgpt.schedulers.native.queues import push
 from taskgpt.schedulers.native.release import go_on_with, note_ready, offer, record, tell
 from taskgpt.schedulers.native.table import (

@@ -4,7 +4,7 @@ A place keeps the edges to who waits for its task as a list, to which is added w
 the task itself has waited are used again when its place is.
 """
 
-from taskgpt.schedulers.native.pointers import WORD_BYTES, compare_exchange, exchange, fetch_add, load, words_at
+from taskgpt.pointers import WORD_BYTES, compare_exchange, exchange, fetch_add, load, words_at
 from taskgpt.schedulers.native.release import tell
 from taskgpt.schedulers.native.table import (
     EDGE_FIRST,

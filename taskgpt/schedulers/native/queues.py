@@ -7,9 +7,9 @@ hands him what is left. Where tasks have ranks (policies.py), who takes empties 
 
 from numba import types
 
+from taskgpt.pointers import exchange, load, store, words_at
 from taskgpt.schedulers.native.heap import insert, remove
 from taskgpt.schedulers.native.idle import claim, hand, rouse
-from taskgpt.schedulers.native.pointers import exchange, load, store, words_at
 from taskgpt.schedulers.native.ring import drop_into, is_deque_empty, is_inbox_empty, put, take_newest, take_oldest, take_out
 from taskgpt.schedulers.native.table import (
     BOTTOM,

@@ -10,8 +10,8 @@ the readers. A task that is done counts no more: its place has another ticket, o
 
 from numba import types
 
+from taskgpt.pointers import WORD_BYTES, load, words_at
 from taskgpt.schedulers.native.places import CLOSED, add_edge
-from taskgpt.schedulers.native.pointers import WORD_BYTES, load, words_at
 from taskgpt.schedulers.native.table import HEADS, NOTHING, TICKETS, compiled
 from taskgpt.tasks.frames import MOST_AXES
 

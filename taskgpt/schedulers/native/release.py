@@ -1,6 +1,6 @@
 """What happens when a task has run: who waited for it is counted down and pushed if it is ready; locks are given back; times are kept."""
 
-from taskgpt.schedulers.native.pointers import (
+from taskgpt.pointers import (
     WORD_BYTES,
     condition_broadcast,
     exchange,

@@ -8,7 +8,7 @@ TOP and BOTTOM only grow, but for a moment in `take_newest`. A ring has room for
 what another is about to take: who was late finds that TOP has moved.
 """
 
-from taskgpt.schedulers.native.pointers import compare_exchange, fetch_add, load, store, store_last, words_at
+from taskgpt.pointers import compare_exchange, fetch_add, load, store, store_last, words_at
 from taskgpt.schedulers.native.table import BOTTOM, DEQUE, INBOX, NOTHING, TOP, compiled
 
 RING_HEAD = 1  # words before the slots: their number less 1. Both in one block, so that who finds it finds what belongs together

@@ -19,6 +19,7 @@ import numba
 import numpy as np
 
 from taskgpt.errors import UserError
+from taskgpt.pointers import OPAQUE_WORDS
 from taskgpt.schedulers.cores import cores_to_bind, near_first
 from taskgpt.schedulers.dynamic import Recording, run_program
 from taskgpt.schedulers.native import open_run, worker
@@ -26,13 +27,13 @@ from taskgpt.schedulers.native import table as r
 from taskgpt.schedulers.native.crew import Crew, ThisWorker
 from taskgpt.schedulers.native.held import HeldTasks
 from taskgpt.schedulers.native.plan import Plan, edges_to_next
-from taskgpt.schedulers.native.pointers import OPAQUE_WORDS
 from taskgpt.schedulers.native.policies import POLICIES
 from taskgpt.schedulers.native.program_engine import PLACES, OpenRun
 from taskgpt.schedulers.native.release import FINISHED
 from taskgpt.schedulers.native.ring import RING_HEAD
 from taskgpt.schedulers.prepare import IS_BUSY, OncePerGraph, OneAtATime, worker_count
 from taskgpt.schedulers.records import RECORD_TYPE
+from taskgpt.sharing.member import Member, Terms
 from taskgpt.tasks import Graph, TaskError, one_blas_thread
 from taskgpt.tasks.cache import compile_function
 from taskgpt.tasks.native_entry import take_exception
@@ -44,7 +45,7 @@ _MEASURED_RUNS = (2, 3, 4, 8)  # of a graph: before these, policies that need ti
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Terms):
     """The keys of scheduler_configs/native.toml."""
 
     workers: int = field(metadata={"at_least": 0, "at_most": 4096})
@@ -107,6 +108,10 @@ class Scheduler(OneAtATime):
         with ExitStack() as undo:
             undo.enter_context(one_blas_thread)
             self._make_table()
+            if self.settings.share:
+                member = Member(self.settings, self.workers, binds=self.settings.binding == "cores")
+                undo.callback(member.leave)
+                self._table[r.SHARE_AT] = member.address
             self._crew = Crew(self._address, self.workers, self._bound_to, self._this)
             undo.callback(self._crew.join)
             undo.callback(self._abandon)
@@ -127,7 +132,8 @@ class Scheduler(OneAtATime):
         s = self.settings
         queues = "a queue each" if self._has_queues else "one queue"
         immediate = ", immediate successor" if s.immediate_successor else ""
-        return f"native: {self.workers} workers, {s.policy}, {queues}{immediate}, {s.idle} when idle"
+        share = f", cores shared with others in '{s.share}'" if s.share else ""
+        return f"native: {self.workers} workers, {s.policy}, {queues}{immediate}, {s.idle} when idle{share}"
 
     @property
     def _has_queues(self) -> bool:
@@ -166,7 +172,7 @@ class Scheduler(OneAtATime):
             table[at] = part.ctypes.data
         table[[r.MUTEX, r.GO, r.DONE]] = mutex, go, done
         self._bound_to = []
-        if s.binding == "cores" and hasattr(os, "sched_setaffinity"):
+        if s.binding == "cores" and not s.share and hasattr(os, "sched_setaffinity"):  # in a share to what core a worker has
             found = cores_to_bind(self.workers)
             self._bound_to = [found[me % len(found)] for me in range(self.workers)]
         if self._bound_to and self._has_queues:

@@ -9,7 +9,7 @@ part: `t[WORKERS]`.
 
 from numba import njit, types
 
-from taskgpt.schedulers.native.pointers import (
+from taskgpt.pointers import (
     CACHE_LINE_WORDS,
     MONOTONIC,
     WORD_BYTES,
@@ -35,7 +35,8 @@ _SETTINGS, _STOP, _ROUSE, _FAILURE, TABLE_WORDS = _lines(4)
 WORKERS, QUEUES, BY_AGE, IS_RANKED, PREFERS_HOME, IMMEDIATE, SPINS = range(_SETTINGS, _STOP)[:7]
 QUEUES_AT, RUNS_AT, WORKERS_AT, IDLE_AT, NEAR_AT, NESTS_AT, MUTEX, GO, DONE = range(_SETTINGS, _STOP)[7:16]
 # With more names than a line has words, there are too few values to unpack.
-STOPPING, CLOSING, STILL, PRIORITIES = range(_STOP, _ROUSE)[:4]  # STILL: workers that wait for GO; PRIORITIES: some task has one
+# STILL: workers that wait for GO; PRIORITIES: some task has one; SHARE: where this process' place in a share is (sharing/), 0 for none.
+STOPPING, CLOSING, STILL, PRIORITIES, SHARE_AT = range(_STOP, _ROUSE)[:5]
 WATCH, ROUSING = range(_ROUSE, _FAILURE)[:2]  # 1: a worker is on the watch; one has been woken who has not looked for work yet
 FAILED, FAILED_CALL = range(_FAILURE, TABLE_WORDS)[:2]
 

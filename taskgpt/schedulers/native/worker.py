@@ -11,9 +11,7 @@ second of the two is the one to do it.
 
 from numba import types
 
-from taskgpt.schedulers.native.idle import accept, announce, begin_watch, end_watch, pause, rouse, sleep, wake, wake_some, withdraw
-from taskgpt.schedulers.native.open_run import run_spawned
-from taskgpt.schedulers.native.pointers import (
+from taskgpt.pointers import (
     REALTIME,
     address_of,
     call_entry,
@@ -31,6 +29,8 @@ from taskgpt.schedulers.native.pointers import (
     store,
     words_at,
 )
+from taskgpt.schedulers.native.idle import accept, announce, begin_watch, end_watch, pause, rouse, sleep, wake, wake_some, withdraw
+from taskgpt.schedulers.native.open_run import run_spawned
 from taskgpt.schedulers.native.queues import empty, is_anything_ready, push, take
 from taskgpt.schedulers.native.release import FINISHED, SUBMITTED, note_ready, record, release, release_locks, release_next, take_locks
 from taskgpt.schedulers.native.table import (
@@ -62,6 +62,7 @@ from taskgpt.schedulers.native.table import (
     RECORD,
     REMAINING,
     SCRATCH,
+    SHARE_AT,
     SPINNING,
     SPINS,
     STILL,
@@ -81,6 +82,20 @@ from taskgpt.schedulers.native.table import (
     task_of,
     worker_of,
 )
+from taskgpt.sharing.layout import NOTHING as NO_CORE
+from taskgpt.sharing.leases import (
+    await_grant,
+    begin_waiting,
+    bind,
+    end_waiting,
+    is_wanted,
+    keeps_core,
+    leave_core,
+    look_for_core,
+    take_core,
+    unbind,
+    wake_waiting,
+)
 from taskgpt.tasks.native_entry import HELD
 
 # Workers --------------------------------------------------------------------------------------------------------------------------------
@@ -91,9 +106,14 @@ def work(table, me):
     """Be worker `me` until the scheduler closes, or until another thread wants to be it again (see `want_back`)."""
     t = words_at(table)
     instance = NOTHING
+    if t[SHARE_AT] != 0:
+        unbind(words_at(t[SHARE_AT]), me)
+        bind(words_at(t[SHARE_AT]), me)  # to the core that the thread had who was this worker
     while True:
         if load(t, STOPPING) != 0:
             instance = NOTHING  # dropped, with all that waits in the queues
+            if t[SHARE_AT] != 0:
+                leave_core(words_at(t[SHARE_AT]), me)
             if not _stand_still(t):
                 return
         if load(worker_of(t, me), WANTED) != 0:
@@ -101,6 +121,11 @@ def work(table, me):
                 push(t, me, instance)
             fetch_add(worker_of(t, me), WANTED, -1)
             return
+        if t[SHARE_AT] != 0 and not keeps_core(words_at(t[SHARE_AT]), me):
+            if instance != NOTHING:
+                push(t, me, instance)  # another worker may have a core
+            instance = begin_with_core(t, me)
+            continue
         if instance == NOTHING:
             instance = take(t, me)
         instance = wait_for_work(t, me) if instance == NOTHING else run_task(t, me, instance)
@@ -115,6 +140,8 @@ def must_leave(t, me):
 @compiled
 def wait_for_work(t, me):
     """Return an instance when there is one, or NOTHING when there may be one or the workers are to stop."""
+    if is_core_wanted(t):
+        return _sleep(t, me)
     if begin_watch(t):
         return _watch(t, me)
     announce(t, me, SPINNING)
@@ -122,7 +149,7 @@ def wait_for_work(t, me):
     while not is_over and (t[SPINS] < 0 or spins < t[SPINS]) and load(worker_of(t, me), CELL) == NOTHING:
         pause(spins)
         spins += 1
-        is_over = must_leave(t, me)
+        is_over = must_leave(t, me) or is_core_wanted(t)
     if load(worker_of(t, me), CELL) == NOTHING and withdraw(t, me, SPINNING):
         return NOTHING if is_over else _sleep(t, me)
     handed = accept(t, me)
@@ -135,7 +162,7 @@ def wait_for_work(t, me):
 def _watch(t, me):
     """The same, as the one on the watch."""
     spins = 0
-    while (t[SPINS] < 0 or spins < t[SPINS]) and not must_leave(t, me):
+    while (t[SPINS] < 0 or spins < t[SPINS]) and not must_leave(t, me) and not is_core_wanted(t):
         instance = take(t, me) if is_anything_ready(t) else NOTHING
         if instance != NOTHING:
             end_watch(t, me)
@@ -150,14 +177,65 @@ def _watch(t, me):
 
 @compiled
 def _sleep(t, me):
-    """The same, asleep. Who has got a task wakes two others if there is more, so that all are awake soon."""
+    """The same, asleep, without a core of a share."""
+    if t[SHARE_AT] != 0:
+        leave_core(words_at(t[SHARE_AT]), me)
     announce(t, me, ASLEEP)
     if not ((is_anything_ready(t) or must_leave(t, me)) and withdraw(t, me, ASLEEP)):
         sleep(t, me)
+    return NOTHING if t[SHARE_AT] != 0 else _take_awake(t, me)
+
+
+@compiled
+def _take_awake(t, me):
+    """Return an instance or NOTHING. Who has got a task wakes two others if there is more, so that all are awake soon."""
     instance = take(t, me)
     if instance != NOTHING and is_anything_ready(t):
         wake_some(t, me, 2)
     return instance
+
+
+# Cores of a share -----------------------------------------------------------------------------------------------------------------------
+
+
+@compiled
+def is_core_wanted(t):
+    """Return True if another process waits for a core."""
+    return t[SHARE_AT] != 0 and is_wanted(words_at(t[SHARE_AT]))
+
+
+@compiled
+def begin_with_core(t, me):
+    """Return an instance for a worker that had no core, and has one now; or NOTHING, if there is none or the worker is to leave."""
+    if not is_anything_ready(t):
+        return _sleep(t, me)
+    return _take_awake(t, me) if get_core(t, me, False) else types.int64(NOTHING)
+
+
+@compiled
+def get_core(t, me, is_inside):
+    """Return True when the worker has a core; False if all are to stop or, unless it is inside a task, if there is nothing to run on it."""
+    m = words_at(t[SHARE_AT])
+    if take_core(m, me):
+        return True
+    begin_waiting(m, me)
+    grants = look_for_core(m, me)
+    while grants != NO_CORE and not (load(t, STOPPING) != 0 if is_inside else must_leave(t, me) or not is_anything_ready(t)):
+        await_grant(m, me, grants)
+        grants = look_for_core(m, me)
+    end_waiting(m, me)
+    return grants == NO_CORE
+
+
+@compiled
+def get_core_back(table, me):
+    """Have a thread that is worker `me` again, in the middle of a task, wait until it has a core."""
+    t = words_at(table)
+    if t[SHARE_AT] != 0:
+        unbind(words_at(t[SHARE_AT]), me)
+        bind(words_at(t[SHARE_AT]), me)
+        if not keeps_core(words_at(t[SHARE_AT]), me):
+            get_core(t, me, True)
 
 
 @compiled
@@ -215,7 +293,15 @@ def _fail(t, me, instance, call):
         store(t, STOPPING, 1)
         condition_broadcast(t[DONE])
     mutex_unlock(t[MUTEX])
+    _wake_all(t)
+
+
+@compiled
+def _wake_all(t):
+    """Have all workers look whether they are to stop."""
     wake_some(t, 0, t[WORKERS])
+    if t[SHARE_AT] != 0:
+        wake_waiting(words_at(t[SHARE_AT]))
 
 
 # The submitting thread ------------------------------------------------------------------------------------------------------------------
@@ -308,7 +394,7 @@ def stop(table):
     """Have the workers finish the tasks they are at and take no other; return when all stand still."""
     t = words_at(table)
     store(t, STOPPING, 1)
-    wake_some(t, 0, t[WORKERS])
+    _wake_all(t)
     mutex_lock(t[MUTEX])
     while load(t, STILL) < t[WORKERS]:
         condition_wait(t[DONE], t[MUTEX])
@@ -340,7 +426,7 @@ def close(table):
     store(t, STOPPING, 1)
     condition_broadcast(t[GO])
     mutex_unlock(t[MUTEX])
-    wake_some(t, 0, t[WORKERS])
+    _wake_all(t)
 
 
 @compiled
@@ -350,6 +436,8 @@ def want_back(table, me):
     fetch_add(worker_of(t, me), WANTED, 1)
     if withdraw(t, me, ASLEEP):
         wake(t, me)
+    if t[SHARE_AT] != 0:
+        wake_waiting(words_at(t[SHARE_AT]))
 
 
 SIGNATURES = {
@@ -365,4 +453,5 @@ SIGNATURES = {
     go_on: types.void(types.int64),
     close: types.void(types.int64),
     want_back: types.void(types.int64, types.int64),
+    get_core_back: types.void(types.int64, types.int64),
 }

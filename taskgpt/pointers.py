@@ -1,13 +1,15 @@
-"""What compiled scheduler code needs of C: memory by address, atomics, the clock, and threads that sleep.
+"""What compiled code that runs beside others needs of C: memory by address, atomics, the clock, threads that sleep, and cores.
 
 State that threads share lies in NumPy arrays of int64 and is reached by address: no reference is counted, and the array may be replaced
 behind a table while the loop runs. Atomics are sequentially consistent: every thread sees them in one order.
 """
 
+import platform
+import sys
 import time
 
 from llvmlite import binding, ir
-from numba import types
+from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -26,10 +28,17 @@ condition_timedwait = types.ExternalFunction("pthread_cond_timedwait", types.int
 condition_signal = types.ExternalFunction("pthread_cond_signal", types.int32(types.int64))
 condition_broadcast = types.ExternalFunction("pthread_cond_broadcast", types.int32(types.int64))
 clock_gettime = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.int64))
+sched_setaffinity = types.ExternalFunction("sched_setaffinity", types.int32(types.int32, types.int64, types.int64))
+_syscall = types.ExternalFunction("syscall", types.int64(*[types.int64] * 5))
 
 MONOTONIC, REALTIME = getattr(time, "CLOCK_MONOTONIC", 1), getattr(time, "CLOCK_REALTIME", 0)  # pthread waits until a real time
 _IS_X86 = binding.get_process_triple().startswith(("x86", "i686"))
 OPAQUE_WORDS = 16  # room for a pthread mutex or condition on any system
+
+# Linux's futex: threads of several processes sleep on a word of memory that they share. Its number is another on each kind of processor.
+_FUTEX = {"x86_64": 202, "aarch64": 98, "riscv64": 98, "loongarch64": 98, "ppc64le": 221}.get(platform.machine(), 0)
+HAS_FUTEX = sys.platform == "linux" and sys.byteorder == "little" and _FUTEX != 0
+_FUTEX_WAIT, _FUTEX_WAKE = 0, 1
 
 
 @intrinsic
@@ -129,3 +138,15 @@ def call_entry(typing_context, entry, words, scratch, error):
         return builder.call(builder.inttoptr(args[0], function), list(args[1:]))
 
     return types.int32(types.int64, types.int64, types.int64, types.int64), codegen
+
+
+@njit(nogil=True)
+def futex_wait(address, value, timeout):
+    """Sleep while the low half of the word at an address is that of `value`: until woken, or for the seconds and ns at `timeout`."""
+    _syscall(_FUTEX, address, _FUTEX_WAIT, value & 0xFFFFFFFF, timeout)
+
+
+@njit(nogil=True)
+def futex_wake(address, most):
+    """Wake so many that sleep at an address."""
+    _syscall(_FUTEX, address, _FUTEX_WAKE, most, 0)

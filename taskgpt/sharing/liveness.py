@@ -1,0 +1,32 @@
+"""Whether a process still lives, and whether it is stopped, as Linux says in /proc/PID/stat."""
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+_STATE, _STARTED = 0, 19  # fields behind the name, which may have spaces and brackets in it
+
+
+class Seen(NamedTuple):
+    """`started`: when the process began, in ticks since the machine did: no other process has the same number and start."""
+
+    started: int
+    is_stopped: bool
+
+
+def look(pid: int) -> Seen | None:
+    """Return what a process is like, None if there is none, or one that has ended and that nobody has asked about."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        state, started = fields[_STATE], int(fields[_STARTED])
+    except (OSError, ValueError, IndexError):
+        return None
+    return None if state in "ZXx" else Seen(started, state in "Tt")
+
+
+def own_start() -> int:
+    """Return when this process began. Raises OSError where there is no /proc."""
+    seen = look(os.getpid())
+    if seen is None:
+        raise OSError("/proc does not say when this process began")
+    return seen.started

@@ -1,0 +1,206 @@
+"""A process that takes part in a share: it joins, watches over the others as long as it is there, and leaves.
+
+Every process that takes part looks at the others some times a second: whether they are dead, whose cores it gives back, or stopped, whose
+cores it lends to who wants them. So it does not matter who dies.
+"""
+
+import os
+import queue
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+
+from taskgpt.errors import UserError, shorten
+from taskgpt.pointers import HAS_FUTEX
+from taskgpt.schedulers.cores import usable_cores
+from taskgpt.sharing import layout as w
+from taskgpt.sharing import leases
+from taskgpt.sharing.liveness import look, own_start
+from taskgpt.sharing.segment import Segment, is_living, opened
+from taskgpt.tasks.cache import compile_function
+
+WATCH_S = 0.05  # between looks at the others
+_LOOKS = 2  # that find a process stopped before its cores are lent
+_MOST_GENERATIONS = 1 << 30
+
+
+@dataclass(frozen=True)
+class Terms:
+    """On which terms a process shares cores: keys of a scheduler file. `share`: the name of a share, "" for none."""
+
+    share: str
+    share_weight: int = field(metadata={"at_least": 1, "at_most": 1000})
+    share_priority: int = field(metadata={"at_least": -1000, "at_most": 1000})
+    quantum_ms: float = field(metadata={"at_least": 0, "at_most": 10_000})
+
+
+class Member:
+    """A process' place in a share, for so many workers. `address`: of what compiled code is given; `cores`: that the workers may have.
+
+    Raises UserError where there can be no shares, for a name or a segment that is none, if the share is full or has none of the cores
+    that this process may use.
+    """
+
+    def __init__(self, terms: Terms, workers: int, binds: bool = False):
+        if not HAS_FUTEX:
+            raise UserError(f"share {terms.share}: processes share cores on Linux alone, got {sys.platform}; leave share out")
+        for function, signature in leases.SIGNATURES.items():
+            compile_function(function, signature)
+        self.name, self.workers = terms.share, workers
+        with opened(terms.share, _usable()) as segment:
+            may = _slots_of(segment)
+            self._segment = segment
+            self._write_own(terms, may, binds)
+            self._join(terms, may)
+        self._is_over = threading.Event()
+        self._found_stopped: Counter[int] = Counter()  # by a member's identity
+        self._watch = threading.Thread(target=self._watch_over_others, name="taskgpt-share", daemon=True)
+        self._watch.start()
+
+    def _write_own(self, terms: Terms, may: Sequence[int], binds: bool) -> None:
+        """Lay out what is this process' alone: its settings, a part for each worker and one for who watches."""
+        self._may = np.array(may, np.int64)
+        room = np.zeros(w.MINE_WORDS + (self.workers + 1) * w.LEASE_WORDS + w.CACHE_LINE_WORDS, np.int64)
+        words = room[-room.ctypes.data // 8 % w.CACHE_LINE_WORDS :]
+        self._room, self._words, self.address = room, words, words.ctypes.data
+        words[[w.SEGMENT_AT, w.CORES, w.MAY_AT]] = self._segment.words.ctypes.data, len(may), self._may.ctypes.data
+        words[[w.QUANTUM_NS, w.BINDS]] = int(terms.quantum_ms * 1e6), binds
+        words[w.WORKERS_AT] = words[w.MINE_WORDS :].ctypes.data
+        self._leases = words[w.MINE_WORDS :][: (self.workers + 1) * w.LEASE_WORDS].reshape(-1, w.LEASE_WORDS)
+        self._leases[:, [w.HELD, w.LAST, w.BOUND]] = w.NOTHING
+        words[w.WATCHER] = self.workers
+
+    def _join(self, terms: Terms, may: Sequence[int]) -> None:
+        """Take a free place; the segment is locked. Those of the dead are free."""
+        segment = self._segment
+        for number, member in enumerate(segment.members):
+            if member[w.IDENTITY] and not is_living(member):
+                leases.forget_member(self.address, number, int(member[w.IDENTITY]))
+        free = np.flatnonzero(segment.members[:, w.IDENTITY] == 0)
+        if not len(free):
+            raise UserError(f"share {self.name}: {w.MOST_MEMBERS} programs share it, as many as can; end one, or take another name")
+        number = int(free[0])
+        generation = int(segment.words[w.LAST_GENERATION]) % _MOST_GENERATIONS + 1
+        segment.words[w.LAST_GENERATION] = generation
+        self._words[[w.MEMBER, w.GENERATION]] = number, generation
+        member = segment.members[number]
+        member[:] = 0
+        member[[w.STARTED, w.WEIGHT, w.PRIORITY, w.WORKERS]] = own_start(), terms.share_weight, terms.share_priority, self.workers
+        for slot in may:
+            member[w.MAY + slot // w.MASK_BITS] |= 1 << slot % w.MASK_BITS
+        room = 8 * w.NAME_WORDS
+        member[w.NAME : w.NAME + w.NAME_WORDS] = np.frombuffer(_title().encode()[:room].ljust(room, b"\0"), np.int64)
+        self._identity = generation << 32 | os.getpid()
+        member[w.IDENTITY] = self._identity
+
+    def leave(self) -> None:
+        """Give back what is left, and the segment if nobody else is in it. No worker may be at work any more."""
+        self._is_over.set()
+        self._watch.join()
+        segment, number = self._segment, int(self._words[w.MEMBER])
+        try:
+            with segment.locked():
+                leases.forget_member(self.address, number, self._identity)
+                if not segment.living():
+                    segment.remove()
+        except UserError:  # somebody else holds the lock for long: the next who joins finds out that nobody is here
+            leases.forget_member(self.address, number, self._identity)
+        segment.close()
+
+    # Others -------------------------------------------------------------------------------------------------------------------------
+
+    def _watch_over_others(self) -> None:
+        while not self._is_over.wait(WATCH_S):
+            for number, member in enumerate(self._segment.members):
+                identity = int(member[w.IDENTITY])
+                if identity not in (0, self._identity):
+                    self._look_at(number, identity, member)
+            leases.free_orphans(self.address)
+
+    def _look_at(self, number: int, identity: int, member: np.ndarray) -> None:
+        seen = look(identity & 0xFFFFFFFF)
+        if seen is None or seen.started != member[w.STARTED]:
+            leases.forget_member(self.address, number, identity)
+            return
+        if not seen.is_stopped:
+            self._found_stopped.pop(identity, None)
+            member[w.IS_STOPPED] = 0
+            return
+        self._found_stopped[identity] += 1
+        if self._found_stopped[identity] >= _LOOKS:
+            member[w.IS_STOPPED] = 1
+            leases.lend_cores(self.address, number, identity)
+
+
+class Cores:
+    """Cores for workers that run tasks in Python, in a `with` block: those of the share that the terms name, or none to ask for."""
+
+    def __init__(self, terms: Terms, workers: int):
+        self._terms, self._workers = terms, workers
+        self._member: Member | None = None
+        self._free: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    def __enter__(self) -> Self:
+        if self._terms.share:
+            self._member = Member(self._terms, self._workers)
+            for me in range(self._workers):
+                self._free.put(me)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._member is not None:
+            self._member.leave()
+            self._member = None
+
+    def hold(self, me: int) -> None:
+        """Return when worker `me`, this thread, has a core: the one it had, unless others are to have it."""
+        if self._member is not None:
+            while not leases.hold_core(self._member.address, me):
+                pass  # back in Python, where Ctrl-C is heard
+
+    def let_go(self, me: int) -> None:
+        """Give the core of worker `me` back, if it has one."""
+        if self._member is not None:
+            leases.let_core_go(self._member.address, me)
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """Have a core within the `with` block, as whichever worker is free."""
+        if self._member is None:
+            yield
+            return
+        me = self._free.get()
+        try:
+            self.hold(me)
+            yield
+        finally:
+            self.let_go(me)
+            self._free.put(me)
+
+
+def _usable() -> list[int]:
+    """Return the cores that this process may use: the first of them where a quota leaves it the time of fewer."""
+    return sorted(os.sched_getaffinity(0))[: min(usable_cores(), w.MOST_SLOTS)]
+
+
+def _slots_of(segment: Segment) -> list[int]:
+    mine = os.sched_getaffinity(0)
+    if may := [number for number, core in enumerate(segment.slots[:, w.CORE].tolist()) if core in mine]:
+        return may
+    raise UserError(
+        f"share {segment.name}: this process may use cores {shorten(str(sorted(mine)))}, got a share of others, which "
+        "another program has made; take another name"
+    )
+
+
+def _title() -> str:
+    """Return what this process is, for people: its program and verb."""
+    words = [Path(sys.argv[0]).name if sys.argv and sys.argv[0] else "python", *sys.argv[1:2]]
+    return " ".join(word for word in words if not word.startswith("-"))
