@@ -409,6 +409,14 @@ def forget_member(address, number, identity):
     for other in range(MOST_MEMBERS):
         if bits >> other & 1 != 0:
             _tell(member_of(m, other), 1 << 30)
+    _return_unwanted(m)
+
+
+@compiled
+def _return_unwanted(m):
+    """Hand on what is offered to my member if it does not wait: who has offered it has died before he saw that."""
+    if load(m, WAITING) == 0:
+        _return_offers(m, now_of(lease_of(m, m[WATCHER])))
 
 
 @compiled
@@ -420,8 +428,9 @@ def lend_cores(address, number, identity):
 
 @compiled
 def free_orphans(address):
-    """Give back slots whose owner is no member: what stands there is damaged."""
+    """Give back slots whose owner is no member, as what stands there is damaged; and what is offered to mine, that does not want it."""
     m = words_at(address)
+    _return_unwanted(m)
     time = now_of(lease_of(m, m[WATCHER]))
     for at in range(slots_of(m)):
         slot = slot_at(m, at)
