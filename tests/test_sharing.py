@@ -14,11 +14,12 @@ import taskgpt
 from examples import cholesky
 from taskgpt.errors import UserError
 from taskgpt.lab.simulator.stepped import Memory, Stepped
+from taskgpt.schedulers.native.table import COMPUTING, MEMORY
 from taskgpt.sharing import layout as w
 from taskgpt.sharing.member import Cores, Member, Terms
 from taskgpt.sharing.seen import share
 from taskgpt.sharing.segment import opened, path_of
-from taskgpt.tasks import Graph
+from taskgpt.tasks import Graph, InOut, dims, kernel, wrap
 
 
 class Segments:
@@ -255,7 +256,7 @@ BESIDE = """
 import hashlib, sys
 import taskgpt
 from examples import cholesky
-from taskgpt.tasks import Graph
+from taskgpt.tasks import Graph, InOut, dims, kernel, wrap
 with taskgpt.scheduler(sys.argv[1], share=sys.argv[2], **({} if sys.argv[1] == "sequential" else {"workers": 3})) as scheduler:
     problem, graph = cholesky.Problem(), Graph("cholesky")
     problem.program(graph.spawn)
@@ -264,3 +265,31 @@ with taskgpt.scheduler(sys.argv[1], share=sys.argv[2], **({} if sys.argv[1] == "
         scheduler.run(graph)
 print(hashlib.sha256(problem.result().tobytes()).hexdigest())
 """
+
+
+def test_complementary_tasks(name):
+    """A worker takes a task that computes while the other core waits for memory, though others are older; alone the oldest."""
+    n, o = dims("N O")
+    ran = []
+
+    @kernel(flops=lambda N: 0)
+    def copy(a: InOut[n, np.float32], what: int):
+        ran.append(what)
+
+    @kernel(flops=lambda O: 10**9)
+    def compute(a: InOut[o, np.float32], what: int):
+        ran.append(what)
+
+    graph, cells = Graph("kinds"), wrap(np.zeros(80, np.float32), (10,), "cells")
+    for at in range(8):
+        graph.spawn(copy if at < 4 else compute, cells.cell(at), at)
+    how = {"workers": 1, "policy": "complementary", "immediate_successor": False}
+    for kind, order in ((0, [0, 1, 2, 3, 4, 5, 6, 7]), (MEMORY, [4, 5, 6, 7, 0, 1, 2, 3]), (COMPUTING, [0, 1, 2, 3, 4, 5, 6, 7])):
+        ran.clear()
+        with taskgpt.scheduler("native", share=name, **how) as scheduler:
+            with opened(name) as segment:
+                other = segment.slots[1]
+            other[[w.OWNER, w.KIND]] = int(segment.members[0, w.IDENTITY]) >> 32 << 32 | 4000 << 8 | 1, kind  # of another worker
+            scheduler.run(graph)
+            segment.close()
+        assert ran == order

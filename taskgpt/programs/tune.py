@@ -40,7 +40,11 @@ from taskgpt.schedulers.native.policies import POLICIES
 EXPLORED = 0.3  # of the budget, when simulations end
 FINAL_PART = (0.1, 0.5)  # of the budget, for default against winner: what it needs, between these
 CLIMBED = 0.8  # of the rest, when races of tilings end, and those of policies begin
-SETTINGS = {"policy": tuple(POLICIES), "immediate_successor": ("true", "false"), "work_stealing": ("true", "false")}
+SETTINGS = {
+    "policy": tuple(name for name, policy in POLICIES.items() if not policy.complements),
+    "immediate_successor": ("true", "false"),
+    "work_stealing": ("true", "false"),
+}
 COLUMNS = {
     "race": ("race", ""),
     "phase": ("phase", ""),

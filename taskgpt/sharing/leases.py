@@ -40,6 +40,7 @@ from taskgpt.sharing.layout import (
     HELD,
     IDENTITY,
     IS_STOPPED,
+    KIND,
     LAST,
     LOOK_AT,
     MASK,
@@ -233,6 +234,23 @@ def bind(m, me):
     lease[MASK + core // 64] = types.int64(1) << (core % 64)
     sched_setaffinity(types.int32(0), types.int64(MASK_WORDS // 2 * 8), address_of(lease, MASK))
     lease[BOUND] = core
+
+
+@compiled
+def say_kind(m, me, kind):
+    """Say what the task is that worker `me` begins, for the policies of all members."""
+    lease = lease_of(m, me)
+    if lease[HELD] != NOTHING:
+        store(slot_at(m, lease[HELD]), KIND, kind)
+
+
+@compiled
+def others_of_kind(m, me, kind):
+    """Return on how many cores but that of worker `me` tasks of a kind run."""
+    own, count = lease_of(m, me)[HELD], types.int64(0)
+    for at in range(slots_of(m)):
+        count += at != own and load(slot_at(m, at), OWNER) != 0 and load(slot_at(m, at), KIND) == kind
+    return count
 
 
 # Who is next ----------------------------------------------------------------------------------------------------------------------------

@@ -6,13 +6,14 @@ from functools import cached_property
 
 import numpy as np
 
-from taskgpt.schedulers.native.table import NOTHING
+from taskgpt.schedulers.native.table import COMPUTING, MEMORY, NOTHING
 from taskgpt.tasks import AccessError, Graph, TaskError, TwinError, compile_kernels
 from taskgpt.tasks.lowered import LoweredCalls, firsts
 from taskgpt.tasks.native_entry import Held, waits_inside
 from taskgpt.tasks.spawn import PRIORITY_LIMIT
 
 _LEAST_S = 1e-6  # a task takes, whatever it does
+_BALANCE = 8  # operations a byte: a core of some 100 GFLOP/s has 10 GB/s of memory for its own, and half of what it reads is in a cache
 
 
 class Plan:
@@ -62,6 +63,12 @@ class Plan:
         if abs(priorities).max() > PRIORITY_LIMIT:
             raise ValueError(f"priorities go from {-PRIORITY_LIMIT} to {PRIORITY_LIMIT}, got {priorities[abs(priorities).argmax()]}")
         return priorities
+
+    @cached_property
+    def kinds(self) -> np.ndarray:
+        """What holds each task up, MEMORY or COMPUTING, by what its kernels say of their operations and bytes."""
+        tasks = self._graph().tasks
+        return np.array([MEMORY if task.flops < _BALANCE * task.bytes else COMPUTING for task in tasks], np.int64)
 
     @cached_property
     def favourites(self) -> np.ndarray:

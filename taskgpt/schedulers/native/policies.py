@@ -26,10 +26,11 @@ class Policy(NamedTuple):
     values: Callable[[Plan], Values] | None = None  # from what the plan knows; called anew when tasks have been timed
     is_timed: bool = False  # the values depend on how long tasks take: they are timed in the first runs
     prefers_home: bool = False  # a worker looks for tasks of whose tiles it has itself written the largest part
+    complements: bool = False  # a worker looks for tasks that want of the machine what the others on the share's cores do not
 
     def is_ranked(self, has_queues: bool) -> bool:
         """Return True if a queue must know ranks. A worker's own queue has a newest task and an oldest without."""
-        return self.values is not None or self.prefers_home or (self.by_age < 0 and not has_queues)
+        return self.values is not None or self.prefers_home or self.complements or (self.by_age < 0 and not has_queues)
 
 
 def latest_starts(plan: Plan) -> Values:
@@ -45,4 +46,5 @@ POLICIES = {
     "newest_first": Policy(by_age=-1),  # the task that became ready last: depth first, its inputs are still in cache
     "longest_path_first": Policy(by_age=0, values=latest_starts, is_timed=True),  # the task with the longest path behind it
     "same_core_first": Policy(prefers_home=True),  # oldest first, but rather on the worker that wrote most of its tiles
+    "complementary": Policy(complements=True),  # oldest first, but rather one that computes while others wait for memory, and the reverse
 }

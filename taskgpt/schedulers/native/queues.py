@@ -14,12 +14,15 @@ from taskgpt.schedulers.native.ring import drop_into, is_deque_empty, is_inbox_e
 from taskgpt.schedulers.native.table import (
     BOTTOM,
     BY_AGE,
+    COMPUTING,
     FAVOURITES,
     INSTANCES,
     IS_RANKED,
     KEYS,
+    KINDS,
     LOCK,
     LOOK,
+    MEMORY,
     NEAR_AT,
     NESTS_AT,
     NOTHING,
@@ -32,6 +35,7 @@ from taskgpt.schedulers.native.table import (
     QUEUES,
     RAN_ON,
     SEQUENCE,
+    SHARE_AT,
     SIZE,
     SPINNING,
     TOP,
@@ -44,6 +48,7 @@ from taskgpt.schedulers.native.table import (
     run_of,
     task_of,
 )
+from taskgpt.sharing.leases import others_of_kind
 
 _PRIORITY_UNIT = 1 << 48  # more than any policy's rank: a nanosecond count of three days
 _WINDOW = 16  # ready tasks that a worker looks through for one of its own: as many keys as two cache lines hold
@@ -228,7 +233,9 @@ def _pop(t, me, queue):
     _sort_in(t, queue)
     if queue[SIZE] == 0:
         return NOTHING
-    return remove(queue, _own_in_window(t, queue, me) if t[PREFERS_HOME] != 0 and t[QUEUES] == 1 else 0)
+    if t[PREFERS_HOME] != 0 and t[QUEUES] == 1:
+        return remove(queue, _own_in_window(t, queue, me))
+    return remove(queue, _other_kind_in_window(t, queue, me) if t[SHARE_AT] != 0 else 0)
 
 
 @compiled
@@ -250,6 +257,32 @@ def _own_in_window(t, queue, me):
         if (best == NOTHING or keys[at] < keys[best]) and keys[at] < keys[0] + _PRIORITY_UNIT // 2 and home_of(t, instances[at]) == me:
             best = at
     return max(best, 0)
+
+
+@compiled
+def kind_of(t, instance):
+    """Return what holds a task up, 0 if the policy does not ask."""
+    run = run_of(t, instance)
+    return words_at(run[KINDS])[task_of(instance)] if run[KINDS] != 0 else types.int64(0)
+
+
+@compiled
+def _other_kind_in_window(t, queue, me):
+    """Return the place of the oldest task, among the first few, that wants what fewer on the cores of the share do; 0 if there is none."""
+    instances = words_at(queue[INSTANCES])
+    if kind_of(t, instances[0]) == 0:
+        return types.int64(0)
+    m = words_at(t[SHARE_AT])
+    memory, computing = others_of_kind(m, me, MEMORY), others_of_kind(m, me, COMPUTING)
+    if memory == computing:
+        return types.int64(0)
+    wanted = COMPUTING if memory > computing else MEMORY
+    keys, best = words_at(queue[KEYS]), types.int64(NOTHING)
+    for at in range(min(queue[SIZE], _WINDOW)):
+        is_better = best == NOTHING or keys[at] < keys[best]
+        if is_better and keys[at] < keys[0] + _PRIORITY_UNIT // 2 and kind_of(t, instances[at]) == wanted:
+            best = at
+    return max(best, types.int64(0))
 
 
 @compiled

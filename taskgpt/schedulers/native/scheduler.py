@@ -427,6 +427,7 @@ class Scheduler(OneAtATime):
             r.INDEGREE: plan.indegree,
             r.OWN_PRIORITIES: plan.priorities,
             r.FAVOURITES: plan.favourites if prefers_home else None,
+            r.KINDS: plan.kinds if self._policy.complements and s.share else None,
             r.LOCK_FIRST: plan.lock_first,
             r.LOCK_OF: plan.lock_of,
             r.LOCKS: plan.locks,

@@ -23,6 +23,7 @@ compiled = njit(nogil=True, error_model="numpy")
 
 NOTHING = -1  # no task, no worker, no instance
 LOOK, ON_WATCH = -2, -3  # in a worker's cell: look for work; be the one on the watch
+MEMORY, COMPUTING = 1, 2  # kinds of tasks: what holds them up
 
 
 def _lines(count: int) -> range:
@@ -56,7 +57,7 @@ SPINNING, ASLEEP = range(_BITS, IDLE_WORDS)[:2]
 _ARRAYS, _, _COUNT, RUN_WORDS = _lines(3)
 CALL_FIRST, CALL_ENTRY, CALL_WORDS, SUCCESSOR_FIRST, SUCCESSOR, INDEGREE = range(_ARRAYS, _COUNT)[:6]
 VALUES, OWN_PRIORITIES, FAVOURITES, LOCK_FIRST, LOCK_OF, LOCKS = range(_ARRAYS, _COUNT)[6:12]
-TASKS, NUMBER, OFFSET, PENDING, MARKS, READY_AT, RAN_ON, DURATIONS, NEXT_FIRST, NEXT, OPEN = range(_ARRAYS, _COUNT)[12:23]
+TASKS, NUMBER, OFFSET, PENDING, MARKS, READY_AT, RAN_ON, DURATIONS, NEXT_FIRST, NEXT, OPEN, KINDS = range(_ARRAYS, _COUNT)[12:24]
 REMAINING = _COUNT
 
 # An open run, in which tasks are spawned while others run; open_run.py. Addresses of arrays, by place of a task or number of an edge; what

@@ -31,7 +31,7 @@ from taskgpt.pointers import (
 )
 from taskgpt.schedulers.native.idle import accept, announce, begin_watch, end_watch, pause, rouse, sleep, wake, wake_some, withdraw
 from taskgpt.schedulers.native.open_run import run_spawned
-from taskgpt.schedulers.native.queues import empty, is_anything_ready, push, take
+from taskgpt.schedulers.native.queues import empty, is_anything_ready, kind_of, push, take
 from taskgpt.schedulers.native.release import FINISHED, SUBMITTED, note_ready, record, release, release_locks, release_next, take_locks
 from taskgpt.schedulers.native.table import (
     ASLEEP,
@@ -47,6 +47,7 @@ from taskgpt.schedulers.native.table import (
     FAILED_CALL,
     GO,
     INDEGREE,
+    KINDS,
     LOCKS,
     LOOK,
     MARKS,
@@ -92,6 +93,7 @@ from taskgpt.sharing.leases import (
     keeps_core,
     leave_core,
     look_for_core,
+    say_kind,
     take_core,
     unbind,
     wake_waiting,
@@ -260,6 +262,8 @@ def run_task(t, me, instance):
     is_timed = worker[RECORD] != 0 or run[DURATIONS] != 0
     if run[LOCKS] != 0 and not take_locks(t, run, task):
         return NOTHING
+    if run[KINDS] != 0:
+        say_kind(words_at(t[SHARE_AT]), me, kind_of(t, instance))
     start = now(worker) if is_timed else 0
     first = words_at(run[CALL_FIRST])
     entries, arguments = words_at(run[CALL_ENTRY]), words_at(run[CALL_WORDS])
