@@ -9,27 +9,30 @@ import asyncio
 import json
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from taskgpt.collectives.links import PeerLost, Tag
+from taskgpt.errors import UserError
 
 _HEAD, _BODY = 7701, 7702  # MPI's tags of ours: nobody else here sends messages by MPI, Dask does not
 _IDLE_S = 50e-6  # between looks when nothing comes
 _BEAT_S = 1.0
+_heads: dict[int, deque[list]] = {}  # by sender, of messages whose bodies are yet to come, maybe in a later generation of this process
 
 
 class MpiLinks:
     """Carries messages between this rank and the others. `peers`: MPI's number of each rank. Coroutines run on `loop`."""
 
     def __init__(self, run: str, generation: int, rank: int, peers: Sequence[int], timeout_s: float, loop: asyncio.AbstractEventLoop):
-        """Raises RuntimeError if MPI was started so that only one thread may call it."""
+        """Raises UserError if MPI was started so that only one thread may call it."""
         from mpi4py import MPI
 
         if MPI.Query_thread() != MPI.THREAD_MULTIPLE:
-            raise RuntimeError("MPI was started for one thread; take collectives=dask, or an MPI that provides MPI_THREAD_MULTIPLE")
+            raise UserError("MPI was started for one thread; take collectives=dask, or an MPI that provides MPI_THREAD_MULTIPLE")
         self.rank, self.count, self.loop = rank, len(peers), loop
         self.sent_bytes = self.received_bytes = 0
         self._mpi, self._world = MPI, MPI.COMM_WORLD
@@ -93,9 +96,11 @@ class MpiLinks:
             self.over = why
 
         def tell() -> None:
-            waiting = [box for box in self._boxes.values() if not box.done()]
-            waiting += [done for _, _, done in self._sending if done is not None and not done.done()]
+            with self._lock:
+                waiting = [*self._boxes.values(), *(done for _, _, done in self._sending if done is not None)]
             for each in waiting:
+                if each.done():
+                    continue
                 each.set_exception(PeerLost(f"generation {self._about[1]} is over: {why}"))
                 each.exception()  # perhaps nobody asks
 
@@ -128,18 +133,29 @@ class MpiLinks:
                 break  # a rank that is gone takes no message any more
 
     def _take(self) -> bool:
-        """Take a message that has come; return False if there is none."""
+        """Take what has come, a head or a body, which may be long in coming: who sends it may be stopped. Return False if nothing has."""
+        for source, heads in _heads.items():
+            if heads and (body := self._world.Improbe(source, _BODY)):
+                return self._take_message(*heads.popleft(), body)
         status = self._mpi.Status()
         head = self._world.Improbe(self._mpi.ANY_SOURCE, _HEAD, status)
         if head is None:
             return False
         words = bytearray(status.Get_count(self._mpi.BYTE))
         head.Recv([words, self._mpi.BYTE])
-        run, generation, rank, about = json.loads(words)
+        self.received_bytes += len(words)
+        found = json.loads(words)
+        if "bytes" not in found[-1]:
+            return self._take_message(*found)
+        _heads.setdefault(status.Get_source(), deque()).append(found)
+        return True
+
+    def _take_message(self, run: str, generation: int, rank: int, about: dict[str, Any], incoming: Any = None) -> bool:
+        """Take a message whose body, if it has one, is there; return True."""
         body = np.empty(about.get("bytes", 0), np.uint8)
-        if "bytes" in about:
-            self._world.Recv([body, self._mpi.BYTE], status.Get_source(), _BODY)
-        self.received_bytes += len(words) + body.size
+        if incoming is not None:
+            incoming.Recv([body, self._mpi.BYTE])
+        self.received_bytes += body.size
         if [run, generation] != self._about:
             return True  # of a generation that is over
         self._heard[rank] = time.monotonic()
@@ -157,13 +173,10 @@ class MpiLinks:
     def _finish_sends(self) -> bool:
         """Let go of what has been sent; return False if nothing has."""
         with self._lock:
-            sending, self._sending = self._sending, []
-        left = []
-        for request, array, done in sending:
-            if not request.Test():
-                left.append((request, array, done))
-            elif done is not None:
+            sent = [each for each in self._sending if each[0].Test()]
+            gone = set(map(id, sent))
+            self._sending = [each for each in self._sending if id(each) not in gone]
+        for _, _, done in sent:
+            if done is not None:
                 self.loop.call_soon_threadsafe(lambda done=done: done.done() or done.set_result(None))
-        with self._lock:
-            self._sending = left + self._sending
-        return len(left) < len(sending)
+        return bool(sent)
