@@ -23,6 +23,14 @@ WORKERS, STEPS, TIMEOUT_S = 3, 150, 2
 RUN = f"--graph tiny --steps {STEPS} --val-every 50 --sample-every 0 --total-batch 1536 --set timeout_s={TIMEOUT_S} --set wait_s=60".split()
 FAULTS = ("killed", "stopped", "cut off")
 PATIENCE_S = 180
+ALL_THERE = """
+import sys, time
+from distributed import Client
+with Client(sys.argv[1]) as client:
+    client.wait_for_workers(int(sys.argv[2]), timeout=60)
+    while any(client.processing().values()):
+        time.sleep(0.05)
+"""
 
 
 class Trial:
@@ -34,7 +42,15 @@ class Trial:
         self.text.write_text("to be or not to be, that is the question. " * 2000)
 
     def start(self, *words: object) -> subprocess.Popen:
-        """Begin a run, whose lines are in `lines.txt`."""
+        """Begin a run, whose lines are in `lines.txt`, when all workers are there and have nothing to do. Raises TimeoutError."""
+        waits = self.hosts.popen(0, [sys.executable, "-c", ALL_THERE, self.hosts.scheduler, str(WORKERS)], stderr=subprocess.PIPE)
+        try:
+            _, why = waits.communicate(timeout=PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            waits.kill()
+            raise TimeoutError("workers are still busy") from None
+        if waits.returncode:
+            raise TimeoutError(why.decode()[-1000:])
         command = [sys.executable, "-u", "-m", "taskgpt.train", *RUN, "--scheduler", self.hosts.scheduler, "--data", self.text, *words]
         with (self.folder / "lines.txt").open("w") as lines:
             return self.hosts.popen(0, command, stdout=lines, stderr=lines)
@@ -118,7 +134,7 @@ def main(faults: int = 30, deaths: int = 10, seed: int = 0) -> int:
                 print(f"{what}: {type(error).__name__}\n{error}", flush=True)
                 trial.make_good(host, fault)
         out = trial.folder / "run"
-        wanted = trial.end(trial.start(*trial.log()))["parameters_sha256"] if deaths else ""
+        wanted = trial.end(trial.start(*trial.log())) if deaths else {}
         for number in range(deaths):
             shutil.rmtree(out, ignore_errors=True)
             process = trial.start("--out", out, "--save-every", "10", *trial.log())
@@ -127,10 +143,13 @@ def main(faults: int = 30, deaths: int = 10, seed: int = 0) -> int:
             process.kill()
             process.wait()
             kept = max((int(path.name[5:]) for path in out.glob("step-*")), default=0)
+            same = False
             try:
-                same = trial.end(trial.start("--resume", "latest", "--out", out, *trial.log()))["parameters_sha256"] == wanted
+                found = trial.end(trial.start("--resume", "latest", "--out", out, *trial.log()))
+                same = found["parameters_sha256"] == wanted["parameters_sha256"]
+                if not same:
+                    print([(each["steps"], each["parameters_sha256"], each["cluster"]["generations"]) for each in (found, wanted)])
             except (TimeoutError, RuntimeError) as error:
-                same = False
                 print(error)
             bad += not same
             print(
