@@ -1,8 +1,11 @@
 """What a run on a cluster does when something goes wrong at a bad moment; here without worker processes, each part by itself."""
 
 import asyncio
+import json
+import sys
 import threading
 import time
+from collections import deque
 from concurrent.futures import Future
 from dataclasses import asdict
 from types import SimpleNamespace
@@ -12,18 +15,20 @@ import pytest
 from distributed import Scheduler, Worker
 
 from taskgpt.cluster import kept as keeping
-from taskgpt.cluster import membership
+from taskgpt.cluster import membership, mpi_links
 from taskgpt.cluster.checks import Member
 from taskgpt.cluster.driver import Driver
 from taskgpt.cluster.job import Ended
 from taskgpt.cluster.kept import NO_STATE, Held, Kept, Offer, fetch, forget, holding, kept, make_room, reserve, take, want
 from taskgpt.cluster.membership import Membership, Roster
+from taskgpt.cluster.mpi_links import MpiLinks
 from taskgpt.cluster.offers import Offers
 from taskgpt.cluster.rank_training import Asked, RankSaver
 from taskgpt.collectives import PeerLost
 from taskgpt.config import load_graph, load_scheduler
 from taskgpt.errors import UserError
 from taskgpt.gpt2.checkpoints.resumable import About
+from taskgpt.runs.training import Training
 
 RUN = "a run"
 
@@ -277,12 +282,12 @@ def test_a_newcomer_counts_when_it_is_the_runs(monkeypatch):
     there._roster = lambda alive: members(*sorted(alive))
     monkeypatch.setattr(membership, "asking", lambda client, addresses, *_, **__: asked.append(addresses) or answer)
     assert not there.has_newcomer(("a",), {"a"}) and not asked
-    for is_mine in (False, True):
+    for is_mine, then in ((False, "a"), (True, "a"), (True, "ab")):  # in the last case it takes part when its answer comes
         answer = Future()
         assert not there.has_newcomer(("a",), {"a", "b"}) and not there.has_newcomer(("a",), {"a", "b"})
         answer.set_result({"b": is_mine})
-        assert there.has_newcomer(("a",), {"a", "b"}) is is_mine
-    assert asked == [["b"], ["b"]]
+        assert there.has_newcomer(tuple(then), {"a", "b"}) is (is_mine and then == "a")
+    assert asked == [["b"]] * 3
 
 
 def test_newcomers_are_asked_alone_and_again(monkeypatch):
@@ -386,3 +391,76 @@ def test_the_time_between_checkpoints_goes_on_between_generations(driver):
     driver.offers.saved_step, driver.offers.saved_s = 20, time.monotonic() - 300
     job = driver._job(members("a"), [], {"a": Held(30, 0)})
     assert job.saved_step == 20 and job.unsaved_s >= 300
+
+
+def test_a_worker_that_is_lost_while_it_is_given_a_state_is_replaced(driver):
+    """And it is said why, as it is of a rank that ends with an error of its system."""
+    found = []
+    driver.client = SimpleNamespace(subscribe_topic=lambda *_: None, unsubscribe_topic=lambda *_: None)
+    driver.flags["init"] = "a model"
+    driver._push = lambda addresses, saved: found.append(addresses) or driver._place(addresses[0], keeping.make_room)
+    driver._membership.call = lambda addresses, *_: {addresses[0]: OSError("no route") if len(found) == 1 else None}
+    driver._choose = lambda plan: (members("ab"[len(found)]), {"ab"[len(found)]: NO_STATE})
+    driver._generation = lambda job: {0: Ended(0, 50)}
+    assert driver.run().step == 50 and found == [("a",), ("b",)]
+    assert "lost a worker (a), after 0 steps: no route" in driver.report.said
+    job = driver._job(members("a"), [], {"a": NO_STATE})
+    failed = SimpleNamespace(status="error", exception=lambda timeout: OSError("disk full"))
+    assert driver._collect(job, [failed], {0: None}) == {}
+    assert "lost rank 0 (a), after 0 steps: disk full" in driver.report.said and driver._whys == ["rank 0 (a): disk full"]
+
+
+@pytest.mark.parametrize("saved_step", [20, 50])
+def test_the_last_checkpoint_is_made_by_whoever_is_there(saved_step):
+    """Also by a generation that begins after the last step, if the one before has not made it; and not twice."""
+    made = []
+    saver = SimpleNamespace(newest=None, folder=SimpleNamespace(checkpoint=str), write_now=made.append, error=None)
+    Training.save_last(SimpleNamespace(step=50, saved_step=saved_step, saver=saver, about=lambda step: step))
+    assert made == ([] if saved_step == 50 else [50])
+
+
+# MPI --------------------------------------------------------------------------------------------------------------------------------------
+
+
+class World:
+    """MPI's COMM_WORLD as rank 0 sees it. `mail`: what the other has sent, by MPI's tag."""
+
+    def __init__(self):
+        self.mail = {7701: deque(), 7702: deque()}
+
+    def Improbe(self, source, tag, status=None):
+        if not self.mail[tag]:
+            return None
+        message = self.mail[tag].popleft()
+        if status:
+            status.Get_count, status.Get_source = lambda _: len(message), lambda: 1
+        return SimpleNamespace(Recv=lambda into: memoryview(into[0]).cast("B").__setitem__(slice(None), message))
+
+    def Isend(self, *_):
+        return SimpleNamespace(Test=lambda: True)
+
+    def send(self, generation, tag, body=b"", is_stopped=False):
+        self.mail[7701].append(json.dumps([RUN, generation, 1, {"tag": tag, "bytes": 4}]).encode())
+        self.mail[7702] += [] if is_stopped else [body]
+
+
+def test_a_rank_that_stops_half_way_through_a_message_of_mpi_is_noticed(monkeypatch):
+    """What it sends when it goes on is of no later message, and nobody waits for it at the end."""
+    world = World()
+    mpi = {"Query_thread": lambda: 3, "THREAD_MULTIPLE": 3, "COMM_WORLD": world, "BYTE": None, "ANY_SOURCE": -1, "Status": SimpleNamespace}
+    monkeypatch.setitem(sys.modules, "mpi4py", SimpleNamespace(MPI=SimpleNamespace(**mpi)))
+    monkeypatch.setattr(mpi_links, "_BEAT_S", 0.02)
+
+    async def test():
+        first = MpiLinks(RUN, 0, 0, (0, 1), 0.2, asyncio.get_running_loop())
+        world.send(0, ["a"], is_stopped=True)
+        with pytest.raises(PeerLost, match=r"rank 1 was silent for 0\.2 s"):
+            await first.receive(1, ("a",))
+        await first.close()
+        second = MpiLinks(RUN, 1, 0, (0, 1), 5.0, asyncio.get_running_loop())
+        world.mail[7702].append(b"late")
+        world.send(1, ["a"], b"sent")
+        assert (await second.receive(1, ("a",))).tobytes() == b"sent"
+        await second.close()
+
+    asyncio.run(test())

@@ -25,7 +25,7 @@ from distributed import Client, Future, KilledWorker
 
 from taskgpt.cluster.checks import Member, native_workers
 from taskgpt.cluster.job import END, Ended, Job
-from taskgpt.cluster.kept import NO_STATE, Held, fetch, forget, keep_room, make_room, put, reserve, want
+from taskgpt.cluster.kept import NO_STATE, Held, ending, fetch, forget, keep_room, make_room, put, reserve, want
 from taskgpt.cluster.membership import Membership
 from taskgpt.cluster.offers import Offers
 from taskgpt.cluster.rank import train_rank
@@ -131,7 +131,7 @@ class Driver:
                 self._fruitless = self._fruitless + 1 if self._steps_told == before else 0
                 whys = list(dict.fromkeys([*(each.why for each in ended.values() if each.why), *self._whys]))
                 first = next((each for each in ended.values() if each.diverged), ended.get(0))  # which one of them finds, all do
-                if first and (first.diverged or (not whys and len(ended) == job.count)):
+                if first and (first.diverged or not first.why):
                     self.ended = ended
                     if first.diverged or first.asked == "stop" or first.step >= self.last_step or self.stop.is_requested:
                         self._last = job, first
@@ -192,16 +192,15 @@ class Driver:
         saved, saved_step = self._saved()
         self._number += 1
         self._pushed = newest.step < saved_step or (newest == NO_STATE and self.flags["init"] is not None)
-        line = newest.generation
+        step, line = max(0, newest.step, saved_step), newest.generation
         if self._pushed:
-            self._push(addresses, saved)
-            newest = Held(max(0, saved_step), self._number)
-            line = self.offers.generations.get(saved_step, -1)
-        step = max(newest.step, 0)
+            newest, line = Held(step, self._number), self.offers.generations.get(saved_step, -1)
         self.native_workers = tuple(native_workers(member, members, self.settings) for member in members)
         until = min([first for first, _ in plan if first > step], default=self.last_step)
         self.generations = [(first, count) for first, count in self._lines.get(line, []) if first < step] + [(step, len(members))]
         self._lines[self._number] = self.generations
+        if self._pushed:
+            self._push(addresses, saved)
         if self.live:
             self.live.begin_ranks(self._rank_of(rank, members, step) for rank in range(len(members)))
         if self._number:
@@ -280,31 +279,42 @@ class Driver:
             for rank, address in enumerate(job.addresses)
         ]  # fmt: skip
         self._asked, self._job_now, noticed, looked = "", job, 0.0, 0.0
+        ended: dict[int, Ended | None] = {}
         self.offers.begin(job)
         try:
-            while not all(each.done() for each in futures):
+            while len(ended) < job.count:
                 self._pump(_LOOK_S)
                 self._ask(job)
+                for rank, future in enumerate(futures):
+                    if future.done() and rank not in ended:
+                        ended[rank] = self._ended(job, rank, future)
                 if time.monotonic() - looked > _POLL_S:
                     looked = time.monotonic()
                     alive = self._membership.alive()
-                    gone = [rank for rank, address in enumerate(job.addresses) if address not in alive and not futures[rank].done()]
+                    gone = [rank for rank, address in enumerate(job.addresses) if address not in alive and rank not in ended]
                     self._regroup(job, alive)
-                    if not noticed and (gone or any(_is_early(each) for each in futures)):
+                    if not noticed and (gone or any(each is None or each.why for each in ended.values())):
                         noticed = self._lost_s = time.monotonic()
-                    left = [rank for rank, each in enumerate(futures) if not each.done()]
-                    if noticed and (left == gone or time.monotonic() - noticed > self.settings.timeout_s + _GRACE_S):
+                    left = [rank for rank in range(job.count) if rank not in ended]
+                    is_late = time.monotonic() - noticed > self.settings.timeout_s + _GRACE_S
+                    if noticed and (left == gone or (is_late and not self.offers.is_fetching)):
                         break
             self._pump(0)
-            return self._collect(job, futures)
+            return self._collect(job, futures, ended)
         finally:
             self.stop.wants_save |= self._asked == "save"  # for which nothing was offered
             with suppress(Exception):
                 self.client.cancel(futures, force=True)
 
-    def _collect(self, job: Job, futures: Sequence[Future]) -> dict[int, Ended]:
-        """Return how the ranks ended that have come back; note which are lost."""
-        ended: dict[int, Ended] = {}
+    def _ended(self, job: Job, rank: int, future: Future) -> Ended | None:
+        """Return how a rank has ended, None if it does not say."""
+        address = job.addresses[rank]
+        answer = self._membership.call([address], ending, job.generation)[address] if future.status == "finished" else None
+        return answer if isinstance(answer, Ended) else None
+
+    def _collect(self, job: Job, futures: Sequence[Future], found: dict[int, Ended | None]) -> dict[int, Ended]:
+        """Return how the ranks ended that have come back; note which are lost. Raises what is wrong at a rank."""
+        ended = {rank: each for rank, each in sorted(found.items()) if each is not None}
         self._whys = []
         for rank, (future, address) in enumerate(zip(futures, job.addresses, strict=True)):
             error = future.exception(timeout=_RESULT_S) if future.status == "error" else None
@@ -312,9 +322,6 @@ class Driver:
                 raise UserError(f"rank {rank} ({address}): {error}")
             if error is not None and not isinstance(error, KilledWorker | CancelledError | OSError):
                 raise error
-            if future.status == "finished":
-                with suppress(Exception):  # it may be gone since
-                    ended[rank] = future.result(timeout=_RESULT_S)
             if rank not in ended:
                 self._lose(f"rank {rank}", address, str(error) if isinstance(error, OSError) else "")
             if self.live and rank not in ended:
@@ -426,20 +433,9 @@ class Driver:
             self._membership.call(alive, forget)
 
     def _end_all(self) -> None:
-        self.client.unsubscribe_topic(f"taskgpt-{self.run_id}")
+        with suppress(Exception):  # the scheduler may be gone
+            self.client.unsubscribe_topic(f"taskgpt-{self.run_id}")
         self.offers.wait()
-
-
-def _is_early(future: Future) -> bool:
-    """Return True if a rank has ended otherwise than as agreed."""
-    if not future.done():
-        return False
-    if future.status != "finished":
-        return True
-    try:
-        return bool(future.result(timeout=_RESULT_S).why)
-    except Exception:  # its worker is gone since
-        return True
 
 
 @contextmanager

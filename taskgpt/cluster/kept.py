@@ -59,6 +59,7 @@ class Kept:
     generation: int = -1  # the newest that has begun here
     is_training: bool = False  # a rank of it runs here
     is_forgotten: bool = False  # nothing is to be left once it has ended
+    ended: tuple[int, Any] = -1, None  # the newest generation whose rank has ended here, and how: job.Ended
     asked: tuple[int, str] = -1, ""  # which generation the driver wants something of, and what
     steps: deque[tuple] = field(default_factory=lambda: deque(maxlen=4))  # what the last ones found: who told the driver may have died
 
@@ -130,6 +131,12 @@ async def holding(run: str, dask_worker: Worker) -> Held:
     while here.is_training:
         await asyncio.sleep(_POLL_S)
     return here.held
+
+
+async def ending(run: str, generation: int, dask_worker: Worker) -> Any:
+    """Return how a generation's rank here has ended; None if that is not known any more."""
+    number, ended = _of_worker.get(dask_worker, {}).get(run, Kept()).ended
+    return ended if number == generation else None
 
 
 async def make_room(run: str, gpt: tuple, seconds: float, dask_worker: Worker) -> None:

@@ -116,4 +116,4 @@ class Membership:
         if not self._reserving.done():
             return False
         answers, self._reserving = self._reserving.result(), None
-        return any(answer is True for answer in answers.values())
+        return any(answer is True and address not in addresses for address, answer in answers.items())

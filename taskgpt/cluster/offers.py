@@ -37,6 +37,7 @@ class Offers:
         self.saver: Saver | None = None
         self.saved_step, self.saved_s = 0, time.monotonic()
         self.generations: dict[int, int] = {}
+        self.is_fetching = False  # a rank gives what it has, which may take longer than it is waited for otherwise
         self._job: Job | None = None
         self._parts: dict[int, _Parts] = {}  # of checkpoints, by step, of which some ranks have not offered theirs yet
         self._whole: deque[tuple[Job, About, _Parts]] = deque()  # those that wait while another one is written
@@ -80,6 +81,7 @@ class Offers:
 
     def _fetched(self, job: Job, step: int, parts: _Parts) -> dict[str, np.ndarray]:
         """Return a state, whose parts the ranks need not keep any longer. Raises OSError, LookupError, MemoryError."""
+        self.is_fetching = True
         try:
             state = self._new_model().state
             for rank, ranges in parts:
@@ -89,6 +91,7 @@ class Offers:
             return state
         finally:
             self._answer(job, step, parts)
+            self.is_fetching = False
 
     def _answer(self, job: Job, step: int, parts: _Parts) -> None:
         addresses = [job.addresses[rank] for rank, _ in parts]

@@ -50,24 +50,24 @@ _WATCH_S = 1.0  # between looks whether Dask still wants this task
 _BETWEEN_S = 15.0  # beyond `timeout_s`: how long a driver may take from the end of a generation to the next
 
 
-def train_rank(job: Job, rank: int) -> Ended:
-    """Train as one rank of a generation; return how that ended. Raises UserError for what is wrong here, not at another rank."""
+def train_rank(job: Job, rank: int) -> None:
+    """Train as one rank of a generation; keep how that ended. Raises UserError for what is wrong here, not at another rank."""
     worker = get_worker()
     if worker.address != job.addresses[rank]:
         raise UserError(f"rank {rank} was to run on {job.addresses[rank]}, and runs on {worker.address}; it does not begin")
     here = kept(worker, job.run)
     answer_clock(worker)
     if job.generation <= here.generation:
-        return Ended(rank, max(0, here.held.step), f"generation {job.generation} is over: generation {here.generation} has begun here")
+        return  # Dask has asked twice
     here.generation, here.is_training = job.generation, True
     if job.is_staged and job.generation:
         gc.collect()  # of the model of the generation before, if a circle holds it: of two there would not be room
     key = worker.get_current_task()
     try:
         with told_to_driver(worker, job, rank):
-            return _train(job, rank, worker, here, key)
+            here.ended = job.generation, _train(job, rank, worker, here, key)
     except PeerLost as error:
-        return Ended(rank, max(0, here.held.step), str(error))
+        here.ended = job.generation, Ended(rank, max(0, here.held.step), str(error))
     finally:
         here.is_training = False
         # The driver may need it again for the next generation, after it has waited for ranks that are silent.
