@@ -112,7 +112,7 @@ def test_a_first_run_tells_bits_and_efficiencies(turns):
 def test_a_cell_that_kills_its_process_does_not_take_the_others_along(turns):
     """The next one gets a new process, with the same bits."""
     before = turns.first(one("sequential"), 1)
-    os.kill(turns._process.pid, signal.SIGKILL)
+    os.kill(turns._bench.pid, signal.SIGKILL)
     with pytest.raises(CellFailed, match="its process died of SIGKILL"):
         turns.timed(one("sequential"), 1)
     assert turns.first(one("sequential"), 1).sha256 == before.sha256

@@ -14,7 +14,7 @@ FLOORS = """
 __main__ train programs
 programs.arguments
 cluster
-lab.tuning
+lab.tuning lab.pairs
 lab.benchmarks
 lab.simulator
 lab.contests lab.roofline lab.run_page runs

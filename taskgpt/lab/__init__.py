@@ -13,6 +13,7 @@ named.py          graphs and schedulers as the command line names them
 roofline.py       what a step needs at least: a graph's matrix products and its parameters' traffic, against the machine
 contests/         `taskgpt compare`: schedulers, tiles and policies in turns
 benchmarks/       `taskgpt bench`: steps, the cost of a task, other libraries
+pairs/            `taskgpt compare --pairs`: two programs at once
 simulator/        `taskgpt simulate`: schedulers with simulated workers
 tuning/           `taskgpt tune`: the fastest tiles and policy, found and remembered
 """

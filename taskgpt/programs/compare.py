@@ -5,9 +5,17 @@ taskgpt compare --graph gpt2-124m --schedulers sequential,loops,native --workers
 taskgpt compare --graph tiny --tiles rows=64,128 --tiles columns=32,64 --budget 2m  # tile x tile
 taskgpt compare --graph gpt2-124m --output runs/compare --resume                    # go on where it was stopped
 taskgpt compare --diff runs/yesterday runs/today                                    # what changed beyond noise
+taskgpt compare --pairs cholesky:tile=64 chain --pairs gpt2-124m@native gpt2-124m@native    # two programs at once, or not
+taskgpt compare --pairs products products --weights 3:1                             # what their weights in a share give them
 
 Writes compare.json, .csv, .md and .html (with pictures) into the output folder. Baselines: `loops-llmc` (llm.c's pragmas), `loops` (all
 loops), `whole-tensor` (NumPy on tensors that are not cut, threads inside the BLAS: what a NumPy user would write), `sequential`.
+
+A program of --pairs is NAME[:KEY=VALUE,...][@SCHEDULER]: training steps of a graph, or cholesky, heat, chain (of tasks, for one core),
+stream (bound by memory), products (bound by cores); on native if no scheduler is named; times=N among its keys says how often it runs.
+Each pair runs exclusive (one after the other), oversubscribed (both at once, a worker for every core each), split (both at once, half of
+the cores each) and shared (both at once, a worker for every core each, task by task as by --share), in turns. Writes pairs.json and
+pairs.html.
 """
 
 import argparse
@@ -23,6 +31,7 @@ from taskgpt.lab.contests.cells import product_of
 from taskgpt.lab.contests.results import MOST_STEPS, Result, Results
 from taskgpt.lab.contests.turns import CellFailed, Turns
 from taskgpt.lab.disturbance import Disturbance
+from taskgpt.lab.pairs.contest import compare_pairs
 from taskgpt.lab.report import LEAST_TURNS, seconds_in
 from taskgpt.lab.roofline import team_sizes
 from taskgpt.programs.arguments import Parser, add_changes, add_graphs, add_schedulers, add_wide, add_workers
@@ -31,6 +40,7 @@ from taskgpt.progress import Progress
 SCHEDULERS = ["sequential", "whole-tensor", "loops-llmc", "loops", "threads", "native"]
 FIRST_STEPS = 4  # from fresh parameters, on record, after warm-up: loss, bits, efficiencies
 LEAST_STEPS = 2  # in a turn
+OF_PAIRS = {"rounds": "10", "seconds": "3s", "weights": "3:1"}  # flags, with defaults, or an example
 DETAILS = {"mean ms", f"{compare_report.STEPS} steps, s", "turns", "tasks", "T1 ms", "T-inf ms"}  # columns of `--wide`, and of the files
 DETAILS |= {f"idle: {cause}" for cause in compare_report.IDLE}
 
@@ -48,13 +58,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--output", default="runs/compare", metavar="DIR", help="where results go (default runs/compare)")
     p.add_argument("--resume", action="store_true", help="go on with the results that the output folder holds")
     p.add_argument("--diff", nargs=2, metavar=("BEFORE", "AFTER"), help="measure nothing; say what changed between two output folders")
+    add_pairs(p)
     add_wide(p)
 
     def run() -> int:
         flags = p.parse_args(argv)
+        if flags.pairs:
+            return compare_pairs(flags_of_pairs(flags, p))
+        for name in OF_PAIRS:
+            if getattr(flags, name) is not None:
+                raise UserError(f"--{name}: only with --pairs, for example --pairs products chain --{name} {OF_PAIRS[name]}")
         return diff(*flags.diff, layout.terminal_width(flags)) if flags.diff else compare(flags)
 
     return run_program("taskgpt compare", run)
+
+
+def add_pairs(p: argparse.ArgumentParser) -> None:
+    """Add what concerns pairs of programs."""
+    group = p.add_argument_group("pairs of programs")
+    group.add_argument("--pairs", nargs=2, action="append", metavar="PROGRAM", help="two programs at once, or not; may be given again")
+    told = {
+        "rounds": ("N", f"rounds of all ways (default {OF_PAIRS['rounds']})"),
+        "seconds": ("S", f"how long each program takes alone, about; with --weights, both (default {OF_PAIRS['seconds']})"),
+        "weights": ("N:M", "both in a share for --seconds, with these weights: which time of cores each gets"),
+    }
+    for name, (metavar, help) in told.items():
+        group.add_argument(f"--{name}", type=int if name == "rounds" else None, metavar=metavar, help=help)
+
+
+def flags_of_pairs(flags: argparse.Namespace, p: argparse.ArgumentParser) -> argparse.Namespace:
+    """Return the flags that concern pairs, with their defaults. Raises UserError if others were given."""
+    kept = {name: getattr(flags, name) for name in ("pairs", "output", "wide", *OF_PAIRS)}
+    for name, value in vars(flags).items():
+        if name not in kept and value != p.get_default(name):
+            raise UserError(f"--{name}: not with --pairs, whose words name graphs and schedulers themselves: gpt2-124m:tiles.rows=64@loops")
+    defaults = {"rounds": int(OF_PAIRS["rounds"]), "seconds": OF_PAIRS["seconds"]}
+    return argparse.Namespace(**kept | {name: value for name, value in defaults.items() if kept[name] is None})
 
 
 def compare(flags: argparse.Namespace) -> int:

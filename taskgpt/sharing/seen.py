@@ -52,6 +52,7 @@ def seen(segment: Segment) -> dict[str, Any]:
             "priority": int(words[w.PRIORITY]),
             "cores": 0,
             "core_s": int(words[w.USED]) / 1e9,
+            "offers": int(words[w.GRANTS]),
             "state": state,
         }
     cores = []

@@ -8,7 +8,7 @@ tasks each time. Before anything is timed, all have run once and their results a
 import argparse
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -81,24 +81,24 @@ def programs(flags: argparse.Namespace) -> None:
     report.save()
 
 
-def program_of(word: str) -> Any:
+def program_of(word: str, flag: str = "--programs", known: Mapping[str, type] = PROGRAMS) -> Any:
     """Return the program of `NAME[:KEY=VALUE,...]`. Raises UserError."""
     name, changes = split_changes(word)
-    if name not in PROGRAMS:
-        raise UserError(f"--programs: unknown program '{shorten(name)}'{did_you_mean(name, PROGRAMS)}")
+    if name not in known:
+        raise UserError(f"{flag}: unknown program '{shorten(name)}'{did_you_mean(name, known)}")
     sizes = {}
     for change in changes:
         key, _, value = change.partition("=")
         try:
             sizes[key.strip()] = int(value)
         except ValueError:
-            raise UserError(f"--programs {shorten(word)}: wanted {shorten(key)}=NUMBER, for example --programs cholesky:tile=64") from None
-    program = fill(PROGRAMS[name], sizes, f"--programs {name}: ")
+            raise UserError(f"{flag} {shorten(word)}: wanted {shorten(key)}=NUMBER, for example {flag} cholesky:tile=64") from None
+    program = fill(known[name], sizes, f"{flag} {name}: ")
     if program.tasks > MOST_TASKS:
-        raise UserError(f"--programs {word}: {program.tasks:,} tasks, wanted at most {MOST_TASKS:,}; choose coarser ones")
+        raise UserError(f"{flag} {word}: {program.tasks:,} tasks, wanted at most {MOST_TASKS:,}; choose coarser ones")
     needed, free = program.nbytes, machine.free_memory_bytes()
     if needed > free:
-        raise UserError(f"--programs {word}: needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free; choose a smaller n")
+        raise UserError(f"{flag} {word}: needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free; choose a smaller n")
     return program
 
 

@@ -15,7 +15,7 @@ import numba
 import numpy as np
 
 from taskgpt.lab.benchmarks.openmp import OpenMP
-from taskgpt.tasks import Arena, In, InOut, Kernel, Spawn, TensorSpec, dims, kernel
+from taskgpt.tasks import Arena, In, InOut, Kernel, Spawn, Tensor, TensorSpec, dims, kernel
 from taskgpt.tasks.blas import gemm, syrk, trsm
 from taskgpt.tasks.lapack import potrf
 
@@ -26,11 +26,12 @@ RESIDUAL = 1e-12  # of a factorization, at most; it is some 1e-15
 
 @dataclass
 class Loop:
-    """A program on memory. `begin` sets the memory, `program` spawns, as `root`, a kernel with its arguments, does; `in_c` runs it in C.
+    """A program on a tensor. `begin` sets it, `program` spawns, as `root`, a kernel with its arguments, does; `in_c` runs it in C.
 
     `wrong` is given what a run returned; it says what is wrong with the result, "" if nothing is.
     """
 
+    tensor: Tensor
     begin: Callable[[], None]
     program: Callable[[Callable], None]
     root: tuple[Any, ...]
@@ -167,7 +168,7 @@ class Cholesky:
             residual = np.abs(factor @ (factor.T @ vector) - wanted).max() / np.abs(wanted).max()
             return "" if residual <= RESIDUAL else f"the factor's residual is {residual:.1e}, wanted at most {RESIDUAL:.0e}"
 
-        return Loop(begin, program, (factorise_all, a[:], self.tile), lambda c: c.cholesky(a.array, self.tile), wrong)
+        return Loop(a, begin, program, (factorise_all, a[:], self.tile), lambda c: c.cholesky(a.array, self.tile), wrong)
 
 
 # Heat -----------------------------------------------------------------------------------------------------------------------------------
@@ -261,7 +262,8 @@ class Heat:
             found, right = float(u.array.sum()), float(wanted.sum())
             return f"{differ:,} elements differ; their sum is {found!r}, wanted {right!r}" if differ else ""
 
-        return Loop(begin, program, (relax_all, u[:], self.block, self.sweeps), lambda c: c.heat(u.array, self.block, self.sweeps), wrong)
+        root = relax_all, u[:], self.block, self.sweeps
+        return Loop(u, begin, program, root, lambda c: c.heat(u.array, self.block, self.sweeps), wrong)
 
 
 # Recursions -----------------------------------------------------------------------------------------------------------------------------

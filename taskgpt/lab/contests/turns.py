@@ -8,15 +8,8 @@ One process for all: the same memory, caches and libraries for each, and only on
 long as there is room for the others. A cell that fails, or with which the process dies, raises CellFailed; the next one gets a new process.
 """
 
-import contextlib
 import math
-import multiprocessing
-import os
-import signal
-import sys
-import traceback
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
 from typing import Any, Self
 
 from taskgpt.errors import UserError
@@ -24,16 +17,15 @@ from taskgpt.gpt2.model import GPT2
 from taskgpt.lab import machine
 from taskgpt.lab.contests.baselines import CHANGES, WholeTensor
 from taskgpt.lab.contests.cells import WHOLE_TENSOR, Cell
+from taskgpt.lab.contests.served import LIMIT_S, AskingFailed, Served
 from taskgpt.lab.named import Prepared, make_config, named_scheduler, prepare, with_changes
 from taskgpt.lab.report import seconds_of
 from taskgpt.lab.traces.efficiency import analyse
 from taskgpt.lab.traces.idle import CAUSES
 from taskgpt.lab.traces.trace import RECORD, Traced
-from taskgpt.schedulers import Scheduler, WorkerError
-from taskgpt.tasks import AccessError, TaskError, TwinError
+from taskgpt.schedulers import Scheduler
 
 WARM_UP = 2  # steps before the clock starts, in every turn: threads, plans, caches
-LIMIT_S = 900.0  # of a turn; one that takes longer hangs
 FACTORS = ("parallel efficiency", "load balance", "dependency efficiency", "scheduling efficiency")
 MOST_MS = 1e9  # eleven days: no time that a turn can take
 
@@ -77,17 +69,16 @@ class Turns:
 
     def __init__(self, limit_s: float = LIMIT_S):
         self._limit_s = limit_s
-        self._process: multiprocessing.process.BaseProcess | None = None
-        self._pipe: Connection | None = None
+        self._bench: Served | None = None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type | None, *exception: object) -> None:
-        if self._process is not None:
-            if kind is not None and self._process.pid is not None and self._process.is_alive():
-                os.kill(self._process.pid, signal.SIGINT)
-            self._end(20.0)
+        if self._bench is not None:
+            if kind is not None:
+                self._bench.interrupt()
+            self._bench.end()
 
     def first(self, cell: Cell, steps: int) -> First:
         """Run a cell for the first time; see `_Bench.first`. Raises CellFailed."""
@@ -98,58 +89,14 @@ class Turns:
         return self._ask("timed", cell, steps)
 
     def _ask(self, verb: str, cell: Cell, steps: int) -> Any:
-        if self._process is None:
-            context = multiprocessing.get_context("spawn")
-            self._pipe, theirs = context.Pipe()
-            self._process = context.Process(target=_serve, args=(theirs,), name="taskgpt-turns")
-            self._process.start()
-            theirs.close()
+        if self._bench is None:
+            self._bench = Served(_Bench, limit_s=self._limit_s)
         try:
-            self._pipe.send((verb, cell, steps))
-            if not self._pipe.poll(self._limit_s):
-                self._process.kill()
-                self._end(10.0)
-                raise CellFailed(f"gave no answer for {self._limit_s:.0f} s")
-            is_fine, answer = self._pipe.recv()
-        except (EOFError, ConnectionError):
-            raise CellFailed(f"its process died{_cause(self._end(10.0))}") from None
-        if not is_fine:
-            raise CellFailed(answer)
-        return answer
-
-    def _end(self, patience_s: float) -> int | None:
-        """Wait for the process, which ends when its pipe does, or kill it; return its exit code."""
-        self._pipe.close()
-        self._process.join(patience_s)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
-        code, self._process = self._process.exitcode, None
-        return code
-
-
-def _cause(exit_code: int | None) -> str:
-    if exit_code is None or exit_code >= 0:
-        return f" with exit code {exit_code}"
-    name = signal.Signals(-exit_code).name
-    return f" of {name}" + (", as it does where memory runs out; choose smaller graphs" if name == "SIGKILL" else "")
-
-
-def _serve(pipe: Connection) -> None:
-    """Answer until the pipe ends. Ctrl-C at the terminal is for the parent, which passes it on."""
-    os.setpgrp()
-    bench = _Bench()
-    with contextlib.suppress(EOFError, ConnectionError, KeyboardInterrupt):
-        while True:
-            verb, cell, steps = pipe.recv()
-            try:
-                answer = True, getattr(bench, verb)(cell, steps)
-            except (UserError, MemoryError, OSError, TaskError, TwinError, AccessError, WorkerError) as error:
-                answer = False, str(error) or type(error).__name__
-            except Exception as error:  # a defect: the other cells are worth something without it
-                traceback.print_exc(file=sys.stderr)
-                answer = False, f"{type(error).__name__}: {error}"
-            pipe.send(answer)
+            return self._bench.ask(verb, cell, steps)
+        except AskingFailed as error:
+            if not self._bench.is_alive:
+                self._bench = None
+            raise CellFailed(str(error)) from None
 
 
 class _Bench:
