@@ -205,8 +205,9 @@ def _catch_up(m, time):
             virtual = virtual_time(m, number, time)
             least = virtual if not found or virtual < least else least
             found = True
-    least -= FAR * _virtual(mine, m[QUANTUM_NS])
     before = load(mine, VIRTUAL)
+    if before != 0:  # else it is new, and is owed nothing
+        least -= FAR * _virtual(mine, m[QUANTUM_NS])
     while found and before < least and compare_exchange(mine, VIRTUAL, before, least) != before:
         before = load(mine, VIRTUAL)
 
