@@ -130,9 +130,9 @@ def test_a_trace_of_version_1_is_read(tmp_path):
     assert old.runs.tolist() == whole.runs.tolist()
     assert old.edges == {}
     assert [len(pairs[0]) for pairs in old.dependencies()] == [len(old.graphs[g].predecessors) for g in old.runs["graph"]]
-    arrays["head"] = np.frombuffer(json.dumps(head | {"taskgpt_trace": 4}).encode(), np.uint8)
+    arrays["head"] = np.frombuffer(json.dumps(head | {"taskgpt_trace": 5}).encode(), np.uint8)
     np.savez_compressed(tmp_path / "trace.npz", **arrays)
-    with pytest.raises(UserError, match=r"of version 4, and this taskgpt reads 1 to 3\); record it again"):
+    with pytest.raises(UserError, match=r"of version 5, and this taskgpt reads 1 to 4\); record it again"):
         Trace.load(tmp_path)
 
 
@@ -650,6 +650,7 @@ def test_tables_have_every_field(name, ending, read, tmp_path):
     for r, row in zip(trace.records, rows, strict=True):
         graph, t = trace.graphs[trace.runs["graph"][r["run"]]], r["task"]
         assert row == {
+            "process": trace.ranks[0].name,
             "run": r["run"],
             "graph": graph.name,
             "step": trace.runs["step"][r["run"]],

@@ -11,7 +11,6 @@ import io
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,11 +21,11 @@ from taskgpt.cluster.job import END, Ended, Job
 from taskgpt.cluster.kept import fetch
 from taskgpt.collectives import Noted, Transfer
 from taskgpt.lab.traces.network import EXCHANGE_TYPE, WHATS
+from taskgpt.lab.traces.process import boot_id
 from taskgpt.lab.traces.ranks import NOTED_TYPE, Clock, Part, merged
 from taskgpt.lab.traces.trace import Trace, Traced
 
 _ASKED = 20  # times that a clock is asked
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _TRACE, _EXCHANGES, _NOTED = "trace", "trace exchanges", "trace messages"  # names of what is offered
 
 
@@ -35,7 +34,7 @@ _TRACE, _EXCHANGES, _NOTED = "trace", "trace exchanges", "trace messages"  # nam
 
 def answer_clock(worker: Worker) -> None:
     """Have a worker tell the driver what its clock says."""
-    worker.handlers["taskgpt_clock"] = lambda: {"ns": time.monotonic_ns(), "boot": _boot_id()}
+    worker.handlers["taskgpt_clock"] = lambda: {"ns": time.monotonic_ns(), "boot": boot_id()}
 
 
 def offers(traced: Traced, transfers: Sequence[Transfer], noted: Sequence[Noted]) -> dict[str, np.ndarray]:
@@ -130,16 +129,8 @@ async def _ask(pool: ConnectionPool, address: str, timeout_s: float) -> tuple[in
         before_ns = time.monotonic_ns()
         answer = await asyncio.wait_for(pool(address).taskgpt_clock(), timeout_s)
         after_ns = time.monotonic_ns()
-        if answer["boot"] and answer["boot"] == _boot_id():
+        if answer["boot"] and answer["boot"] == boot_id():
             return answer["ns"], 0, 0
         found.append(((after_ns - before_ns) // 2, answer["ns"], (before_ns + after_ns) // 2 - answer["ns"]))
     error, at, add = min(found)
     return at, add, error
-
-
-def _boot_id() -> str:
-    """Return what tells machines, and the times that they were started, apart; "" where there is no such thing."""
-    try:
-        return _BOOT_ID.read_text()
-    except OSError:
-        return ""

@@ -26,6 +26,7 @@ from taskgpt.gpt2.steps import Steps
 from taskgpt.lab import machine
 from taskgpt.lab.disturbance import Disturbance
 from taskgpt.lab.traces.formats import save, verify_can_save
+from taskgpt.lab.traces.process import this_process
 from taskgpt.lab.traces.trace import RECORD
 from taskgpt.runs.console import Console, StopRequest
 from taskgpt.runs.folder import now
@@ -168,7 +169,9 @@ class ClusterTraining:
         if driver.traces is None:
             return
         self.report.notes(driver.traces.notes)
-        trace = driver.traces.merged({"command": self.command, "machine": machine.describe()})
+        trace = driver.traces.merged(
+            {"command": self.command, "machine": machine.describe(), "process": dataclasses.asdict(this_process(""))}
+        )
         if trace is None or not driver.seconds:
             self.report.tell("trace", f"no step ran; {self.flags.trace} stays as it was")
         else:

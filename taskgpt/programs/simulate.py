@@ -165,6 +165,7 @@ def one(
         for _ in traced.run_each([graph] * flags.steps):
             pass
         trace = traced.trace({"command": shlex.join(["taskgpt", "simulate", *flags.argv]), "machine": vars(machine)})
+    del trace.about["process"]  # whose clock these times are not by
     if flags.trace is not None:
         path = save(trace, Path(flags.trace) / folder_name(cell.graph_word) / folder_name(f"{cell.scheduler_word}-{cell.workers}"))
         with progress.aside():

@@ -27,6 +27,12 @@ def usable_cores() -> int:
     return min((count for count in counts if count), default=1)
 
 
+def own_cores() -> list[int]:
+    """Return the numbers of the cores that this process may use: the first ones, where it has the time of fewer than it may run on."""
+    allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    return list(allowed)[: usable_cores()]
+
+
 @cache
 def _quota_cores(root: Path = Path("/")) -> int:
     """Return the cores whose time this process' control groups (Linux; versions 1 and 2) leave to it, rounded up, or 0: no limit."""

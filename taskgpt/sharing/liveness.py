@@ -1,6 +1,7 @@
-"""Whether a process still lives, and whether it is stopped, as Linux says in /proc/PID/stat."""
+"""Whether a process still lives, and whether it is stopped, as Linux says in /proc/PID/stat; and what others are told of this one."""
 
 import os
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +23,13 @@ def look(pid: int) -> Seen | None:
     except (OSError, ValueError, IndexError):
         return None
     return None if state in "ZXx" else Seen(started, state in "Tt")
+
+
+def own_title() -> str:
+    """Return what this process is, for people: its program and verb."""
+    file = Path(sys.argv[0] if sys.argv and sys.argv[0] else "python")
+    words = [file.parent.name if file.name == "__main__.py" else file.name, *sys.argv[1:2]]
+    return " ".join(word for word in words if not word.startswith("-")) or "python"
 
 
 def own_start() -> int:

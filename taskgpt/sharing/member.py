@@ -12,17 +12,16 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Self
 
 import numpy as np
 
 from taskgpt.errors import UserError, shorten
 from taskgpt.pointers import HAS_FUTEX
-from taskgpt.schedulers.cores import usable_cores
+from taskgpt.schedulers.cores import own_cores
 from taskgpt.sharing import layout as w
 from taskgpt.sharing import leases
-from taskgpt.sharing.liveness import look, own_start
+from taskgpt.sharing.liveness import look, own_start, own_title
 from taskgpt.sharing.segment import Segment, is_living, opened
 from taskgpt.tasks.cache import compile_function
 
@@ -54,7 +53,7 @@ class Member:
         for function, signature in leases.SIGNATURES.items():
             compile_function(function, signature)
         self.name, self.workers = terms.share, workers
-        with opened(terms.share, _usable()) as segment:
+        with opened(terms.share, own_cores()[: w.MOST_SLOTS]) as segment:
             may = _slots_of(segment)
             self._segment = segment
             self._write_own(terms, may, binds)
@@ -96,7 +95,7 @@ class Member:
         for slot in may:
             member[w.MAY + slot // w.MASK_BITS] |= 1 << slot % w.MASK_BITS
         room = 8 * w.NAME_WORDS
-        member[w.NAME : w.NAME + w.NAME_WORDS] = np.frombuffer(_title().encode()[:room].ljust(room, b"\0"), np.int64)
+        member[w.NAME : w.NAME + w.NAME_WORDS] = np.frombuffer(own_title().encode()[:room].ljust(room, b"\0"), np.int64)
         self._identity = generation << 32 | os.getpid()
         member[w.IDENTITY] = self._identity
 
@@ -185,11 +184,6 @@ class Cores:
             self._free.put(me)
 
 
-def _usable() -> list[int]:
-    """Return the cores that this process may use: the first of them where a quota leaves it the time of fewer."""
-    return sorted(os.sched_getaffinity(0))[: min(usable_cores(), w.MOST_SLOTS)]
-
-
 def _slots_of(segment: Segment) -> list[int]:
     mine = os.sched_getaffinity(0)
     if may := [number for number, core in enumerate(segment.slots[:, w.CORE].tolist()) if core in mine]:
@@ -198,9 +192,3 @@ def _slots_of(segment: Segment) -> list[int]:
         f"share {segment.name}: this process may use cores {shorten(str(sorted(mine)))}, got a share of others, which "
         "another program has made; take another name"
     )
-
-
-def _title() -> str:
-    """Return what this process is, for people: its program and verb."""
-    words = [Path(sys.argv[0]).name if sys.argv and sys.argv[0] else "python", *sys.argv[1:2]]
-    return " ".join(word for word in words if not word.startswith("-"))

@@ -17,21 +17,27 @@ from taskgpt.lab.traces.trace import Trace
 
 @dataclass(frozen=True)
 class Comparison:
-    """found: what efficiency.analyse says of each trace. A notebook shows it as tables, `print` as text."""
+    """found: what efficiency.analyse says of each trace. A notebook shows it as tables, `print` as text.
+
+    programs: their names, if each trace is of another program, which does other things.
+    """
 
     found: list[dict[str, Any]]
+    programs: Sequence[str] = ()
 
     @classmethod
-    def of(cls, *traces: Trace, reference: Trace | None = None) -> Self:
-        """`reference`: the same steps on one worker. Raises ValueError for a trace without tasks.
+    def of(cls, *traces: Trace, reference: Trace | None = None, programs: Sequence[str] = ()) -> Self:
+        """`reference`: the same steps on one worker. `programs`: names of the traces' programs. Raises ValueError for one without tasks.
 
         Speeds are stated against the same limits for all traces of as many workers on one machine: the largest that any of them measured.
         """
-        return cls([analyse(trace, reference, _limits(trace, traces)) for trace in traces])
+        return cls([analyse(trace, reference, _limits(trace, traces)) for trace in traces], programs)
 
     @property
     def names(self) -> list[str]:
-        """The schedulers, numbered where two are the same."""
+        """The programs, or the schedulers, numbered where two are the same."""
+        if self.programs:
+            return list(self.programs)
         words = [each["scheduler"].partition(":")[0] for each in self.found]
         return [word if words.count(word) == 1 else f"{word} {at + 1}" for at, word in enumerate(words)]
 
@@ -57,7 +63,7 @@ class Comparison:
             self._beside("all workers' time, ms a step", spent, ".2f"),
         ]
         tables += [_ranks(f, name) for f, name in zip(found, self.names, strict=True) if f["by_rank"]]
-        tables += [self._differences(other) for other in range(1, len(found))]
+        tables += [self._differences(other) for other in range(1, len(found)) if not self.programs]
         for what in ("kernel", "layer", "phase"):
             by_name = [{row["name"]: row["ms"] / f["steps"] for row in f[f"by_{what}"]} for f in found]
             known = sorted({name for each in by_name for name in each}, key=lambda name: -max(each.get(name, 0) for each in by_name))

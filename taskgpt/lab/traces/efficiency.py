@@ -68,7 +68,7 @@ def analyse(trace: Trace, reference: Trace | None = None, limits: dict[str, floa
         "useful_ms": float(useful.sum() - elsewhere.sum()) / 1e6,
         "other_runs_ms": float(elsewhere.sum()) / 1e6,
         **{f"by_{name}": _by(trace, name, limits) for name in ("kernel", "layer", "phase")},
-        "by_rank": _by_rank(trace, waits) if len(trace.ranks) > 1 else [],
+        "by_rank": by_rank(trace, waits) if len(trace.ranks) > 1 else [],
         "longest_path": longest_path(trace),
     }
 
@@ -97,7 +97,7 @@ def _steps(trace: Trace) -> int:
     return int(np.bincount(trace.rank_of_run).max())
 
 
-def _by_rank(trace: Trace, waits: np.ndarray) -> list[dict[str, Any]]:
+def by_rank(trace: Trace, waits: np.ndarray) -> list[dict[str, Any]]:
     """Return what each rank's workers did, and its exchanges: while at least one was under way (`exchange_ms`), and while besides nothing
     was to be done (`network_idle_ms`, of all its workers)."""
     found = []

@@ -3,35 +3,50 @@
 Of any moment's I idle workers and R ready tasks that nobody runs, min(I, R) idle although there is work: for `barrier`, as many as of the
 ready tasks belong to a later loop than the one that runs (fork-join only), the others for `scheduling`. The rest idle for `dependency`:
 nothing is ready. `between`: no run is under way. Idle workers share alike. Workers of a rank run its tasks alone: each rank stands for
-itself, and of its time for `dependency`, that while one of its exchanges is under way counts as `network` too.
+itself, and of its time for `dependency`, that while one of its exchanges is under way counts as `network` too. Of several programs,
+that for `scheduling` while as many tasks run as there are cores counts as `taken` too.
 """
 
 import numpy as np
 
+from taskgpt.lab.traces.process import cores_of
 from taskgpt.lab.traces.ranks import split
 from taskgpt.lab.traces.trace import Trace
 
 CAUSES = ("barrier", "dependency", "scheduling", "between")
-GAP_TYPE = np.dtype([("worker", np.int64), ("begin_ns", np.int64), ("end_ns", np.int64), *((name, float) for name in (*CAUSES, "network"))])
+_OF_CAUSES = ("network", "taken")
+GAP_TYPE = np.dtype(
+    [("worker", np.int64), ("begin_ns", np.int64), ("end_ns", np.int64), *((name, float) for name in (*CAUSES, *_OF_CAUSES))]
+)
 
 
 def gaps(trace: Trace) -> np.ndarray:
     """Return the gaps, GAP_TYPE, by worker and time, from the trace's beginning to its end; the ns of causes add up to end - begin.
 
-    network: how much of `dependency` it is.
+    network: how much of `dependency` it is; taken: how much of `scheduling`.
     """
-    first_worker, found = 0, []
+    first_worker, found, taken = 0, [], when_taken(trace)
     for part in split(trace):
-        mine = _gaps(part, trace.begin_ns, trace.end_ns)
+        mine = _gaps(part, trace.begin_ns, trace.end_ns, *taken)
         mine["worker"] += first_worker
         first_worker += part.workers
         found.append(mine)
     return np.concatenate(found)
 
 
-def _gaps(trace: Trace, begin_ns: int, end_ns: int) -> np.ndarray:
+def when_taken(trace: Trace, spare: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Return the stretches, from when until when, in which so many tasks more run as there are cores; none for a trace of one program."""
+    cores = cores_of(trace.programs) if len(trace.programs) > 1 else 0
+    moments = _moments(trace, trace.begin_ns, trace.end_ns)
+    running = sum(_under_way(moments, each["start_ns"], each["stop_ns"]) for each in (trace.records, trace.others))
+    is_taken = running >= cores + spare if cores else np.zeros(len(moments) - 1, bool)
+    return moments[:-1][is_taken], moments[1:][is_taken]
+
+
+def _gaps(trace: Trace, begin_ns: int, end_ns: int, taken_from: np.ndarray, taken_until: np.ndarray) -> np.ndarray:
     """Return those of one rank, from some beginning to some end."""
-    r, x, moments = trace.records, trace.exchanges, _moments(trace, begin_ns, end_ns)
+    r, x = trace.records, trace.exchanges
+    moments = np.union1d(_moments(trace, begin_ns, end_ns), np.concatenate([taken_from, taken_until]))
     idle = trace.workers - sum(_under_way(moments, each["start_ns"], each["stop_ns"]) for each in (r, trace.others))
     ready = _under_way(moments, r["ready_ns"], r["start_ns"])
     is_between = _is_between(trace, moments)
@@ -46,6 +61,7 @@ def _gaps(trace: Trace, begin_ns: int, end_ns: int) -> np.ndarray:
         "between": np.where(is_between, (idle - with_work) * share, 0),
     }
     shares["network"] = np.where(_under_way(moments, x["begin_ns"], x["end_ns"]) > 0, shares["dependency"], 0)
+    shares["taken"] = np.where(_under_way(moments, taken_from, taken_until) > 0, shares["scheduling"], 0)
     found = _of_each_worker(trace, begin_ns, end_ns)
     first, last = (np.searchsorted(moments, found[name]) for name in ("begin_ns", "end_ns"))
     for cause, part in shares.items():

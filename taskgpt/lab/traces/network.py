@@ -1,4 +1,7 @@
-"""What a trace of several ranks says beside its tasks: whose workers are whose, what was exchanged, and the messages that carried it."""
+"""What a trace of several processes says beside its tasks: whose workers are whose, what was exchanged, and the messages that carried it.
+
+A process of a trace is a rank: of one program that runs on a cluster, or of one of several programs that ran beside each other.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -7,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from taskgpt.files import fill
+from taskgpt.lab.traces.process import process_of
 
 WHATS = ("reduce", "reduce-own", "spread", "gather", "move")  # what an exchange does, by its number
 # rank; bucket and turn: which exchange, and how often before; when its first and its last part were handed in, and when it was done; sent
@@ -21,13 +25,15 @@ MESSAGE_TYPE = np.dtype(
 class Rank:
     """A process of a trace. Its workers come after those of the ranks before it; numbers of its runs count from `first_run`.
 
-    clock_error_ns: how wrong its times may be, against those of the others.
+    clock_error_ns: how wrong its times may be, against those of the others. program: which of the trace's programs it is of; only ranks of
+    one program exchange anything.
     """
 
     name: str
     workers: int = field(metadata={"at_least": 1, "at_most": 4096})
     first_run: int = field(metadata={"at_least": 0, "at_most": 2**53})
     clock_error_ns: int = field(default=0, metadata={"at_least": 0, "at_most": 2**53})
+    program: int = field(default=0, metadata={"at_least": 0, "at_most": 2**20})
 
 
 @dataclass(frozen=True)
@@ -36,13 +42,16 @@ class _Ranks:
 
 
 def ranks_of(about: dict[str, Any]) -> list[Rank]:
-    """Return the ranks of a trace, one without a name for all that there is if it knows of none. Raises UserError."""
+    """Return the ranks of a trace; if it knows of none, one for all that there is, named as its process, or "". Raises UserError."""
     found = fill(_Ranks, {"ranks": about["ranks"]}, "about.").ranks if about.get("ranks") else []
-    return found or [Rank("", int(about["workers"]), 0)]
+    return found or [Rank(str(process_of(about) or ""), int(about["workers"]), 0)]
 
 
-def verify(ranks: Sequence[Rank], workers: int, exchanges: np.ndarray, messages: np.ndarray) -> None:
+def verify(ranks: Sequence[Rank], programs: int, workers: int, exchanges: np.ndarray, messages: np.ndarray) -> None:
     """Raise ValueError, saying where, for what cannot be."""
+    of = [rank.program for rank in ranks]
+    if of[0] or of[-1] != programs - 1 or not np.isin(np.diff(of), (0, 1)).all():
+        raise ValueError(f"ranks: wanted those of {programs} programs one after the other, got programs {of}")
     if sum(rank.workers for rank in ranks) != workers:
         raise ValueError(f"ranks: wanted {workers} workers together, got {[rank.workers for rank in ranks]}")
     if ranks[0].first_run or (np.diff([rank.first_run for rank in ranks]) <= 0).any():

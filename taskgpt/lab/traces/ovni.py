@@ -1,9 +1,10 @@
 """A trace for ovni, BSC's emulator of runtimes: `ovniemu -l -b DIR` makes Paraver traces of it. Trace format version 3.
 
 A folder `loom.taskgpt/proc.1/thread.N` a thread, with stream.json (what it is) and stream.obs (its events, by time). Thread 1 creates types
-and tasks, on a virtual CPU; thread 2 is worker 0, on CPU 0, and so on. Tasks speak of the nosv model: a task executes (VTx, VTe) or its
-worker is hungry (VSh, VSf) and rests (VPr, VPp). Fork-join speaks of openmp: a worker shares a loop (PQx, PQe), of which each task is a
-chunk (PWs, PWS), and stands at the barrier (PBj, PBJ). Marks 0, 1 and 2 are layer, phase and step.
+and tasks, on a virtual CPU; thread 2 is worker 0, on CPU 0, and so on. Each further rank is a process, numbered as its first thread is, on
+CPUs of its own: ovni wants one running thread on each. Ranks of a program have its app_id. Tasks speak of the nosv model: a task executes
+(VTx, VTe) or its worker is hungry (VSh, VSf) and rests (VPr, VPp). Fork-join speaks of openmp: a worker shares a loop (PQx, PQe), of which
+each task is a chunk (PWs, PWS), and stands at the barrier (PBj, PBJ). Marks 0, 1 and 2 are layer, phase and step.
 
 Traces of tasks need ovni 1.10 or newer, for nosv 2.3; those of fork-join need 1.12, for openmp 1.2.
 """
@@ -11,19 +12,20 @@ Traces of tasks need ovni 1.10 or newer, for nosv 2.3; those of fork-join need 1
 import json
 import struct
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from taskgpt.files import replacing_folder
 from taskgpt.lab.layout import label
+from taskgpt.lab.traces.ranks import split
 from taskgpt.lab.traces.trace import Trace
 
 _HEADER = struct.Struct("<4sI")
 _EVENT = struct.Struct("<BBBBQ")
-_LOOM, _PID, _MAIN = "taskgpt", 1, 1
+_LOOM = "taskgpt"
 _BEFORE_NS = 1000  # threads begin so long before the first task, and end so long after the last
 _MARKS = ("layer", "phase", "step")
 _FORMS = (  # a name and its payload in struct's letters; * is a number and a text of any length
@@ -37,40 +39,54 @@ def write(trace: Trace, path: str | Path) -> None:
     if trace.begin_ns < _BEFORE_NS:
         trace = _later(trace)
     with replacing_folder(Path(path) / f"loom.{_LOOM}") as loom:
-        process = loom / f"proc.{_PID}"
-        _put(process, trace, _MAIN, _create(trace))
-        for worker in range(trace.workers):
-            _put(process, trace, _MAIN + 1 + worker, _work(trace, worker))
+        marks = {str(at): {"title": name, "chan_type": "stack", "labels": _labels(trace, name)} for at, name in enumerate(_MARKS)}
+        span = max(0, trace.begin_ns - _BEFORE_NS), trace.end_ns + _BEFORE_NS  # a trace without runs is at time 0, and clocks have no sign
+        main, cpus = 1, iter(range(trace.workers))
+        for rank, part in zip(trace.ranks, split(trace), strict=True):
+            process = _Process(loom, main, rank.program + 1, part.about["is_fork_join"], marks, trace.workers)
+            process.put(main, _create(part, main, *span))
+            for worker in range(part.workers):
+                process.put(main + 1 + worker, _work(part, worker, next(cpus), main, *span))
+            main += 1 + part.workers
 
 
-def _put(process: Path, trace: Trace, tid: int, events: Iterator[tuple]) -> None:
-    """Write a thread's two files. An event is (its letters, when in ns, payload ...)."""
-    folder = process / f"thread.{tid}"
-    folder.mkdir(parents=True)
-    model = {"openmp": "1.2.0"} if trace.about["is_fork_join"] else {"nosv": "2.3.0"}  # the oldest that know our events and keys
-    about = {
-        "version": 3,
-        "ovni": {
+@dataclass(frozen=True)
+class _Process:
+    """What the threads of a process have in common. main: its first thread, whose number is the process' too. workers: of all processes."""
+
+    loom: Path
+    main: int
+    app_id: int
+    is_fork_join: bool
+    marks: dict[str, dict]
+    workers: int
+
+    def put(self, tid: int, events: Iterator[tuple]) -> None:
+        """Write a thread's two files. An event is (its letters, when in ns, payload ...)."""
+        folder = self.loom / f"proc.{self.main}" / f"thread.{tid}"
+        folder.mkdir(parents=True)
+        (folder / "stream.json").write_text(json.dumps(self._about(tid), indent=1) + "\n", encoding="utf-8")
+        with open(folder / "stream.obs", "wb") as file:
+            file.write(_HEADER.pack(b"ovni", 1))
+            for event in events:
+                _put_event(file, *event)
+
+    def _about(self, tid: int) -> dict[str, Any]:
+        model = {"openmp": "1.2.0"} if self.is_fork_join else {"nosv": "2.3.0"}  # the oldest that know our events and keys
+        ovni = {
             "lib": {"version": "1.14.0", "commit": "taskgpt"},
             "part": "thread",
             "tid": tid,
-            "pid": _PID,
+            "pid": self.main,
             "loom": _LOOM,
-            "app_id": 1,
+            "app_id": self.app_id,
             "require": {"ovni": "1.1.0"} | model,
-            "mark": {str(at): {"title": name, "chan_type": "stack", "labels": _labels(trace, name)} for at, name in enumerate(_MARKS)},
+            "mark": self.marks,
             "finished": 1,
-        },
-    }
-    if tid == _MAIN:  # once a loom: older emulators refuse to hear it again
-        about["ovni"]["loom_cpus"] = [{"index": cpu, "phyid": cpu} for cpu in range(trace.workers)]
-    if "nosv" in model:
-        about["nosv"] = {"can_breakdown": True}
-    (folder / "stream.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-    with open(folder / "stream.obs", "wb") as file:
-        file.write(_HEADER.pack(b"ovni", 1))
-        for event in events:
-            _put_event(file, *event)
+        }
+        if tid == 1:  # once a loom: older emulators refuse to hear it again
+            ovni["loom_cpus"] = [{"index": cpu, "phyid": cpu} for cpu in range(self.workers)]
+        return {"version": 3, "ovni": ovni} | ({"nosv": {"can_breakdown": True}} if "nosv" in model else {})
 
 
 def _put_event(file: BinaryIO, name: str, clock_ns: int, *payload: int | str) -> None:
@@ -104,16 +120,10 @@ def _later(trace: Trace) -> Trace:
     return replace(trace, records=records, others=others, runs=runs)
 
 
-def _span(trace: Trace) -> tuple[int, int]:
-    """Return when threads begin and end; a trace without runs is at time 0, and clocks have no sign."""
-    return max(0, trace.begin_ns - _BEFORE_NS), trace.end_ns + _BEFORE_NS
-
-
-def _create(trace: Trace) -> Iterator[tuple]:
-    """Yield what thread 1 does: a type a kernel; tasks, before their run begins. The number of a task is that of its record, from 1."""
-    begin, end = _span(trace)
+def _create(trace: Trace, main: int, begin: int, end: int) -> Iterator[tuple]:
+    """Yield what a first thread does: a type a kernel; tasks, before their run begins. A task has the number of its record, from 1."""
     is_fork_join = trace.about["is_fork_join"]
-    yield "OHx", begin, -1, _MAIN, 0
+    yield "OHx", begin, -1, main, 0
     for number, name in enumerate(trace.names("kernel"), start=1):
         yield "POc" if is_fork_join else "VYc", begin, number, label(name)
     if not is_fork_join:
@@ -124,9 +134,8 @@ def _create(trace: Trace) -> Iterator[tuple]:
     yield "OHe", end
 
 
-def _work(trace: Trace, worker: int) -> Iterator[tuple]:
-    begin, end = _span(trace)
-    yield "OHx", begin, worker, _MAIN, 0
+def _work(trace: Trace, worker: int, cpu: int, main: int, begin: int, end: int) -> Iterator[tuple]:
+    yield "OHx", begin, cpu, main, 0
     yield from (_loops if trace.about["is_fork_join"] else _tasks)(trace, worker, begin, end)
     yield "OHe", end
 

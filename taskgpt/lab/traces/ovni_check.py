@@ -54,7 +54,8 @@ def _check(path: Path) -> dict[str, int]:
     cpus = {cpu["index"]: cpu["phyid"] for cpu in with_cpus[0].about["ovni"]["loom_cpus"]}
     if sorted(cpus) != list(range(len(cpus))) or len(set(cpus.values())) != len(cpus):
         raise RuleError(f"{path}: wanted loom_cpus with indices 0, 1, ... and a phyid each, got {shorten(cpus)}")
-    counts, created, running = Counter(threads=len(threads), events=0, tasks=0), {"type": {}, "task": {}}, {}
+    counts, running = Counter(threads=len(threads), events=0, tasks=0), {}
+    made: dict[int, dict[str, dict]] = {thread.about["ovni"]["pid"]: {"type": {}, "task": {}} for thread in threads}  # by a process
     starts: list[int] = []
 
     def stream(number: int) -> Iterator[tuple]:
@@ -65,6 +66,7 @@ def _check(path: Path) -> dict[str, int]:
 
     for clock, number, offset, name, payload in heapq.merge(*map(stream, range(len(threads))), key=lambda event: event[0]):
         thread = threads[number]
+        created = made[thread.about["ovni"]["pid"]]
         counts["events"] += 1
 
         def wrong(wanted: str, thread=thread, offset=offset, name=name, payload=payload) -> RuleError:

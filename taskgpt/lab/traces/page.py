@@ -44,6 +44,7 @@ def _data(trace: Trace) -> dict[str, Any]:
         "path": [place[task["task"]] for task in longest["path"] if task["task"] in place],
         "title": trace.about["scheduler"],
         "workers": trace.workers,
+        "processes": [{"name": rank.name, "workers": rank.workers} for rank in trace.ranks] if len(trace.ranks) > 1 else [],
         "length_ns": trace.end_ns - begin,
         "runs": runs,
         "graphs": [_graph(graph) for graph in trace.graphs],

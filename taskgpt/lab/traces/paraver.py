@@ -2,18 +2,18 @@
 a folder .cfgs of views to open.
 
 One application, one process, a thread a worker, on a CPU each: worker 0 is THREAD 1.1.1, as Extrae would call it and PyPOP looks for it, on
-the CPU `worker 0`. Numbers are Extrae's where it has some, so that its configurations work: states 0 Idle (nothing is ready), 1 Running,
-5 Synchronization (a barrier), 7 Scheduling (a task is ready, nobody runs it); types 60000018 outlined function (loops), 60000023 task
-function, 60000028 task id. Ours follow on 70000001. An interval is an event with its value, then one with 0. Dependencies are
-communications, from the end of a task to the start of the one that waited, in the next run too; their size is the bytes that it moves,
-their tag the kernel.
+the CPU `worker 0`, which is none of the machine's. Numbers are Extrae's where it has some, so that its configurations work: states 0 Idle
+(nothing is ready), 1 Running, 5 Synchronization (a barrier), 7 Scheduling (a task is ready, nobody runs it); types 60000018 outlined
+function (loops), 60000023 task function, 60000028 task id. Ours follow on 70000001. An interval is an event with its value, then one with
+0. Dependencies are communications, from the end of a task to the start of the one that waited, in the next run too; their size is the bytes
+that it moves, their tag the kernel.
 
 Kernels, phases and layers are numbered from FIRST on, one after the other, as Paraver draws a value in the colour that STATES_COLOR has for
 its number: so each has its colour of taskgpt.palette, and none a state's.
 
-Each rank of a trace of several is a process (TASK), whose last thread is its network: Group Communication (13) while an exchange is under
-way, events 70000006 with how many are. Messages are communications between these threads, their tag MESSAGE and the bucket. A worker's gap
-that is mostly due to an exchange under way is Group Communication too.
+Each program of a trace of several is an application. Each rank of a program of several is a process (TASK), whose last thread is its
+network: Group Communication (13) while an exchange is under way, events 70000006 with how many are. Messages are communications between
+these threads, their tag MESSAGE and the bucket. A worker's gap that is mostly due to an exchange under way is Group Communication too.
 
 A gap between two tasks is one state, that of the cause to which most of it is due: times by state differ from those of `trace report`,
 which shares a gap among its causes.
@@ -46,7 +46,7 @@ LAYER, PHASE, STEP, FLOPS, BYTES, EXCHANGES = range(70000001, 70000007)
 FIRST = 20
 MESSAGE = 1_000_000
 _CHUNK = 20_000  # lines in memory at a time
-_COMMUNICATION = "3:%d:1:%d:%d:%d:%d:%d:1:%d:%d:%d:%d:%d:%d"
+_COMMUNICATION = "3:%d:%d:%d:%d:%d:%d:%d:%d:%d:%d:%d:%d:%d:%d"
 
 
 def write(trace: Trace, path: str | Path) -> None:
@@ -61,39 +61,54 @@ def write(trace: Trace, path: str | Path) -> None:
 
 
 class _Places:
-    """Where things stand in the file. Of each worker, and then of each rank's network: `cpu`, `task` and `thread`, all from 1.
+    """Where things stand in the file. Of each worker, and then of each network: `cpu`, `application`, `task` and `thread`, all from 1.
 
-    threads: how many each rank has.
+    threads: how many each rank has. network: of ranks of a program that has several, their network's place in these.
     """
 
     def __init__(self, trace: Trace):
-        workers = [rank.workers for rank in trace.ranks]
-        has_network = len(workers) > 1
-        self.threads = [count + has_network for count in workers]
-        first, rank = np.cumsum([0, *self.threads])[:-1], trace.rank_of_worker
+        ranks, rank = trace.ranks, trace.rank_of_worker
+        program = np.array([each.program for each in ranks])
+        workers = np.array([each.workers for each in ranks])
+        has_network = np.bincount(program)[program] > 1
+        of_networks = np.flatnonzero(has_network)
+        self.threads = workers + has_network
+        self.network = np.full(len(ranks), -1)
+        self.network[of_networks] = trace.workers + np.arange(len(of_networks))
+        of = np.concatenate([rank, of_networks])
+        self.application = program[of] + 1
+        self.task = (np.arange(len(ranks)) - np.searchsorted(program, program))[of] + 1
         place = np.arange(trace.workers) - np.searchsorted(rank, rank)
-        of_networks = np.arange(len(workers)) if has_network else np.empty(0, int)
-        self.network = trace.workers + of_networks
-        self.task = np.concatenate([rank, of_networks]) + 1
-        self.thread = np.concatenate([place, np.array(workers)[of_networks]]) + 1
-        self.cpu = first[self.task - 1] + self.thread
+        self.thread = np.concatenate([place, workers[of_networks]]) + 1
+        self.cpu = (np.cumsum(self.threads) - self.threads)[of] + self.thread
 
-    def of(self, who: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        return self.cpu[who], self.task[who], self.thread[who]
+    def of(self, who: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        return self.cpu[who], self.application[who], self.task[who], self.thread[who]
 
 
 def _row(trace: Trace) -> Iterator[str]:
     places, ranks = _Places(trace), trace.ranks
-    whose = [f"rank {n} " if len(ranks) > 1 else "" for n in range(len(ranks))]
+    of, applications = np.array([rank.program for rank in ranks]), range(len(trace.programs))
+    whose = [f"rank {n} " if len(applications) == 1 else f"{label(rank.name)} " for n, rank in enumerate(ranks)] if len(ranks) > 1 else [""]
     yield f"LEVEL CPU SIZE {sum(places.threads)}"
-    for name, rank in zip(whose, ranks, strict=True):
+    for name, rank, network in zip(whose, ranks, places.network.tolist(), strict=True):
         yield from (f"{name}worker {worker}" for worker in range(rank.workers))
-        yield from [f"{name}network"] * bool(name)
+        yield from [f"{name}network"] * (network >= 0)
     yield from ("", "LEVEL NODE SIZE 1", "node", "")
+    if len(applications) > 1:
+        first = np.searchsorted(of, applications).tolist()
+        count = np.bincount(of).tolist()
+        yield f"LEVEL APPL SIZE {len(applications)}"
+        yield from (
+            label(ranks[at].name) if n == 1 else f"{n} ranks, {label(ranks[at].name)} first" for at, n in zip(first, count, strict=True)
+        )
+        yield ""
     if len(ranks) > 1:
         yield from (f"LEVEL TASK SIZE {len(ranks)}", *(label(rank.name) for rank in ranks), "")
     yield f"LEVEL THREAD SIZE {sum(places.threads)}"
-    yield from (f"THREAD 1.{task}.{thread}" for task, count in enumerate(places.threads, start=1) for thread in range(1, count + 1))
+    order = np.argsort(places.cpu)
+    where = zip(*(each[order].tolist() for each in (places.application, places.task, places.thread)), strict=True)
+    yield from (f"THREAD {application}.{task}.{thread}" for application, task, thread in where)
 
 
 def _put(path: Path, lines: Iterator[str]) -> None:
@@ -122,10 +137,11 @@ def _prv(trace: Trace) -> Iterator[str]:
     length = trace.end_ns - trace.begin_ns
     now = strftime("%d/%m/%Y at %H:%M", localtime())
     places = _Places(trace)
-    tasks = ",".join(f"{count}:1" for count in places.threads)
-    yield f"#Paraver ({now}):{length}_ns:1({sum(places.threads)}):1:{len(places.threads)}({tasks})"
+    threads = np.split(places.threads, np.flatnonzero(np.diff([rank.program for rank in trace.ranks])) + 1)  # of each application
+    applications = ":".join(f"{len(each)}({','.join(f'{count}:1' for count in each)})" for each in threads)
+    yield f"#Paraver ({now}):{length}_ns:1({sum(places.threads)}):{len(threads)}:{applications}"
     parts = [*_states(trace, length, places), *_tasks(trace, places), _communications(trace, places)]
-    if len(trace.ranks) > 1:
+    if len(trace.ranks) > len(trace.programs):
         parts += [*_exchanges(trace, length, places), _messages(trace, length, places)]
     part_of = np.repeat(np.arange(len(parts)), [len(part.times) for part in parts])
     row_of = np.concatenate([np.arange(len(part.times)) for part in parts])
@@ -155,19 +171,21 @@ def _states(trace: Trace, length: int, places: _Places) -> Iterator[_Lines]:
 
 
 def _state_lines(where: tuple, since: np.ndarray, until: np.ndarray, state: np.ndarray) -> _Lines:
-    return _Lines(since, np.zeros_like(since), "1:%d:1:%d:%d:%d:%d:%d", (*where, since, until, state))
+    return _Lines(since, np.zeros_like(since), "1:%d:%d:%d:%d:%d:%d:%d", (*where, since, until, state))
 
 
 def _exchanges(trace: Trace, length: int, places: _Places) -> Iterator[_Lines]:
     """Yield states and events of the ranks' networks: whenever the number of exchanges under way changes."""
-    for rank, who in enumerate(places.network):
+    for rank, who in enumerate(places.network.tolist()):
+        if who < 0:
+            continue
         mine = trace.exchanges[trace.exchanges["rank"] == rank]
         begin, end = ((mine[name] - trace.begin_ns).clip(0, length) for name in ("begin_ns", "end_ns"))
         moments = np.unique(np.concatenate([[0, length], begin, end]))
         changes = [np.bincount(np.searchsorted(moments, each), minlength=len(moments)) for each in (begin, end)]
         count = np.cumsum(changes[0] - changes[1])
         where = places.of(np.full(len(moments), who))
-        yield _Lines(moments, np.zeros_like(moments), f"2:%d:1:%d:%d:%d:{EXCHANGES}:%d", (*where, moments, count))
+        yield _Lines(moments, np.zeros_like(moments), f"2:%d:%d:%d:%d:%d:{EXCHANGES}:%d", (*where, moments, count))
         state = np.where(count > 0, COMMUNICATION, IDLE)
         yield _state_lines(tuple(each[:-1] for each in where), moments[:-1], moments[1:], state[:-1])
 
@@ -196,7 +214,7 @@ def _tasks(trace: Trace, places: _Places) -> Iterator[_Lines]:
     values = {function: coloured["kernel"], TASK_ID: r["task"] + 1}
     values |= {LAYER: coloured["layer"], PHASE: coloured["phase"], STEP: trace.runs["step"][r["run"]] + 1}  # 0 ends them
     costs = {FLOPS: trace.column("flops"), BYTES: trace.column("bytes")}
-    begins, ends = (":".join(["2:%d:1:%d:%d:%d", *words]) for words in ([f"{n}:%d" for n in values | costs], [f"{n}:0" for n in values]))
+    begins, ends = (":".join(["2:%d:%d:%d:%d:%d", *words]) for words in ([f"{n}:%d" for n in values | costs], [f"{n}:0" for n in values]))
     yield _Lines(starts, 2 * number, begins, (*where, starts, *values.values(), *costs.values()))
     yield _Lines(stops, 2 * number + 1, ends, (*where, stops))
 
@@ -256,7 +274,8 @@ def _pcf(trace: Trace) -> str:
 
 # The checker reads what is there, and knows nothing of how it was written -----------------------------------------------------------------
 
-_HEADER = re.compile(r"#Paraver \(\d\d/\d\d/\d{4} at \d\d:\d\d\):(\d+)_ns:1\((\d+)\):1:(\d+)\((\d+:1(?:,\d+:1)*)\)")
+_APPLICATION = r"(\d+)\((\d+:1(?:,\d+:1)*)\)"
+_HEADER = re.compile(rf"#Paraver \(\d\d/\d\d/\d{{4}} at \d\d:\d\d\):(\d+)_ns:1\((\d+)\):(\d+)((?::{_APPLICATION})+)")
 _FIELDS = {"1": 8, "3": 15}
 
 
@@ -276,12 +295,19 @@ def check(path: str | Path) -> dict[str, int]:
         first = file.readline().rstrip("\n")
         header = _HEADER.fullmatch(first)
         if not header:
-            raise RuleError(f"{path}:1: wanted a header, #Paraver (date):END_ns:1(cpus):1:tasks(threads:1,...), got {shorten(first)}")
-        end, cpus, tasks = map(int, header.groups()[:3])
-        sizes = [int(each.partition(":")[0]) for each in header[4].split(",")]
-        if len(sizes) != tasks:
-            raise RuleError(f"{path}:1: wanted threads of {shorten(tasks)} tasks, got {len(sizes)}")
-        threads, first = sum(sizes), [0, *itertools.accumulate(sizes)]
+            wanted = "#Paraver (date):END_ns:1(cpus):applications:tasks(threads:1,...):..."
+            raise RuleError(f"{path}:1: wanted a header, {wanted}, got {shorten(first)}")
+        end, cpus, applications = map(int, header.groups()[:3])
+        sizes = {}  # threads of each task of each application
+        listed = re.findall(_APPLICATION, header[4])
+        if len(listed) != applications:
+            raise RuleError(f"{path}:1: wanted tasks of {shorten(applications)} applications, got {len(listed)}")
+        for application, (tasks, counts_of) in enumerate(listed, start=1):
+            of_tasks = [int(each.partition(":")[0]) for each in counts_of.split(",")]
+            if len(of_tasks) != int(tasks):
+                raise RuleError(f"{path}:1: wanted threads of {shorten(tasks)} tasks, got {len(of_tasks)}")
+            sizes |= {(application, task): count for task, count in enumerate(of_tasks, start=1)}
+        threads, first = sum(sizes.values()), dict(zip(sizes, [0, *itertools.accumulate(sizes.values())], strict=False))
         if threads != named_threads:
             wanted = f"LEVEL THREAD SIZE {shorten(threads)} in {path.with_suffix('.row').name}, and as many names"
             raise RuleError(f"{path}:1: wanted {wanted}, got {named_threads}")
@@ -299,9 +325,9 @@ def check(path: str | Path) -> dict[str, int]:
                 raise wrong("8 fields of a state, 15 of a communication, pairs of type and value of an event")
             kind, cpu, application, task, thread, time, *rest = map(int, words)
             ends = [(cpu, application, task, thread)] + ([tuple(rest[1:5])] if kind == 3 else [])
-            if not all(1 <= c <= cpus and a == 1 and 1 <= t <= tasks and 1 <= th <= sizes[t - 1] for c, a, t, th in ends):
-                raise wrong(f"cpu 1 to {cpus}, application 1, task 1 to {tasks}, thread 1 to {', '.join(map(str, sizes))}")
-            thread += first[task - 1]
+            if not all(1 <= c <= cpus and 1 <= th <= sizes.get((a, t), 0) for c, a, t, th in ends):
+                raise wrong(f"cpu 1 to {cpus}, a task that the header has, thread 1 to {', '.join(map(str, sizes.values()))}")
+            thread += first[application, task]
             if not last <= time <= end:
                 raise wrong(f"a time from {last}, that of the line before, to {end}")
             last = time

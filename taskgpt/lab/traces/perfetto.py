@@ -1,7 +1,7 @@
 """A trace as Chrome JSON, for ui.perfetto.dev: a track a worker, a slice a task, a counter of ready tasks.
 
-Each rank is a process. Below its workers it has tracks of its exchanges with the others, and of the messages that it sends and receives,
-as many as are under way at a time; a flow leads from where a message is sent to where it comes.
+Each rank is a process. Those of a program of several have, below their workers, tracks of their exchanges with the others, and of the
+messages that they send and receive, as many as are under way at a time; a flow leads from where a message is sent to where it comes.
 
 The format is Google's "Trace Event Format": times in microseconds, `X` a slice, `C` a counter, `M` a name, `s` and `f` ends of an arrow.
 Processes and threads count from 1: Perfetto reads a tid of 0 as none, puts its slices on thread `pid`, and drops those that overlap there.
@@ -20,6 +20,7 @@ import numpy as np
 from taskgpt.errors import shorten
 from taskgpt.files import JSON, replacing
 from taskgpt.lab.traces.network import WHATS, lanes
+from taskgpt.lab.traces.process import process_of
 from taskgpt.lab.traces.rules import RuleError, reading
 from taskgpt.lab.traces.trace import Trace
 
@@ -59,12 +60,16 @@ def _events(trace: Trace, arrows: bool) -> Iterator[dict[str, Any]]:
     tracks, ranks = _Tracks(trace), trace.ranks
     for number, rank in enumerate(ranks):
         process = {"ph": "M", "pid": number + 1}
-        yield {**process, "name": "process_name", "args": {"name": rank.name or trace.about["scheduler"]}}
+        about, is_alone = trace.programs[rank.program], sum(each.program == rank.program for each in ranks) == 1
+        words = [rank.name, about["scheduler"]] if is_alone else [rank.name]
+        yield {**process, "name": "process_name", "args": {"name": ", ".join(filter(None, words))}}
+        if (of := process_of(about)) and of.share:
+            yield {**process, "name": "process_labels", "args": {"labels": f"share {of.share}"}}
         for worker in range(rank.workers):
             yield from _named({**process, "tid": worker + 1}, f"worker {worker}", worker)
     yield from _slices(trace, tracks)
     yield from _ready_tasks(trace)
-    if len(ranks) > 1:
+    if len(ranks) > len(trace.programs):
         yield from _network(trace)
     if arrows:
         yield from _arrows(trace, tracks)

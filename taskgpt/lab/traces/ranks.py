@@ -1,4 +1,8 @@
-"""Traces of several ranks: made of what each recorded, by one clock; and taken apart again, where a rank's workers stand for themselves."""
+"""Traces of several processes, ranks: made of what each recorded, by one clock; and taken apart again, where a rank's workers stand for
+themselves.
+
+trace = of_programs({"runs/a": Trace.load("runs/a"), "runs/b": Trace.load("runs/b")})     # that ran beside each other
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -6,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from taskgpt.errors import UserError
 from taskgpt.lab.traces.network import EXCHANGE_TYPE, MESSAGE_TYPE, Rank
+from taskgpt.lab.traces.process import process_of
 from taskgpt.lab.traces.trace import Trace
 from taskgpt.lab.traces.traced_graph import TracedGraph
 
@@ -43,6 +49,46 @@ class Part:
     clock: Clock = field(default_factory=Clock)
 
 
+def of_programs(traces: Mapping[str, Trace]) -> Trace:
+    """Return one trace of programs that ran on one machine, of their traces by where these came from. Their times stay as they are.
+
+    Raises UserError for what has no clock in common.
+    """
+    names: list[str] = []
+    parts: list[Part] = []
+    of: list[int] = []  # the program of each name
+    abouts: list[dict[str, Any]] = []
+    clocks = {}
+    for where, trace in traces.items():
+        for about in trace.programs:
+            process = process_of(about)
+            if process is None or not process.boot:
+                raise UserError(f"{where}: does not say by which machine's clock its times are; record it again with --trace")
+            clocks.setdefault(process.boot, where)
+        if any(rank.clock_error_ns for rank in trace.ranks):
+            raise UserError(f"{where}: has ranks on other machines; traces are merged of programs that ran on one")
+        of += [len(abouts) + rank.program for rank in trace.ranks]
+        first, each = len(names), split(trace)
+        peers = [first + rank for rank in range(len(each))]
+        names += [rank.name for rank in trace.ranks]
+        parts += [
+            Part(at, peers, first, part, part.exchanges, _noted(trace.messages, at - first)) for at, part in zip(peers, each, strict=True)
+        ]
+        abouts += [{name: value for name, value in about.items() if name != "ranks"} for about in trace.programs]
+    if len(clocks) > 1:
+        a, b, *_ = clocks.values()
+        raise UserError(f"{b}: recorded on another machine than {a}, or after a restart of it: their times have no clock in common")
+    found = merged(names, parts, {})
+    ranks = [rank | {"program": program} for rank, program in zip(found.about["ranks"], of, strict=True)]
+    about = {"programs": abouts, "ranks": ranks, "is_fork_join": all(each["is_fork_join"] for each in abouts)}
+    trace = replace(found, about=found.about | about)
+    try:
+        trace.verify()
+    except ValueError as error:
+        raise UserError(f"{', '.join(traces)}: cannot be of programs beside each other ({error}); record them again") from None
+    return trace
+
+
 def merged(names: Sequence[str], parts: Sequence[Part], about: Mapping[str, Any]) -> Trace:
     """Return one trace of the processes of these names, each a rank of it, from their parts, in the order in which they came about.
 
@@ -71,20 +117,22 @@ def merged(names: Sequence[str], parts: Sequence[Part], about: Mapping[str, Any]
     ranks = [
         Rank(names[at], count, rank * _RUNS, error) for rank, (at, count, error) in enumerate(zip(chosen, workers, errors, strict=True))
     ]
-    runs, records, first_run, first_worker, edges = [], [], 0, 0, {}
+    runs, records, others, first_run, first_worker, edges = [], [], [], 0, 0, {}
     for rank, at in zip(ranks, chosen, strict=True):
         for each in of_rank[at]:
-            mine, rows = each.runs.copy(), each.records.copy()
+            mine, rows, left_out = each.runs.copy(), each.records.copy(), each.others.copy()
             mine["number"] += rank.first_run
             rows["run"] += first_run
-            rows["worker"] += first_worker
+            for found in (rows, left_out):
+                found["worker"] += first_worker
             first_run += len(mine)
             runs.append(mine)
             records.append(rows)
+            others.append(left_out)
             edges |= each.edges
         first_worker += rank.workers
     rank_of = {process: rank for rank, process in enumerate(chosen)}
-    every = np.concatenate(records)
+    every, left_out = (rows[np.argsort(rows["start_ns"], kind="stable")] for rows in map(np.concatenate, (records, others)))
     lines = dict.fromkeys(each.about["scheduler"] for found in of_rank for each in found)
     kind = {"is_fork_join": any(each.about["is_fork_join"] for found in of_rank for each in found)}
     ours = {"workers": sum(workers), "ranks": [asdict(rank) for rank in ranks]} | kind
@@ -92,8 +140,9 @@ def merged(names: Sequence[str], parts: Sequence[Part], about: Mapping[str, Any]
         {"scheduler": " / ".join(lines), **about, **ours},
         graphs,
         np.concatenate(runs),
-        every[np.argsort(every["start_ns"], kind="stable")],
+        every,
         sum(part.trace.lost for part in parts),
+        left_out,
         edges=edges,
         exchanges=_exchanges(parts, rank_of),
         messages=_messages(parts, rank_of),
@@ -107,12 +156,12 @@ def _key(graph: TracedGraph) -> tuple:
 
 def _by(clock: Clock, trace: Trace) -> Trace:
     """Return a trace by another clock."""
-    runs, records = trace.runs.copy(), trace.records.copy()
-    for rows in (runs, records):
+    runs, records, others = trace.runs.copy(), trace.records.copy(), trace.others.copy()
+    for rows in (runs, records, others):
         for name in rows.dtype.names:
             if name.endswith("_ns"):
                 rows[name] = clock(rows[name])
-    return replace(trace, runs=runs, records=records)
+    return replace(trace, runs=runs, records=records, others=others)
 
 
 def _exchanges(parts: Sequence[Part], rank_of: Mapping[int, int]) -> np.ndarray:
@@ -147,8 +196,40 @@ def _messages(parts: Sequence[Part], rank_of: Mapping[int, int]) -> np.ndarray:
     return np.array(sorted(rows, key=lambda row: (row[4:], row[:4])), MESSAGE_TYPE)
 
 
+def _noted(messages: np.ndarray, rank: int) -> np.ndarray:
+    """Return the messages of a trace as one of its ranks saw them."""
+    tag = np.arange(len(messages))
+    sides = [np.empty(0, NOTED_TYPE)]
+    for is_sent, (own, peer, begin, end) in enumerate(
+        (("target", "source", "asked_ns", "received_ns"), ("source", "target", "send_ns", "sent_ns"))
+    ):
+        is_mine = messages[own] == rank
+        m, rows = messages[is_mine], np.zeros(is_mine.sum(), NOTED_TYPE)
+        columns = {"peer": m[peer], "is_sent": is_sent, "bucket": m["bucket"], "tag": tag[is_mine], "bytes": m["bytes"]}
+        for name, column in (columns | {"begin_ns": m[begin], "end_ns": m[end]}).items():
+            rows[name] = column
+        sides.append(rows)
+    return np.concatenate(sides)
+
+
+def programs(trace: Trace) -> list[Trace]:
+    """Return the trace of each program; of one, the trace itself."""
+    if len(trace.programs) == 1:
+        return [trace]
+    parts, found = split(trace), []
+    for number, about in enumerate(trace.programs):
+        ranks = [at for at, rank in enumerate(trace.ranks) if rank.program == number]
+        if len(ranks) == 1:
+            found.append(replace(parts[ranks[0]], about=parts[ranks[0]].about | about))
+            continue
+        peers = [rank - ranks[0] for rank in range(len(parts))]
+        mine = [Part(peers[rank], peers, 0, parts[rank], parts[rank].exchanges, _noted(trace.messages, rank)) for rank in ranks]
+        found.append(merged([trace.ranks[rank].name for rank in ranks], mine, about))
+    return found
+
+
 def split(trace: Trace) -> list[Trace]:
-    """Return the trace of each rank; of one process, the trace itself. Places of runs and workers count from 0 in each."""
+    """Return the trace of each rank; of one process, the trace itself. Places of runs and workers, and numbers of runs, count from 0."""
     ranks = trace.ranks
     if len(ranks) == 1:
         return [trace]
@@ -162,8 +243,10 @@ def split(trace: Trace) -> list[Trace]:
         for rows in (records, others):
             rows["worker"] -= first_worker
         first_worker += rank.workers
-        about = {name: value for name, value in trace.about.items() if name != "ranks"} | {"workers": rank.workers}
+        runs = trace.runs[is_run]
+        runs["number"] -= rank.first_run
+        about = {name: value for name, value in trace.programs[rank.program].items() if name != "ranks"} | {"workers": rank.workers}
         exchanges = trace.exchanges[trace.exchanges["rank"] == number].copy()
         exchanges["rank"] = 0
-        found.append(Trace(about, trace.graphs, trace.runs[is_run], records, 0, others, trace.edges, exchanges))
+        found.append(Trace(about, trace.graphs, runs, records, 0, others, trace.edges, exchanges))
     return found

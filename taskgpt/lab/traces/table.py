@@ -21,7 +21,7 @@ from taskgpt.lab.traces.idle import CAUSES, gaps
 from taskgpt.lab.traces.rules import RuleError, reading
 from taskgpt.lab.traces.trace import Trace
 
-_WORDS = ("graph", "kernel", "phase", "call")  # columns of text
+_WORDS = ("process", "graph", "kernel", "phase", "call")  # columns of text
 _NUMBERS = ("run", "step", "task", "layer", "worker", "ready_ns", "start_ns", "stop_ns", "flops", "bytes")
 _WAITS = ("begin_ns", "end_ns", *(f"{cause}_ns" for cause in CAUSES))
 _ROWS = 20_000  # in memory as text at a time
@@ -34,7 +34,8 @@ def _tables(trace: Trace) -> dict[str, Columns]:
     r = trace.records
     idle = gaps(trace) if len(r) else gaps(trace)[:0]  # gaps are beside tasks
     graph = trace.runs["graph"][r["run"]]
-    tasks = {"run": r["run"], "graph": np.array([g.name for g in trace.graphs], object)[graph]}
+    process = np.array([rank.name for rank in trace.ranks], object)[trace.rank_of_worker]
+    tasks = {"process": process[r["worker"]], "run": r["run"], "graph": np.array([g.name for g in trace.graphs], object)[graph]}
     tasks |= {"step": trace.runs["step"][r["run"]], "task": r["task"]}
     tasks |= {name: np.array(trace.names(name), object)[trace.column(name)] for name in ("kernel", "phase")}
     tasks |= {"layer": trace.column("layer"), "worker": r["worker"]}
@@ -42,7 +43,9 @@ def _tables(trace: Trace) -> dict[str, Columns]:
     tasks |= {name: trace.column(name) for name in ("flops", "bytes")}
     first = np.cumsum([0, *(len(g) for g in trace.graphs)])[:-1]
     tasks["call"] = np.array([call for g in trace.graphs for call in g.calls], object)[first[graph] + r["task"]]
-    waits = {"worker": idle["worker"]} | {name: idle[name] - trace.begin_ns for name in ("begin_ns", "end_ns")}
+    waits = {"process": process[idle["worker"]], "worker": idle["worker"]} | {
+        name: idle[name] - trace.begin_ns for name in ("begin_ns", "end_ns")
+    }
     return {"tasks": tasks, "idle": waits | {f"{cause}_ns": np.rint(idle[cause]).astype(np.int64) for cause in CAUSES}}
 
 
@@ -90,7 +93,7 @@ def _check(read: Callable[[Path], Iterator[Any]], ending: str, path: str | Path)
                 raise RuleError(f"{tasks}:{number}: wanted ready <= start <= stop, after the worker's last task, got {shorten(row)}")
             free[worker] = stop
     with reading(idle):
-        for number, row in _rows(read, idle, ("worker", *_WAITS), ("worker", *_WAITS)):
+        for number, row in _rows(read, idle, ("process", "worker", *_WAITS), ("worker", *_WAITS)):
             counts["gaps"] += 1
             begin, end, *causes = (int(row[name]) for name in _WAITS)
             if end <= begin or abs(end - begin - sum(causes)) > len(CAUSES):

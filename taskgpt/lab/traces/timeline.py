@@ -1,4 +1,7 @@
-"""Traces as a still picture: SVG, a row a worker, a rectangle a task, for notebooks and documents. page.py has one to zoom."""
+"""Traces as a still picture: SVG, a row a worker, a rectangle a task, for notebooks and documents. page.py has one to zoom.
+
+Workers of each of several processes stand below its name.
+"""
 
 from collections.abc import Sequence
 from html import escape
@@ -10,7 +13,7 @@ from taskgpt.lab.traces.trace import Trace
 from taskgpt.tasks.picture import legend
 
 MOST_RUNS = 2  # that a Timeline shows: more are too narrow to read
-_LEFT, _ROW, _GAP, _HEAD, _AXIS = 70, 22, 3, 40, 24  # pixels
+_LEFT, _ROW, _GAP, _HEAD, _NAME, _AXIS = 70, 22, 3, 40, 18, 24  # pixels
 
 
 class Timeline:
@@ -45,16 +48,22 @@ def to_svg(
     for trace, value in zip(traces, values, strict=True):
         parts.append(f'<text x="4" y="{y + 16}" font-weight="bold">{escape(trace.about["scheduler"])}</text>')
         y += _HEAD
+        place = np.arange(trace.workers) - np.searchsorted(trace.rank_of_worker, trace.rank_of_worker)
+        of_several = zip(np.flatnonzero(place == 0).tolist(), trace.ranks, strict=True) if len(trace.ranks) > 1 else ()
+        firsts = {worker: rank.name for worker, rank in of_several}
         for run in trace.runs:
             at = _LEFT + (run["begin_ns"] - trace.begin_ns - begin) / per_pixel
             if _LEFT <= at < width:
                 parts.append(
                     f'<text x="{at + 3:.1f}" y="{y - 8}" fill="#666">{escape(trace.graphs[run["graph"]].name)} {run["step"]}</text>'
                 )
-                below = y + trace.workers * (_ROW + _GAP)
+                below = y + trace.workers * (_ROW + _GAP) + len(firsts) * _NAME
                 parts.append(f'<path d="M{at:.1f},{y - 16}V{below}" stroke="#bbb"/>')
         for worker in range(trace.workers):
-            parts.append(f'<text x="4" y="{y + 15}" fill="#666">worker {worker}</text>')
+            if worker in firsts:
+                parts.append(f'<text x="4" y="{y + 13}">{escape(firsts[worker])}</text>')
+                y += _NAME
+            parts.append(f'<text x="4" y="{y + 15}" fill="#666">worker {place[worker]}</text>')
             parts.append(f'<rect x="{_LEFT}" y="{y}" width="{width - _LEFT}" height="{_ROW}" fill="#f0f2f4"/>')
             for other in trace.others[trace.others["worker"] == worker]:
                 first, last = ((other[name] - trace.begin_ns - begin) / per_pixel for name in ("start_ns", "stop_ns"))

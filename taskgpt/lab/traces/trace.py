@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,6 +28,7 @@ from taskgpt.errors import UserError, shorten
 from taskgpt.files import fill, replacing
 from taskgpt.lab.traces import network, trace_file
 from taskgpt.lab.traces.network import EXCHANGE_TYPE, MESSAGE_TYPE, Rank, ranks_of
+from taskgpt.lab.traces.process import Process, process_of, this_process
 from taskgpt.lab.traces.rules import whole
 from taskgpt.lab.traces.traced_graph import LARGEST, TracedGraph
 from taskgpt.schedulers import Scheduler, open_scheduler
@@ -35,7 +36,7 @@ from taskgpt.schedulers.records import RECORD_TYPE
 from taskgpt.schedulers.repetition import run_while
 from taskgpt.tasks import Graph, Tile
 
-VERSION = 3  # 1 had neither numbers of runs nor edges between them, 2 no ranks
+VERSION = 4  # 1 had neither numbers of runs nor edges between them, 2 no ranks, 3 not several programs
 RECORD = 1_000_000  # for schedulers' setting `record`: what is not used takes no memory
 RUN_TYPE = np.dtype([(name, np.int64) for name in ("graph", "step", "begin_ns", "end_ns", "number")])
 _RUN_TYPE_1 = np.dtype(RUN_TYPE.descr[:-1])
@@ -47,12 +48,14 @@ _TYPES = (np.dtype(np.uint8), np.dtype(np.int64), RECORD_TYPE, RUN_TYPE, _RUN_TY
 class Trace:
     """The tasks of a number of runs.
 
-    about: what JSON can say of the run; at least scheduler (a line), workers, is_fork_join, machine. graphs: what ran. runs: RUN_TYPE, in
-    order; graph is an index into graphs. records: schedulers' RECORD_TYPE by start time; run is an index into runs. lost: tasks that found
-    no room for a record. others: records of runs that were left out, whose run means nothing: workers were busy then, not idle.
+    about: what JSON can say of the run; at least scheduler (a line), workers, is_fork_join, machine, process. graphs: what ran. runs:
+    RUN_TYPE, in order; graph is an index into graphs. records: schedulers' RECORD_TYPE by start time; run is an index into runs. lost:
+    tasks that found no room for a record. others: records of runs that were left out, whose run means nothing: workers were busy then, not
+    idle.
     edges[a, b]: rows (task of graph a, task of graph b that waits for it) where a run of b comes right after one of a. Of pairs that are
     not there nothing is known, and all tasks of b may wait for all of a.
     exchanges, messages: EXCHANGE_TYPE and MESSAGE_TYPE, where there are several ranks: processes that about's `ranks` names (network.py).
+    Where these are of several programs, about's `programs` is what is known of each, as `about` of its own trace said.
     """
 
     about: dict[str, Any]
@@ -74,6 +77,11 @@ class Trace:
     def ranks(self) -> list[Rank]:
         """One, if only one process ran it."""
         return ranks_of(self.about)
+
+    @property
+    def programs(self) -> list[dict[str, Any]]:
+        """What is known of each program: `about` itself, if there is one."""
+        return self.about.get("programs") or [self.about]
 
     @property
     def rank_of_run(self) -> np.ndarray:
@@ -195,7 +203,7 @@ class Trace:
         if r.dtype != RECORD_TYPE or o.dtype != RECORD_TYPE or runs.dtype != RUN_TYPE:
             raise ValueError("records or runs have other fields")
         _verify_about(self.about, max(_MOST_WORKERS, len(r) + len(o)))
-        network.verify(self.ranks, self.workers, self.exchanges, self.messages)
+        network.verify(self.ranks, len(self.programs), self.workers, self.exchanges, self.messages)
         for graph in self.graphs:
             graph.verify()
         sizes = np.array([len(graph) for graph in self.graphs], np.int64)
@@ -299,6 +307,12 @@ def _verify_about(about: dict[str, Any], most_workers: int) -> None:
             raise ValueError(f"about: {name}: wanted {wanted.__name__}, got {shorten(about[name])}")
     if not 1 <= about["workers"] <= most_workers:
         raise ValueError(f"about: workers: wanted 1 to {most_workers}, got {shorten(about['workers'])}")
+    process_of(about)
+    programs = about.get("programs", [])
+    if not isinstance(programs, list):
+        raise ValueError(f"about: programs: wanted a list, got {shorten(programs)}")
+    for program in programs:
+        _verify_about(program, most_workers)
     limits = about.get("limits")
     if limits is None:
         return
@@ -348,6 +362,9 @@ class Traced:
     _runs: list[tuple[int, int, int]] = field(default_factory=list)  # graph, step, submitted_ns
     _records: list[np.ndarray] = field(default_factory=list)
     _lost: int = 0
+
+    def __post_init__(self) -> None:
+        self._process: Process = this_process(getattr(self.scheduler.settings, "share", ""))  # now: `taskgpt run` changes the title
 
     @property
     def workers(self) -> int:
@@ -429,7 +446,7 @@ class Traced:
     def trace(self, about: dict[str, Any] | None = None) -> Trace:
         """Return what ran so far. A run begins when its first task is ready, and ends with its last."""
         records = np.concatenate([np.empty(0, RECORD_TYPE), *self._records])
-        trace = self._trace(records[np.argsort(records["start_ns"], kind="stable")], 0, about or {})
+        trace = self._trace(records[np.argsort(records["start_ns"], kind="stable")], 0, {**(about or {}), "process": asdict(self._process)})
         trace.edges.update(self._edges())
         return trace
 
