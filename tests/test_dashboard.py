@@ -1,6 +1,7 @@
 """Watching a run while it goes on: the numbers, the tasks in Dask's task stream, and both in a real browser."""
 
 import json
+import os
 import re
 import signal
 import socket
@@ -28,6 +29,10 @@ from taskgpt.schedulers import open_scheduler
 
 plt = pytest.importorskip("matplotlib.image", reason="screenshots are read with matplotlib: pip install 'taskgpt[notebooks]'")
 pytest.importorskip("bokeh", reason="the dashboard needs bokeh: pip install 'taskgpt[dashboard]'")
+from bokeh.document import Document  # noqa: E402
+from bokeh.models import Div  # noqa: E402
+
+from taskgpt.lab.dashboard import cores as live_cores  # noqa: E402
 from taskgpt.lab.dashboard import page as live_page  # noqa: E402
 from taskgpt.lab.dashboard.dashboard import Dashboard  # noqa: E402
 
@@ -340,3 +345,39 @@ def test_the_head_says_how_far_it_is():
     assert "step 1,040 of 1,200, 1:15 left: loss 2.5000, 1,000 tok/s" in live_page.head(live)
     live.end = "finished"
     assert "step 1,040 of 1,200, finished: loss" in live_page.head(live)
+
+
+def test_the_page_shows_who_holds_which_core(monkeypatch):
+    """Of a run that shares its cores: each program, this one first, and each core in the colour of who holds it; read anew at each look."""
+    members = [
+        {"program": name, "pid": pid, "cores": 1, "workers": 2, "core_s": 1.25, "weight": 1, "priority": 0, "state": "running"}
+        for name, pid in (("<other>", 1), ("mine", os.getpid()))
+    ]
+    owners = [(0, "<other>", 1, 0), (1, "mine", os.getpid(), 1), (2, None, None, None)]
+    cores = [{"core": core, "program": name, "pid": pid, "worker": worker, "held_s": 0.0} for core, name, pid, worker in owners]
+    monkeypatch.setattr(live_cores, "share", {"node": {"share": "node", "members": members, "cores": cores}}.__getitem__)
+    document, live = Document(), Live(2, share="node")
+    update = live_page.fill(document, live, {})
+    (text,) = [div.text for div in document.select({"type": Div}) if "cores shared in" in div.text]
+    assert "2 of 3 held" in text and text.index("mine, this one") < text.index("&lt;other&gt;") and "<other>" not in text
+    boxes = re.findall(r"background: (#\w+); .*?>(core [^<]*)<", text)
+    assert [words for _, words in boxes] == ["core 0: &lt;other&gt; 1, worker 0", f"core 1: mine {os.getpid()}, worker 1", "core 2: free"]
+    assert [colour for colour, _ in boxes] == [palette.COLOURS[1], palette.COLOURS[0], palette.REST]
+    cores[2] |= members[1] | {"worker": 0}
+    update()
+    assert any("3 of 3 held" in div.text for div in document.select({"type": Div}))
+
+
+def test_a_run_that_shares_tells_the_page():
+    """Which share it is in; of one that nobody is in any more it says so, and a run that shares none has no such table."""
+    name = f"dashboard-{os.getpid()}"
+    for share in (name, ""):
+        chosen = config.load_scheduler("sequential", {"share": share})
+        bare = open_scheduler(chosen.scheduler, chosen.settings)
+        dashboard = Dashboard(Live(1), "0")
+        with bare, dashboard.serve(bare):
+            assert dashboard.live.share == share
+            document = Document()
+            live_page.fill(document, dashboard.live, {})
+            assert bool(share) == any("cores shared in" in div.text for div in document.select({"type": Div}))
+    assert live_cores.seen_now(name) == f"share {name}: no program is in it"

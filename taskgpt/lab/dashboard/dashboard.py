@@ -79,6 +79,7 @@ class Dashboard:
 
         Raises UserError if that scheduler has its dashboard switched off, or elsewhere than at the address asked for.
         """
+        self.live.share = getattr(scheduler.settings, "share", "") if scheduler is not None else ""
         with dask.config.set(_CONFIG):
             if scheduler is not None and scheduler.serves_dashboard:
                 if self.address or scheduler.settings.dashboard < 0:

@@ -61,6 +61,7 @@ class Live:
     kernel_ms: of all steps together. last_run: whatever ran last; last_step: the last step of training, as validations and samples are
     other programs. left_s: until the last step is done. end: how the run ended, "" while it goes on.
     trains: False for a program that is no training; runs: its runs, as (number, graph, ms, efficiency).
+    share: the name of the share whose cores the workers take, "" if they share none.
     ranks: on a cluster, those of this generation by their numbers, and behind them the last ones that were lost; None on one machine.
     """
 
@@ -70,6 +71,7 @@ class Live:
     left_s: float = 0.0
     end: str = ""
     trains: bool = True
+    share: str = ""
     runs: list[tuple[int, str, float, float]] = field(default_factory=list)
     steps: list[tuple[int, float, float, float]] = field(default_factory=list)
     validations: list[tuple[int, float]] = field(default_factory=list)

@@ -1,7 +1,7 @@
 """The page /taskgpt in Dask's dashboard, in Bokeh: loss, speed, efficiency, kernels, waiting tasks, samples. Needs bokeh.
 
 Of a program that is no training it shows its runs: their time and efficiency, kernels and waiting tasks. Of a training on a cluster, whose
-tasks are elsewhere, it shows a table of ranks in place of these.
+tasks are elsewhere, it shows a table of ranks in place of these. Of a run that shares its cores, also which program holds which.
 """
 
 import statistics
@@ -17,6 +17,7 @@ from distributed.dashboard.components.scheduler import env
 
 from taskgpt import palette
 from taskgpt.lab import layout, theme
+from taskgpt.lab.dashboard.cores import seen_now
 from taskgpt.lab.dashboard.live import Live, Rank
 from taskgpt.progress import minutes
 
@@ -49,6 +50,7 @@ def fill(document: Document, live: Live, extra: dict[str, Any]) -> Callable[[], 
     )
     table = {"margin": "4px 12px", "overflow-x": "auto", "padding-bottom": "10px"}  # for the bar that scrolls
     ranks = Div(sizing_mode="stretch_width", styles=table, stylesheets=[theme.CSS], visible=live.ranks is not None)
+    cores = Div(sizing_mode="stretch_width", styles=table, stylesheets=[theme.CSS], visible=bool(live.share))
     samples = Div(sizing_mode="stretch_width", styles={"margin": "4px 12px"})
 
     def over_steps(title: str, name: str, unit: str, colour: str):
@@ -88,6 +90,8 @@ def fill(document: Document, live: Live, extra: dict[str, Any]) -> Callable[[], 
         top.text, samples.text = head(live), _samples(live)
         if live.ranks is not None:
             ranks.text = layout.to_html(rank_table(live.ranks))
+        if live.share:
+            cores.text = seen_now(live.share)
         if not new:
             return
         steps.stream(dict(zip(columns, map(list, zip(*new, strict=True)), strict=True)), KEPT)
@@ -103,7 +107,7 @@ def fill(document: Document, live: Live, extra: dict[str, Any]) -> Callable[[], 
     document.add_periodic_callback(update, PERIOD_MS)
     of_tasks = [efficiency, bars, depth] if live.ranks is None else []
     plots = row(*first, *of_tasks, sizing_mode="stretch_width", styles={"flex-wrap": "wrap"})
-    document.add_root(column(top, plots, ranks, samples, sizing_mode="stretch_width"))
+    document.add_root(column(top, plots, ranks, cores, samples, sizing_mode="stretch_width"))
     document.title = "taskgpt"
     document.template = env.get_template("simple.html")
     document.template_variables.update(extra)
