@@ -1,6 +1,8 @@
 """What `taskgpt trace` reads: its own trace.npz, which it reports and converts, and the files of each format, which it checks."""
 
 from argparse import Namespace
+from contextlib import redirect_stdout
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -8,9 +10,10 @@ import numpy as np
 
 from taskgpt.lab.traces import formats, page, timeline
 from taskgpt.lab.traces.comparison import Comparison
+from taskgpt.lab.traces.ranks import of_programs
 from taskgpt.lab.traces.trace import RECORD_TYPE, RUN_TYPE, Trace
 from taskgpt.lab.traces.traced_graph import TracedGraph
-from taskgpt.programs.trace import steps_of
+from taskgpt.programs.trace import report, steps_of
 
 from . import Case
 
@@ -40,10 +43,29 @@ def _read_trace(folder: Path) -> None:
     trace = Trace.load(folder)
     formats.export(trace, folder / "again", formats.FORMATS, arrows=True)
     formats.check(folder / "again")
-    steps = steps_of(str(folder), Namespace(runs="training step", skip=0))
+    steps, _ = steps_of(str(folder), trace, Namespace(runs="training step", skip=0))
     str(Comparison.of(steps, trace))
     page.write([trace, steps], folder / "again" / "page.html", "fuzz", Comparison.of(steps).tables())
     timeline.to_svg([trace, steps], colour_by="layer")
+
+
+def _make_merged(folder: Path) -> None:
+    traces = {}
+    for pid, is_fork_join in ((7, False), (8, True)):
+        trace = _trace(is_fork_join)
+        process = {"pid": pid, "program": "taskgpt train", "share": "node", "boot": "a", "cores": [0, 1]}
+        traces[str(pid)] = replace(trace, about=trace.about | {"process": process})
+    of_programs(traces).save(folder / "trace.npz")
+
+
+def _read_merged(folder: Path) -> None:
+    trace = Trace.load(folder)
+    formats.export(trace, folder / "again")
+    formats.check(folder / "again")
+    flags = {"runs": "training step", "skip": 0, "reference": None, "json": None, "html": str(folder / "page.html"), "wide": True}
+    with redirect_stdout(None):
+        report(Namespace(paths=[str(folder)], **flags))
+    of_programs({"this": trace, "other": trace})
 
 
 def _make_format(name: str, is_fork_join: bool, folder: Path) -> None:
@@ -56,6 +78,7 @@ def _case(name: str, written: str, is_fork_join: bool = False) -> Case:
 
 CASES = (
     Case("trace", _make_trace, _read_trace),
+    Case("merged_trace", _make_merged, _read_merged),
     _case("perfetto", "perfetto"),
     _case("paraver", "paraver"),
     _case("ovni", "ovni"),

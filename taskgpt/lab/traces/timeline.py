@@ -24,7 +24,8 @@ class Timeline:
 
     def _repr_svg_(self) -> str:
         trace = self.trace
-        shown = trace.runs[max(0, len(trace.runs) - MOST_RUNS) // 2 :][:MOST_RUNS]
+        runs = np.sort(trace.runs, order="begin_ns")  # which are in order for each process alone
+        shown = runs[max(0, len(runs) - MOST_RUNS) // 2 :][:MOST_RUNS]
         if not len(shown):
             return to_svg([trace], 0, 0)
         begin, end = shown["begin_ns"].min() - trace.begin_ns, shown["end_ns"].max() - trace.begin_ns
