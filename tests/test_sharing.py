@@ -42,11 +42,8 @@ class Segments:
         self.everything = [self.segment[: w.HEAD_WORDS], members, slots, self.inside, *self.own]
 
     def _member(self, number: int, workers: int) -> np.ndarray:
-        own = np.zeros(w.MINE_WORDS + (workers + 1) * w.LEASE_WORDS, np.int64)
-        own[[w.SEGMENT_AT, w.MEMBER, w.GENERATION, w.CORES]] = self.segment.ctypes.data, number, number + 1, len(self.may)
-        own[[w.WORKERS_AT, w.MAY_AT, w.WATCHER]] = own[w.MINE_WORDS :].ctypes.data, self.may.ctypes.data, workers
-        leases = own[w.MINE_WORDS :].reshape(-1, w.LEASE_WORDS)
-        leases[:, [w.HELD, w.LAST, w.BOUND]] = w.NOTHING
+        own = w.make_own(self.segment, self.may, workers)
+        own[[w.MEMBER, w.GENERATION]] = number, number + 1
         member = self.segment[w.MEMBERS_AT + number * w.MEMBER_WORDS :][: w.MEMBER_WORDS]
         member[[w.IDENTITY, w.WEIGHT]] = number + 1 << 32 | 1, 1
         member[w.MAY] = (1 << len(self.may)) - 1
@@ -61,7 +58,7 @@ class Segments:
     def work(self, number: int, me: int, tasks: int):
         """A worker: it has a core, runs so many tasks, between which others may get the core, and gives it back."""
         address, inside = self.own[number].ctypes.data, self.memory.words_at(self.inside.ctypes.data)
-        lease = self.own[number][w.MINE_WORDS :].reshape(-1, w.LEASE_WORDS)[me]
+        lease = w.leases_in(self.own[number])[me]
         for _ in range(tasks):
             while not (yield from self.code.hold_core(address, me)):
                 pass

@@ -10,6 +10,7 @@ offered to a member, before one of its workers has it.
 Numbers that come from the segment are cut to what there is room for: whatever stands there, nothing beside it is read or written.
 """
 
+import numpy as np
 from numba import njit, types
 
 from taskgpt.pointers import CACHE_LINE_WORDS, MONOTONIC, WORD_BYTES, address_of, clock_gettime, load, words_at
@@ -52,14 +53,29 @@ SLOTS_AT = MEMBERS_AT + MOST_MEMBERS * MEMBER_WORDS
 SEGMENT_WORDS = SLOTS_AT + MOST_SLOTS * SLOT_WORDS
 
 # What a member keeps to itself: settings and addresses; news; a part for each worker, and one more for the thread that watches over the
-# others. At MAY_AT are the slots that it may have, CORES of them.
+# others. At MAY_AT are the slots that it may have, CORES of them. At CLOCK_AT is the time in ns where it is simulated; 0: the system's.
 _OWN, _OWN_NEWS, MINE_WORDS = _lines(2)
-SEGMENT_AT, MEMBER, GENERATION, CORES, QUANTUM_NS, BINDS, WORKERS_AT, MAY_AT, WATCHER = range(_OWN, _OWN_NEWS)[:9]
+SEGMENT_AT, MEMBER, GENERATION, CORES, QUANTUM_NS, BINDS, WORKERS_AT, MAY_AT, WATCHER, CLOCK_AT = range(_OWN, _OWN_NEWS)[:10]
 WAITING, ACTIVE = range(_OWN_NEWS, MINE_WORDS)[:2]  # workers without a core that want one; those and workers that have one
 _WORKER, _WORKER_MASK, LEASE_WORDS = _lines(2)
 HELD, LAST, TOKEN, COUNT, BOUND, LOOK_AT = range(_WORKER, _WORKER_MASK)[:6]  # HELD: a slot or NOTHING; LAST: before; COUNT: of leases
 TIME, TIME_NS, UNTIL, UNTIL_NS = range(_WORKER, _WORKER_MASK)[6:10]
 MASK = _WORKER_MASK  # of cores, for the kernel
+
+
+def make_own(segment: np.ndarray, may: np.ndarray, workers: int) -> np.ndarray:
+    """Return what a member with so many workers keeps to itself, int64 words that refer to a segment and to the slots that it may have."""
+    room = np.zeros(MINE_WORDS + (workers + 1) * LEASE_WORDS + CACHE_LINE_WORDS, np.int64)
+    words = room[-room.ctypes.data // WORD_BYTES % CACHE_LINE_WORDS :]
+    words[[SEGMENT_AT, CORES, MAY_AT, WATCHER]] = segment.ctypes.data, len(may), may.ctypes.data, workers
+    words[WORKERS_AT] = words[MINE_WORDS:].ctypes.data
+    leases_in(words)[:, [HELD, LAST, BOUND]] = NOTHING
+    return words
+
+
+def leases_in(own: np.ndarray) -> np.ndarray:
+    """Return the parts of the workers, and of who watches, in what a member keeps to itself: a row each."""
+    return own[MINE_WORDS:][: (own[WATCHER] + 1) * LEASE_WORDS].reshape(-1, LEASE_WORDS)
 
 
 @compiled
@@ -113,7 +129,9 @@ def generation_in(owner):
 
 
 @compiled
-def now_of(lease):
+def now_of(m, lease):
     """Return the time in ns, of CLOCK_MONOTONIC, which all processes of a machine share."""
+    if m[CLOCK_AT] != 0:
+        return words_at(m[CLOCK_AT])[0]
     clock_gettime(types.int32(MONOTONIC), address_of(lease, TIME))
     return lease[TIME] * 1_000_000_000 + lease[TIME_NS]

@@ -103,7 +103,7 @@ def keeps_core(m, me):
         return False
     if not is_wanted(m):
         return True
-    time = now_of(lease)
+    time = now_of(m, lease)
     if time < lease[LOOK_AT]:
         return True
     best = best_waiting(m, lease[HELD], time)
@@ -160,8 +160,8 @@ def _take(m, me, lease, number):
     if compare_exchange(slot, OWNER, found, lease[TOKEN]) != found:
         return False
     if fetch_add(m, ACTIVE, 1) == 0:
-        _catch_up(m, now_of(lease))
-    store(slot, SINCE, now_of(lease))
+        _catch_up(m, now_of(m, lease))
+    store(slot, SINCE, now_of(m, lease))
     store(slot, SINCE_OF, lease[TOKEN])
     lease[HELD] = lease[LAST] = number
     bind(m, me)
@@ -173,7 +173,7 @@ def leave_core(m, me):
     """Give the slot of worker `me` up, if it has one."""
     lease = lease_of(m, me)
     if lease[HELD] != NOTHING:
-        _give_up(m, me, now_of(lease))
+        _give_up(m, me, now_of(m, lease))
 
 
 @compiled
@@ -344,7 +344,7 @@ def begin_waiting(m, me):
     """Say that worker `me` wants a core."""
     fetch_add(m, WAITING, 1)
     if fetch_add(m, ACTIVE, 1) == 0:
-        _catch_up(m, now_of(lease_of(m, me)))
+        _catch_up(m, now_of(m, lease_of(m, me)))
 
 
 @compiled
@@ -374,7 +374,7 @@ def end_waiting(m, me):
     if load(m, WAITING) > 0:
         fetch_or(head_of(m), WANTING, bit)
     else:
-        _return_offers(m, now_of(lease_of(m, me)))
+        _return_offers(m, now_of(m, lease_of(m, me)))
 
 
 @compiled
@@ -404,7 +404,7 @@ def _return_offers(m, time):
 def reclaim(m, me, number, generation):
     """Give back what a member has that is dead, or stopped: its bit, its offers, its slots. `me`: whose clock is read."""
     fetch_and(head_of(m), WANTING, ~(types.int64(1) << number))
-    time = now_of(lease_of(m, me))
+    time = now_of(m, lease_of(m, me))
     for at in range(slots_of(m)):
         slot = slot_at(m, at)
         owner = load(slot, OWNER)
@@ -435,7 +435,7 @@ def forget_member(address, number, identity):
 def _return_unwanted(m):
     """Hand on what is offered to my member if it does not wait: who has offered it has died before he saw that."""
     if load(m, WAITING) == 0:
-        _return_offers(m, now_of(lease_of(m, m[WATCHER])))
+        _return_offers(m, now_of(m, lease_of(m, m[WATCHER])))
 
 
 @compiled
@@ -450,7 +450,7 @@ def free_orphans(address):
     """Give back slots whose owner is no member, as what stands there is damaged; and what is offered to mine, that does not want it."""
     m = words_at(address)
     _return_unwanted(m)
-    time = now_of(lease_of(m, m[WATCHER]))
+    time = now_of(m, lease_of(m, m[WATCHER]))
     for at in range(slots_of(m)):
         slot = slot_at(m, at)
         owner = load(slot, OWNER)

@@ -66,15 +66,9 @@ class Member:
     def _write_own(self, terms: Terms, may: Sequence[int], binds: bool) -> None:
         """Lay out what is this process' alone: its settings, a part for each worker and one for who watches."""
         self._may = np.array(may, np.int64)
-        room = np.zeros(w.MINE_WORDS + (self.workers + 1) * w.LEASE_WORDS + w.CACHE_LINE_WORDS, np.int64)
-        words = room[-room.ctypes.data // 8 % w.CACHE_LINE_WORDS :]
-        self._room, self._words, self.address = room, words, words.ctypes.data
-        words[[w.SEGMENT_AT, w.CORES, w.MAY_AT]] = self._segment.words.ctypes.data, len(may), self._may.ctypes.data
+        self._words = words = w.make_own(self._segment.words, self._may, self.workers)
+        self.address = words.ctypes.data
         words[[w.QUANTUM_NS, w.BINDS]] = int(terms.quantum_ms * 1e6), binds
-        words[w.WORKERS_AT] = words[w.MINE_WORDS :].ctypes.data
-        self._leases = words[w.MINE_WORDS :][: (self.workers + 1) * w.LEASE_WORDS].reshape(-1, w.LEASE_WORDS)
-        self._leases[:, [w.HELD, w.LAST, w.BOUND]] = w.NOTHING
-        words[w.WATCHER] = self.workers
 
     def _join(self, terms: Terms, may: Sequence[int]) -> None:
         """Take a free place; the segment is locked. Those of the dead are free."""
