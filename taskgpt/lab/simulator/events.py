@@ -1,6 +1,7 @@
 """Discrete events, compiled: workers that take tasks, as schedulers have them do, and finish them when the clock says so.
 
-A running task has seconds left, and a speed of 1 or less. Two things slow it down. Clocks: the more cores of a socket are busy, the slower
+A running task has seconds left, and a speed of 1 or less. It has a share of a core, all of it but where programs run side by side that have
+more workers than there are cores (together.py). Two things slow it down. Clocks: the more cores of a socket are busy, the slower
 is each, in a straight line from 1 for one core to `busy_speed` for all. Memory: what a task moves in a second at full speed is its demand.
 When the demands of a socket's tasks exceed its bandwidth, it is shared out evenly: nobody gets more than he asks for, and who gets less
 runs slower in proportion. The clock goes from one event to the next: a task's end, mostly.
@@ -17,39 +18,45 @@ from taskgpt.schedulers.native.table import NOTHING, REMAINING, compiled, instan
 from taskgpt.schedulers.native.worker import release
 
 # State of the workers, float64, a row each:
-LEFT, SPEED, DEMAND = range(3)
+LEFT, SPEED, DEMAND, SHARE = range(4)
 
 
 @compiled
 def set_speeds(state, running, socket):
-    """Set the speed of each busy worker. socket: its cores, so many workers after each other; bandwidth, bytes a second; busy_speed."""
-    cores, bandwidth, busy_speed = socket
-    for first in range(0, len(running), cores):
-        last = min(first + cores, len(running))
-        wanted, busy = 0.0, 0
+    """Set the speed of each busy worker. socket: its cores, for how many workers each has room; bandwidth, bytes a second; busy_speed.
+
+    Workers are in the order of their cores.
+    """
+    cores, room, bandwidth, busy_speed = socket
+    for first in range(0, len(running), cores * room):
+        last = min(first + cores * room, len(running))
+        busy, busy_cores = 0, 0.0
         for w in range(first, last):
             if running[w] != NOTHING:
-                wanted += state[DEMAND, w]
                 busy += 1
-        speed = 1.0 - (1.0 - busy_speed) * (busy - 1) / max(cores - 1, 1)
+                busy_cores += state[SHARE, w]
+        speed = 1.0 - (1.0 - busy_speed) * max(busy_cores - 1, 0.0) / max(cores - 1, 1)
+        wanted = 0.0
         for w in range(first, last):
-            state[SPEED, w] = speed
-        if wanted * speed <= bandwidth:
+            state[SPEED, w] = speed * state[SHARE, w]
+            if running[w] != NOTHING:
+                wanted += state[DEMAND, w] * state[SPEED, w]
+        if wanted <= bandwidth:
             continue
         fair = bandwidth / busy
         while True:  # who wants less than a fair share gets it, and the others share what is left
             left, others = bandwidth, 0
             for w in range(first, last):
                 if running[w] != NOTHING:
-                    if state[DEMAND, w] * speed <= fair:
-                        left -= state[DEMAND, w] * speed
+                    if state[DEMAND, w] * state[SPEED, w] <= fair:
+                        left -= state[DEMAND, w] * state[SPEED, w]
                     else:
                         others += 1
             if others == 0 or left / others <= fair * (1 + 1e-12):
                 break
             fair = left / others
         for w in range(first, last):
-            if running[w] != NOTHING and state[DEMAND, w] * speed > fair:
+            if running[w] != NOTHING and state[DEMAND, w] * state[SPEED, w] > fair:
                 state[SPEED, w] = fair / state[DEMAND, w]
 
 
@@ -72,6 +79,20 @@ def let_pass(state, running, seconds):
             state[LEFT, w] -= seconds * state[SPEED, w]
             if state[LEFT, w] < 1e-12:
                 state[LEFT, w] = 0.0
+
+
+@compiled
+def advance(clock, state, running, socket, due):
+    """Go to the first task's end, or to when something else is due; return False if nothing will ever happen."""
+    set_speeds(state, running, socket)
+    lasts = next_end(state, running)
+    if lasts < 0 or clock[0] + lasts > due:
+        lasts = due - clock[0]
+    if np.isinf(lasts):
+        return False
+    clock[0] += lasts
+    let_pass(state, running, lasts)
+    return True
 
 
 @compiled
@@ -230,7 +251,9 @@ _SHARED = (
     types.float64[:, :, ::1],
     types.float64[:, :, ::1],
 )  # clock, state, running, times, costs
-_SOCKET = types.Tuple((types.int64, types.float64, types.float64))
+_SOCKET = types.Tuple((types.int64, types.int64, types.float64, types.float64))
 UNTIL_OVER = {until_over: types.boolean(types.int64, types.int64, *_SHARED, _SOCKET, types.float64)}
 FORK_JOIN = {fork_join: types.void(*_SHARED, _NUMBERS, _NUMBERS, _NUMBERS, types.boolean, _SOCKET, types.float64)}
-CENTRAL = {central: types.boolean(*_SHARED, _NUMBERS, _NUMBERS, _NUMBERS, _NUMBERS, types.boolean, _SOCKET, _SOCKET)}
+_SERVER = types.Tuple((types.int64, types.float64, types.float64))
+CENTRAL = {central: types.boolean(*_SHARED, _NUMBERS, _NUMBERS, _NUMBERS, _NUMBERS, types.boolean, _SOCKET, _SERVER)}
+ADVANCE = {advance: types.boolean(_SECONDS, types.float64[:, ::1], _NUMBERS, _SOCKET, types.float64)}

@@ -35,6 +35,8 @@ OVERHEADS_US = {
     "line_us": 0.06,
     "far_line_us": 0.13,
     "wake_us": 5.0,
+    "slice_us": 3000.0,
+    "switch_us": 100.0,
     "message_us": 270.0,
     "copy_mib_us": 700.0,
     "add_mib_us": 50.0,
@@ -77,6 +79,8 @@ class Machine:
     line_us: float = _overhead()  # until a core has a cache line that another one of its socket has written
     far_line_us: float = _overhead()  # the same between sockets
     wake_us: float = _overhead()  # until a thread that slept runs
+    slice_us: float = _overhead()  # how long a thread runs before the system lets another one have its core that wants it, too
+    switch_us: float = _overhead()  # what that costs, with the caches that are cold then
     message_us: float = _overhead()  # of a core, for a message between ranks, whatever its size
     copy_mib_us: float = _overhead()  # and for each MiB that it sends and receives at the same time
     add_mib_us: float = _overhead()  # and for each MiB of gradients that it adds to others

@@ -43,6 +43,11 @@ class Costs:
         return Costs(*(np.bincount(into, each, len(coarse.tasks)) for each in (self.seconds, self.bytes)))
 
 
+def socket_of(machine: Machine, room: int = 1) -> tuple[int, int, float, float]:
+    """Return what events.py is told of a socket, each of whose cores has room for so many workers."""
+    return machine.cores_per_socket, room, machine.bandwidth_gbs * 1e9, machine.busy_speed
+
+
 class Clocked:
     """What simulated schedulers share: the machine, the clock, the costs of graphs, and records."""
 
@@ -52,7 +57,7 @@ class Clocked:
         super().__init__(settings)
         self.machine, self._costs_of = machine, costs_of
         self.clock = np.ones(1)  # not 0: some formats begin a little before the first task
-        self._state, self._running = np.ones((3, self.workers)), np.full(self.workers, NOTHING, np.int64)
+        self._state, self._running = np.ones((4, self.workers)), np.full(self.workers, NOTHING, np.int64)
         self._times, self._costs = np.zeros((2, 3, 0)), np.zeros((2, 2, 0))
         self._successors_of = OncePerGraph(lambda graph: successors(graph.tasks))
         self._kept: list[np.ndarray] = []
@@ -74,8 +79,8 @@ class Clocked:
         return self.clock, self._state, self._running, self._times, self._costs
 
     @property
-    def _socket(self) -> tuple[int, float, float]:
-        return self.machine.cores_per_socket, self.machine.bandwidth_gbs * 1e9, self.machine.busy_speed
+    def _socket(self) -> tuple[int, int, float, float]:
+        return socket_of(self.machine)
 
     def _lay_out(self, slot: int, graph: Graph, costs: Costs) -> None:
         """Put the costs of a graph's tasks where the events find them."""
@@ -153,15 +158,18 @@ class Simulated(Clocked, native.Scheduler):
         while not run.is_over:
             over = events.until_over(self._address, run.slot, *self._shared, self._socket, self.machine.task_us * 1e-6)
             assert over, f"{run.graph.name}: tasks wait for each other"
-            run.is_over = True
-            run.graph.runs.discard(run)
-            self._runs.remove(run)
+            self._end(run)
             ready = self._ready(run.graph, run.slot, self._begun.pop(run.number))
             if self._before and self._before[0].number == run.number - 1 and self._before[0].edges:
                 _let_wait(ready, self._before[1], *self._before[0].edges)
             self._before = run, self._times[run.slot, 1, : run.plan.tasks].copy()
             self._keep(run.number, run.slot, run.graph, ready)
         return run.graph
+
+    def _end(self, run: Any) -> None:
+        run.is_over = True
+        run.graph.runs.discard(run)
+        self._runs.remove(run)
 
     def _abandon(self) -> None:
         """Forget all runs; there is no worker to wait for."""

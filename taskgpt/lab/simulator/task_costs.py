@@ -137,6 +137,32 @@ class Times:
             ) from None
 
 
+class Scale:
+    """Makes times of another machine's, so many times as long, or such that the first graph's tasks take `t1_s` seconds together.
+
+    With `only_products`, by matrix products alone, all of which then run at one speed whatever their tiles, as those of plain loops do.
+    """
+
+    def __init__(self, factor: float, t1_s: float | None = None, only_products: bool = False):
+        self.factor, self._t1_s, self._only_products = factor, t1_s, only_products
+        self._flops_a_second: float | None = None
+
+    def of(self, graph: Graph, seconds: np.ndarray) -> np.ndarray:
+        """Return the seconds of a graph's tasks there. Raises UserError if all but products takes longer than all is to take."""
+        if not self._only_products or self._t1_s is None:
+            if self._t1_s is not None:
+                self.factor, self._t1_s = self._t1_s / seconds.sum(), None
+            return seconds * self.factor
+        products = np.array([any("gemm" in call.kernel.tags for call in task.calls) for task in graph.tasks])
+        flops = np.array([task.flops for task in graph.tasks], float)
+        if self._flops_a_second is None:
+            rest_s = seconds[~products].sum()
+            if rest_s >= self._t1_s:
+                raise UserError(f"--t1 {self._t1_s * 1e3:g}: all but matrix products takes {rest_s * 1e3:.1f} ms here; choose more")
+            self._flops_a_second = flops[products].sum() / (self._t1_s - rest_s)
+        return np.where(products, flops / self._flops_a_second, seconds)
+
+
 class Speeds:
     """GFLOP/s of a product alone on one thread of this machine, by its shape and way; each is measured once, when it is asked for."""
 
