@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from plain_schedulers import scheduler
 from programs import started
 from safetensors.numpy import load_file
 
@@ -26,8 +27,6 @@ from taskgpt.runs import folder as folders
 from taskgpt.runs import start as starts
 from taskgpt.runs.folder import RunFolder
 from taskgpt.runs.saving import Every, Saver
-from taskgpt.schedulers import open_scheduler
-from taskgpt.schedulers.native import Settings
 from taskgpt.tasks import TaskError
 from taskgpt.train import main
 
@@ -249,7 +248,7 @@ def test_killed_between_the_last_checkpoint_and_the_summary(whole, tmp_path):
 @pytest.mark.parametrize("options", [{}, {"kernels": "separate", "update": "separate", "skip_loss_z": 3.0}], ids=["fused", "separate"])
 def test_a_snapshot_runs_between_steps(options):
     """The copies are the state after the step before, to the bit; the steps do not notice."""
-    with open_scheduler("native", Settings(2, "oldest_first", True, False, "none", "hybrid", 1000, 0)) as scheduler:
+    with scheduler("native", workers=2, spins=1000) as native:
         models = [GPT2(*SHAPE, Options("matrices", **options)) for _ in range(2)]
         graphs, hashes = [], []
         for m in models:
@@ -257,12 +256,12 @@ def test_a_snapshot_runs_between_steps(options):
             m.set_hyper(0, 1e-3, 0.1)
             graphs.append(training_graph(m))
         snapshot = Snapshot(models[0])
-        for _ in scheduler.run_each([graphs[0], snapshot.graph, graphs[0]]):
+        for _ in native.run_each([graphs[0], snapshot.graph, graphs[0]]):
             pass
-        scheduler.run(graphs[1])
+        native.run(graphs[1])
         assert snapshot.state.keys() == models[1].state.keys()
         assert all(np.array_equal(array, models[1].state[name]) for name, array in snapshot.state.items())
-        scheduler.run(graphs[1])
+        native.run(graphs[1])
         hashes = [m.parameters_sha256() for m in models]
         assert hashes[0] == hashes[1]
 
