@@ -16,13 +16,15 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Self
 
 from taskgpt.schedulers.prepare import InTurn, OncePerGraph, worker_count
 from taskgpt.schedulers.records import Recorder
 from taskgpt.sharing.member import Cores, Terms
 from taskgpt.tasks import Graph, Task, one_blas_thread
+
+_GRACE_S = 0.0005  # for which a worker that waits at a barrier keeps its core of a share: most loops come sooner, and its cache is warm
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,9 @@ class Scheduler(InTurn):
         with ExitStack() as stack:
             stack.enter_context(one_blas_thread)
             stack.enter_context(self._cores)
-            self._helpers = [stack.enter_context(_Helper(partial(self._work, me))) for me in range(1, self.workers)]
+            cores = self._cores
+            helpers = [_Helper(partial(self._work, me), partial(cores.let_go, me)) for me in range(1, self.workers)]
+            self._helpers = [stack.enter_context(helper) for helper in helpers]
             self._close = stack.pop_all().close
 
     def _stop(self) -> None:
@@ -74,8 +78,11 @@ class Scheduler(InTurn):
         self._failures = []
         loops = self._loops(graph)
         self._run_task = self.recorder.begin(graph)
-        for parts in loops:
-            self._fork_and_join(parts)
+        try:
+            for parts in loops:
+                self._fork_and_join(parts)
+        finally:
+            self._cores.let_go(0)
 
     def _settle(self) -> None:
         """Let the helpers finish the task they are at, and take no other."""
@@ -103,7 +110,9 @@ class Scheduler(InTurn):
         barrier = [helper.start(share) for helper, share in zip(self._helpers, theirs, strict=False)]
         self._work(0, mine)
         for done in barrier:
-            done.acquire()
+            if not done.acquire(timeout=_GRACE_S):
+                self._cores.let_go(0)  # they may wait for it
+                done.acquire()
         if self._failures:
             raise self._failures[0]
 
@@ -124,7 +133,6 @@ class Scheduler(InTurn):
                 run_task(task)
         except BaseException as error:
             failures.append(error)
-        cores.let_go(me)
 
 
 def cut(graph: Graph) -> Iterator[list[Task]]:
@@ -151,11 +159,11 @@ def _take(queue: deque[list[Task]]) -> Iterator[Task]:
 
 
 class _Helper:
-    """A thread that works on what it is given, for as long as the `with` block lasts."""
+    """A thread that works on what it is given, for as long as the `with` block lasts. `rest`: called when nothing has come for a while."""
 
-    def __init__(self, work: Callable[[Iterable[Task]], None]):
+    def __init__(self, work: Callable[[Iterable[Task]], None], rest: Callable[[], None]):
         self._inbox: SimpleQueue[tuple[Iterable[Task], threading.Lock] | None] = SimpleQueue()
-        self._thread = threading.Thread(target=self._serve, args=(work,), name="taskgpt-loops", daemon=True)
+        self._thread = threading.Thread(target=self._serve, args=(work, rest), name="taskgpt-loops", daemon=True)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -172,8 +180,15 @@ class _Helper:
         self._inbox.put((share, done))
         return done
 
-    def _serve(self, work: Callable[[Iterable[Task]], None]) -> None:
-        while (order := self._inbox.get()) is not None:
+    def _serve(self, work: Callable[[Iterable[Task]], None], rest: Callable[[], None]) -> None:
+        while (order := self._next(rest)) is not None:
             share, done = order
             work(share)
             done.release()
+
+    def _next(self, rest: Callable[[], None]) -> tuple[Iterable[Task], threading.Lock] | None:
+        try:
+            return self._inbox.get(timeout=_GRACE_S)
+        except Empty:
+            rest()
+            return self._inbox.get()
