@@ -164,7 +164,7 @@ def _take(m, me, lease, number):
     store(slot, SINCE, now_of(m, lease))
     store(slot, SINCE_OF, lease[TOKEN])
     lease[HELD] = lease[LAST] = number
-    bind(m, me)
+    _bind(m, me)
     return True
 
 
@@ -218,13 +218,14 @@ def _is_active(m, number):
 
 
 @compiled
-def unbind(m, me):
-    """Note that another thread is worker `me` now, which is bound to no core yet."""
+def rebind(m, me):
+    """Have a thread that is worker `me` from now on run on the core alone that the worker has, if members are to."""
     lease_of(m, me)[BOUND] = NOTHING
+    _bind(m, me)
 
 
 @compiled
-def bind(m, me):
+def _bind(m, me):
     """Have this thread, which is worker `me`, run on the core alone that it has, if members are to."""
     lease = lease_of(m, me)
     if m[BINDS] == 0 or lease[HELD] == NOTHING or lease[BOUND] == slot_at(m, lease[HELD])[CORE]:

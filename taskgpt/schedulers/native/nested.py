@@ -48,8 +48,7 @@ from taskgpt.schedulers.native.table import (
     run_in,
     worker_of,
 )
-from taskgpt.schedulers.native.worker import get_core
-from taskgpt.sharing.leases import keeps_core
+from taskgpt.schedulers.native.worker import hold_core_inside
 from taskgpt.tasks.frames import (
     CALLED_WORDS,
     CARRIED,
@@ -205,8 +204,8 @@ def _help(t, me):
         return False
     worker[INSIDE] += 1
     while instance != NOTHING:
-        if t[SHARE_AT] != 0 and not keeps_core(words_at(t[SHARE_AT]), me):
-            get_core(t, me, True)  # this thread is in the middle of a task, which no other can go on with
+        if t[SHARE_AT] != 0:
+            hold_core_inside(t, me)
         instance = run_spawned(t, me, instance)
         if instance != NOTHING and not is_nested(t, instance):  # a task of Python's may wait for what this thread is to do after it
             push(t, me, instance)

@@ -87,15 +87,14 @@ from taskgpt.sharing.layout import NOTHING as NO_CORE
 from taskgpt.sharing.leases import (
     await_grant,
     begin_waiting,
-    bind,
     end_waiting,
     is_wanted,
     keeps_core,
     leave_core,
     look_for_core,
+    rebind,
     say_kind,
     take_core,
-    unbind,
     wake_waiting,
 )
 from taskgpt.tasks.native_entry import HELD
@@ -109,8 +108,7 @@ def work(table, me):
     t = words_at(table)
     instance = NOTHING
     if t[SHARE_AT] != 0:
-        unbind(words_at(t[SHARE_AT]), me)
-        bind(words_at(t[SHARE_AT]), me)  # to the core that the thread had who was this worker
+        rebind(words_at(t[SHARE_AT]), me)
     while True:
         if load(t, STOPPING) != 0:
             instance = NOTHING  # dropped, with all that waits in the queues
@@ -234,10 +232,15 @@ def get_core_back(table, me):
     """Have a thread that is worker `me` again, in the middle of a task, wait until it has a core."""
     t = words_at(table)
     if t[SHARE_AT] != 0:
-        unbind(words_at(t[SHARE_AT]), me)
-        bind(words_at(t[SHARE_AT]), me)
-        if not keeps_core(words_at(t[SHARE_AT]), me):
-            get_core(t, me, True)
+        rebind(words_at(t[SHARE_AT]), me)
+        hold_core_inside(t, me)
+
+
+@compiled
+def hold_core_inside(t, me):
+    """Have a worker of a share that is in the middle of a task, which no other can go on with, wait until it has a core."""
+    if not keeps_core(words_at(t[SHARE_AT]), me):
+        get_core(t, me, True)
 
 
 @compiled
