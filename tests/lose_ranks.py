@@ -1,10 +1,10 @@
 """Lose ranks and drivers: `python -m tests.lose_ranks [FAULTS] [DEATHS] [SEED]`. Not part of the suite.
 
 Three hosts (tests/hosts.py) train on a cluster. In every run one of them, in turn, is struck at a random moment: its worker is killed, or
-stopped for a while, or its link is cut. The run has to come to its last step by itself, and its parameters are those of a run without
-faults that has the same ranks at the same steps. Then drivers are killed, and who goes on from the folder ends with the parameters of
-a run that nothing interrupted. Prints a line for each, then how long it took from the news of a loss to the next step. 30 and 10 take some
-15 minutes.
+stopped for a while, or its link is cut, or a task of it does not end. The run has to come to its last step by itself, and its parameters
+are those of a run without faults that has the same ranks at the same steps. Then drivers are killed, and who goes on from the folder ends
+with the parameters of a run that nothing interrupted. Prints a line for each, then how long it took from the news of a loss to the next
+step. 30 and 10 take some 15 minutes.
 """
 
 import json
@@ -19,9 +19,10 @@ from pathlib import Path
 
 from tests.hosts import DaskHosts, why_not
 
-WORKERS, STEPS, TIMEOUT_S = 3, 150, 2
-RUN = f"--graph tiny --steps {STEPS} --val-every 50 --sample-every 0 --total-batch 1536 --set timeout_s={TIMEOUT_S} --set wait_s=60".split()
-FAULTS = ("killed", "stopped", "cut off")
+WORKERS, STEPS, TIMEOUT_S, HANG_S = 3, 150, 2, 2
+RUN = f"--graph tiny --steps {STEPS} --val-every 50 --sample-every 0 --total-batch 1536 --set wait_s=60".split()
+RUN += f"--set timeout_s={TIMEOUT_S} --set hang_s={HANG_S}".split()
+FAULTS = ("killed", "stopped", "cut off", "hung")
 PATIENCE_S = 180
 ALL_THERE = """
 import sys, time
@@ -30,6 +31,16 @@ with Client(sys.argv[1]) as client:
     client.wait_for_workers(int(sys.argv[2]), timeout=60)
     while any(client.processing().values()):
         time.sleep(0.05)
+"""
+HANG = """
+import sys
+from distributed import Client
+def hang(dask_worker):
+    import time
+    from taskgpt.collectives import Communicator
+    Communicator.hand_in = lambda self, *part: time.sleep(10**6)
+with Client(sys.argv[1]) as client:
+    client.run(hang, workers=[each for each in client.scheduler_info(n_workers=-1)["workers"] if f"//{sys.argv[2]}:" in each])
 """
 
 
@@ -87,6 +98,9 @@ class Trial:
             process.kill()
         elif fault == "stopped":
             process.send_signal(signal.SIGSTOP)
+        elif fault == "hung":
+            hang = [sys.executable, "-c", HANG, self.hosts.scheduler, self.hosts.addresses[number]]
+            self.hosts.popen(0, hang).wait(PATIENCE_S)
         else:
             self.hosts.cut(number)
 

@@ -1,6 +1,7 @@
 """What a run on a cluster does when something goes wrong at a bad moment; here without worker processes, each part by itself."""
 
 import asyncio
+import itertools
 import json
 import sys
 import threading
@@ -14,8 +15,8 @@ import numpy as np
 import pytest
 from distributed import Scheduler, Worker
 
+from taskgpt.cluster import hangs, membership, mpi_links
 from taskgpt.cluster import kept as keeping
-from taskgpt.cluster import membership, mpi_links
 from taskgpt.cluster.checks import Member
 from taskgpt.cluster.driver import Driver
 from taskgpt.cluster.job import Ended
@@ -29,6 +30,7 @@ from taskgpt.config import load_graph, load_scheduler
 from taskgpt.errors import UserError
 from taskgpt.gpt2.checkpoints.resumable import About
 from taskgpt.runs.training import Training
+from taskgpt.schedulers.native.doing import Doing
 
 RUN = "a run"
 
@@ -128,6 +130,42 @@ def test_a_worker_is_of_one_run_until_its_rank_has_ended():
         assert not await reserve("another", 60.0, dask_worker=worker)
         keeping.give_back(worker, RUN, 0.0)
         assert await reserve("another", 60.0, dask_worker=worker)
+
+    on_worker(test)
+
+
+def test_a_rank_hangs_if_nothing_goes_on_that_it_does_not_wait_for(monkeypatch):
+    """Not if it waits for others, for the driver, or for its next task; and not any more when its task has ended. It is told once."""
+    monkeypatch.setattr(hangs, "LOOK_S", 0.01)
+    said: list[str] = []
+
+    async def looks_at(finished: int, task: str, is_exchanging=False, offers=(), is_moving=False) -> bool:
+        count, here = itertools.count(finished), Kept(offers=dict.fromkeys(offers))
+
+        def doing() -> Doing:
+            return Doing(((7, next(count) if is_moving else finished),), (task,) if task else (), not task)
+
+        watch = hangs.watch(doing, SimpleNamespace(is_exchanging=is_exchanging), here, 0.05, said.append)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(watch, 0.5)
+        return here.is_hung
+
+    assert asyncio.run(looks_at(3, "gelu")) and asyncio.run(looks_at(3, "")) and asyncio.run(looks_at(3, "gelu", True, ["0 20"]))
+    assert said == [f"{what} has not gone on for 0.05 s" for what in ("task gelu", "training, outside of tasks,", "task gelu")]
+    assert not asyncio.run(looks_at(3, "", is_exchanging=True)) and not asyncio.run(looks_at(3, "", offers=["0 20"]))
+    assert not asyncio.run(looks_at(3, "gelu", is_moving=True)) and len(said) == 3
+
+
+def test_a_worker_that_hangs_is_nobodys():
+    """It says so at once, and is no newcomer of its own run either."""
+
+    async def test(worker):
+        here = kept(worker, RUN)
+        here.is_training = here.is_hung = True
+        assert await holding(RUN, dask_worker=worker) is None
+        assert not await reserve(RUN, 60.0, dask_worker=worker) and not await reserve("another", 60.0, dask_worker=worker)
+        here.is_training = here.is_hung = False
+        assert await holding(RUN, dask_worker=worker) == NO_STATE and await reserve(RUN, 60.0, dask_worker=worker)
 
     on_worker(test)
 

@@ -73,21 +73,26 @@ def test_one_rank_has_the_bits_of_one_machine(client, text, tmp_path):
     assert more[0] == more[1]
 
 
-def strike(client, number: int, after_lines: int, log):
-    """Send a signal to the last worker when the log has so many lines; return the thread that does."""
+def after_lines(log, lines: int, strike):
+    """Call a function when the log has so many lines; return the thread that does."""
 
     def wait_and_strike():
-        while not log.exists() or len(log.read_text().splitlines()) < after_lines:
+        while not log.exists() or len(log.read_text().splitlines()) < lines:
             time.sleep(0.01)
-        pids = client.run(os.getpid)
-        os.kill(pids[max(pids)], number)
-        if number == signal.SIGSTOP:
-            time.sleep(6)
-            os.kill(pids[max(pids)], signal.SIGCONT)
+        strike()
 
     thread = threading.Thread(target=wait_and_strike, daemon=True)
     thread.start()
     return thread
+
+
+def strike(client, number: int):
+    """Send a signal to the last worker."""
+    pids = client.run(os.getpid)
+    os.kill(pids[max(pids)], number)
+    if number == signal.SIGSTOP:
+        time.sleep(6)
+        os.kill(pids[max(pids)], signal.SIGCONT)
 
 
 @pytest.fixture
@@ -142,7 +147,7 @@ def test_a_lost_worker_costs_a_step_and_no_bit(client, text, tmp_path, number, c
     The dashboard's page has a row for each rank, by its own word, and says who was lost.
     """
     before = set(client.scheduler_info()["workers"])
-    thread = strike(client, number, 10, tmp_path / "log.jsonl")
+    thread = after_lines(tmp_path / "log.jsonl", 10, lambda: strike(client, number))
     found = run(text, client, steps=120, val_every=0, log=tmp_path / "log.jsonl", set=["timeout_s=2"], dashboard=0)
     thread.join()
     verify_page(*shown, found["cluster"], before, set(client.scheduler_info()["workers"]))
@@ -152,6 +157,34 @@ def test_a_lost_worker_costs_a_step_and_no_bit(client, text, tmp_path, number, c
     assert "from memory" in capsys.readouterr().out
     planned = run(text, client, steps=120, val_every=0, set=[f"generations={generations}"], total_batch=512)
     assert planned["cluster"]["generations"] == generations
+    assert planned["parameters_sha256"] == found["parameters_sha256"]
+
+
+def test_a_worker_that_hangs_costs_a_step_and_no_bit(client, text, tmp_path, capsys):
+    """A task of it does not end, while its worker answers everything. It is told of, and takes no part until it goes on."""
+
+    def hang_at_once() -> None:
+        from taskgpt.collectives import Communicator
+
+        Communicator.goes_on, Communicator.hand_in_before = threading.Event(), Communicator.hand_in
+        Communicator.hand_in = lambda self, *part: (self.goes_on.wait(60), self.hand_in_before(*part))
+
+    def go_on() -> None:
+        from taskgpt.collectives import Communicator
+
+        Communicator.goes_on.set()
+        Communicator.hand_in = Communicator.hand_in_before
+
+    log, hung = tmp_path / "log.jsonl", max(client.run(os.getpid))
+    thread = after_lines(log, 5, lambda: client.run(hang_at_once, workers=[hung]))
+    found = run(text, client, steps=40, val_every=0, log=log, set=["hang_s=1"])
+    thread.join()
+    generations = found["cluster"]["generations"]
+    assert generations.startswith("0x2 ") and generations.endswith("x1") and found["steps"] == 40
+    told = capsys.readouterr().out
+    assert f"{hung}), after" in told and "has not gone on for 1 s; restart this worker" in told and "from memory" in told
+    client.run(go_on, workers=[hung])
+    planned = run(text, client, steps=40, val_every=0, set=[f"generations={generations}"], total_batch=512)
     assert planned["parameters_sha256"] == found["parameters_sha256"]
 
 

@@ -43,6 +43,7 @@ from taskgpt.tasks import (
     dims,
     kernel,
     run_now,
+    wrap,
 )
 from taskgpt.tasks.blas_threads import one_blas_thread
 from taskgpt.tasks.spawn import PRIORITY_LIMIT
@@ -427,6 +428,29 @@ class TestWorkers:
             time.sleep(0.5)
             after = psutil.Process().cpu_times()
         assert after.user + after.system - before.user - before.system < 0.05
+
+    def test_what_workers_do_is_seen_from_another_thread(self):
+        """Which task does not end, how many have, and when nobody has one to run."""
+        goes_on = threading.Event()
+
+        @kernel
+        def stuck(own: InOut[N]):
+            goes_on.wait(60)
+
+        graph, cells = Graph("doing"), wrap(np.zeros(8, np.float32), (4,), "cells")
+        for each, at in ((k.double, 0), (stuck, 0), (k.double, 1)):
+            graph.spawn(each, cells.cell(at))
+        with opened(workers=2, idle="idle") as scheduler:
+            thread = threading.Thread(target=lambda: list(scheduler.run_each([graph])))
+            thread.start()
+            while not (now := scheduler.doing()).tasks or sum(count for _, count in now.finished) < 2:
+                time.sleep(0.001)
+            assert now == (((0, 2),), ("stuck",), False)
+            goes_on.set()
+            thread.join()
+            while not scheduler.doing().is_idle:
+                time.sleep(0.001)
+            assert scheduler.doing() == ((), (), True)
 
     def test_records(self):
         """A row for each task, in order, with times that fit the graph; what found no room is counted."""

@@ -98,6 +98,7 @@ class Driver:
         self._news: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._steps_told = 0
         self._told: set[tuple[str, int]] = set()
+        self._hung: dict[int, str] = {}  # ranks of this generation, and why
         self._asked = ""
         self._pushed = False  # the state of this generation comes from a checkpoint
         self._job_now: Job | None = None
@@ -212,8 +213,8 @@ class Driver:
             workers=self.native_workers,
             bucket_bytes=int(self.settings.bucket_mib * 2**20), as_bf16=self.settings.wire == "bf16", is_sharded=self.settings.zero,
             is_staged=self.settings.is_staged, is_watched=self.live is not None,
-            timeout_s=self.settings.timeout_s, lease_s=self.settings.wait_s + _LEASE_S, mpi=self._mpi_ranks(members),
-            record=self.settings.record,
+            timeout_s=self.settings.timeout_s, hang_s=self.settings.hang_s, lease_s=self.settings.wait_s + _LEASE_S,
+            mpi=self._mpi_ranks(members), record=self.settings.record,
             best_val_loss=self._best_val_loss,
             saved_step=min(self.offers.saved_step, step), unsaved_s=time.monotonic() - self.offers.saved_s,
         )  # fmt: skip
@@ -278,7 +279,7 @@ class Driver:
             )
             for rank, address in enumerate(job.addresses)
         ]  # fmt: skip
-        self._asked, self._job_now, noticed, looked = "", job, 0.0, 0.0
+        self._asked, self._job_now, self._hung, noticed, looked = "", job, {}, 0.0, 0.0
         ended: dict[int, Ended | None] = {}
         self.offers.begin(job)
         try:
@@ -291,7 +292,7 @@ class Driver:
                 if time.monotonic() - looked > _POLL_S:
                     looked = time.monotonic()
                     alive = self._membership.alive()
-                    gone = [rank for rank, address in enumerate(job.addresses) if address not in alive and rank not in ended]
+                    gone = [rank for rank, at in enumerate(job.addresses) if (at not in alive or rank in self._hung) and rank not in ended]
                     self._regroup(job, alive)
                     if not noticed and (gone or any(each is None or each.why for each in ended.values())):
                         noticed = self._lost_s = time.monotonic()
@@ -323,7 +324,7 @@ class Driver:
             if error is not None and not isinstance(error, KilledWorker | CancelledError | OSError):
                 raise error
             if rank not in ended:
-                self._lose(f"rank {rank}", address, str(error) if isinstance(error, OSError) else "")
+                self._lose(f"rank {rank}", address, str(error) if isinstance(error, OSError) else self._hung.get(rank, ""))
             if self.live and rank not in ended:
                 self.live.lose_rank(rank)
             elif self.live and (seconds := ended[rank].seconds):  # it may have said nothing of its last steps
@@ -361,6 +362,8 @@ class Driver:
                 self.traces.begin(self._job_now)
         elif what == "say":
             self.report.say(found[0])
+        elif what == "hung":
+            self._hung[found[0]] = f"{found[1]}; restart this worker, or the job that it is of, to have it take part again"
         elif what == "log":
             self.on_log(found[0])
         elif what == "rank":

@@ -17,9 +17,9 @@ class Job:
     run, generation: which; addresses: of the workers, by rank; flags: the command's, as a dict; micro_batches: of a step, of all ranks;
     until: after how many steps this generation ends; kept: the state that it begins with, which a rank has, or None for the initial one;
     workers: of each rank's native scheduler; is_staged: True if ranks are stages of one model, not replicas; is_watched: True if each
-    is to say how it is; lease_s: how long a worker keeps a state for a driver that is silent; mpi: each rank's number in MPI, if that
-    carries messages; record: tasks that each native worker records; saved_step: of the newest checkpoint, or where the run begins;
-    unsaved_s: seconds since then.
+    is to say how it is; hang_s: how long a task may take; lease_s: how long a worker keeps a state for a driver that is silent; mpi: each
+    rank's number in MPI, if that carries messages; record: tasks that each native worker records; saved_step: of the newest checkpoint,
+    or where the run begins; unsaved_s: seconds since then.
     """
 
     run: str
@@ -37,6 +37,7 @@ class Job:
     is_staged: bool
     is_watched: bool
     timeout_s: float
+    hang_s: float
     lease_s: float
     mpi: tuple[int, ...]
     record: int

@@ -58,6 +58,7 @@ class Kept:
     offers: dict[str, Offer] = field(default_factory=dict)
     generation: int = -1  # the newest that has begun here
     is_training: bool = False  # a rank of it runs here
+    is_hung: bool = False  # and does not go on, nor end
     is_forgotten: bool = False  # nothing is to be left once it has ended
     ended: tuple[int, Any] = -1, None  # the newest generation whose rank has ended here, and how: job.Ended
     asked: tuple[int, str] = -1, ""  # which generation the driver wants something of, and what
@@ -125,12 +126,14 @@ def _forget(worker: Worker, run: str) -> None:
         del _of_worker[worker][run]
 
 
-async def holding(run: str, dask_worker: Worker) -> Held:
-    """Return which state of a run is here, when no rank of it is here any more, which may yet have to notice that it is not wanted."""
+async def holding(run: str, dask_worker: Worker) -> Held | None:
+    """Return which state of a run is here, when no rank of it is here any more, which may yet have to notice that it is not wanted; None if
+    one hangs.
+    """
     here = _of_worker.get(dask_worker, {}).get(run, Kept())
-    while here.is_training:
+    while here.is_training and not here.is_hung:
         await asyncio.sleep(_POLL_S)
-    return here.held
+    return None if here.is_hung else here.held
 
 
 async def ending(run: str, generation: int, dask_worker: Worker) -> Any:
@@ -158,9 +161,13 @@ async def keep_room(run: str, about: About | None, generation: int, dask_worker:
 
 
 async def reserve(run: str, seconds: float, dask_worker: Worker) -> bool:
-    """Keep a worker for a run's next generation, for so long; return False if another run has it. 0 seconds: give it back."""
+    """Keep a worker for a run's next generation, for so long; return False if another run has it. 0 seconds: give it back.
+
+    One that hangs can be nobody's.
+    """
     now, (holder, until) = time.monotonic(), _reserved.get(dask_worker, ("", 0.0))
-    if any(each.is_training for name, each in _of_worker.get(dask_worker, {}).items() if name != run) or (holder != run and until > now):
+    runs = _of_worker.get(dask_worker, {})
+    if any(each.is_hung or (each.is_training and name != run) for name, each in runs.items()) or (holder != run and until > now):
         return False
     _reserved[dask_worker] = run, now + seconds
     return True

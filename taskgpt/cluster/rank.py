@@ -11,13 +11,15 @@ import hashlib
 import json
 import math
 import resource
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 from distributed import Worker, get_worker
 
+from taskgpt.cluster import hangs
 from taskgpt.cluster.dask_links import connected
 from taskgpt.cluster.job import END, Ended, Job
 from taskgpt.cluster.kept import Held, Kept, Offer, forget_later, give_back, kept
@@ -44,6 +46,7 @@ from taskgpt.gpt2.text.data import Data, open_data
 from taskgpt.gpt2.text.parts import Part
 from taskgpt.lab.traces.trace import Traced
 from taskgpt.schedulers import open_scheduler
+from taskgpt.schedulers.native.doing import Doing
 from taskgpt.tasks import TaskError, compile_kernels
 
 _WATCH_S = 1.0  # between looks whether Dask still wants this task
@@ -69,7 +72,7 @@ def train_rank(job: Job, rank: int) -> None:
     except PeerLost as error:
         here.ended = job.generation, Ended(rank, max(0, here.held.step), str(error))
     finally:
-        here.is_training = False
+        here.is_training = here.is_hung = False
         # The driver may need it again for the next generation, after it has waited for ranks that are silent.
         give_back(worker, job.run, job.timeout_s + _BETWEEN_S if _is_wanted(worker, key) else 0.0)
         forget_later(worker, job.run, job.generation, 0.0 if here.is_forgotten else job.lease_s)
@@ -140,7 +143,7 @@ class _Rank:
         stop = Asked(job, here, self.links)
         settings = {"workers": job.workers[self.rank], "record": job.record or (4 * steps.tasks if m.stage else 0)}
         config = load_scheduler("native", settings)
-        scheduler = open_scheduler(config.scheduler, config.settings)
+        scheduler = native = open_scheduler(config.scheduler, config.settings)
         if job.record:
             scheduler = Traced(scheduler)
         if m.replica:
@@ -154,7 +157,8 @@ class _Rank:
         lost = ""
         with scheduler:
             try:
-                training.run()
+                with self._hangs_noticed(native.doing):
+                    training.run()
                 self.communicator.verify_goes_on()
                 self._end_saving(training)
             except (PeerLost, TaskError) as error:
@@ -164,6 +168,21 @@ class _Rank:
                 lost = str(cause)
             traced = self._traced(training, scheduler) if isinstance(scheduler, Traced) else {}
         return self._ended(training, m, steps, lost, traced)
+
+    @contextmanager
+    def _hangs_noticed(self, doing: Callable[[], Doing]) -> Iterator[None]:
+        """While the `with` block lasts, have the generation end, and the driver told, if nothing goes on here."""
+
+        def tell(why: str) -> None:
+            self.worker.log_event(self.job.topic, {"generation": self.job.generation, "what": "hung", "found": (self.rank, why)})
+            self.links.fail(why)
+
+        watch = hangs.watch(doing, self.communicator, self.here, self.job.hang_s, tell)
+        watching = asyncio.run_coroutine_threadsafe(watch, self.worker.loop.asyncio_loop)
+        try:
+            yield
+        finally:
+            watching.cancel()
 
     def _end_saving(self, training: RankTraining) -> None:
         saver = training.saver

@@ -42,6 +42,7 @@ class Settings:
     workers: int = field(metadata=_MOST_WORKERS)
     wait_s: float = field(metadata={"at_least": 0, "at_most": 10**6})
     timeout_s: float = field(metadata={"at_least": 1, "at_most": 3600})
+    hang_s: float = field(metadata={"at_least": 1, "at_most": 10**6})
     wire: str = field(metadata={"choices": ("fp32", "bf16")})
     zero: bool
     stages: int = field(metadata=_MOST_WORKERS)

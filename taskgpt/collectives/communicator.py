@@ -63,6 +63,7 @@ class Communicator:
         self._failure: BaseException | None = None
         self._transfers: list[Transfer] = []
         self._gathers = itertools.count()
+        self._is_gathering = False
         _communicators[self.number] = self
 
     def close(self) -> None:
@@ -159,7 +160,16 @@ class Communicator:
         """Fill an array, whose row r rank r has written, with all rows, and wait for that; outside of graphs. Raises PeerLost."""
         tag = ("rows", next(self._gathers))
         chunks = [[row.reshape(-1)] for row in rows]
-        asyncio.run_coroutine_threadsafe(all_gather(self.links, chunks, tag), self.links.loop).result()
+        self._is_gathering = True
+        try:
+            asyncio.run_coroutine_threadsafe(all_gather(self.links, chunks, tag), self.links.loop).result()
+        finally:
+            self._is_gathering = False
+
+    @property
+    def is_exchanging(self) -> bool:
+        """True while this rank waits for what others send it, or sends."""
+        return self._is_gathering or bool(self._running)
 
     def verify_goes_on(self) -> None:
         """Raise PeerLost if this generation is over, which a rank without others notices in no other way."""

@@ -25,6 +25,7 @@ from taskgpt.schedulers.dynamic import Recording, run_program
 from taskgpt.schedulers.native import open_run, worker
 from taskgpt.schedulers.native import table as r
 from taskgpt.schedulers.native.crew import Crew, ThisWorker
+from taskgpt.schedulers.native.doing import Doing, doing
 from taskgpt.schedulers.native.held import HeldTasks
 from taskgpt.schedulers.native.plan import Plan, edges_to_next
 from taskgpt.schedulers.native.policies import POLICIES
@@ -151,7 +152,7 @@ class Scheduler(OneAtATime):
         words = self._memory[-self._memory.ctypes.data // 8 % 16 :]  # begins a pair of cache lines
         self._address = self._held.address = words.ctypes.data
         shaped = [words[a:b].reshape(-1, part[1]) for (a, b), part in zip(itertools.pairwise(starts), parts, strict=True)]
-        (table,), self._run_words, self._queue_words, idle, self._worker_words, opaque = shaped
+        (table,), self._run_words, self._queue_words, self._idle_words, self._worker_words, opaque = shaped
         self._table = table
         mutex, go, done, *cells = (each.ctypes.data for each in opaque)
         worker.initialize(mutex, go, done)
@@ -166,7 +167,7 @@ class Scheduler(OneAtATime):
         for at, part in {
             r.RUNS_AT: self._run_words,
             r.QUEUES_AT: self._queue_words,
-            r.IDLE_AT: idle,
+            r.IDLE_AT: self._idle_words,
             r.WORKERS_AT: self._worker_words,
         }.items():
             table[at] = part.ctypes.data
@@ -465,6 +466,10 @@ class Scheduler(OneAtATime):
         if run is None or run.arrays[r.MARKS] is None:
             return 0.0
         return float(self._shares(run.graph)[run.arrays[r.MARKS] & FINISHED != 0].sum())
+
+    def doing(self) -> Doing:
+        """Return what the workers do, who go on meanwhile. From any thread; of the graphs of a `run_each`."""
+        return doing(self._runs[:], self._table, self._worker_words[:-1], self._idle_words)
 
     # What was recorded --------------------------------------------------------------------------------------------------------------
 
