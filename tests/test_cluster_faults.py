@@ -9,13 +9,14 @@ import time
 from collections import deque
 from concurrent.futures import Future
 from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from distributed import Scheduler, Worker
 
-from taskgpt.cluster import hangs, membership, mpi_links
+from taskgpt.cluster import hangs, membership, mpi_links, on_disk
 from taskgpt.cluster import kept as keeping
 from taskgpt.cluster.checks import Member
 from taskgpt.cluster.driver import Driver
@@ -252,6 +253,20 @@ class Writer:
         pass
 
 
+def test_a_state_on_the_way_lies_on_the_disk(tmp_path):
+    """Of a folder that may be yet to be made, without a name; one that finds no room there is refused before it is written."""
+    wanted = {"w": np.arange(5, dtype=np.float32), "step": np.arange(6).reshape(2, 3), "none": np.empty((0, 4))}
+    found = on_disk.empty_like(wanted, tmp_path / "run" / "is to be")
+    for name, array in wanted.items():
+        assert (found[name].shape, found[name].dtype) == (array.shape, array.dtype) and not found[name].any()
+        found[name][...] = array
+    assert all((found[name] == array).all() for name, array in wanted.items()) and not list(tmp_path.iterdir())
+    mapped = Path("/proc/self/maps")
+    assert not mapped.exists() or f"{tmp_path}/" in mapped.read_text()
+    with pytest.raises(OSError):
+        on_disk.empty_like({"w": np.broadcast_to(np.float32(0), (1 << 60,))}, tmp_path)
+
+
 def test_every_offer_is_answered_and_none_waited_for(monkeypatch):
     """While one is written, the next waits its turn; one that cannot be fetched, and one that nobody wants, are answered too."""
     answered, gone = [], []
@@ -265,7 +280,7 @@ def test_every_offer_is_answered_and_none_waited_for(monkeypatch):
         answered.append((addresses, offer))
 
     monkeypatch.setattr("taskgpt.cluster.offers.ask", ask)
-    offers = Offers(SimpleNamespace(sync=sync, rpc=None), 1.0, lambda: SimpleNamespace(state={}))
+    offers = Offers(SimpleNamespace(sync=sync, rpc=None), 1.0, dict)
     parts = SimpleNamespace(count=2, addresses=["w0", "w1"], run=RUN, generation=3, is_in_parts=True, offer_of=lambda what: f"3 {what}")
     offers.begin(parts)
 

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from distributed import Client, Future, KilledWorker
 
+from taskgpt.cluster import on_disk
 from taskgpt.cluster.checks import Member, native_workers
 from taskgpt.cluster.job import END, Ended, Job
 from taskgpt.cluster.kept import NO_STATE, Held, ending, fetch, forget, keep_room, make_room, put, reserve, want
@@ -33,6 +34,7 @@ from taskgpt.cluster.settings import Settings, schedule
 from taskgpt.cluster.traces import Traces
 from taskgpt.config import GraphConfig
 from taskgpt.errors import UserError
+from taskgpt.files import cannot_write
 from taskgpt.gpt2 import checkpoints
 from taskgpt.gpt2.checkpoints import resumable
 from taskgpt.gpt2.checkpoints.resumable import About
@@ -60,7 +62,8 @@ class _Gone(Exception):
 class Driver:
     """Leads a run. `roster`: which of some addresses are fit to be ranks; `on_data(description, fingerprint)`: called when rank 0 has
     opened its data, before it trains; `on_log(line)`: called for what a worker logs; `offers`: of checkpoints, which needs a saver where
-    they are to be written; `traces`: what collects traces, None where nothing does; `live`: what somebody is shown meanwhile, likewise.
+    they are to be written; `folder`: the run's, None if it has none; `traces`: what collects traces, None where nothing does; `live`: what
+    somebody is shown meanwhile, likewise.
 
     After `run`: seconds of every step; network, of every step (seconds of exchanges, seconds of them in which nothing else was left to do,
     bytes that rank 0 sent); generations, (first step, ranks) of each that the result comes from; recoveries, in seconds from the news of a
@@ -87,7 +90,8 @@ class Driver:
         self.generations: list[tuple[int, int]] = []
         self.recoveries: list[float] = []
         self.ended: dict[int, Ended] = {}
-        self.offers = Offers(client, settings.timeout_s, self._new_model)
+        self.offers = Offers(client, settings.timeout_s, self._new_state)
+        self.folder: Path | None = None
         self.traces: Traces | None = None
         self.live: Live | None = None
         self.on_data: Callable[[str, dict[str, Any]], None] = lambda description, fingerprint: None
@@ -233,13 +237,12 @@ class Driver:
 
     def _push(self, addresses: Sequence[str], checkpoint: Path | None) -> None:
         """Put the state of a checkpoint, or of --init, into the first worker, or into each its stage. Raises _Gone."""
-        holder, about = self._new_model(), None
+        about, arrays = None, self._room() if checkpoint else self._parameters_of(self._room())
         if checkpoint is not None:
             about = resumable.read_about(checkpoint)
-            resumable.load_state(checkpoint, holder.state)
+            resumable.load_state(checkpoint, arrays)
         else:
-            checkpoints.load(self.flags["init"], self.graph.model, holder.parameters)
-        arrays = holder.state if about else holder.parameters
+            checkpoints.load(self.flags["init"], self.graph.model, arrays)
         of, lease_s = (self.graph.model, self.graph.batch, self.graph.tiles, self.graph.options), self.settings.wait_s + _LEASE_S
         for rank, address in enumerate(addresses if self.settings.is_staged else addresses[:1]):
             ranges = {name: at for name, at in self._elements_of(rank).items() if name in arrays}
@@ -258,9 +261,23 @@ class Driver:
         if isinstance(failed, Exception):
             raise UserError(f"{address}: cannot take the state of the run: {failed}")
 
-    def _new_model(self) -> GPT2:
-        """Return memory for the whole of a state, which takes none before it is written."""
-        return GPT2(self.graph.model, self.graph.batch, self.graph.tiles, self.graph.options)
+    def _new_state(self) -> dict[str, np.ndarray]:
+        """Return arrays for the whole of a state: on the disk of the run's folder, if it has one, as this machine may be a small one.
+
+        Raises OSError if there is no room on it.
+        """
+        state = GPT2(self.graph.model, self.graph.batch, self.graph.tiles, self.graph.options).state  # takes no memory before it is written
+        return on_disk.empty_like(state, self.folder) if self.folder else state
+
+    def _room(self) -> dict[str, np.ndarray]:
+        """The same. Raises UserError."""
+        try:
+            return self._new_state()
+        except OSError as error:
+            raise cannot_write(self.folder, error) from None
+
+    def _parameters_of(self, state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {name: state[name] for name in self.graph.model.parameter_shapes()}
 
     def _elements_of(self, rank: int) -> dict[str, list[tuple[int, int]]]:
         """Return which elements of the state a rank has, of which the memory is not touched."""
@@ -417,16 +434,16 @@ class Driver:
 
     def fetch_parameters(self) -> dict[str, np.ndarray]:
         """Return the parameters that rank 0 has at the end, or all stages together. Raises UserError if a worker is gone."""
-        holder = self._new_model()
+        parameters = self._parameters_of(self._room())
         job, _ = self._last
         for rank, address in enumerate(job.addresses if job.is_staged else job.addresses[:1]):
-            ranges = {name: at for name, at in self._elements_of(rank).items() if name in holder.parameters}
+            ranges = {name: at for name, at in self._elements_of(rank).items() if name in parameters}
             where = self.client.rpc, address, self.run_id, job.offer_of(END)
             try:
-                self.client.sync(fetch, *where, holder.parameters, ranges, self.settings.timeout_s)
+                self.client.sync(fetch, *where, parameters, ranges, self.settings.timeout_s)
             except (OSError, LookupError) as error:
                 raise UserError(f"{address}: the parameters were lost on the way: {error}{self._go_on()}") from None
-        return holder.parameters
+        return parameters
 
     def close(self) -> None:
         """Have the workers let go of the run."""

@@ -19,21 +19,20 @@ from taskgpt.cluster.job import Job
 from taskgpt.cluster.kept import Ranges, fetch, take
 from taskgpt.files import fill
 from taskgpt.gpt2.checkpoints.resumable import About
-from taskgpt.gpt2.model import GPT2
 from taskgpt.runs.saving import Saver
 
 _Parts = list[tuple[int, Ranges]]  # (rank, which elements it has)
 
 
 class Offers:
-    """The checkpoints of a run. `new_model`: makes the memory that one is fetched into.
+    """The checkpoints of a run. `new_state`: makes the arrays that one is fetched into.
 
     saved_step: after how many steps the newest is that was fetched, or where the run begins; saved_s: when that was, by
     time.monotonic(); generations: by step, that of the newest which offered one.
     """
 
-    def __init__(self, client: Client, timeout_s: float, new_model: Callable[[], GPT2]):
-        self._client, self._timeout_s, self._new_model = client, timeout_s, new_model
+    def __init__(self, client: Client, timeout_s: float, new_state: Callable[[], dict[str, np.ndarray]]):
+        self._client, self._timeout_s, self._new_state = client, timeout_s, new_state
         self.saver: Saver | None = None
         self.saved_step, self.saved_s = 0, time.monotonic()
         self.generations: dict[int, int] = {}
@@ -83,7 +82,7 @@ class Offers:
         """Return a state, whose parts the ranks need not keep any longer. Raises OSError, LookupError, MemoryError."""
         self.is_fetching = True
         try:
-            state = self._new_model().state
+            state = self._new_state()
             for rank, ranges in parts:
                 where = self._client.rpc, job.addresses[rank], job.run, job.offer_of(step)
                 self._client.sync(fetch, *where, state, ranges, self._timeout_s)

@@ -121,6 +121,7 @@ class ClusterTraining:
             report.say("stages write no samples on the way; `taskgpt sample --init RUN` does, from a checkpoint")
         driver = Driver(client, self.settings, Roster(client, members, self._bytes_needed()).members, graph, told, report, stop)
         driver.on_log = self._log_of_worker
+        driver.folder = start.folder.path if start.folder else None
         driver.traces = Traces(client, self.settings.timeout_s) if flags.trace is not None else None
         driver.live = self._dashboard.live if self._dashboard else None
         if start.about is not None:
