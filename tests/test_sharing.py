@@ -4,6 +4,8 @@ import functools
 import hashlib
 import os
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from taskgpt.errors import UserError
 from taskgpt.lab.simulator.stepped import Memory, Stepped
 from taskgpt.schedulers.native.table import COMPUTING, MEMORY
 from taskgpt.sharing import layout as w
+from taskgpt.sharing.leases import FAR, WEIGHT_UNIT
 from taskgpt.sharing.member import Cores, Member, Terms
 from taskgpt.sharing.seen import share
 from taskgpt.sharing.segment import opened, path_of
@@ -174,6 +177,37 @@ def test_cores_of_workers_in_python(name):
         with cores.one():
             assert share(name)["members"][0]["cores"] == 1
         assert share(name)["members"][0]["state"] == "idle"
+
+
+def test_a_worker_that_waits_is_seen_by_the_others_of_its_program(name):
+    """Who pauses gives its core up at once then; else it keeps it for a while."""
+    workers = len(os.sched_getaffinity(0)) + 1  # one more than cores
+    with Cores(terms(name), workers) as cores:
+        for me in range(workers - 1):
+            cores.hold(me)
+        assert not cores.are_awaited()
+        waits = threading.Thread(target=cores.hold, args=[workers - 1])
+        waits.start()
+        while not cores.are_awaited():
+            time.sleep(0.001)
+        cores.let_go(0)
+        waits.join()
+        assert not cores.are_awaited()
+
+
+@pytest.mark.parametrize("has_history", [False, True])
+def test_who_begins_while_all_others_pause_is_owed_little(name, has_history):
+    """A day of one program, between two steps, is no debt to another: none to a new one, four quanta to one that idled."""
+    day_ns, quantum_ns = 86_400 * 10**9, 20 * 10**6
+    with Cores(terms(name), 1) as _, Cores(terms(name), 1) as second:
+        with opened(name) as segment:
+            pass
+        segment.members[0, w.VIRTUAL] = WEIGHT_UNIT * day_ns
+        segment.members[1, w.VIRTUAL] = int(has_history)
+        second.hold(0)
+        owed_ns = day_ns - segment.members[1, w.VIRTUAL] / WEIGHT_UNIT
+        segment.close()
+        assert owed_ns == (FAR * quantum_ns if has_history else 0)
 
 
 @pytest.mark.parametrize(

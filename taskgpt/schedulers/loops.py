@@ -63,7 +63,7 @@ class Scheduler(InTurn):
             stack.enter_context(one_blas_thread)
             stack.enter_context(self._cores)
             cores = self._cores
-            helpers = [_Helper(partial(self._work, me), partial(cores.let_go, me)) for me in range(1, self.workers)]
+            helpers = [_Helper(partial(self._work, me), partial(cores.let_go, me), self._grace) for me in range(1, self.workers)]
             self._helpers = [stack.enter_context(helper) for helper in helpers]
             self._close = stack.pop_all().close
 
@@ -110,11 +110,15 @@ class Scheduler(InTurn):
         barrier = [helper.start(share) for helper, share in zip(self._helpers, theirs, strict=False)]
         self._work(0, mine)
         for done in barrier:
-            if not done.acquire(timeout=_GRACE_S):
+            if not done.acquire(timeout=self._grace()):
                 self._cores.let_go(0)  # they may wait for it
                 done.acquire()
         if self._failures:
             raise self._failures[0]
+
+    def _grace(self) -> float:
+        """Return for how many seconds a worker with nothing to do keeps its core: not at all if another of the team waits for one."""
+        return 0.0 if self._cores.are_awaited() else _GRACE_S
 
     def _shares(self, parts: list[list[Task]]) -> list[Iterable[Task]]:
         """Return what each of the team is to run, the calling thread first."""
@@ -161,9 +165,9 @@ def _take(queue: deque[list[Task]]) -> Iterator[Task]:
 class _Helper:
     """A thread that works on what it is given, for as long as the `with` block lasts. `rest`: called when nothing has come for a while."""
 
-    def __init__(self, work: Callable[[Iterable[Task]], None], rest: Callable[[], None]):
+    def __init__(self, work: Callable[[Iterable[Task]], None], rest: Callable[[], None], grace: Callable[[], float]):
         self._inbox: SimpleQueue[tuple[Iterable[Task], threading.Lock] | None] = SimpleQueue()
-        self._thread = threading.Thread(target=self._serve, args=(work, rest), name="taskgpt-loops", daemon=True)
+        self._thread = threading.Thread(target=self._serve, args=(work, rest, grace), name="taskgpt-loops", daemon=True)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -180,15 +184,15 @@ class _Helper:
         self._inbox.put((share, done))
         return done
 
-    def _serve(self, work: Callable[[Iterable[Task]], None], rest: Callable[[], None]) -> None:
-        while (order := self._next(rest)) is not None:
+    def _serve(self, work: Callable[[Iterable[Task]], None], rest: Callable[[], None], grace: Callable[[], float]) -> None:
+        while (order := self._next(rest, grace)) is not None:
             share, done = order
             work(share)
             done.release()
 
-    def _next(self, rest: Callable[[], None]) -> tuple[Iterable[Task], threading.Lock] | None:
+    def _next(self, rest: Callable[[], None], grace: Callable[[], float]) -> tuple[Iterable[Task], threading.Lock] | None:
         try:
-            return self._inbox.get(timeout=_GRACE_S)
+            return self._inbox.get(timeout=grace())
         except Empty:
             rest()
             return self._inbox.get()

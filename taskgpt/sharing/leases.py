@@ -197,18 +197,22 @@ def _account(member, ns):
 
 @compiled
 def _catch_up(m, time):
-    """Have my member, that had nothing to do, begin not far behind the others: what it did not want it is not owed."""
+    """Have my member, that had nothing to do, begin not far behind the others, though all pause: what it did not want it is not owed."""
     mine = member_of(m, m[MEMBER])
-    least, found = types.int64(0), False
+    least, most, found = types.int64(0), types.int64(0), False
     for number in range(MOST_MEMBERS):
-        if number != m[MEMBER] and member_of(m, number)[IDENTITY] != 0 and _is_active(m, number):
+        if number != m[MEMBER] and member_of(m, number)[IDENTITY] != 0:
             virtual = virtual_time(m, number, time)
-            least = virtual if not found or virtual < least else least
-            found = True
+            most = max(most, virtual)
+            if _is_active(m, number):
+                least = virtual if not found or virtual < least else least
+                found = True
+    if not found:
+        least = most
     before = load(mine, VIRTUAL)
     if before != 0:  # else it is new, and is owed nothing
         least -= FAR * _virtual(mine, m[QUANTUM_NS])
-    while found and before < least and compare_exchange(mine, VIRTUAL, before, least) != before:
+    while before < least and compare_exchange(mine, VIRTUAL, before, least) != before:
         before = load(mine, VIRTUAL)
 
 

@@ -107,6 +107,10 @@ class Member:
             leases.forget_member(self.address, number, self._identity)
         segment.close()
 
+    def is_short_of_cores(self) -> bool:
+        """Return True if a worker waits for a core."""
+        return bool(self._words[w.WAITING])
+
     # Others -------------------------------------------------------------------------------------------------------------------------
 
     def _watch_over_others(self) -> None:
@@ -157,6 +161,10 @@ class Cores:
         if self._member is not None:
             while not leases.hold_core(self._member.address, me):
                 pass  # back in Python, where Ctrl-C is heard
+
+    def are_awaited(self) -> bool:
+        """Return True if a worker of these waits for a core."""
+        return self._member is not None and self._member.is_short_of_cores()
 
     def let_go(self, me: int) -> None:
         """Give the core of worker `me` back, if it has one."""
