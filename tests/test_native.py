@@ -471,6 +471,21 @@ class TestWorkers:
             records, lost = scheduler.take_records()
             assert (len(records), lost) == (10, len(graph.tasks) - 10)
 
+    def test_records_that_are_taken_make_room(self):
+        """Runs that overlap without an end, as those of a training do: none is lost if they are taken in time."""
+        a = k.arena(is_shared=False)
+        graph = k.random_graph(a, seed=3)
+        with opened(workers=2, record=3 * len(graph.tasks)) as scheduler:
+            told = []
+            for _ in scheduler.run_each(graph for _ in range(20)):
+                told.append(scheduler.take_records())
+            told.append(scheduler.take_records())
+            assert sum(lost for _, lost in told) == 0
+            found = np.concatenate([records for records, _ in told])
+            wanted = [(run, task) for run in range(20) for task in range(len(graph.tasks))]
+            assert sorted(zip(found["run"].tolist(), found["task"].tolist(), strict=True)) == wanted
+            assert (found["start_ns"] <= found["stop_ns"]).all()
+
 
 class TestStopping:
     def test_a_commutative_task_that_fails(self):

@@ -34,6 +34,8 @@ from taskgpt.schedulers.native.table import (
     RECORD,
     RECORD_CAPACITY,
     RECORD_COUNT,
+    RECORD_LOST,
+    RECORD_TAKEN,
     REMAINING,
     ROW_READY,
     ROW_RUN,
@@ -153,11 +155,12 @@ def release_locks(run, task):
 
 @compiled
 def record(worker, run, task, ready, start, stop):
-    """Keep when a task ran, by its number in the graph."""
+    """Keep when a task ran, by its number in the graph, if there is room."""
     count = worker[RECORD_COUNT]
-    if count < worker[RECORD_CAPACITY]:
-        row = words_at(worker[RECORD] + count * (ROW_WORDS * WORD_BYTES))
-        row[ROW_RUN], row[ROW_TASK], row[ROW_READY] = run[NUMBER], task, ready
-        row[ROW_START], row[ROW_STOP] = start, stop
-    # After the row, which may be read as soon as it counts. Also of those that found no room: the reader knows how many are missing.
-    store_last(worker, RECORD_COUNT, count + 1)
+    if count - load(worker, RECORD_TAKEN) >= worker[RECORD_CAPACITY]:
+        worker[RECORD_LOST] += 1
+        return
+    row = words_at(worker[RECORD] + count % worker[RECORD_CAPACITY] * (ROW_WORDS * WORD_BYTES))
+    row[ROW_RUN], row[ROW_TASK], row[ROW_READY] = run[NUMBER], task, ready
+    row[ROW_START], row[ROW_STOP] = start, stop
+    store_last(worker, RECORD_COUNT, count + 1)  # after the row, which may be read as soon as it counts

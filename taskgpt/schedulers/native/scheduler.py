@@ -184,7 +184,7 @@ class Scheduler(OneAtATime):
         self._room: list[np.ndarray] = []  # old queues too: a worker may still look into one
         self._make_room(1, 0)
         self._records = np.zeros((self.workers, s.record), _ROW)
-        self._counts_taken = np.zeros(self.workers, np.int64)
+        self._lost_told = 0
         if s.record:
             self._worker_words[:-1, r.RECORD] = [each.ctypes.data for each in self._records]
             self._worker_words[:-1, r.RECORD_CAPACITY] = s.record
@@ -219,9 +219,14 @@ class Scheduler(OneAtATime):
         numbers = np.array(recording.numbers, np.int64)
         rows = [(number, numbers[stretch], start, start, stop, me) for stretch, start, stop, me in recording.rows]
         self._program_records.append(np.array(rows, RECORD_TYPE))
-        for kept, count in zip(self._records, self._worker_words[:-1, r.RECORD_COUNT], strict=True):
-            of_program = kept[:count][kept[:count]["run"] == number]
-            kept["task"][:count][kept[:count]["run"] == number] = numbers[of_program["task"]]
+        for kept, at in zip(self._records, self._recorded(), strict=True):
+            of_program = at[kept["run"][at] == number]
+            kept["task"][of_program] = numbers[kept["task"][of_program]]
+
+    def _recorded(self) -> list[np.ndarray]:
+        """Return for each worker where its records are that nobody has taken yet."""
+        words = self._worker_words[:-1, [r.RECORD_TAKEN, r.RECORD_COUNT]]
+        return [np.arange(taken, count) % max(1, self.settings.record) for taken, count in words.tolist()]
 
     def _end_program(self) -> None:
         """Have the workers forget a program. A Ctrl-C may have kept it from its end, and this, too: what comes next makes up for it."""
@@ -477,17 +482,17 @@ class Scheduler(OneAtATime):
         return graph
 
     def take_records(self) -> tuple[np.ndarray, int]:
-        counts = self._worker_words[:-1, r.RECORD_COUNT].copy()
-        taken, kept = (np.minimum(each, self.settings.record) for each in (self._counts_taken, counts))
-        parts = [rows[start:stop] for rows, start, stop in zip(self._records, taken, kept, strict=True)]
-        records = np.empty((kept - taken).sum(), RECORD_TYPE)
+        words, places = self._worker_words[:-1], self._recorded()
+        counts = [len(at) for at in places]
+        records = np.empty(sum(counts), RECORD_TYPE)
         for name in _ROW.names:
-            records[name] = np.concatenate([part[name] for part in parts])
-        records["worker"] = np.repeat(np.arange(self.workers), kept - taken)
-        lost = int((counts - kept).sum() - (self._counts_taken - taken).sum())
+            records[name] = np.concatenate([rows[name][at] for rows, at in zip(self._records, places, strict=True)])
+        records["worker"] = np.repeat(np.arange(self.workers), counts)
+        words[:, r.RECORD_TAKEN] += counts
+        lost_so_far = int(words[:, r.RECORD_LOST].sum())
+        lost, self._lost_told = lost_so_far - self._lost_told, lost_so_far
         records = np.concatenate([records, *self._program_records])
         self._program_records.clear()
-        self._counts_taken = counts
-        if not self._runs:  # else workers go on counting
-            self._worker_words[:-1, r.RECORD_COUNT] = self._counts_taken[:] = 0
+        if not self._runs:  # begin at the first row again, whose memory is there already; else workers go on counting
+            words[:, [r.RECORD_COUNT, r.RECORD_TAKEN]] = 0
         return records[np.argsort(records["start_ns"], kind="stable")], lost

@@ -80,6 +80,7 @@ _OWN, _CELL, WORKER_WORDS = _lines(2)
 CLOCK, CLOCK_NS, SCRATCH, RECORD, RECORD_CAPACITY, RECORD_COUNT, WANTED, INSIDE = range(_OWN, _CELL)[:8]  # WANTED: by so many threads
 ERROR, RESULT, PLACE, NESTING = range(_OWN, _CELL)[8:12]  # in this order: what a kernel's entry is given, tasks/native_entry.py
 UNTIL, UNTIL_NS = range(_OWN, _CELL)[12:14]  # of the thread that submits: how long it waits
+RECORD_TAKEN, RECORD_LOST = range(_OWN, _CELL)[14:16]  # records are a ring: so many are free for new ones, and so many found no room
 CELL, CELL_MUTEX, CELL_FILLED = range(_CELL, WORKER_WORDS)[:3]  # a mutex and a condition to sleep on
 
 # What a worker records of a task: a row of RECORD_TYPE, but for the worker, whose rows they are.
