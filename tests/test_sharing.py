@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import os
+import signal
 import sys
 import threading
 import time
@@ -246,9 +247,10 @@ def test_a_segment_of_the_dead_is_made_anew(name):
 
 
 def test_garbage_in_a_segment_does_no_harm(name):
-    """Written while programs work: numbers that lead nowhere are not followed; who is there goes on."""
+    """Written while programs work: numbers that lead nowhere are not followed; who is there goes on, alone as soon as it has no place."""
     choose = np.random.default_rng(0)
-    with taskgpt.scheduler("native", share=name, workers=2) as scheduler:
+    alone = pytest.warns(RuntimeWarning, match=f"share {name}: damaged; this program goes on without it")
+    with alone as said, taskgpt.scheduler("native", share=name, workers=2) as scheduler:
         problem, graph = cholesky.Problem(), Graph("cholesky")
         problem.program(graph.spawn)
         problem.begin()
@@ -265,7 +267,29 @@ def test_garbage_in_a_segment_does_no_harm(name):
             assert (problem.result() == wanted).all()
         with pytest.raises(UserError, match="list of cores is damaged"):
             share(name)
+        while not said:
+            time.sleep(0.01)
         segment.close()
+    path_of(name).unlink()
+
+
+@pytest.mark.parametrize("scheduler", ["native", "loops"])
+def test_a_program_goes_on_when_its_segment_is_cut_short(name, scheduler):
+    """Whose pages are gone then; it says so, and has the bits of one that shares nothing."""
+    with started([sys.executable, "-c", CUT_SHORT, scheduler, name]) as program:
+        assert program.stdout.readline() == "begun\n"
+        os.truncate(path_of(name), 0)
+        out, said = program.communicate(timeout=120)
+    path_of(name).unlink()
+    assert out == f"{lone_sha256()}\n" and f"share {name}: damaged; this program goes on without it" in said
+    assert program.returncode == 0
+
+
+def test_what_else_is_gone_still_ends_a_program(tmp_path):
+    """Pages of another file are not ours to replace."""
+    with started([sys.executable, "-c", ANOTHER_CUT_SHORT, str(tmp_path / "file")]) as program:
+        assert program.communicate(timeout=120)[0] == "read\n"
+    assert program.returncode == -signal.SIGBUS
 
 
 @pytest.mark.parametrize("schedulers", [("native", "loops"), ("threads", "sequential")], ids=" beside ".join)
@@ -274,13 +298,17 @@ def test_two_programs_that_share_have_the_bits_of_one(name, schedulers):
     first, second = ([sys.executable, "-c", BESIDE, scheduler, name] for scheduler in schedulers)
     with started(first) as one, started(second) as other:
         said = [each.communicate(timeout=120) for each in (one, other)]
+    assert [out.strip() for out, _ in said] == [lone_sha256()] * 2, said
+
+
+def lone_sha256() -> str:
+    """Return the hash of the result of a program that shares nothing."""
     problem, graph = cholesky.Problem(), Graph("cholesky")
     problem.program(graph.spawn)
     problem.begin()
     with taskgpt.scheduler("sequential") as alone:
         alone.run(graph)
-    wanted = hashlib.sha256(problem.result().tobytes()).hexdigest()
-    assert [out.strip() for out, _ in said] == [wanted, wanted], said
+    return hashlib.sha256(problem.result().tobytes()).hexdigest()
 
 
 BESIDE = """
@@ -295,6 +323,40 @@ with taskgpt.scheduler(sys.argv[1], share=sys.argv[2], **({} if sys.argv[1] == "
         problem.begin()
         scheduler.run(graph)
 print(hashlib.sha256(problem.result().tobytes()).hexdigest())
+"""
+CUT_SHORT = """
+import hashlib, sys, time
+import taskgpt
+from examples import cholesky
+from taskgpt.sharing.segment import path_of
+from taskgpt.tasks import Graph
+with taskgpt.scheduler(sys.argv[1], share=sys.argv[2], workers=3) as scheduler:
+    problem, graph = cholesky.Problem(), Graph("cholesky")
+    problem.program(graph.spawn)
+
+    def work():
+        problem.begin()
+        scheduler.run(graph)
+
+    work()
+    print("begun", flush=True)
+    while path_of(sys.argv[2]).stat().st_size:
+        work()
+    end = time.monotonic() + 0.5
+    while time.monotonic() < end:
+        work()
+print(hashlib.sha256(problem.result().tobytes()).hexdigest())
+"""
+ANOTHER_CUT_SHORT = """
+import mmap, sys
+from taskgpt.sharing import cut_short
+cut_short.guard(1 << 20, 1 << 20)
+with open(sys.argv[1], "w+b") as file:
+    file.truncate(mmap.PAGESIZE)
+    memory = mmap.mmap(file.fileno(), mmap.PAGESIZE)
+    print("read" * (memory[0] == 0), flush=True)
+    file.truncate(0)
+print(memory[0])
 """
 
 

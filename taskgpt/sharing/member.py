@@ -8,6 +8,7 @@ import os
 import queue
 import sys
 import threading
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from taskgpt.schedulers.cores import own_cores
 from taskgpt.sharing import layout as w
 from taskgpt.sharing import leases
 from taskgpt.sharing.liveness import look, own_start, own_title
-from taskgpt.sharing.segment import Segment, is_living, opened
+from taskgpt.sharing.segment import Segment, is_living, opened, path_of
 from taskgpt.tasks.cache import compile_function
 
 WATCH_S = 0.05  # between looks at the others
@@ -58,7 +59,7 @@ class Member:
             self._segment = segment
             self._write_own(terms, may, binds)
             self._join(terms, may)
-        self._is_over = threading.Event()
+        self._is_over, self._is_alone = threading.Event(), False
         self._found_stopped: Counter[int] = Counter()  # by a member's identity
         self._watch = threading.Thread(target=self._watch_over_others, name="taskgpt-share", daemon=True)
         self._watch.start()
@@ -101,7 +102,7 @@ class Member:
         try:
             with segment.locked():
                 leases.forget_member(self.address, number, self._identity)
-                if not segment.living():
+                if not segment.living() and not self._is_alone:
                     segment.remove()
         except UserError:  # somebody else holds the lock for long: the next who joins finds out that nobody is here
             leases.forget_member(self.address, number, self._identity)
@@ -115,11 +116,21 @@ class Member:
 
     def _watch_over_others(self) -> None:
         while not self._is_over.wait(WATCH_S):
+            if self._segment.members[self._words[w.MEMBER], w.IDENTITY] != self._identity:
+                self._go_on_alone()
+                return
             for number, member in enumerate(self._segment.members):
                 identity = int(member[w.IDENTITY])
                 if identity not in (0, self._identity):
                     self._look_at(number, identity, member)
             leases.free_orphans(self.address)
+
+    def _go_on_alone(self) -> None:
+        """Have nothing to do with a segment any more in which this process has no place: somebody has cut or written its file."""
+        self._is_alone = True
+        self._segment.leave_to_others()
+        path = path_of(self.name)
+        warnings.warn_explicit(f"share {self.name}: damaged; this program goes on without it", RuntimeWarning, str(path), 0)
 
     def _look_at(self, number: int, identity: int, member: np.ndarray) -> None:
         seen = look(identity & 0xFFFFFFFF)

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from taskgpt.errors import UserError, shorten
+from taskgpt.sharing import cut_short
 from taskgpt.sharing import layout as w
 from taskgpt.sharing.liveness import look
 
@@ -46,6 +47,7 @@ class Segment:
         self.name, self._descriptor = name, descriptor
         self._memory = mmap.mmap(descriptor, _BYTES)
         self.words = np.frombuffer(self._memory, np.int64)
+        cut_short.guard(self.words.ctypes.data, _BYTES)
 
     @property
     def slots(self) -> np.ndarray:
@@ -99,8 +101,13 @@ class Segment:
         """Remove the file; who has it open keeps the memory."""
         path_of(self.name).unlink(missing_ok=True)
 
+    def leave_to_others(self) -> None:
+        """Have zeros of this process alone in the place of what others may read and write."""
+        cut_short.replace(self.words.ctypes.data, _BYTES)
+
     def close(self) -> None:
         """Let go of the memory, which nobody may touch any more."""
+        cut_short.forget(self.words.ctypes.data)
         self.words = np.zeros(0, np.int64)
         with contextlib.suppress(BufferError):  # a view of it is still there
             self._memory.close()
