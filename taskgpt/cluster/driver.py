@@ -34,7 +34,6 @@ from taskgpt.cluster.settings import Settings, schedule
 from taskgpt.cluster.traces import Traces
 from taskgpt.config import GraphConfig
 from taskgpt.errors import UserError
-from taskgpt.files import cannot_write
 from taskgpt.gpt2 import checkpoints
 from taskgpt.gpt2.checkpoints import resumable
 from taskgpt.gpt2.checkpoints.resumable import About
@@ -237,7 +236,7 @@ class Driver:
 
     def _push(self, addresses: Sequence[str], checkpoint: Path | None) -> None:
         """Put the state of a checkpoint, or of --init, into the first worker, or into each its stage. Raises _Gone."""
-        about, arrays = None, self._room(parameters_alone=checkpoint is None)
+        about, arrays = None, self._new_state(parameters_alone=checkpoint is None)
         if checkpoint is not None:
             about = resumable.read_about(checkpoint)
             resumable.load_state(checkpoint, arrays)
@@ -262,20 +261,15 @@ class Driver:
             raise UserError(f"{address}: cannot take the state of the run: {failed}")
 
     def _new_state(self, parameters_alone: bool = False) -> dict[str, np.ndarray]:
-        """Return arrays for the whole of a state: on the disk of the run's folder, if it has one, as this machine may be a small one.
+        """Return arrays for the whole of a state: on the disk of the run's folder, as this machine may be a small one.
 
-        Raises OSError if there is no room on it.
+        Where there is none, or no room on it, in memory, which is taken as it is written.
         """
-        m = GPT2(self.graph.model, self.graph.batch, self.graph.tiles, self.graph.options)  # takes no memory before it is written
+        m = GPT2(self.graph.model, self.graph.batch, self.graph.tiles, self.graph.options)
         state = m.parameters if parameters_alone else m.state
-        return on_disk.empty_like(state, self.folder) if self.folder else state
-
-    def _room(self, parameters_alone: bool) -> dict[str, np.ndarray]:
-        """The same. Raises UserError."""
-        try:
-            return self._new_state(parameters_alone)
-        except OSError as error:
-            raise cannot_write(self.folder, error) from None
+        with suppress(OSError):
+            return on_disk.empty_like(state, self.folder) if self.folder else state
+        return state
 
     def _elements_of(self, rank: int) -> dict[str, list[tuple[int, int]]]:
         """Return which elements of the state a rank has, of which the memory is not touched."""
@@ -432,7 +426,7 @@ class Driver:
 
     def fetch_parameters(self) -> dict[str, np.ndarray]:
         """Return the parameters that rank 0 has at the end, or all stages together. Raises UserError if a worker is gone."""
-        parameters = self._room(parameters_alone=True)
+        parameters = self._new_state(parameters_alone=True)
         job, _ = self._last
         for rank, address in enumerate(job.addresses if job.is_staged else job.addresses[:1]):
             ranges = {name: at for name, at in self._elements_of(rank).items() if name in parameters}

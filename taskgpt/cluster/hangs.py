@@ -26,5 +26,5 @@ async def watch(doing: Callable[[], Doing], communicator: Communicator, here: Ke
             here.is_hung = False
         elif looks * LOOK_S >= hang_s and not here.is_hung:
             here.is_hung = True
-            what = f"task {' and '.join(now.tasks)}" if now.tasks else "training, outside of tasks,"
+            what = f"task {' and '.join(now.tasks)}" if now.tasks else "training, outside of tasks," if now.is_idle else "a task"
             hangs(f"{what} has not gone on for {hang_s:g} s")
