@@ -463,6 +463,28 @@ def test_a_worker_that_is_lost_while_it_is_given_a_state_is_replaced(driver):
     assert "lost rank 0 (a), after 0 steps: disk full" in driver.report.said and driver._whys == ["rank 0 (a): disk full"]
 
 
+@pytest.mark.parametrize(("fetching_s", "ends_s"), [(0, 15), (100, 100)])
+def test_who_is_late_is_waited_for_while_a_checkpoint_is_fetched(driver, monkeypatch, fetching_s, ends_s):
+    """A rank that does not end when another has is lost 15 s later, its timeout and some; not while it may be giving what it has."""
+    clock_s = [0.0]
+
+    def pump(seconds):
+        clock_s[0] += 0.5
+        driver.offers.is_fetching = clock_s[0] < fetching_s
+
+    def submit(function, job, rank, **_):
+        return SimpleNamespace(done=lambda: rank == 1, status="finished")
+
+    monkeypatch.setattr("taskgpt.cluster.driver.time", SimpleNamespace(monotonic=lambda: 1000 + clock_s[0]))
+    driver.client = SimpleNamespace(submit=submit, cancel=lambda futures, force: None)
+    driver._membership.alive = lambda: {"a", "b"}
+    driver._membership.call = lambda addresses, *_: {addresses[0]: Ended(1, 5, "rank 0 is lost")}
+    driver._pump = pump
+    driver._collect = lambda job, futures, ended: sorted(ended)
+    assert driver._generation(driver._job(members("a", "b"), [], {"a": NO_STATE, "b": NO_STATE})) == [1]
+    assert clock_s[0] == pytest.approx(ends_s, abs=2)
+
+
 @pytest.mark.parametrize("saved_step", [20, 50])
 def test_the_last_checkpoint_is_made_by_whoever_is_there(saved_step):
     """Also by a generation that begins after the last step, if the one before has not made it; and not twice."""

@@ -451,6 +451,14 @@ class TestWorkers:
             while not scheduler.doing().is_idle:
                 time.sleep(0.001)
             assert scheduler.doing() == ((), (), True)
+            goes_on.clear()
+            thread = threading.Thread(target=scheduler.run, args=[graph])
+            thread.start()
+            while (now := scheduler.doing()).is_idle or not now.finished:
+                time.sleep(0.001)
+            assert now == (((1, 0),), (), False)
+            goes_on.set()
+            thread.join()
 
     def test_records(self):
         """A row for each task, in order, with times that fit the graph; what found no room is counted."""

@@ -11,7 +11,10 @@ from taskgpt.tasks import Graph
 
 
 class Doing(NamedTuple):
-    """finished: (number, tasks finished) of each run under way; tasks: names of those that workers are in; is_idle: they are in none."""
+    """finished: (number, tasks finished) of each run under way; tasks: names of those that workers are in; is_idle: they are in none.
+
+    Of a `run`, and of a task with several calls, no more is known than that it is under way.
+    """
 
     finished: tuple[tuple[int, int], ...]
     tasks: tuple[str, ...]
@@ -28,7 +31,7 @@ class _Run(Protocol):
 def doing(runs: Sequence[_Run], table: np.ndarray, workers: np.ndarray, idle: np.ndarray) -> Doing:
     """Return what workers do; `workers`, `idle`: words of each worker, and of each group."""
     marks = {run.slot: found for run in runs if (found := run.arrays.get(r.MARKS)) is not None}
-    finished = tuple((run.number, int(np.count_nonzero(marks[run.slot] & FINISHED))) for run in runs if run.slot in marks)
+    finished = tuple((run.number, int(np.count_nonzero(marks[run.slot] & FINISHED)) if run.slot in marks else 0) for run in runs)
     bits = [int(spins | sleeps) for spins, sleeps in idle[:, [r.SPINNING, r.ASLEEP]]]
     waiting = sum(each.bit_count() for each in bits) + int(table[r.WATCH])  # nobody knows which one is on the watch
     at = [int(place) for me, place in enumerate(workers[:, r.PLACE]) if not bits[me // r.GROUP] >> me % r.GROUP & 1]

@@ -225,8 +225,8 @@ class Scheduler(OneAtATime):
 
     def _recorded(self) -> list[np.ndarray]:
         """Return for each worker where its records are that nobody has taken yet."""
-        words = self._worker_words[:-1, [r.RECORD_TAKEN, r.RECORD_COUNT]]
-        return [np.arange(taken, count) % max(1, self.settings.record) for taken, count in words.tolist()]
+        ends = self._worker_words[:-1, [r.RECORD_TAKEN, r.RECORD_COUNT]].tolist()
+        return [np.arange(*each) % max(1, self.settings.record) for each in ends]
 
     def _end_program(self) -> None:
         """Have the workers forget a program. A Ctrl-C may have kept it from its end, and this, too: what comes next makes up for it."""
@@ -473,7 +473,7 @@ class Scheduler(OneAtATime):
         return float(self._shares(run.graph)[run.arrays[r.MARKS] & FINISHED != 0].sum())
 
     def doing(self) -> Doing:
-        """Return what the workers do, who go on meanwhile. From any thread; of the graphs of a `run_each`."""
+        """Return what the workers do, who go on meanwhile. From any thread."""
         return doing(self._runs[:], self._table, self._worker_words[:-1], self._idle_words)
 
     # What was recorded --------------------------------------------------------------------------------------------------------------
@@ -489,10 +489,10 @@ class Scheduler(OneAtATime):
             records[name] = np.concatenate([rows[name][at] for rows, at in zip(self._records, places, strict=True)])
         records["worker"] = np.repeat(np.arange(self.workers), counts)
         words[:, r.RECORD_TAKEN] += counts
-        lost_so_far = int(words[:, r.RECORD_LOST].sum())
-        lost, self._lost_told = lost_so_far - self._lost_told, lost_so_far
-        records = np.concatenate([records, *self._program_records])
-        self._program_records.clear()
-        if not self._runs:  # begin at the first row again, whose memory is there already; else workers go on counting
+        before, self._lost_told = self._lost_told, int(words[:, r.RECORD_LOST].sum())
+        in_python = self._program_records[:]
+        del self._program_records[: len(in_python)]  # more may come meanwhile
+        records = np.concatenate([records, *in_python])
+        if not self._runs and self._engine is None:  # begin at the first row again; else workers go on counting
             words[:, [r.RECORD_COUNT, r.RECORD_TAKEN]] = 0
-        return records[np.argsort(records["start_ns"], kind="stable")], lost
+        return records[np.argsort(records["start_ns"], kind="stable")], self._lost_told - before

@@ -274,6 +274,7 @@ def run_task(t, me, instance):
     for call in range(first[task], first[task + 1]):
         worker[PLACE] = instance if call == last else NOTHING
         status = call_entry(entries[call], arguments[call], worker[SCRATCH], address_of(worker, ERROR))
+        worker[PLACE] = NOTHING
         if status == HELD:
             return NOTHING  # and nothing more is asked of the run, which may be over by now
         if status != 0:
