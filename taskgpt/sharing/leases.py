@@ -208,7 +208,7 @@ def _catch_up(m, time):
                 least = virtual if not found or virtual < least else least
                 found = True
     if not found:
-        least = most
+        least = min(most, types.int64(1) << 62)  # cut, as all that is read here
     before = load(mine, VIRTUAL)
     if before != 0:  # else it is new, and is owed nothing
         least -= FAR * _virtual(mine, m[QUANTUM_NS])

@@ -56,7 +56,7 @@ class Member:
         self.name, self.workers = terms.share, workers
         with opened(terms.share, own_cores()[: w.MOST_SLOTS]) as segment:
             may = _slots_of(segment)
-            self._segment = segment
+            self._segment, self._terms, self._cores = segment, terms, segment.slots[:, w.CORE].tolist()
             self._write_own(terms, may, binds)
             self._join(terms, may)
         self._is_over, self._is_alone = threading.Event(), False
@@ -80,18 +80,21 @@ class Member:
         free = np.flatnonzero(segment.members[:, w.IDENTITY] == 0)
         if not len(free):
             raise UserError(f"share {self.name}: {w.MOST_MEMBERS} programs share it, as many as can; end one, or take another name")
-        number = int(free[0])
         generation = int(segment.words[w.LAST_GENERATION]) % _MOST_GENERATIONS + 1
         segment.words[w.LAST_GENERATION] = generation
-        self._words[[w.MEMBER, w.GENERATION]] = number, generation
-        member = segment.members[number]
+        self._words[[w.MEMBER, w.GENERATION]] = int(free[0]), generation
+        self._identity = generation << 32 | os.getpid()
+        self._write_place(terms, may)
+
+    def _write_place(self, terms: Terms, may: Sequence[int]) -> None:
+        """Write in the segment who this process is; its identity last, with which it takes part."""
+        member = self._segment.members[self._words[w.MEMBER]]
         member[:] = 0
         member[[w.STARTED, w.WEIGHT, w.PRIORITY, w.WORKERS]] = own_start(), terms.share_weight, terms.share_priority, self.workers
         for slot in may:
             member[w.MAY + slot // w.MASK_BITS] |= 1 << slot % w.MASK_BITS
         room = 8 * w.NAME_WORDS
         member[w.NAME : w.NAME + w.NAME_WORDS] = np.frombuffer(own_title().encode()[:room].ljust(room, b"\0"), np.int64)
-        self._identity = generation << 32 | os.getpid()
         member[w.IDENTITY] = self._identity
 
     def leave(self) -> None:
@@ -101,8 +104,9 @@ class Member:
         segment, number = self._segment, int(self._words[w.MEMBER])
         try:
             with segment.locked():
+                is_shared = self._has_place and not self._is_alone
                 leases.forget_member(self.address, number, self._identity)
-                if not segment.living() and not self._is_alone:
+                if is_shared and not segment.living():
                     segment.remove()
         except UserError:  # somebody else holds the lock for long: the next who joins finds out that nobody is here
             leases.forget_member(self.address, number, self._identity)
@@ -112,13 +116,16 @@ class Member:
         """Return True if a worker waits for a core."""
         return bool(self._words[w.WAITING])
 
+    @property
+    def _has_place(self) -> bool:
+        return bool(self._segment.members[self._words[w.MEMBER], w.IDENTITY] == self._identity)
+
     # Others -------------------------------------------------------------------------------------------------------------------------
 
     def _watch_over_others(self) -> None:
         while not self._is_over.wait(WATCH_S):
-            if self._segment.members[self._words[w.MEMBER], w.IDENTITY] != self._identity:
+            if not self._has_place:
                 self._go_on_alone()
-                return
             for number, member in enumerate(self._segment.members):
                 identity = int(member[w.IDENTITY])
                 if identity not in (0, self._identity):
@@ -126,9 +133,10 @@ class Member:
             leases.free_orphans(self.address)
 
     def _go_on_alone(self) -> None:
-        """Have nothing to do with a segment any more in which this process has no place: somebody has cut or written its file."""
+        """Have a segment of its own in place of one in which this process has no place any more: somebody has cut or written its file."""
         self._is_alone = True
-        self._segment.leave_to_others()
+        self._segment.cut_off(self._cores)
+        self._write_place(self._terms, self._may.tolist())
         path = path_of(self.name)
         warnings.warn_explicit(f"share {self.name}: damaged; this program goes on without it", RuntimeWarning, str(path), 0)
 

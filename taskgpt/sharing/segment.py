@@ -101,9 +101,10 @@ class Segment:
         """Remove the file; who has it open keeps the memory."""
         path_of(self.name).unlink(missing_ok=True)
 
-    def leave_to_others(self) -> None:
-        """Have zeros of this process alone in the place of what others may read and write."""
+    def cut_off(self, cores: Sequence[int]) -> None:
+        """Have a segment of this process alone, without members, in the place of what others may read and write."""
         cut_short.replace(self.words.ctypes.data, _BYTES)
+        self.make(cores)
 
     def close(self) -> None:
         """Let go of the memory, which nobody may touch any more."""
