@@ -154,6 +154,12 @@ def name():
     assert not left
 
 
+@pytest.fixture
+def hidden(monkeypatch, tmp_path):
+    """Have shares lie where `taskgpt share` of a test beside this one does not look: it fails if one is damaged."""
+    monkeypatch.setattr("taskgpt.sharing.segment.FOLDER", tmp_path)
+
+
 def test_members_join_and_the_last_one_removes_the_segment(name):
     """Only its user can open it."""
     first = Member(terms(name), 2)
@@ -211,6 +217,7 @@ def test_who_begins_while_all_others_pause_is_owed_little(name, has_history):
         assert owed_ns == (FAR * quantum_ns if has_history else 0)
 
 
+@pytest.mark.usefixtures("hidden")
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
@@ -246,6 +253,7 @@ def test_a_segment_of_the_dead_is_made_anew(name):
     member.leave()
 
 
+@pytest.mark.usefixtures("hidden")
 def test_garbage_in_a_segment_does_no_harm(name):
     """Written while programs work: numbers that lead nowhere are not followed; who is there goes on, alone as soon as it has no place."""
     choose = np.random.default_rng(0)
