@@ -113,7 +113,8 @@ class _Namespace:
     def enter(self) -> list[str]:
         """Return the words before a command that runs inside, as one process, which ends with the thread that starts it."""
         user = ["--user", "--preserve-credentials"] if os.geteuid() else []
-        return ["nsenter", f"--target={self.pid}", *user, "--net", "setpriv", "--pdeathsig=KILL"]
+        is_still_there = f'[ "$PPID" = {os.getpid()} ] && exec "$@"'  # who has ended before this would send no signal any more
+        return ["nsenter", f"--target={self.pid}", *user, "--net", "setpriv", "--pdeathsig=KILL", "sh", "-c", is_still_there, "sh"]
 
     def run(self, program: str, lines: list[str]) -> None:
         """Have `ip` or `tc` do these lines inside. Raises OSError."""
@@ -143,15 +144,26 @@ class Hosts:
         with ExitStack() as stack:
             self._hub = _Namespace()
             stack.callback(self._hub.close)
-            self._hub.run("ip", [f"link add name {HUB} type bridge", f"link set {HUB} up"])
+            # Nobody speaks unasked: no host has an address of IPv6 to tell of, and the bridge looks for no groups.
+            self._hub.run(
+                "ip", [f"link add name {HUB} type bridge mcast_snooping 0", f"link set {HUB} addrgenmode none", f"link set {HUB} up"]
+            )
             self._hosts: list[_Namespace] = []
             for number, address in enumerate(self.addresses):
                 host = _Namespace(self._hub)
                 stack.callback(host.close)
                 self._hosts.append(host)
                 self._hub.run("ip", [f"link add name port{number} type veth peer name {DEVICE} netns {host.pid}"])
-                self._hub.run("ip", [f"link set port{number} master {HUB} up"])
-                host.run("ip", ["link set lo up", f"addr add {address}/24 dev {DEVICE}", f"link set {DEVICE} up"])
+                self._hub.run("ip", [f"link set port{number} addrgenmode none", f"link set port{number} master {HUB} up"])
+                host.run(
+                    "ip",
+                    [
+                        "link set lo up",
+                        f"addr add {address}/24 dev {DEVICE}",
+                        f"link set {DEVICE} addrgenmode none",
+                        f"link set {DEVICE} up",
+                    ],
+                )
             self.shape(*self._asked)
             self._stack = stack.pop_all()
         return self
