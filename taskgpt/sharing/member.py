@@ -58,7 +58,7 @@ class Member:
             may = _slots_of(segment)
             self._segment, self._terms, self._cores = segment, terms, segment.slots[:, w.CORE].tolist()
             self._write_own(terms, may, binds)
-            self._join(terms, may)
+            self._join()
         self._is_over, self._is_alone = threading.Event(), False
         self._found_stopped: Counter[int] = Counter()  # by a member's identity
         self._watch = threading.Thread(target=self._watch_over_others, name="taskgpt-share", daemon=True)
@@ -71,7 +71,7 @@ class Member:
         self.address = words.ctypes.data
         words[[w.QUANTUM_NS, w.BINDS]] = int(terms.quantum_ms * 1e6), binds
 
-    def _join(self, terms: Terms, may: Sequence[int]) -> None:
+    def _join(self) -> None:
         """Take a free place; the segment is locked. Those of the dead are free."""
         segment = self._segment
         for number, member in enumerate(segment.members):
@@ -84,14 +84,14 @@ class Member:
         segment.words[w.LAST_GENERATION] = generation
         self._words[[w.MEMBER, w.GENERATION]] = int(free[0]), generation
         self._identity = generation << 32 | os.getpid()
-        self._write_place(terms, may)
+        self._write_place()
 
-    def _write_place(self, terms: Terms, may: Sequence[int]) -> None:
+    def _write_place(self) -> None:
         """Write in the segment who this process is; its identity last, with which it takes part."""
-        member = self._segment.members[self._words[w.MEMBER]]
+        terms, member = self._terms, self._segment.members[self._words[w.MEMBER]]
         member[:] = 0
         member[[w.STARTED, w.WEIGHT, w.PRIORITY, w.WORKERS]] = own_start(), terms.share_weight, terms.share_priority, self.workers
-        for slot in may:
+        for slot in self._may.tolist():
             member[w.MAY + slot // w.MASK_BITS] |= 1 << slot % w.MASK_BITS
         room = 8 * w.NAME_WORDS
         member[w.NAME : w.NAME + w.NAME_WORDS] = np.frombuffer(own_title().encode()[:room].ljust(room, b"\0"), np.int64)
@@ -136,7 +136,7 @@ class Member:
         """Have a segment of its own in place of one in which this process has no place any more: somebody has cut or written its file."""
         self._is_alone = True
         self._segment.cut_off(self._cores)
-        self._write_place(self._terms, self._may.tolist())
+        self._write_place()
         path = path_of(self.name)
         warnings.warn_explicit(f"share {self.name}: damaged; this program goes on without it", RuntimeWarning, str(path), 0)
 
